@@ -1,0 +1,124 @@
+"""The only place that knows which backend runs.
+
+`keras.ops` has no just-in-time compiler and no switch for 64-bit numbers;
+both are needed by the proxy-teacher solver, which is called some ten thousand
+times in a search and whose result should not depend on the backend.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+Tensor = Any
+
+
+def visible_values(x: Tensor) -> np.ndarray | None:
+    """Return the values of `x`, or None while `x` is being traced.
+
+    Checks of values run where values exist (eager calls, NumPy input) and cost
+    nothing inside compiled functions. The three errors are those of a JAX
+    tracer, of a TensorFlow graph tensor and of a Keras symbolic tensor.
+    """
+    try:
+        return np.asarray(x)
+    except (TypeError, NotImplementedError, ValueError):
+        return None
+
+
+def float64() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which `keras.ops` computes in float64.
+
+    TensorFlow always can; JAX has to be told.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.enable_x64(True)
+    return contextlib.nullcontext()
+
+
+def on_numpy(
+    function: Callable[..., Any], *, compile: bool = True
+) -> Callable[..., Any]:
+    """Make a function written in `keras.ops` one of NumPy arrays, in float64.
+
+    Args:
+        function: takes arrays, and hashable settings by keyword; returns an
+            array or a tuple of arrays.
+        compile: whether to compile it by XLA, once for each set of shapes and
+            settings.
+
+    Returns:
+        A function of NumPy arrays that returns NumPy arrays.
+    """
+
+    @functools.lru_cache(maxsize=64)
+    def with_settings(**settings: Any) -> Callable[..., Any]:
+        bound = functools.partial(function, **settings)
+        backend = keras.backend.backend()
+        if compile and backend == "jax":
+            import jax
+
+            return jax.jit(bound)
+        if compile and backend == "tensorflow":
+            import tensorflow as tf
+
+            return tf.function(bound, jit_compile=True, autograph=False)
+        return bound
+
+    @functools.wraps(function)
+    def run(*arrays: Any, **settings: Any) -> Any:
+        with float64():
+            tensors = [
+                keras.ops.convert_to_tensor(np.asarray(a, "float64"), "float64")
+                for a in arrays
+            ]
+            out = with_settings(**settings)(*tensors)
+            if isinstance(out, tuple):
+                return tuple(keras.ops.convert_to_numpy(o) for o in out)
+            return keras.ops.convert_to_numpy(out)
+
+    return run
+
+
+def row_sum(x: Tensor) -> Tensor:
+    """Sum over the last axis: `(..., C)` to `(..., 1)`.
+
+    XLA's CPU compiler fuses neighbouring row sums into one loop that is
+    neither vectorised nor parallel (JAX 0.10: 3 to 6 times slower); a product
+    with a vector of ones stays out of it. Not on accelerators, whose matrix
+    units round float32.
+    """
+    if _on_cpu():
+        return keras.ops.matmul(x, keras.ops.ones((x.shape[-1], 1), x.dtype))
+    return keras.ops.sum(x, axis=-1, keepdims=True)
+
+
+def block_elements() -> int:
+    """Return how many float64 elements one compiled call should work on.
+
+    A block that stays in the cache on a CPU; enough to fill an accelerator,
+    whose arrays then take some 32 MiB each.
+    """
+    return 2**15 if _on_cpu() else 2**22
+
+
+@functools.cache
+def _on_cpu() -> bool:
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        return bool(jax.default_backend() == "cpu")
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        # The physical devices: asking for logical ones would fix them.
+        return len(tf.config.list_physical_devices()) == len(
+            tf.config.list_physical_devices("CPU")
+        )
+    return False

@@ -1,0 +1,192 @@
+"""Argument errors, in one wording.
+
+Every check names the argument, says what was expected and shows what came:
+``ValueError: `order` must be an integer of at least 1. Received: order=0``.
+"""
+
+from collections.abc import Collection
+from typing import Any, NoReturn
+
+import numpy as np
+
+from keras_ptloss._backend import visible_values
+
+Tensor = Any
+
+# How far a row of probabilities may be from summing to one: rounding in
+# bfloat16 (8 bits) stays below it, a row of logits hardly ever does.
+SUM_TOLERANCE = 1e-2
+
+
+def fail(argument: str, expected: str, received: Any) -> NoReturn:
+    """Raise the `ValueError` that all checks of the package raise."""
+    raise ValueError(
+        f"`{argument}` must be {expected}. Received: {argument}={received!r}"
+    )
+
+
+def check_choice(argument: str, value: Any, choices: Collection[str]) -> None:
+    """Require `value` to be one of the strings in `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        listed = ", ".join(repr(choice) for choice in sorted(choices))
+        fail(argument, f"one of {listed}", value)
+
+
+def check_count(argument: str, value: Any, *, at_least: int = 1) -> int:
+    """Require an integer of at least `at_least`, and return it."""
+    integral = isinstance(value, (int, np.integer)) and not isinstance(
+        value, bool
+    )
+    if not integral or value < at_least:
+        fail(argument, f"an integer of at least {at_least}", value)
+    return int(value)
+
+
+def check_number(argument: str, value: Any, *, at_least: float) -> float:
+    """Require a finite number of at least `at_least`, and return it."""
+    array = _as_floats(argument, value, "a number")
+    if array.ndim or not np.isfinite(array) or array < at_least:
+        fail(argument, f"a finite number of at least {at_least}", value)
+    return float(array)
+
+
+def check_epsilon(
+    epsilon: Any, *, max_rank: int, classes: int | None = None
+) -> Any:
+    """Require coefficients `(M,)`, `(C, M)` or, at rank 3, `(N, C, M)`.
+
+    Args:
+        epsilon: a number (order 1), an array or, inside a compiled function, a
+            tensor.
+        max_rank: the highest rank taken.
+        classes: the model's class count, where it is known.
+
+    Returns:
+        A float64 NumPy array of rank 1 or more; tensors under trace as they
+        are.
+    """
+    forms = "a number, (order,) or (classes, order)" + (
+        " or (examples, classes, order)" if max_rank == 3 else ""
+    )
+    values = visible_values(epsilon)
+    if values is None:
+        values = epsilon
+    else:
+        values = _as_floats("epsilon", values, f"numbers of shape {forms}")
+        if not values.ndim:
+            values = values[None]
+        if not np.all(np.isfinite(values)):
+            fail("epsilon", "finite", epsilon)
+    shape = tuple(values.shape)
+    if not 1 <= len(shape) <= max_rank or 0 in shape:
+        fail("epsilon", f"of shape {forms}, none of them empty", epsilon)
+    if classes is not None and len(shape) > 1 and shape[-2] != classes:
+        raise ValueError(
+            f"`epsilon` must have one row a class, (..., {classes}, order). "
+            f"Received: epsilon of shape {shape} with {classes} classes"
+        )
+    return values
+
+
+def check_temperature(argument: str, value: Any) -> np.ndarray:
+    """Require a finite number above 0, or one a class; return an array."""
+    array = _as_floats(argument, value, "a number, or one a class")
+    if array.ndim > 1 or not np.all(np.isfinite(array) & (array > 0)):
+        fail(argument, "a finite number above 0, or one a class", value)
+    return array
+
+
+def check_bias(argument: str, value: Any) -> np.ndarray | None:
+    """Require a finite number, or one a class, or None; return an array."""
+    if value is None:
+        return None
+    array = _as_floats(argument, value, "a number, or one a class, or None")
+    if array.ndim > 1 or not np.all(np.isfinite(array)):
+        fail(argument, "finite: a number, or one a class, or None", value)
+    return array
+
+
+def check_classes(
+    first_name: str, first: Tensor, second_name: str, second: Tensor
+) -> None:
+    """Require two tensors `(..., C)` to have the same class count."""
+    if len(first.shape) == 0 or len(second.shape) == 0:
+        raise ValueError(
+            f"`{first_name}` and `{second_name}` must have a class axis, "
+            f"(..., classes). Received: {first_name} of shape "
+            f"{tuple(first.shape)}, {second_name} of shape "
+            f"{tuple(second.shape)}"
+        )
+    if first.shape[-1] != second.shape[-1]:
+        raise ValueError(
+            f"`{first_name}` and `{second_name}` must have the same number of "
+            f"classes on their last axis. Received: {first_name} of shape "
+            f"{tuple(first.shape)}, {second_name} of shape "
+            f"{tuple(second.shape)}"
+        )
+
+
+def check_probabilities(
+    argument: str, rows: Tensor, logits_argument: str
+) -> None:
+    """Require rows on the simplex, where their values can be seen.
+
+    Args:
+        argument: name of the argument.
+        rows: `(..., C)`.
+        logits_argument: the argument to set if these are logits after all.
+    """
+    values = visible_values(rows)
+    if values is None or not values.size:
+        return
+    values = values.astype("float64").reshape(-1, values.shape[-1])
+    # Written so that NaN fails too.
+    good = np.all(values >= 0, axis=-1) & (
+        np.abs(values.sum(axis=-1) - 1) <= SUM_TOLERANCE
+    )
+    if not good.all():
+        row = int(np.argmin(good))
+        shown = np.array2string(values[row], precision=4, threshold=6)
+        raise ValueError(
+            f"`{argument}` must hold probabilities: non-negative rows that sum "
+            f"to 1. If these are logits, say {logits_argument}=True. Received: "
+            f"{argument}[{row}]={shown}, which sums to {values[row].sum():.4g} "
+            f"({np.count_nonzero(~good)} of {len(good)} rows are bad)"
+        )
+
+
+def check_labels(labels: Any, *, examples: int, classes: int) -> np.ndarray:
+    """Require one integer class an example; return an int64 array."""
+    array = np.asarray(labels)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(
+            "`labels` must be a non-empty vector, one class an example. "
+            f"Received: labels of shape {array.shape}"
+        )
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            "`labels` must be integers (class indices, not one-hot rows or "
+            f"scores). Received: labels of dtype {array.dtype}"
+        )
+    if len(array) != examples:
+        raise ValueError(
+            "`labels` must have one entry for each of the teacher's rows, "
+            f"{examples}. Received: labels of length {len(array)}"
+        )
+    outside = (array < 0) | (array >= classes)
+    if outside.any():
+        index = int(np.argmax(outside))
+        raise ValueError(
+            f"`labels` must be in [0, {classes}), the teacher's classes. "
+            f"Received: labels[{index}]={array[index]}"
+        )
+    return array.astype("int64")
+
+
+def _as_floats(argument: str, value: Any, expected: str) -> np.ndarray:
+    try:
+        return np.asarray(value, dtype="float64")
+    except (TypeError, ValueError):
+        fail(argument, expected, value)

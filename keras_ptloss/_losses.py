@@ -1,0 +1,309 @@
+"""The perturbed distillation loss (Eq. 7)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_ptloss._backend import row_sum
+from keras_ptloss._checks import (
+    check_bias,
+    check_classes,
+    check_epsilon,
+    check_probabilities,
+    check_temperature,
+)
+from keras_ptloss._perturbation import perturbation, slope
+
+Tensor = Any
+
+TINY = float(np.finfo("float32").tiny)  # inside logarithms: 0 log 0 = 0
+
+
+def teacher_distribution(
+    y_true: Tensor,
+    *,
+    from_logits: bool = False,
+    temperature: Tensor = 1.0,
+    bias: Tensor = None,
+) -> Tensor:
+    """Return the teacher's distribution, calibrated: `softmax(z / tau + b)`.
+
+    Args:
+        y_true: logits `z`, or probabilities, whose logarithms are `z`; shape
+            `(..., C)`.
+        from_logits: whether `y_true` holds logits.
+        temperature: `tau > 0`, one number or one a class, `(C,)`.
+        bias: `b`, one number or one a class, `(C,)`; None is zero.
+
+    Returns:
+        Probabilities of `y_true`'s shape. Probabilities that need no
+        calibration come back as they are; ones that do are held at or above
+        `keras.config.epsilon()`, since a class at 0 could never move.
+
+    Reference:
+        Guo et al. 2017, On Calibration of Modern Neural Networks
+        (temperature and vector scaling).
+    """
+    calibrated = bias is not None or np.any(np.asarray(temperature) != 1.0)
+    if not from_logits:
+        if not calibrated:
+            return y_true
+        y_true = ops.log(ops.maximum(y_true, keras.config.epsilon()))
+    if calibrated:
+        y_true = y_true / ops.cast(temperature, y_true.dtype)
+        if bias is not None:
+            y_true = y_true + ops.cast(bias, y_true.dtype)
+    return ops.softmax(y_true, axis=-1)
+
+
+def pt_loss(
+    y_true: Tensor,
+    y_pred: Tensor,
+    epsilon: Tensor,
+    *,
+    from_logits: bool = False,
+    teacher_from_logits: bool | None = None,
+    teacher_temperature: Tensor = 1.0,
+    teacher_bias: Tensor = None,
+) -> Tensor:
+    """Compute PTLoss: KL from teacher to student, its series perturbed.
+
+    `-log p = sum_m (1 - p)^m / m`. PTLoss adds `epsilon_m` to the leading
+    coefficients `1 / m`, so that the student's optimum is no longer the
+    teacher `t` but a *proxy teacher*, which may be nearer to the truth:
+
+        loss = sum_c t_c (log t_c - log p_c)
+             + sum_c t_c sum_m epsilon_{c,m} (1 - p_c)^m           (Eq. 7)
+
+    It is computed in the logarithms of the probabilities, in float32 or better
+    whatever the dtype of the input, with `0 log 0 = 0`.
+
+    Args:
+        y_true: the teacher, `(..., C)`: probabilities, or logits with
+            `teacher_from_logits`.
+        y_pred: the student, `(..., C)`: probabilities, or logits with
+            `from_logits`.
+        epsilon: coefficients: a number (order 1), `(M,)` shared by the
+            classes, `(C, M)` per class, or `(N, C, M)` per example.
+        from_logits: whether `y_pred` holds logits.
+        teacher_from_logits: whether `y_true` does; None means the same as
+            `from_logits`.
+        teacher_temperature: calibration of the teacher alone,
+            `t = softmax(z / teacher_temperature + teacher_bias)`; a number
+            above 0 or one a class, `(C,)`.
+        teacher_bias: a number or one a class, `(C,)`.
+
+    Returns:
+        One loss an example, shape `(...)`, in nats.
+
+    Raises:
+        ValueError: if the class counts differ, `epsilon` has another rank or
+            is not finite, or (seen outside compiled functions) rows that
+            should be probabilities are not.
+
+    Example:
+        >>> import numpy as np
+        >>> teacher = np.array([[0.9, 0.1], [0.4, 0.6]], "float32")
+        >>> student = np.array([[0.8, 0.2], [0.5, 0.5]], "float32")
+        >>> loss = pt_loss(teacher, student, [0.5, 0.1])
+        >>> [round(float(value), 4) for value in loss]
+        [0.1767, 0.2951]
+
+    Reference:
+        Zhang et al. 2023, Do Not Blindly Imitate the Teacher
+        (https://arxiv.org/abs/2305.05010).
+    """
+    if teacher_from_logits is None:
+        teacher_from_logits = from_logits
+    y_pred = ops.convert_to_tensor(y_pred)
+    dtype = keras.backend.result_type(y_pred.dtype, "float32")
+    y_pred = ops.cast(y_pred, dtype)
+    y_true = ops.cast(ops.convert_to_tensor(y_true), dtype)
+    check_classes("y_true", y_true, "y_pred", y_pred)
+    epsilon = check_epsilon(epsilon, classes=y_pred.shape[-1], max_rank=3)
+    if not teacher_from_logits:
+        check_probabilities("y_true", y_true, "teacher_from_logits")
+    if not from_logits:
+        check_probabilities("y_pred", y_pred, "from_logits")
+
+    teacher = teacher_distribution(
+        y_true,
+        from_logits=teacher_from_logits,
+        temperature=teacher_temperature,
+        bias=teacher_bias,
+    )
+    constant = isinstance(epsilon, np.ndarray)
+    epsilon = ops.cast(epsilon, dtype)
+    coefficients = [epsilon[..., m] for m in range(epsilon.shape[-1])]
+    if not from_logits:
+        return _pt_loss_of_probabilities(teacher, y_pred, coefficients)
+    if not constant:
+        # Coefficients under trace may be differentiated: leave it to autodiff.
+        return _pt_loss_of_logits(teacher, y_pred, coefficients)[0]
+    return _with_gradient(teacher, y_pred, coefficients)
+
+
+def _pt_loss_of_probabilities(
+    teacher: Tensor, student: Tensor, coefficients: Sequence[Tensor]
+) -> Tensor:
+    """Eq. 7 on probabilities, clipped from below as Keras's losses are."""
+    log_student = ops.log(ops.maximum(student, keras.config.epsilon()))
+    terms = _terms(log_student, 1.0 - student, coefficients)
+    return _expected(teacher, terms)
+
+
+def _pt_loss_of_logits(
+    teacher: Tensor, logits: Tensor, coefficients: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. 7 on the student's logits; also its terms and probabilities."""
+    shifted = logits - ops.max(logits, axis=-1, keepdims=True)
+    exp = ops.exp(shifted)
+    total = ops.sum(exp, axis=-1, keepdims=True)
+    student = exp / total
+    # 1 - p has the digits that `total` has, as -expm1(log p) would.
+    terms = _terms(shifted - ops.log(total), 1.0 - student, coefficients)
+    return _expected(teacher, terms), terms, student
+
+
+def _terms(
+    log_student: Tensor, one_minus_p: Tensor, coefficients: Sequence[Tensor]
+) -> Tensor:
+    """Return `-log p_c + sum_m epsilon_{c,m} (1 - p_c)^m`, one a class."""
+    return perturbation(one_minus_p, coefficients) - log_student
+
+
+def _expected(teacher: Tensor, terms: Tensor) -> Tensor:
+    """Return `sum_c t_c (log t_c + terms_c)`, with `0 log 0 = 0`."""
+    log_teacher = ops.log(ops.maximum(teacher, TINY))
+    return ops.squeeze(row_sum(teacher * (log_teacher + terms)), axis=-1)
+
+
+def _with_gradient(
+    teacher: Tensor, logits: Tensor, coefficients: Sequence[Tensor]
+) -> Tensor:
+    """Eq. 7 with its gradient written out, at half the cost of autodiff.
+
+    With `h` the slope of the perturbation, `w_c = t_c (1 + p_c h_c)`:
+
+        d loss / d logits = p sum_c w_c - w
+    """
+
+    @ops.custom_gradient
+    def differentiable(teacher: Tensor, logits: Tensor) -> Any:
+        loss, terms, student = _pt_loss_of_logits(teacher, logits, coefficients)
+
+        def gradient(*args: Tensor, upstream: Tensor = None) -> Any:
+            if upstream is None:  # as TensorFlow and JAX call it
+                (upstream,) = args
+            upstream = ops.expand_dims(upstream, -1)
+            h = slope(1.0 - student, coefficients)
+            w = teacher * (1.0 + student * h)
+            log_teacher = ops.log(ops.maximum(teacher, TINY))
+            return (
+                upstream * (log_teacher + 1.0 + terms),
+                upstream * (row_sum(w) * student - w),
+            )
+
+        return loss, gradient
+
+    return differentiable(teacher, logits)
+
+
+@keras.saving.register_keras_serializable(package="keras_ptloss")
+class PTLoss(keras.losses.Loss):
+    """Perturbed distillation loss: KL from teacher to student, perturbed.
+
+    Use it as any Keras loss, with the teacher's outputs as `y_true`:
+
+        loss = sum_c t_c (log t_c - log p_c)
+             + sum_c t_c sum_m epsilon_{c,m} (1 - p_c)^m           (Eq. 7)
+
+    `epsilon = 0` is `keras.losses.KLDivergence`. Coefficients that make the
+    student better are found by `ProxyTeacherSearch`, whose `result.loss()`
+    builds this loss. The loss is convex in `p` while `epsilon_m >= -1 / m`.
+
+    Args:
+        epsilon: coefficients: a number (order 1), `(M,)` shared by the
+            classes, or `(C, M)` per class.
+        from_logits: whether the student's outputs are logits.
+        teacher_from_logits: whether the teacher's are; None means the same as
+            `from_logits`.
+        teacher_temperature: calibration of the teacher alone,
+            `t = softmax(z / teacher_temperature + teacher_bias)`; a number
+            above 0 or one a class, `(C,)`.
+        teacher_bias: a number or one a class, `(C,)`; None is zero.
+        reduction: as in `keras.losses.Loss`.
+        name: name of the loss.
+        dtype: dtype of the value. The computation is float32 or better.
+
+    Raises:
+        ValueError: if an argument is not of this form.
+
+    Example:
+        >>> import keras, numpy as np
+        >>> student = keras.Sequential([keras.layers.Dense(3)])
+        >>> student.compile("adam", loss=PTLoss([0.5, 0.1], from_logits=True,
+        ...                                     teacher_from_logits=False))
+        >>> x = np.ones((8, 4), "float32")
+        >>> soft_labels = np.full((8, 3), 1 / 3, "float32")
+        >>> history = student.fit(x, soft_labels, verbose=0)
+
+    Reference:
+        Zhang et al. 2023, Do Not Blindly Imitate the Teacher
+        (https://arxiv.org/abs/2305.05010), Eq. 7.
+    """
+
+    def __init__(
+        self,
+        epsilon: Any,
+        *,
+        from_logits: bool = False,
+        teacher_from_logits: bool | None = None,
+        teacher_temperature: Any = 1.0,
+        teacher_bias: Any = None,
+        reduction: str | None = "sum_over_batch_size",
+        name: str | None = "pt_loss",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        self.epsilon = check_epsilon(epsilon, max_rank=2)
+        self.from_logits = bool(from_logits)
+        self.teacher_from_logits = (
+            self.from_logits
+            if teacher_from_logits is None
+            else bool(teacher_from_logits)
+        )
+        self.teacher_temperature = check_temperature(
+            "teacher_temperature", teacher_temperature
+        )
+        self.teacher_bias = check_bias("teacher_bias", teacher_bias)
+
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
+        """Return one loss an example: `(..., C)`, `(..., C)` to `(...)`."""
+        values = pt_loss(
+            y_true,
+            y_pred,
+            self.epsilon,
+            from_logits=self.from_logits,
+            teacher_from_logits=self.teacher_from_logits,
+            teacher_temperature=self.teacher_temperature,
+            teacher_bias=self.teacher_bias,
+        )
+        return ops.cast(values, self.dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that build the same loss again."""
+        return {
+            **super().get_config(),
+            "epsilon": self.epsilon.tolist(),
+            "from_logits": self.from_logits,
+            "teacher_from_logits": self.teacher_from_logits,
+            "teacher_temperature": self.teacher_temperature.tolist(),
+            "teacher_bias": (
+                None if self.teacher_bias is None else self.teacher_bias.tolist()
+            ),
+            "dtype": self.dtype,
+        }

@@ -1,0 +1,42 @@
+"""The perturbation polynomial of PTLoss and its derivatives.
+
+With `s = 1 - p_c` and one class's coefficients `eps_1 .. eps_M`:
+
+    perturbation   P(s) = sum_m eps_m s^m                  (Eq. 7)
+    slope          h(s) = sum_m m eps_m s^(m-1)            = -dP/dp
+    curvature      k(s) = sum_m m (m-1) eps_m s^(m-2)      = -dh/dp
+
+All three are evaluated by Horner's rule on arrays of `s`'s shape: no
+`(..., C, M)` array is ever made. `coefficients` is the sequence of the M
+arrays (or numbers) `eps_m`, each broadcastable to `s`. Plain arithmetic, so
+that NumPy arrays and the tensors of every backend are served alike.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+Tensor = Any
+
+
+def perturbation(s: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
+    """Return `P(s) = sum_m eps_m s^m`, in the shape of `s`."""
+    return s * _horner(s, coefficients)
+
+
+def slope(s: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
+    """Return `h(s) = sum_m m eps_m s^(m-1)`, in the shape of `s`."""
+    return _horner(s, [m * e for m, e in enumerate(coefficients, start=1)])
+
+
+def curvature(s: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
+    """Return `k(s) = sum_m m (m-1) eps_m s^(m-2)`, in the shape of `s`."""
+    terms = [m * (m - 1) * e for m, e in enumerate(coefficients, start=1)]
+    return _horner(s, terms[1:])
+
+
+def _horner(s: Tensor, terms: Sequence[Tensor]) -> Tensor:
+    """Return `terms[0] + terms[1] s + ...` in the shape of `s`."""
+    value = 0.0 * s
+    for term in reversed(terms):
+        value = value * s + term
+    return value

@@ -1,0 +1,495 @@
+"""The proxy teacher: where a student trained with PTLoss ends (Eq. 8-10).
+
+For one teacher row `t`, the proxy teacher is the minimiser of PTLoss over the
+simplex. With `h(q)` and `k(q)` the slope and curvature of the perturbation
+(`_perturbation.py`), it is stationary where, for a multiplier `nu`,
+
+    w_c = t_c (1 + q_c h_c(q_c)),    w_c = nu q_c,    nu = sum_c w_c.
+
+No division by `q` or `t` is needed anywhere, so that classes at zero stay
+there. This module knows no labels.
+"""
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+import scipy.special
+from keras import ops
+from keras.backend import standardize_dtype
+
+from keras_ptloss._backend import block_elements, on_numpy
+from keras_ptloss._checks import (
+    check_choice,
+    check_count,
+    check_epsilon,
+    check_number,
+    check_probabilities,
+    fail,
+)
+from keras_ptloss._perturbation import curvature, perturbation, slope
+
+Tensor = Any
+
+SOLVERS = ("newton", "fsolve")
+
+# The least value of the scaled Hessian D, as a share of sum |w|. On the convex
+# domain D is of the order of sum w; far outside it D may vanish.
+HESSIAN_FLOOR = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ProxyTeacherResult:
+    """Proxy teachers, with what the solver can say of every row.
+
+    Attributes:
+        probabilities: the proxy teachers, `(N, C)`.
+        loss: PTLoss of each row at its proxy teacher less the teacher's
+            negative entropy, `sum_c t_c (-log q_c + P_c(1 - q_c))`, `(N,)`.
+        residual: distance from stationarity, `max_c |w_c - q_c sum w|` over
+            `sum |w|`, `(N,)`.
+        converged: whether `residual` is within the tolerance and `loss` not
+            above the teacher's own, `(N,)`.
+        steps: evaluations of the row's loss and derivatives, `(N,)`.
+        seconds: time of the solve, compilation included.
+        solver: `"newton"` or `"fsolve"`.
+    """
+
+    probabilities: np.ndarray
+    loss: np.ndarray
+    residual: np.ndarray
+    converged: np.ndarray
+    steps: np.ndarray
+    seconds: float
+    solver: str
+
+    def __str__(self) -> str:
+        """Say in one line how the solve went, and what to do if it did not."""
+        rows = len(self.converged)
+        text = (
+            f"{rows} proxy teachers by {self.solver} in {self.seconds:.3g} s, "
+            f"{self.steps.mean():.1f} steps a row"
+        )
+        missed = int(np.count_nonzero(~self.converged))
+        if not missed:
+            return text + ", all converged"
+        advice = (
+            'use solver="newton"'
+            if self.solver == "fsolve"
+            else "raise max_steps, or keep epsilon_m >= -1/m, where the loss "
+            "is convex"
+        )
+        return f"{text}; {missed} of {rows} did not converge: {advice}"
+
+
+def proxy_teacher(
+    teacher_probs: Any,
+    epsilon: Any,
+    *,
+    solver: str = "newton",
+    tolerance: float | None = None,
+    max_steps: int | None = None,
+) -> ProxyTeacherResult:
+    """Compute the distribution that a student trained with `epsilon` ends at.
+
+        q = argmin_q sum_c t_c (-log q_c + sum_m epsilon_{c,m} (1 - q_c)^m)
+
+    `"newton"` solves all rows together by a damped Newton method (see
+    `newton`), in float64, compiled. `"fsolve"` is the paper's: one call of
+    SciPy's `fsolve` a row, on the logits, from the teacher; it is kept as the
+    reference and fails on many rows.
+
+    Args:
+        teacher_probs: teacher's probabilities, `(N, C)`; rows are normalised.
+        epsilon: coefficients: a number (order 1), `(M,)` shared by the
+            classes, or `(C, M)` per class.
+        solver: `"newton"` or `"fsolve"`.
+        tolerance: largest residual of a converged row; None is 1e-12 for
+            `"newton"` and 1e-6 for `"fsolve"`.
+        max_steps: most steps a row; None is 100 for `"newton"`, and
+            `100 C` calls of the function (SciPy's limit) for `"fsolve"`.
+
+    Returns:
+        A `ProxyTeacherResult`. Rows that did not converge hold the best point
+        found, whose loss is never above the teacher's own for `"newton"`.
+
+    Raises:
+        ValueError: if an argument is not of this form.
+
+    Example:
+        >>> result = proxy_teacher([[0.7, 0.2, 0.1]], [2.0, 0.5])
+        >>> result.probabilities.round(3)
+        array([[0.61 , 0.251, 0.139]])
+        >>> bool(result.converged.all())
+        True
+
+    Reference:
+        Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), §4.2 and
+        Appendix A.3.
+    """
+    check_choice("solver", solver, SOLVERS)
+    if tolerance is None:
+        tolerance = 1e-12 if solver == "newton" else 1e-6
+    check_number("tolerance", tolerance, at_least=0.0)
+    teacher = normalised_teacher(teacher_probs)
+    epsilon = check_epsilon(epsilon, max_rank=2, classes=teacher.shape[1])
+    if max_steps is None:
+        max_steps = 100 if solver == "newton" else 100 * teacher.shape[1]
+    check_count("max_steps", max_steps)
+    start = time.perf_counter()
+    solve = solve_newton if solver == "newton" else solve_fsolve
+    q, loss, residual, steps = solve(
+        teacher, epsilon, tolerance=tolerance, max_steps=max_steps
+    )
+    own_loss = numpy_loss(teacher, teacher, np.stack(orders(epsilon)))
+    within = loss <= own_loss + 1e-9 * (1.0 + np.abs(own_loss))
+    return ProxyTeacherResult(
+        probabilities=q,
+        loss=loss,
+        residual=residual,
+        converged=(residual <= tolerance) & within,
+        steps=steps,
+        seconds=time.perf_counter() - start,
+        solver=solver,
+    )
+
+
+def normalised_teacher(teacher_probs: Any) -> np.ndarray:
+    """Check `(N, C)` probabilities and return them in float64, rows summing to 1."""
+    teacher = np.asarray(teacher_probs)
+    if teacher.ndim != 2 or 0 in teacher.shape or teacher.shape[1] < 2:
+        fail(
+            "teacher_probs",
+            "of shape (examples, classes), with two classes or more",
+            teacher_probs,
+        )
+    check_probabilities("teacher_probs", teacher, "from_logits")
+    teacher = teacher.astype("float64")
+    return teacher / teacher.sum(axis=1, keepdims=True)
+
+
+def orders(epsilon: np.ndarray) -> list[np.ndarray]:
+    """Split `(..., M)` coefficients into M arrays broadcastable to `(..., C)`."""
+    return [epsilon[..., m] for m in range(epsilon.shape[-1])]
+
+
+# --- Newton ------------------------------------------------------------------
+
+
+def newton(
+    teacher: Tensor,
+    coefficients: Tensor,
+    *,
+    tolerance: float,
+    max_steps: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Solve for proxy teachers by a feasible, damped Newton method.
+
+    The loss is separable, so that its Hessian `H` is diagonal and a step on
+    the simplex costs O(C). The step is taken in the scaled form
+    `D = q H`, in which the stationarity condition is nearly linear even where
+    `q` is small: see `newton_step`. A step that would leave the simplex is cut,
+    and one that does not lower the loss is halved. All rows go together;
+    converged ones are masked.
+
+    Args:
+        teacher: `(..., C)`, rows on the simplex.
+        coefficients: `(M, ...)`, each order broadcastable to `teacher`.
+        tolerance: residual at which a row is left alone.
+        max_steps: most steps a row.
+
+    Returns:
+        `(q, loss, residual, steps)`: `(..., C)`, `(...)`, `(...)`, `(...)`.
+    """
+    coefficients = ops.unstack(coefficients)
+    # Losses that differ by rounding count as equal.
+    slack = 100 * float(np.finfo(standardize_dtype(teacher.dtype)).eps)
+
+    def not_done(step, q, loss, damping, residual, steps):  # type: ignore
+        return (step < max_steps) & ops.any(residual > tolerance)
+
+    def iterate(step, q, loss, damping, residual, steps):  # type: ignore
+        direction = newton_step(teacher, q, coefficients)
+        inside = ops.min(
+            ops.where(direction < 0, -q / direction, np.inf), axis=-1
+        )
+        length = damping * ops.minimum(1.0, 0.95 * inside)
+        trial = q + ops.expand_dims(length, -1) * direction
+        trial = ops.maximum(trial, 0.0)
+        trial = trial / ops.sum(trial, axis=-1, keepdims=True)
+        trial_loss = loss_of(teacher, trial, coefficients)
+        active = residual > tolerance
+        lower = trial_loss <= loss + slack * (1.0 + ops.abs(loss))
+        accept = active & lower
+        q = ops.where(ops.expand_dims(accept, -1), trial, q)
+        return (
+            step + 1,
+            q,
+            ops.where(accept, trial_loss, loss),
+            ops.where(lower, ops.ones_like(damping), 0.5 * damping),
+            residual_of(teacher, q, coefficients),
+            steps + ops.cast(active, "int32"),
+        )
+
+    # Trials share the teacher's rows: broadcast `q` to all of them.
+    q = teacher + 0.0 * sum(coefficients)
+    loss = loss_of(teacher, q, coefficients)
+    state = (
+        0,
+        q,
+        loss,
+        ops.ones_like(loss),
+        residual_of(teacher, q, coefficients),
+        ops.zeros_like(loss, dtype="int32"),
+    )
+    _, q, loss, _, residual, steps = ops.while_loop(not_done, iterate, state)
+    return q, loss, residual, steps
+
+
+def newton_step(
+    teacher: Tensor, q: Tensor, coefficients: Sequence[Tensor]
+) -> Tensor:
+    """Return the Newton step at `q`, which keeps the sum of `q`, `(..., C)`.
+
+    With `w_c = t_c (1 + q_c h_c)`, gradient `-w / q`, and `D = q H`:
+
+        D_c  = nu - t_c (h_c - q_c k_c)
+        nu   = sum(w / D) / sum(q / D)
+        step = (w - nu q) / D
+
+    At the solution this `D` is `q` times the Hessian `H = t (1/q^2 + k)`, so
+    that convergence is quadratic; away from it, it takes the multiplier's word
+    (`nu`) for `t / q + t h`, so that a class far too large or too small comes
+    right in one step, where the Newton step on `t / q` itself needs several.
+    `nu` appears in `D`: it is taken twice, from `sum w` on.
+    """
+    s = 1.0 - q
+    h = slope(s, coefficients)
+    w = teacher * (1.0 + q * h)
+    b = teacher * (h - q * curvature(s, coefficients))
+    floor = HESSIAN_FLOOR * ops.sum(ops.abs(w), axis=-1, keepdims=True)
+    floor = ops.maximum(floor, 1e-12)
+    nu = ops.sum(w, axis=-1, keepdims=True)
+    for _ in range(2):
+        d = ops.maximum(ops.abs(nu - b), floor)
+        nu = ops.sum(w / d, axis=-1, keepdims=True) / ops.sum(
+            q / d, axis=-1, keepdims=True
+        )
+    return (w - nu * q) / d
+
+
+def adjoint(
+    teacher: Tensor, q: Tensor, coefficients: Tensor, upstream: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Differentiate through the proxy teacher by the implicit function theorem.
+
+    With `u = dJ/dq`, `D = q H` and `ubar = sum(u q / D) / sum(q / D)`:
+
+        dJ/depsilon_{c,m} = sum_n t_c m (1 - q_c)^(m-1) (u_c - ubar) q_c / D_c
+        dJ/dt_c           = (u_c - ubar) (1 + q_c h_c) / D_c
+
+    Args:
+        teacher: `(N, C)`.
+        q: the proxy teachers, converged, `(N, C)`.
+        coefficients: `(M, C)`.
+        upstream: `u`, `(N, C)`.
+
+    Returns:
+        `(dJ/depsilon, dJ/dt)`: `(M, C)` and `(N, C)`.
+    """
+    coefficients = ops.unstack(coefficients)
+    s = 1.0 - q
+    h = slope(s, coefficients)
+    factor = 1.0 + q * h
+    nu = ops.sum(teacher * factor, axis=-1, keepdims=True)
+    d = nu - teacher * (h - q * curvature(s, coefficients))
+    ubar = ops.sum(upstream * q / d, axis=-1, keepdims=True) / ops.sum(
+        q / d, axis=-1, keepdims=True
+    )
+    v = (upstream - ubar) / d
+    power = teacher * q * v
+    by_epsilon = []
+    for m in range(1, len(coefficients) + 1):
+        by_epsilon.append(m * ops.sum(power, axis=0))
+        power = power * s
+    return ops.stack(by_epsilon), v * factor
+
+
+def loss_of(teacher: Tensor, q: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
+    """Return `sum_c t_c (-log q_c + P_c(1 - q_c))`, `(...)`; `0 log 0 = 0`."""
+    tiny = float(np.finfo(standardize_dtype(q.dtype)).tiny)
+    terms = perturbation(1.0 - q, coefficients) - ops.log(ops.maximum(q, tiny))
+    return ops.sum(teacher * terms, axis=-1)
+
+
+def residual_of(
+    teacher: Tensor, q: Tensor, coefficients: Sequence[Tensor]
+) -> Tensor:
+    """Return `max_c |w_c - q_c sum w| / sum |w|`, `(...)`."""
+    q_h = q * slope(1.0 - q, coefficients)
+    w = teacher * (1.0 + q_h)
+    gap = ops.abs(w - q * ops.sum(w, axis=-1, keepdims=True))
+    scale = ops.sum(teacher * (1.0 + ops.abs(q_h)), axis=-1)
+    return ops.max(gap, axis=-1) / scale
+
+
+numpy_newton = on_numpy(newton)
+numpy_adjoint = on_numpy(adjoint)
+numpy_loss = on_numpy(loss_of, compile=False)
+numpy_residual = on_numpy(residual_of, compile=False)
+
+
+def solve_newton(
+    teacher: np.ndarray,
+    epsilon: np.ndarray,
+    *,
+    tolerance: float,
+    max_steps: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Run `newton` on blocks of rows of one compiled shape.
+
+    Args:
+        teacher: `(N, C)`.
+        epsilon: `(M,)`, `(C, M)`, or several of them: `(K, 1, M)`,
+            `(K, C, M)`.
+        tolerance: as in `newton`.
+        max_steps: as in `newton`.
+
+    Returns:
+        `(q, loss, residual, steps)`: `(N, C)`, `(N,)`, `(N,)`, `(N,)`; with
+        several epsilon `(K, N, C)`, `(K, N)`, `(K, N)`, `(K, N)`.
+    """
+    coefficients = np.stack(orders(epsilon))  # (M,), (M, C), (M, K, 1 or C)
+    if coefficients.ndim == 3:
+        coefficients = coefficients[:, :, None, :]
+    else:
+        coefficients = coefficients.reshape(len(coefficients), 1, -1)
+    parts = [
+        numpy_newton(
+            rows, coefficients, tolerance=tolerance, max_steps=max_steps
+        )
+        for rows in row_blocks(teacher)
+    ]
+    axis = epsilon.ndim - 2 if epsilon.ndim == 3 else 0
+    return tuple(  # type: ignore[return-value]
+        np.take(
+            np.concatenate(part, axis=axis), range(len(teacher)), axis=axis
+        )
+        for part in zip(*parts, strict=True)
+    )
+
+
+def row_blocks(*arrays: np.ndarray) -> list[Any]:
+    """Cut arrays `(N, C)` into blocks of rows, all of one shape.
+
+    A compiled function serves one shape; sizes are therefore rounded up, and
+    the last block is filled with uniform rows, which are solved in no step.
+
+    Returns:
+        One block a list entry: an array, or a tuple of them for several.
+    """
+    examples, classes = arrays[0].shape
+    size = min(
+        -(-examples // 64) * 64, max(64, block_elements() // classes // 64 * 64)
+    )
+    missing = -examples % size
+    filled = [
+        np.concatenate([a, np.full((missing, classes), 1.0 / classes)])
+        for a in arrays
+    ]
+    cuts = [
+        tuple(a[start : start + size] for a in filled)
+        for start in range(0, examples, size)
+    ]
+    return [cut[0] for cut in cuts] if len(arrays) == 1 else cuts
+
+
+# --- The paper's solver ------------------------------------------------------
+
+
+def solve_fsolve(
+    teacher: np.ndarray,
+    epsilon: np.ndarray,
+    *,
+    tolerance: float,
+    max_steps: int,
+    fix_gauge: bool = True,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Solve row by row with SciPy's `fsolve`, as the paper's Appendix A.3 does.
+
+    The unknowns are the logits `z`, from `log t`; the equations are the loss's
+    gradient with respect to them, with its Jacobian in closed form:
+
+        F(z) = q sum(w) - w,    q = softmax(z)
+
+    Softmax does not feel a shift, so that the Jacobian in all C logits, as
+    published, is singular. With `fix_gauge` the logit of the teacher's largest
+    class is held at its start and its equation dropped.
+
+    Args:
+        teacher: `(N, C)`.
+        epsilon: `(M,)` or `(C, M)`.
+        tolerance: a hundredth of it is fsolve's `xtol`.
+        max_steps: most function calls a row.
+        fix_gauge: False is the published form.
+
+    Returns:
+        `(q, loss, residual, steps)` of `(N, C)`, `(N,)`, `(N,)`, `(N,)`.
+    """
+    coefficients = orders(epsilon)
+    solved = np.empty_like(teacher)
+    steps = np.zeros(len(teacher), dtype="int32")
+    for n, t in enumerate(teacher):
+        start = np.log(np.maximum(t, np.finfo("float64").tiny))
+        free = np.ones(len(t), dtype=bool)
+        if fix_gauge:
+            free[np.argmax(t)] = False
+
+        def equations(
+            x: np.ndarray, t: Any = t, start: Any = start, free: Any = free
+        ) -> tuple[np.ndarray, np.ndarray]:
+            z = start.copy()
+            z[free] = x
+            values, jacobian = _logit_equations(z, t, coefficients)
+            return values[free], jacobian[np.ix_(free, free)]
+
+        with warnings.catch_warnings():
+            # Judged by residual and loss, not by fsolve's own word.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            x, info, _, _ = scipy.optimize.fsolve(
+                lambda x: equations(x)[0],  # noqa: B023
+                start[free],
+                fprime=lambda x: equations(x)[1],  # noqa: B023
+                xtol=max(0.01 * tolerance, 1e-14),
+                maxfev=max_steps,
+                full_output=True,
+            )
+        z = start.copy()
+        z[free] = x
+        q = scipy.special.softmax(z)
+        solved[n] = q if np.all(np.isfinite(q)) else t
+        steps[n] = info["nfev"] + info["njev"]
+    return (
+        solved,
+        numpy_loss(teacher, solved, np.stack(coefficients)),
+        numpy_residual(teacher, solved, np.stack(coefficients)),
+        steps,
+    )
+
+
+def _logit_equations(
+    z: np.ndarray, t: np.ndarray, coefficients: Sequence[Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the loss's gradient on the logits, `(C,)`, and Jacobian, `(C, C)`."""
+    q = scipy.special.softmax(z)
+    s = 1.0 - q
+    h = slope(s, coefficients)
+    w = t * (1.0 + q * h)
+    dw = t * (h - q * curvature(s, coefficients))
+    total = w.sum()
+    by_q = np.diag(total - dw) + np.outer(q, dw)
+    return q * total - w, by_q @ (np.diag(q) - np.outer(q, q))

@@ -1,0 +1,609 @@
+"""The search for epsilon on a small labelled set (Algorithm 1, and beyond)."""
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_ptloss._backend import block_elements
+from keras_ptloss._checks import (
+    check_choice,
+    check_count,
+    check_labels,
+    check_number,
+    check_probabilities,
+    fail,
+)
+from keras_ptloss._gradient import (
+    CALIBRATIONS,
+    Form,
+    Parameters,
+    Teacher,
+    fit,
+    proxy,
+)
+from keras_ptloss._losses import PTLoss
+from keras_ptloss._objectives import OBJECTIVES, Objective
+from keras_ptloss._proxy_teacher import SOLVERS, proxy_teacher, solve_newton
+from keras_ptloss._selection import cross_validate
+
+# Fewer labelled examples of a class than this do not carry its parameters.
+ROWS_PER_CLASS = 10
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SearchResult:
+    """What a search found, every trial, and what it cost.
+
+    Attributes:
+        epsilon: the coefficients, `(M,)` or `(C, M)`; zeros where nothing
+            better than plain KL was found. Goes into `PTLoss`.
+        teacher_temperature: the teacher's calibration, 1.0 where none was
+            asked for; a number or `(C,)`.
+        teacher_bias: None, or `(C,)`.
+        score: the objective at the proxy teacher, on the search's examples.
+        score_at_zero: the objective at the teacher itself: plain KL.
+        objective: its name.
+        method: `"random"` or `"gradient"`.
+        from_logits: whether the teacher was given as logits.
+        trials: every trial, column by column (`pandas.DataFrame(trials)`):
+            `order`, `score`, `unconverged` rows, `epsilon`. With
+            `selection="cross_validation"` every candidate instead:
+            `calibration`, `shape` of epsilon, `order`, `penalty`, `parameters`
+            (their number), `score` and its `gain` over plain KL on the
+            held-out folds, the gain's `standard_error`, whether `chosen`.
+        best_per_order: the best trial of each order, in the same columns.
+        unconverged: rows whose proxy teacher did not converge, all solves
+            together.
+        solves: proxy teachers computed, one a row and trial.
+        seconds: time of the search, compilation included.
+    """
+
+    epsilon: np.ndarray
+    teacher_temperature: Any
+    teacher_bias: Any
+    score: float
+    score_at_zero: float
+    objective: str
+    method: str
+    from_logits: bool
+    trials: dict[str, list[Any]]
+    best_per_order: dict[str, list[Any]]
+    unconverged: int
+    solves: int
+    seconds: float
+
+    def loss(self, *, from_logits: bool = False, **arguments: Any) -> PTLoss:
+        """Build the `PTLoss` of this result.
+
+        Args:
+            from_logits: whether the student's outputs are logits.
+            **arguments: further arguments of `PTLoss`. `teacher_from_logits`
+                is what the search was told of the teacher, unless given here.
+
+        Returns:
+            A `PTLoss` with the epsilon and the calibration found.
+        """
+        arguments.setdefault("teacher_from_logits", self.from_logits)
+        return PTLoss(
+            self.epsilon,
+            from_logits=from_logits,
+            teacher_temperature=self.teacher_temperature,
+            teacher_bias=self.teacher_bias,
+            **arguments,
+        )
+
+    def summary(self) -> None:
+        """Print what was found and what it cost."""
+        print(self)
+
+    def __str__(self) -> str:
+        """Return the text that `summary` prints."""
+        shape = "per class" if self.epsilon.ndim == 2 else "shared"
+        with np.printoptions(precision=4, suppress=True, threshold=60):
+            lines = [
+                f"PTLoss search: {self.method}, objective {self.objective}",
+                f"  score    {self.score:.5g} (plain KL: "
+                f"{self.score_at_zero:.5g})",
+                f"  epsilon  {shape}, order {self.epsilon.shape[-1]}: "
+                f"{np.array2string(self.epsilon, prefix=' ' * 30)}",
+            ]
+            if np.any(np.asarray(self.teacher_temperature) != 1.0):
+                lines.append(
+                    f"  teacher temperature {self.teacher_temperature}"
+                )
+            if self.teacher_bias is not None:
+                lines.append(f"  teacher bias        {self.teacher_bias}")
+        if "chosen" in self.trials:
+            chosen = self.trials["chosen"].index(True)
+            lines.append(
+                "  chosen   {calibration} calibration, {shape} epsilon, "
+                "penalty {penalty:g}: {gain:.4g} +- {standard_error:.2g} below "
+                "plain KL on held-out folds".format(
+                    **{k: v[chosen] for k, v in self.trials.items()}
+                )
+            )
+        for order, score in zip(
+            self.best_per_order["order"],
+            self.best_per_order["score"],
+            strict=True,
+        ):
+            lines.append(f"  best of order {order}: {score:.5g}")
+        lines.append(
+            f"  cost     {len(self.trials['score'])} trials, {self.solves} "
+            f"solves, {self.unconverged} rows not converged, "
+            f"{self.seconds:.3g} s"
+        )
+        if not np.any(self.epsilon):
+            lines.append(
+                "  No epsilon scored better than 0: distil with plain KL"
+                + (
+                    "."
+                    if np.all(np.asarray(self.teacher_temperature) == 1.0)
+                    and self.teacher_bias is None
+                    else " from the calibrated teacher."
+                )
+            )
+        return "\n".join(lines)
+
+
+class ProxyTeacherSearch:
+    """Find the coefficients of PTLoss on a small labelled set.
+
+    PTLoss with coefficients epsilon trains a student towards a *proxy
+    teacher*. The search computes proxy teachers for many epsilon on some
+    hundred to a thousand labelled examples, and keeps the epsilon whose proxy
+    is best by `objective`. Labels are needed here only, never on the data that
+    the student is distilled from.
+
+    `method="random"` is the paper's Algorithm 1: for each order up to `order`,
+    `trials` sets of coefficients are drawn uniformly from `space`.
+    `method="gradient"` descends along the exact derivative (L-BFGS-B), from
+    the teacher as it is, inside the region where the loss is convex; it takes
+    calibration and penalties along. In both, epsilon = 0 (plain KL) stands for
+    election, so that the result never scores worse than it.
+
+    Args:
+        order: highest number of coefficients M.
+        trials: random draws for each order; starts are set by `starts`.
+        space: bounds of the draws, `(low, high)`; `method="gradient"` uses
+            `[-1/m, high]`.
+        per_class: whether each class has its own coefficients. Only these can
+            move probability between classes, that is, repair a biased teacher.
+        method: `"random"` or `"gradient"`.
+        objective: `"risk"` (Eq. 11, rewards sharp teachers), `"nll"`,
+            `"brier"`, or a function `(probabilities (N, C), labels (N,)) ->
+            score`, lower being better; for `method="gradient"` it returns
+            `(score, derivative (N, C))`.
+        solver: `"newton"`, or `"fsolve"`, the paper's (random search only).
+        calibration: of the teacher, ahead of epsilon (gradient only):
+            `"none"`, `"temperature"` or `"vector"` (a temperature and a bias a
+            class).
+        penalty: weight of the squared parameters (gradient only).
+        starts: starts of the descent: the teacher as it is, and random ones.
+        selection: None, or `"cross_validation"`: calibration, shape of epsilon
+            and penalty are chosen on held-out folds, by the one-standard-error
+            rule towards fewer parameters; `per_class`, `calibration` and
+            `penalty` are then chosen, not read (gradient only).
+        folds: number of folds.
+        seed: of the draws, the starts and the folds.
+
+    Raises:
+        ValueError: if an argument is not of this form.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> truth = rng.dirichlet([1.0, 1.0, 1.0], size=300)
+        >>> labels = np.array([rng.choice(3, p=row) for row in truth])
+        >>> teacher = truth * [1.0, 0.2, 0.2]  # biased to class 0
+        >>> teacher /= teacher.sum(axis=1, keepdims=True)
+        >>> search = ProxyTeacherSearch(
+        ...     method="gradient", objective="nll", per_class=True, seed=0
+        ... )
+        >>> result = search.search(teacher, labels)
+        >>> result.score < result.score_at_zero
+        True
+        >>> loss = result.loss(from_logits=True)
+
+    Reference:
+        Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), Algorithm 1 and
+        Eq. 11; Guo et al. 2017 for the calibrations.
+    """
+
+    def __init__(
+        self,
+        order: int = 5,
+        trials: int = 100,
+        space: tuple[float, float] = (-1.0, 10.0),
+        per_class: bool = False,
+        method: str = "random",
+        objective: str | Callable[..., Any] = "risk",
+        solver: str = "newton",
+        *,
+        calibration: str = "none",
+        penalty: float = 0.0,
+        starts: int = 1,
+        selection: str | None = None,
+        folds: int = 5,
+        seed: int = 0,
+    ) -> None:
+        self.order = check_count("order", order)
+        self.trials = check_count("trials", trials)
+        self.space = _check_space(space)
+        self.per_class = bool(per_class)
+        check_choice("method", method, ("random", "gradient"))
+        self.method = method
+        self.objective = _as_objective(objective, method)
+        check_choice("solver", solver, SOLVERS)
+        self.solver = solver
+        check_choice("calibration", calibration, CALIBRATIONS)
+        self.calibration = calibration
+        self.penalty = check_number("penalty", penalty, at_least=0.0)
+        self.starts = check_count("starts", starts)
+        if selection is not None:
+            check_choice("selection", selection, ("cross_validation",))
+        self.selection = selection
+        self.folds = check_count("folds", folds, at_least=2)
+        self.seed = check_count("seed", seed, at_least=0)
+        if method == "random" and (
+            calibration != "none" or penalty or selection or starts != 1
+        ):
+            raise ValueError(
+                "`calibration`, `penalty`, `starts` and `selection` need "
+                'method="gradient". Received: method="random", '
+                f"calibration={calibration!r}, penalty={penalty!r}, "
+                f"starts={starts!r}, selection={selection!r}"
+            )
+        if method == "gradient" and solver != "newton":
+            fail("solver", '"newton" with method="gradient"', solver)
+
+    def search(
+        self,
+        teacher: Any,
+        labels: Any,
+        *,
+        inputs: Any = None,
+        from_logits: bool = False,
+        verbose: bool | None = None,
+    ) -> SearchResult:
+        """Search on labelled examples.
+
+        Args:
+            teacher: the teacher's outputs, `(N, C)`, or a Keras model that
+                gives them for `inputs`.
+            labels: true classes, integers, `(N,)`.
+            inputs: the examples, in any form that `teacher.predict` takes;
+                with a model only.
+            from_logits: whether the teacher's outputs are logits.
+            verbose: whether to show a progress bar; None shows it on runs of
+                more than some seconds.
+
+        Returns:
+            A `SearchResult`.
+
+        Raises:
+            ValueError: if outputs or labels are not of this form.
+        """
+        begin = time.perf_counter()
+        outputs = _teacher_outputs(teacher, inputs)
+        if from_logits:
+            if not np.all(np.isfinite(outputs)):
+                fail("teacher", "finite logits", outputs)
+            rows = Teacher(None, outputs)
+        else:
+            check_probabilities("teacher", outputs, "from_logits")
+            rows = Teacher(outputs / outputs.sum(axis=1, keepdims=True), None)
+        labels = check_labels(
+            labels, examples=len(outputs), classes=outputs.shape[1]
+        )
+        progress = _Progress(verbose)
+        if self.method == "random":
+            found = self._random(rows.probabilities, labels, progress)
+        elif self.selection is None:
+            found = self._gradient(rows, labels)
+        else:
+            found = self._cross_validation(rows, labels, progress)
+        progress.close()
+        return SearchResult(
+            **found,
+            score_at_zero=float(
+                self.objective.score(rows.probabilities, labels)
+            ),
+            objective=self.objective.name,
+            method=self.method,
+            from_logits=bool(from_logits),
+            seconds=time.perf_counter() - begin,
+        )
+
+    # --- Algorithm 1 ---------------------------------------------------------
+
+    def _random(
+        self, teacher: np.ndarray, labels: np.ndarray, progress: "_Progress"
+    ) -> dict[str, Any]:
+        examples, classes = teacher.shape
+        generator = np.random.default_rng(self.seed)
+        epsilons: list[np.ndarray] = []
+        for m in range(1, self.order + 1):
+            shape = (classes, m) if self.per_class else (m,)
+            epsilons.extend(
+                generator.uniform(*self.space, size=(self.trials, *shape))
+            )
+        scores: list[float] = []
+        unconverged: list[int] = []
+        at_once = max(1, block_elements() // teacher.size)
+        for start in range(0, len(epsilons), at_once):
+            chunk = epsilons[start : start + at_once]
+            q, missed = self._proxies(teacher, chunk, at_once)
+            scores.extend(
+                float(self.objective.score(row, labels)) for row in q
+            )
+            unconverged.extend(int(count) for count in missed)
+            progress.update(start + len(chunk), len(epsilons))
+
+        orders = [epsilon.shape[-1] for epsilon in epsilons]
+        best_per_order: dict[str, list[Any]] = {
+            "order": [], "score": [], "unconverged": [], "epsilon": [],
+        }  # fmt: skip
+        for first in range(0, len(epsilons), self.trials):
+            best = first + int(np.argmin(scores[first : first + self.trials]))
+            best_per_order["order"].append(orders[best])
+            best_per_order["score"].append(scores[best])
+            best_per_order["unconverged"].append(unconverged[best])
+            best_per_order["epsilon"].append(epsilons[best])
+        best = int(np.argmin(scores))
+        epsilon, score = epsilons[best], scores[best]
+        at_zero = float(self.objective.score(teacher, labels))
+        if not score < at_zero:
+            epsilon, score = np.zeros_like(epsilon), at_zero
+        return {
+            "epsilon": epsilon,
+            "teacher_temperature": 1.0,
+            "teacher_bias": None,
+            "score": score,
+            "trials": {
+                "order": orders,
+                "score": scores,
+                "unconverged": unconverged,
+                "epsilon": epsilons,
+            },
+            "best_per_order": best_per_order,
+            "unconverged": sum(unconverged),
+            "solves": len(epsilons) * examples,
+        }
+
+    def _proxies(
+        self, teacher: np.ndarray, epsilons: list[np.ndarray], at_once: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return proxies `(K, N, C)` of K trials and their unconverged rows."""
+        if self.solver == "fsolve":
+            results = [
+                proxy_teacher(teacher, epsilon, solver="fsolve")
+                for epsilon in epsilons
+            ]
+            return (
+                np.stack([result.probabilities for result in results]),
+                np.array([np.sum(~result.converged) for result in results]),
+            )
+        # One compiled shape: lower orders and absent trials are zeros.
+        rows = teacher.shape[1] if self.per_class else 1
+        padded = np.zeros((at_once, rows, self.order))
+        for k, epsilon in enumerate(epsilons):
+            padded[k, :, : epsilon.shape[-1]] = epsilon
+        tolerance = 1e-12
+        q, _, residual, _ = solve_newton(
+            teacher, padded, tolerance=tolerance, max_steps=100
+        )
+        missed = np.sum(residual > tolerance, axis=1)
+        return q[: len(epsilons)], missed[: len(epsilons)]
+
+    # --- Descent -------------------------------------------------------------
+
+    def _gradient(self, teacher: Teacher, labels: np.ndarray) -> dict[str, Any]:
+        form = Form(
+            self.calibration,
+            "per_class" if self.per_class else "shared",
+            self.order,
+            self.penalty,
+        )
+        self._warn_of_few_rows(form, teacher, labels)
+        fitted = fit(
+            form,
+            teacher,
+            labels,
+            self.objective,
+            upper=self.space[1],
+            starts=self.starts,
+            seed=self.seed,
+        )
+        found = self._found(form, fitted.parameters, teacher, labels)
+        trial = {
+            "order": [self.order],
+            "score": [found["score"]],
+            "unconverged": [fitted.unconverged],
+            "epsilon": [found["epsilon"]],
+        }
+        return {
+            **found,
+            "trials": trial,
+            "best_per_order": trial,
+            "unconverged": fitted.unconverged,
+            "solves": fitted.evaluations * len(labels),
+        }
+
+    def _cross_validation(
+        self, teacher: Teacher, labels: np.ndarray, progress: "_Progress"
+    ) -> dict[str, Any]:
+        candidates = cross_validate(
+            teacher,
+            labels,
+            self.objective,
+            order=self.order,
+            upper=self.space[1],
+            folds=self.folds,
+            seed=self.seed,
+            progress=progress.update,
+        )
+        form = candidates.chosen
+        self._warn_of_few_rows(form, teacher, labels)
+        fitted = fit(
+            form,
+            teacher,
+            labels,
+            self.objective,
+            upper=self.space[1],
+            starts=self.starts,
+            seed=self.seed,
+        )
+        found = self._found(form, fitted.parameters, teacher, labels)
+        return {
+            **found,
+            "trials": candidates.columns,
+            "best_per_order": {
+                "order": [self.order],
+                "score": [found["score"]],
+                "unconverged": [fitted.unconverged],
+                "epsilon": [found["epsilon"]],
+            },
+            "unconverged": candidates.unconverged + fitted.unconverged,
+            "solves": candidates.solves + fitted.evaluations * len(labels),
+        }
+
+    def _found(
+        self,
+        form: Form,
+        parameters: Parameters,
+        teacher: Teacher,
+        labels: np.ndarray,
+    ) -> dict[str, Any]:
+        q, _ = proxy(teacher.calibrated(parameters), parameters.epsilon)
+        epsilon = parameters.epsilon
+        temperature = 1.0 / parameters.scale
+        return {
+            "epsilon": epsilon if form.shape == "per_class" else epsilon[0],
+            "teacher_temperature": (
+                temperature
+                if form.calibration == "vector"
+                else float(temperature[0])
+            ),
+            "teacher_bias": (
+                parameters.bias if form.calibration == "vector" else None
+            ),
+            "score": float(self.objective.score(q, labels)),
+        }
+
+    def _warn_of_few_rows(
+        self, form: Form, teacher: Teacher, labels: np.ndarray
+    ) -> None:
+        if form.shape != "per_class" and form.calibration != "vector":
+            return
+        classes = teacher.logits.shape[1]
+        counts = np.bincount(labels, minlength=classes)
+        few = np.flatnonzero(counts < ROWS_PER_CLASS)
+        if len(few):
+            warnings.warn(
+                f"{len(few)} of {classes} classes have fewer than "
+                f"{ROWS_PER_CLASS} labelled examples (class {few[0]} has "
+                f"{counts[few[0]]}), too few for parameters per class. Label "
+                'more, raise `penalty`, or choose by '
+                'selection="cross_validation".',
+                stacklevel=4,
+            )
+
+
+class _Progress:
+    """A progress bar that appears on runs of more than some seconds."""
+
+    def __init__(self, verbose: bool | None, patience: float = 3.0) -> None:
+        self._verbose = verbose
+        self._patience = patience
+        self._start = time.perf_counter()
+        self._bar: Any = None
+
+    def update(self, done: int, total: int) -> None:
+        if self._verbose is False:
+            return
+        waited = time.perf_counter() - self._start
+        if self._bar is None and (self._verbose or waited > self._patience):
+            self._bar = keras.utils.Progbar(total, unit_name="trial")
+        if self._bar is not None:
+            self._bar.update(done, finalize=done == total)
+
+    def close(self) -> None:
+        self._bar = None
+
+
+def _check_space(space: Any) -> tuple[float, float]:
+    try:
+        low, high = (float(bound) for bound in space)
+    except (TypeError, ValueError):
+        fail("space", "two numbers, (low, high)", space)
+    if not (np.isfinite(low) and np.isfinite(high) and low < high):
+        fail("space", "two finite numbers, the lower one first", space)
+    return low, high
+
+
+def _as_objective(objective: Any, method: str) -> Objective:
+    if not callable(objective):
+        check_choice("objective", objective, OBJECTIVES)
+        return OBJECTIVES[objective]
+    name = getattr(objective, "__name__", type(objective).__name__)
+    if method == "random":
+
+        def score(q: np.ndarray, labels: np.ndarray) -> Any:
+            value = objective(q, labels)
+            return value[0] if isinstance(value, tuple) else value
+
+        return Objective(name, score, None)
+
+    def pair(q: np.ndarray, labels: np.ndarray) -> Any:
+        value = objective(q, labels)
+        if not isinstance(value, tuple) or np.shape(value[1]) != np.shape(q):
+            fail(
+                "objective",
+                'a function that returns (score, derivative (N, C)) with '
+                'method="gradient"',
+                objective,
+            )
+        return value
+
+    return Objective(
+        name,
+        lambda q, labels: pair(q, labels)[0],
+        lambda q, labels: np.asarray(pair(q, labels)[1]),
+    )
+
+
+def _teacher_outputs(teacher: Any, inputs: Any) -> np.ndarray:
+    """Return the teacher's outputs on the examples, `(N, C)`, in float64."""
+    if isinstance(teacher, keras.Model):
+        if inputs is None:
+            raise ValueError(
+                "`inputs` must hold the labelled examples when `teacher` is a "
+                "Keras model. Received: inputs=None"
+            )
+        outputs = teacher.predict(inputs, verbose=0)
+    elif inputs is not None:
+        raise ValueError(
+            "`inputs` goes with a Keras model. Received: inputs, with a "
+            f"teacher of type {type(teacher).__name__}"
+        )
+    else:
+        outputs = teacher
+    outputs = np.asarray(outputs)
+    if (
+        outputs.dtype.kind not in "fiu"
+        or outputs.ndim != 2
+        or 0 in outputs.shape
+        or outputs.shape[1] < 2
+    ):
+        raise ValueError(
+            "`teacher` must give numbers of shape (examples, classes), two "
+            "classes or more. Received: teacher outputs of shape "
+            f"{outputs.shape} and dtype {outputs.dtype}"
+        )
+    return outputs.astype("float64")
