@@ -122,3 +122,15 @@ def _on_cpu() -> bool:
             tf.config.list_physical_devices("CPU")
         )
     return False
+
+
+def replicas() -> int:
+    """Return by how many replicas a TensorFlow strategy splits the batch.
+
+    Keras divides compiled losses by it; a loss added beside them has to be.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return int(tf.distribute.get_strategy().num_replicas_in_sync)
+    return 1

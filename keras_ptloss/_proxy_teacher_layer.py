@@ -1,0 +1,104 @@
+"""The proxy teacher as a Keras layer."""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_ptloss._checks import check_count, check_epsilon
+from keras_ptloss._proxy_teacher import newton, newton_step
+
+Tensor = Any
+
+
+@keras.saving.register_keras_serializable(package="keras_ptloss")
+class ProxyTeacher(keras.layers.Layer):
+    """Turn a teacher's probabilities into its proxy teacher's.
+
+    `keras.Sequential([teacher, ProxyTeacher(epsilon)])` is the proxy teacher
+    as a model, for any distiller and loss: distilling from it with plain KL
+    has the optimum of distilling from `teacher` with `PTLoss(epsilon)`.
+
+    Differentiable by the implicit function theorem: the solution `q` is held
+    fixed and one Newton step is taken from it, whose value is zero and whose
+    derivative is the solution's. With `trainable=True` (the default) `epsilon`
+    is a weight, which `fit` may train on labels; `epsilon_m` is kept in
+    `[-1/m, inf)`, where the loss is convex.
+
+    Args:
+        epsilon: starting coefficients: a number (order 1), `(M,)` shared by
+            the classes, or `(C, M)` per class.
+        max_steps: most Newton steps.
+        **kwargs: passed on to `keras.layers.Layer`: `name`, `trainable`, ...
+
+    Input and output shape: `(..., C)`, rows on the simplex.
+
+    Raises:
+        ValueError: if `epsilon` is not of this form or has another class count
+            than the input.
+
+    Example:
+        >>> import numpy as np
+        >>> layer = ProxyTeacher([2.0, 0.5])
+        >>> np.asarray(layer(np.array([[0.7, 0.2, 0.1]]))).round(3)
+        array([[0.61 , 0.251, 0.139]], dtype=float32)
+
+    Reference:
+        Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), §4.2.
+    """
+
+    def __init__(
+        self, epsilon: Any, *, max_steps: int = 30, **kwargs: Any
+    ) -> None:
+        # Bits below float32's would be lost in the solver.
+        kwargs.setdefault("dtype", "float32")
+        super().__init__(**kwargs)
+        self._start = check_epsilon(epsilon, max_rank=2)
+        self.max_steps = check_count("max_steps", max_steps)
+
+    def build(self, input_shape: Any) -> None:
+        """Make `epsilon` a weight of the layer."""
+        check_epsilon(self._start, max_rank=2, classes=input_shape[-1])
+        self.epsilon = self.add_weight(
+            name="epsilon",
+            shape=self._start.shape,
+            initializer=keras.initializers.Constant(self._start),
+            constraint=Convex(),
+        )
+
+    def call(self, inputs: Tensor) -> Tensor:
+        """Return the proxy teachers of rows `(..., C)`."""
+        teacher = inputs / ops.sum(inputs, axis=-1, keepdims=True)
+        epsilon = ops.convert_to_tensor(self.epsilon)
+        coefficients = ops.moveaxis(epsilon, -1, 0)  # (M,) or (M, C)
+        q, _, _, _ = newton(
+            ops.stop_gradient(teacher),
+            ops.stop_gradient(coefficients),
+            tolerance=1e-6,
+            max_steps=self.max_steps,
+        )
+        q = ops.stop_gradient(q)
+        return q + newton_step(teacher, q, ops.unstack(coefficients))
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """Return the input's shape."""
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that build the layer; weights are kept apart."""
+        return {
+            **super().get_config(),
+            "epsilon": self._start.tolist(),
+            "max_steps": self.max_steps,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_ptloss")
+class Convex(keras.constraints.Constraint):
+    """Keep `epsilon_m >= -1/m`, where PTLoss is convex in the student."""
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """Clip coefficients `(..., M)` from below."""
+        lower = -1.0 / np.arange(1, value.shape[-1] + 1)
+        return ops.maximum(value, ops.cast(lower, value.dtype))
