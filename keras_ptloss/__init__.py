@@ -1,11 +1,18 @@
 """Knowledge distillation for Keras 3 that corrects a biased teacher."""
 
+# The loss, the solver, the search.
+# Training: from a live teacher, or from stored outputs.
 from keras_ptloss._distiller import Distiller as Distiller
+
+# PTLoss as other losses (Appendix A.1).
 from keras_ptloss._equivalents import focal_epsilon as focal_epsilon
 from keras_ptloss._equivalents import (
     label_smoothing_epsilon as label_smoothing_epsilon,
 )
 from keras_ptloss._equivalents import temperature_epsilon as temperature_epsilon
+
+# Judging and serving students.
+from keras_ptloss._export import export_student as export_student
 from keras_ptloss._losses import PTLoss as PTLoss
 from keras_ptloss._losses import pt_loss as pt_loss
 from keras_ptloss._metrics import BrierScore as BrierScore
@@ -22,4 +29,11 @@ from keras_ptloss._proxy_teacher import proxy_teacher as proxy_teacher
 from keras_ptloss._proxy_teacher_layer import ProxyTeacher as ProxyTeacher
 from keras_ptloss._search import ProxyTeacherSearch as ProxyTeacherSearch
 from keras_ptloss._search import SearchResult as SearchResult
+from keras_ptloss._soft_label_import import ImportReport as ImportReport
+from keras_ptloss._soft_label_import import (
+    import_soft_labels as import_soft_labels,
+)
+from keras_ptloss._soft_label_spec import SoftLabelSpec as SoftLabelSpec
+from keras_ptloss._soft_labels import SoftLabels as SoftLabels
+from keras_ptloss._soft_labels import with_retries as with_retries
 from keras_ptloss._version import __version__ as __version__

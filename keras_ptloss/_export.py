@@ -94,10 +94,15 @@ def export_student(
     Example:
         >>> import keras, tempfile
         >>> student = keras.Sequential(
-        ...     [keras.Input((4,), name="pixels"), keras.layers.Dense(2)])
+        ...     [keras.Input((4,), name="pixels"), keras.layers.Dense(2)]
+        ... )
         >>> with tempfile.TemporaryDirectory() as directory:
-        ...     first = export_student(student, directory, from_logits=True,
-        ...                            class_names=["cat", "dog"])
+        ...     first = export_student(
+        ...         student,
+        ...         directory,
+        ...         from_logits=True,
+        ...         class_names=["cat", "dog"],
+        ...     )
         ...     second = export_student(student, directory, from_logits=True)
         ...     first.name, second.name, (first / "saved_model.pb").exists()
         ('1', '2', True)

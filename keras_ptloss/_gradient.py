@@ -48,9 +48,7 @@ class Form:
         """Return the number of fitted numbers."""
         calibration = {"none": 0, "temperature": 1, "vector": 2 * classes}
         epsilon = {"zero": 0, "shared": 1, "per_class": classes}
-        return (
-            calibration[self.calibration] + epsilon[self.shape] * self.order
-        )
+        return calibration[self.calibration] + epsilon[self.shape] * self.order
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,9 +111,7 @@ class Teacher:
         )
 
 
-def proxy(
-    teacher: np.ndarray, epsilon: np.ndarray
-) -> tuple[np.ndarray, int]:
+def proxy(teacher: np.ndarray, epsilon: np.ndarray) -> tuple[np.ndarray, int]:
     """Return the proxy teachers `(N, C)` and the count of unconverged rows."""
     if not np.any(epsilon):
         return teacher, 0

@@ -245,8 +245,12 @@ class PTLoss(keras.losses.Loss):
     Example:
         >>> import keras, numpy as np
         >>> student = keras.Sequential([keras.layers.Dense(3)])
-        >>> student.compile("adam", loss=PTLoss([0.5, 0.1], from_logits=True,
-        ...                                     teacher_from_logits=False))
+        >>> student.compile(
+        ...     "adam",
+        ...     loss=PTLoss(
+        ...         [0.5, 0.1], from_logits=True, teacher_from_logits=False
+        ...     ),
+        ... )
         >>> x = np.ones((8, 4), "float32")
         >>> soft_labels = np.full((8, 3), 1 / 3, "float32")
         >>> history = student.fit(x, soft_labels, verbose=0)
@@ -303,7 +307,9 @@ class PTLoss(keras.losses.Loss):
             "teacher_from_logits": self.teacher_from_logits,
             "teacher_temperature": self.teacher_temperature.tolist(),
             "teacher_bias": (
-                None if self.teacher_bias is None else self.teacher_bias.tolist()
+                None
+                if self.teacher_bias is None
+                else self.teacher_bias.tolist()
             ),
             "dtype": self.dtype,
         }

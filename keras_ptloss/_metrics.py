@@ -138,8 +138,10 @@ class TeacherAgreement(keras.metrics.MeanMetricWrapper):
     Example:
         >>> import numpy as np
         >>> agreement = TeacherAgreement()
-        >>> agreement.update_state(np.array([[0.9, 0.1], [0.4, 0.6]]),
-        ...                        np.array([[0.6, 0.4], [0.5, 0.5]]))
+        >>> agreement.update_state(
+        ...     np.array([[0.9, 0.1], [0.4, 0.6]]),
+        ...     np.array([[0.6, 0.4], [0.5, 0.5]]),
+        ... )
         >>> float(agreement.result())
         0.5
 
@@ -226,8 +228,10 @@ class TotalVariationDistance(_DistanceToTeacher):
     Example:
         >>> import numpy as np
         >>> distance = TotalVariationDistance()
-        >>> distance.update_state(np.array([[0.75, 0.25], [0.5, 0.5]]),
-        ...                       np.array([[0.5, 0.5], [0.5, 0.5]]))
+        >>> distance.update_state(
+        ...     np.array([[0.75, 0.25], [0.5, 0.5]]),
+        ...     np.array([[0.5, 0.5], [0.5, 0.5]]),
+        ... )
         >>> float(distance.result())
         0.125
 
@@ -278,8 +282,9 @@ class KLToTeacher(_DistanceToTeacher):
     Example:
         >>> import numpy as np
         >>> divergence = KLToTeacher()
-        >>> divergence.update_state(np.array([[0.5, 0.5]]),
-        ...                         np.array([[0.8, 0.2]]))
+        >>> divergence.update_state(
+        ...     np.array([[0.5, 0.5]]), np.array([[0.8, 0.2]])
+        ... )
         >>> round(float(divergence.result()), 4)
         0.2231
 
@@ -327,8 +332,9 @@ class BrierScore(keras.metrics.MeanMetricWrapper):
     Example:
         >>> import numpy as np
         >>> score = BrierScore()
-        >>> score.update_state(np.array([0, 1]),
-        ...                    np.array([[1.0, 0.0], [0.5, 0.5]]))
+        >>> score.update_state(
+        ...     np.array([0, 1]), np.array([[1.0, 0.0], [0.5, 0.5]])
+        ... )
         >>> float(score.result())
         0.25
 
@@ -391,8 +397,9 @@ class ExpectedCalibrationError(keras.metrics.Metric):
     Example:
         >>> import numpy as np
         >>> error = ExpectedCalibrationError(num_bins=10)
-        >>> error.update_state(np.array([0, 1]),
-        ...                    np.array([[0.75, 0.25], [0.75, 0.25]]))
+        >>> error.update_state(
+        ...     np.array([0, 1]), np.array([[0.75, 0.25], [0.75, 0.25]])
+        ... )
         >>> float(error.result())
         0.25
 

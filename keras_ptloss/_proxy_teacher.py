@@ -123,7 +123,7 @@ def proxy_teacher(
     Example:
         >>> result = proxy_teacher([[0.7, 0.2, 0.1]], [2.0, 0.5])
         >>> result.probabilities.round(3)
-        array([[0.61 , 0.251, 0.139]])
+        array([[0.838, 0.113, 0.049]])
         >>> bool(result.converged.all())
         True
 
@@ -159,7 +159,7 @@ def proxy_teacher(
 
 
 def normalised_teacher(teacher_probs: Any) -> np.ndarray:
-    """Check `(N, C)` probabilities and return them in float64, rows summing to 1."""
+    """Check probabilities `(N, C)`; return them normalised, in float64."""
     teacher = np.asarray(teacher_probs)
     if teacher.ndim != 2 or 0 in teacher.shape or teacher.shape[1] < 2:
         fail(
@@ -173,7 +173,7 @@ def normalised_teacher(teacher_probs: Any) -> np.ndarray:
 
 
 def orders(epsilon: np.ndarray) -> list[np.ndarray]:
-    """Split `(..., M)` coefficients into M arrays broadcastable to `(..., C)`."""
+    """Split `(..., M)` coefficients into M arrays, each for `(..., C)`."""
     return [epsilon[..., m] for m in range(epsilon.shape[-1])]
 
 
@@ -319,7 +319,9 @@ def adjoint(
     return ops.stack(by_epsilon), v * factor
 
 
-def loss_of(teacher: Tensor, q: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
+def loss_of(
+    teacher: Tensor, q: Tensor, coefficients: Sequence[Tensor]
+) -> Tensor:
     """Return `sum_c t_c (-log q_c + P_c(1 - q_c))`, `(...)`; `0 log 0 = 0`."""
     tiny = float(np.finfo(standardize_dtype(q.dtype)).tiny)
     terms = perturbation(1.0 - q, coefficients) - ops.log(ops.maximum(q, tiny))
@@ -376,9 +378,7 @@ def solve_newton(
     ]
     axis = epsilon.ndim - 2 if epsilon.ndim == 3 else 0
     return tuple(  # type: ignore[return-value]
-        np.take(
-            np.concatenate(part, axis=axis), range(len(teacher)), axis=axis
-        )
+        np.take(np.concatenate(part, axis=axis), range(len(teacher)), axis=axis)
         for part in zip(*parts, strict=True)
     )
 
@@ -441,50 +441,64 @@ def solve_fsolve(
         `(q, loss, residual, steps)` of `(N, C)`, `(N,)`, `(N,)`, `(N,)`.
     """
     coefficients = orders(epsilon)
-    solved = np.empty_like(teacher)
-    steps = np.zeros(len(teacher), dtype="int32")
-    for n, t in enumerate(teacher):
-        start = np.log(np.maximum(t, np.finfo("float64").tiny))
-        free = np.ones(len(t), dtype=bool)
-        if fix_gauge:
-            free[np.argmax(t)] = False
-
-        def equations(
-            x: np.ndarray, t: Any = t, start: Any = start, free: Any = free
-        ) -> tuple[np.ndarray, np.ndarray]:
-            z = start.copy()
-            z[free] = x
-            values, jacobian = _logit_equations(z, t, coefficients)
-            return values[free], jacobian[np.ix_(free, free)]
-
-        with warnings.catch_warnings():
-            # Judged by residual and loss, not by fsolve's own word.
-            warnings.simplefilter("ignore", RuntimeWarning)
-            x, info, _, _ = scipy.optimize.fsolve(
-                lambda x: equations(x)[0],  # noqa: B023
-                start[free],
-                fprime=lambda x: equations(x)[1],  # noqa: B023
-                xtol=max(0.01 * tolerance, 1e-14),
-                maxfev=max_steps,
-                full_output=True,
-            )
-        z = start.copy()
-        z[free] = x
-        q = scipy.special.softmax(z)
-        solved[n] = q if np.all(np.isfinite(q)) else t
-        steps[n] = info["nfev"] + info["njev"]
+    rows = [
+        _fsolve_row(t, coefficients, 0.01 * tolerance, max_steps, fix_gauge)
+        for t in teacher
+    ]
+    solved = np.stack([q for q, _ in rows])
     return (
         solved,
         numpy_loss(teacher, solved, np.stack(coefficients)),
         numpy_residual(teacher, solved, np.stack(coefficients)),
-        steps,
+        np.array([steps for _, steps in rows], dtype="int32"),
     )
+
+
+def _fsolve_row(
+    t: np.ndarray,
+    coefficients: Sequence[Any],
+    xtol: float,
+    max_steps: int,
+    fix_gauge: bool,
+) -> tuple[np.ndarray, int]:
+    """Return one row's solution, `(C,)`, and its evaluations."""
+    start = np.log(np.maximum(t, np.finfo("float64").tiny))
+    free = np.ones(len(t), dtype=bool)
+    if fix_gauge:
+        free[np.argmax(t)] = False
+
+    def logits(x: np.ndarray) -> np.ndarray:
+        z = start.copy()
+        z[free] = x
+        return z
+
+    def equations(x: np.ndarray) -> np.ndarray:
+        return _logit_equations(logits(x), t, coefficients)[0][free]
+
+    def jacobian(x: np.ndarray) -> np.ndarray:
+        whole = _logit_equations(logits(x), t, coefficients)[1]
+        return whole[np.ix_(free, free)]
+
+    with warnings.catch_warnings():
+        # Judged by residual and loss, not by fsolve's own word.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        x, info, _, _ = scipy.optimize.fsolve(
+            equations,
+            start[free],
+            fprime=jacobian,
+            xtol=max(xtol, 1e-14),
+            maxfev=max_steps,
+            full_output=True,
+        )
+    q = scipy.special.softmax(logits(x))
+    steps = int(info["nfev"] + info["njev"])
+    return (q if np.all(np.isfinite(q)) else t), steps
 
 
 def _logit_equations(
     z: np.ndarray, t: np.ndarray, coefficients: Sequence[Any]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the loss's gradient on the logits, `(C,)`, and Jacobian, `(C, C)`."""
+    """Return the loss's gradient on the logits, and its Jacobian `(C, C)`."""
     q = scipy.special.softmax(z)
     s = 1.0 - q
     h = slope(s, coefficients)

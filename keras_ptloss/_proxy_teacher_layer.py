@@ -42,7 +42,7 @@ class ProxyTeacher(keras.layers.Layer):
         >>> import numpy as np
         >>> layer = ProxyTeacher([2.0, 0.5])
         >>> np.asarray(layer(np.array([[0.7, 0.2, 0.1]]))).round(3)
-        array([[0.61 , 0.251, 0.139]], dtype=float32)
+        array([[0.838, 0.113, 0.049]], dtype=float32)
 
     Reference:
         Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), §4.2.

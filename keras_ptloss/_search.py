@@ -1,6 +1,7 @@
 """The search for epsilon on a small labelled set (Algorithm 1, and beyond)."""
 
 import dataclasses
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -28,7 +29,12 @@ from keras_ptloss._gradient import (
 )
 from keras_ptloss._losses import PTLoss
 from keras_ptloss._objectives import OBJECTIVES, Objective
-from keras_ptloss._proxy_teacher import SOLVERS, proxy_teacher, solve_newton
+from keras_ptloss._proxy_teacher import (
+    SOLVERS,
+    ProxyTeacherResult,
+    proxy_teacher,
+    solve_newton,
+)
 from keras_ptloss._selection import cross_validate
 
 # Fewer labelled examples of a class than this do not carry its parameters.
@@ -97,6 +103,29 @@ class SearchResult:
             **arguments,
         )
 
+    def proxy_teacher(self, teacher: Any) -> ProxyTeacherResult:
+        """Return what students distilled with `loss()` end at.
+
+        Args:
+            teacher: the teacher's outputs, `(N, C)`, in the form in which the
+                search was given them.
+
+        Returns:
+            The proxy teachers of the calibrated teacher's rows.
+
+        Raises:
+            ValueError: if `teacher` is not of this form.
+        """
+        parameters = Parameters(
+            scale=1.0 / np.atleast_1d(self.teacher_temperature),
+            bias=np.atleast_1d(
+                0.0 if self.teacher_bias is None else self.teacher_bias
+            ),
+            epsilon=np.atleast_2d(self.epsilon),
+        )
+        rows = _as_teacher(_teacher_outputs(teacher, None), self.from_logits)
+        return proxy_teacher(rows.calibrated(parameters), self.epsilon)
+
     def summary(self) -> None:
         """Print what was found and what it cost."""
         print(self)
@@ -140,13 +169,8 @@ class SearchResult:
         )
         if not np.any(self.epsilon):
             lines.append(
-                "  No epsilon scored better than 0: distil with plain KL"
-                + (
-                    "."
-                    if np.all(np.asarray(self.teacher_temperature) == 1.0)
-                    and self.teacher_bias is None
-                    else " from the calibrated teacher."
-                )
+                "  epsilon = 0: this is plain KL from the teacher"
+                + ("" if self.score == self.score_at_zero else ", calibrated")
             )
         return "\n".join(lines)
 
@@ -280,8 +304,8 @@ class ProxyTeacherSearch:
             inputs: the examples, in any form that `teacher.predict` takes;
                 with a model only.
             from_logits: whether the teacher's outputs are logits.
-            verbose: whether to show a progress bar; None shows it on runs of
-                more than some seconds.
+            verbose: whether to show a progress bar; None shows it on a
+                terminal, on runs of more than some seconds.
 
         Returns:
             A `SearchResult`.
@@ -291,13 +315,7 @@ class ProxyTeacherSearch:
         """
         begin = time.perf_counter()
         outputs = _teacher_outputs(teacher, inputs)
-        if from_logits:
-            if not np.all(np.isfinite(outputs)):
-                fail("teacher", "finite logits", outputs)
-            rows = Teacher(None, outputs)
-        else:
-            check_probabilities("teacher", outputs, "from_logits")
-            rows = Teacher(outputs / outputs.sum(axis=1, keepdims=True), None)
+        rows = _as_teacher(outputs, from_logits)
         labels = check_labels(
             labels, examples=len(outputs), classes=outputs.shape[1]
         )
@@ -339,9 +357,7 @@ class ProxyTeacherSearch:
         for start in range(0, len(epsilons), at_once):
             chunk = epsilons[start : start + at_once]
             q, missed = self._proxies(teacher, chunk, at_once)
-            scores.extend(
-                float(self.objective.score(row, labels)) for row in q
-            )
+            scores.extend(float(self.objective.score(row, labels)) for row in q)
             unconverged.extend(int(count) for count in missed)
             progress.update(start + len(chunk), len(epsilons))
 
@@ -509,7 +525,7 @@ class ProxyTeacherSearch:
                 f"{len(few)} of {classes} classes have fewer than "
                 f"{ROWS_PER_CLASS} labelled examples (class {few[0]} has "
                 f"{counts[few[0]]}), too few for parameters per class. Label "
-                'more, raise `penalty`, or choose by '
+                "more, raise `penalty`, or choose by "
                 'selection="cross_validation".',
                 stacklevel=4,
             )
@@ -528,7 +544,10 @@ class _Progress:
         if self._verbose is False:
             return
         waited = time.perf_counter() - self._start
-        if self._bar is None and (self._verbose or waited > self._patience):
+        wanted = self._verbose or (
+            waited > self._patience and sys.stdout.isatty()
+        )
+        if self._bar is None and wanted:
             self._bar = keras.utils.Progbar(total, unit_name="trial")
         if self._bar is not None:
             self._bar.update(done, finalize=done == total)
@@ -565,7 +584,7 @@ def _as_objective(objective: Any, method: str) -> Objective:
         if not isinstance(value, tuple) or np.shape(value[1]) != np.shape(q):
             fail(
                 "objective",
-                'a function that returns (score, derivative (N, C)) with '
+                "a function that returns (score, derivative (N, C)) with "
                 'method="gradient"',
                 objective,
             )
@@ -576,6 +595,15 @@ def _as_objective(objective: Any, method: str) -> Objective:
         lambda q, labels: pair(q, labels)[0],
         lambda q, labels: np.asarray(pair(q, labels)[1]),
     )
+
+
+def _as_teacher(outputs: np.ndarray, from_logits: bool) -> Teacher:
+    if from_logits:
+        if not np.all(np.isfinite(outputs)):
+            fail("teacher", "finite logits", outputs)
+        return Teacher(None, outputs)
+    check_probabilities("teacher", outputs, "from_logits")
+    return Teacher(outputs / outputs.sum(axis=1, keepdims=True), None)
 
 
 def _teacher_outputs(teacher: Any, inputs: Any) -> np.ndarray:

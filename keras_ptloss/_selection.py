@@ -44,9 +44,7 @@ def candidate_forms(order: int) -> list[Form]:
     return forms
 
 
-def stratified_folds(
-    labels: np.ndarray, folds: int, seed: int
-) -> np.ndarray:
+def stratified_folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """Return the fold of each example, `(N,)`, every class dealt out evenly."""
     shuffle = np.random.default_rng(seed).random(len(labels))
     fold = np.empty(len(labels), dtype="int64")

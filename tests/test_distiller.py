@@ -1,7 +1,7 @@
 """Distiller: Keras's own training, with the teacher's outputs as targets.
 
-The class `TestDefectsOfKerasDistillation` goes through what `keras.distillation`
-(Keras 3.15) gets wrong, one test a defect.
+The class `TestDefectsOfKerasDistillation` goes through what Keras 3.15's
+`keras.distillation` gets wrong, one test a defect.
 """
 
 import keras
@@ -138,9 +138,7 @@ class TestData:
         history = distiller.fit(
             x, validation_data=(x, y), epochs=3, verbose=0
         ).history
-        accuracy = np.mean(
-            distiller.predict(x, verbose=0).argmax(axis=1) == y
-        )
+        accuracy = np.mean(distiller.predict(x, verbose=0).argmax(axis=1) == y)
         np.testing.assert_allclose(
             history["val_sparse_categorical_accuracy"][-1], accuracy, atol=1e-6
         )
@@ -291,9 +289,7 @@ class TestSeveralTeachers:
 class TestHardLabels:
     @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
     def test_weighted_sum(self, x, y, weight):
-        student = make_linear(
-            seed=1, regularizer=keras.regularizers.L2(0.01)
-        )
+        student = make_linear(seed=1, regularizer=keras.regularizers.L2(0.01))
         teacher = make_model()
         hard = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         distiller = distil(
@@ -302,7 +298,9 @@ class TestHardLabels:
         logs = distiller.evaluate(x, y, verbose=0, return_dict=True)
         logits = student.predict(x, verbose=0)
         soft = np.mean(
-            pt_loss(teacher.predict(x, verbose=0), logits, 0.5, from_logits=True)
+            pt_loss(
+                teacher.predict(x, verbose=0), logits, 0.5, from_logits=True
+            )
         )
         expected = (
             weight * float(hard(y, logits))
@@ -489,9 +487,7 @@ class TestDefectsOfKerasDistillation:
         for devices in (["CPU:0"], ["CPU:0", "CPU:1"]):
             with tf.distribute.MirroredStrategy(devices).scope():
                 distiller = Distiller(make_linear(seed=1), make_linear(seed=2))
-                distiller.compile(
-                    keras.optimizers.SGD(0.1), loss=logits_loss()
-                )
+                distiller.compile(keras.optimizers.SGD(0.1), loss=logits_loss())
             history = distiller.fit(
                 x, batch_size=16, epochs=2, shuffle=False, verbose=0
             ).history
@@ -565,9 +561,7 @@ class TestWrongInput:
 
     def test_hard_label_weight_without_a_loss(self):
         with pytest.raises(ValueError, match="`hard_label_loss`"):
-            Distiller(
-                make_model(), make_model(seed=1), hard_label_weight=0.5
-            )
+            Distiller(make_model(), make_model(seed=1), hard_label_weight=0.5)
 
     def test_hard_label_loss_that_is_no_loss(self):
         with pytest.raises(ValueError, match="`hard_label_loss`.*'mse'"):

@@ -1,0 +1,43 @@
+# On a fresh machine: python3, make and the package registries are enough.
+#   make demo   distil students from a biased teacher, on handwritten digits
+#   make test   the tests, on TensorFlow and on JAX
+#   make lint   ruff and mypy
+#   make slow   the tests that are left out of `make test`
+
+PYTHON ?= python3
+BIN = .venv/bin
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+.PHONY: demo test slow lint wheel clean
+# Nothing is left half-installed by an interrupted run.
+.DELETE_ON_ERROR:
+
+demo: .venv/demo.installed
+	$(BIN)/python examples/digits.py --output demo-output
+
+test: .venv/test.installed
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n 2 -m "not slow"
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 -m "not slow"
+
+slow: .venv/test.installed
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m slow
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -m slow
+
+lint: .venv/test.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: .venv/test.installed
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+# Installing one extra leaves the other in place.
+.venv/%.installed: setup.cfg pyproject.toml | .venv/bin/pip
+	$(BIN)/pip install --quiet --editable ".[$*]"
+	touch $@
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf .venv build dist *.egg-info demo-output
