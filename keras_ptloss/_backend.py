@@ -7,7 +7,7 @@ times in a search and whose result should not depend on the backend.
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import keras
@@ -42,13 +42,19 @@ def float64() -> contextlib.AbstractContextManager[Any]:
 
 
 def on_numpy(
-    function: Callable[..., Any], *, compile: bool = True
+    function: Callable[..., Any],
+    *,
+    rows: Collection[int] = (),
+    compile: bool = True,
 ) -> Callable[..., Any]:
     """Make a function written in `keras.ops` one of NumPy arrays, in float64.
 
     Args:
         function: takes arrays, and hashable settings by keyword; returns an
             array or a tuple of arrays.
+        rows: positions of the arrays whose first axis are examples. Under a
+            `keras.distribution.DataParallel` (JAX) they are spread over its
+            devices.
         compile: whether to compile it by XLA, once for each set of shapes and
             settings.
 
@@ -77,6 +83,14 @@ def on_numpy(
                 keras.ops.convert_to_tensor(np.asarray(a, "float64"), "float64")
                 for a in arrays
             ]
+            distribution = keras.distribution.distribution()
+            if isinstance(distribution, keras.distribution.DataParallel):
+                for position, tensor in enumerate(tensors):
+                    if position in rows:
+                        layout = distribution.get_data_layout(tensor.shape)
+                        tensors[position] = keras.distribution.distribute_tensor(
+                            tensor, layout
+                        )
             out = with_settings(**settings)(*tensors)
             if isinstance(out, tuple):
                 return tuple(keras.ops.convert_to_numpy(o) for o in out)

@@ -18,8 +18,7 @@ import time
 import keras
 import numpy as np
 
-from keras_ptloss._soft_label_spec import SoftLabelSpec
-from keras_ptloss._soft_labels import SoftLabels
+from keras_ptloss import Distiller, PTLoss, SoftLabels, SoftLabelSpec
 
 
 def report(step, **values):
@@ -117,24 +116,6 @@ def classifier(width, inputs, classes):
     return model
 
 
-class Live(keras.utils.PyDataset):
-    """Asks the teacher in every step."""
-
-    def __init__(self, teacher, x, size):
-        """Pair the rows of `x` with what `teacher` says of them."""
-        super().__init__()
-        self.teacher, self.x, self.size = teacher, x, size
-
-    def __len__(self):
-        """Return the number of batches."""
-        return -(-len(self.x) // self.size)
-
-    def __getitem__(self, index):
-        """Return a batch."""
-        x = self.x[index * self.size : (index + 1) * self.size]
-        return x, self.teacher.predict_on_batch(x)
-
-
 def epochs(examples=20_000, inputs=64, classes=100, batch_size=64, count=3):
     """Train on the live teacher and on its stored outputs."""
     keras.utils.set_random_seed(0)
@@ -143,7 +124,9 @@ def epochs(examples=20_000, inputs=64, classes=100, batch_size=64, count=3):
     teacher = classifier(1024, inputs, classes)
     student = classifier(300, inputs, classes)
     weights = student.get_weights()
-    student.compile("adam", "kl_divergence")
+    distiller = Distiller(student, teacher)
+    for model in (student, distiller):
+        model.compile("adam", loss=PTLoss(0.0))
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         labels = SoftLabels.write(
@@ -151,14 +134,14 @@ def epochs(examples=20_000, inputs=64, classes=100, batch_size=64, count=3):
         )
         written = time.perf_counter() - began
         rates = {}
-        for name, dataset in (
-            ("live", Live(teacher, x, batch_size)),
-            ("stored", labels.attach(x, batch_size=batch_size)),
+        for name, model, data in (
+            ("live", distiller, {"x": x, "batch_size": batch_size}),
+            ("stored", student, {"x": labels.attach(x, batch_size=batch_size)}),
         ):
             student.set_weights(weights)
-            student.fit(dataset, epochs=1, verbose=0)  # compiles
+            model.fit(**data, epochs=1, verbose=0)  # compiles
             began = time.perf_counter()
-            student.fit(dataset, epochs=count, verbose=0)
+            model.fit(**data, epochs=count, verbose=0)
             rates[name] = 3600 * count / (time.perf_counter() - began)
     report(
         "epochs per hour",
