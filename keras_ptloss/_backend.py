@@ -83,20 +83,23 @@ def on_numpy(
                 keras.ops.convert_to_tensor(np.asarray(a, "float64"), "float64")
                 for a in arrays
             ]
-            distribution = keras.distribution.distribution()
-            if isinstance(distribution, keras.distribution.DataParallel):
-                for position, tensor in enumerate(tensors):
-                    if position in rows:
-                        layout = distribution.get_data_layout(tensor.shape)
-                        tensors[position] = keras.distribution.distribute_tensor(
-                            tensor, layout
-                        )
+            for position in rows:
+                tensors[position] = _spread(tensors[position])
             out = with_settings(**settings)(*tensors)
             if isinstance(out, tuple):
                 return tuple(keras.ops.convert_to_numpy(o) for o in out)
             return keras.ops.convert_to_numpy(out)
 
     return run
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """Spread examples over the devices of a `DataParallel`, if one is set."""
+    distribution = keras.distribution.distribution()
+    if not isinstance(distribution, keras.distribution.DataParallel):
+        return rows
+    layout = distribution.get_data_layout(rows.shape)
+    return keras.distribution.distribute_tensor(rows, layout)
 
 
 def row_sum(x: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ Every check names the argument, says what was expected and shows what came:
 from collections.abc import Collection
 from typing import Any, NoReturn
 
+import keras
 import numpy as np
+from keras import ops
 
 from keras_ptloss._backend import visible_values
 
@@ -51,32 +53,38 @@ def check_number(argument: str, value: Any, *, at_least: float) -> float:
 
 
 def check_epsilon(
-    epsilon: Any, *, max_rank: int, classes: int | None = None
+    epsilon: Any,
+    *,
+    max_rank: int,
+    classes: int | None = None,
+    examples: int | None = None,
 ) -> Any:
     """Require coefficients `(M,)`, `(C, M)` or, at rank 3, `(N, C, M)`.
 
     Args:
-        epsilon: a number (order 1), an array or, inside a compiled function, a
-            tensor.
+        epsilon: a number (order 1), an array or a tensor.
         max_rank: the highest rank taken.
         classes: the model's class count, where it is known.
+        examples: the batch size, where it is known.
 
     Returns:
-        A float64 NumPy array of rank 1 or more; tensors under trace as they
-        are.
+        A float64 NumPy array of rank 1 or more; a tensor where a tensor or a
+        variable was given.
     """
     forms = "a number, (order,) or (classes, order)" + (
         " or (examples, classes, order)" if max_rank == 3 else ""
     )
-    values = visible_values(epsilon)
-    if values is None:
-        values = epsilon
+    if isinstance(epsilon, keras.Variable) or ops.is_tensor(epsilon):
+        # Stays a tensor: it may be differentiated.
+        values = ops.convert_to_tensor(epsilon)
+        if not len(values.shape):
+            values = ops.reshape(values, (1,))
+        seen = visible_values(values)
     else:
-        values = _as_floats("epsilon", values, f"numbers of shape {forms}")
-        if not values.ndim:
-            values = values[None]
-        if not np.all(np.isfinite(values)):
-            fail("epsilon", "finite", epsilon)
+        values = _as_floats("epsilon", epsilon, f"numbers of shape {forms}")
+        values = seen = np.atleast_1d(values)
+    if seen is not None and not np.all(np.isfinite(seen)):
+        fail("epsilon", "finite", epsilon)
     shape = tuple(values.shape)
     if not 1 <= len(shape) <= max_rank or 0 in shape:
         fail("epsilon", f"of shape {forms}, none of them empty", epsilon)
@@ -85,24 +93,36 @@ def check_epsilon(
             f"`epsilon` must have one row a class, (..., {classes}, order). "
             f"Received: epsilon of shape {shape} with {classes} classes"
         )
+    if examples is not None and len(shape) == 3 and shape[0] != examples:
+        raise ValueError(
+            f"`epsilon` must have one entry an example, ({examples}, classes, "
+            f"order). Received: epsilon of shape {shape} with {examples} "
+            "examples"
+        )
     return values
 
 
-def check_temperature(argument: str, value: Any) -> np.ndarray:
+def check_temperature(
+    argument: str, value: Any, *, classes: int | None = None
+) -> np.ndarray:
     """Require a finite number above 0, or one a class; return an array."""
     array = _as_floats(argument, value, "a number, or one a class")
     if array.ndim > 1 or not np.all(np.isfinite(array) & (array > 0)):
         fail(argument, "a finite number above 0, or one a class", value)
+    _check_one_a_class(argument, array, classes)
     return array
 
 
-def check_bias(argument: str, value: Any) -> np.ndarray | None:
+def check_bias(
+    argument: str, value: Any, *, classes: int | None = None
+) -> np.ndarray | None:
     """Require a finite number, or one a class, or None; return an array."""
     if value is None:
         return None
     array = _as_floats(argument, value, "a number, or one a class, or None")
     if array.ndim > 1 or not np.all(np.isfinite(array)):
         fail(argument, "finite: a number, or one a class, or None", value)
+    _check_one_a_class(argument, array, classes)
     return array
 
 
@@ -183,6 +203,16 @@ def check_labels(labels: Any, *, examples: int, classes: int) -> np.ndarray:
             f"Received: labels[{index}]={array[index]}"
         )
     return array.astype("int64")
+
+
+def _check_one_a_class(
+    argument: str, array: np.ndarray, classes: int | None
+) -> None:
+    if classes is not None and array.ndim and len(array) != classes:
+        raise ValueError(
+            f"`{argument}` must be a number, or one for each of the {classes} "
+            f"classes. Received: {argument} of length {len(array)}"
+        )
 
 
 def _as_floats(argument: str, value: Any, expected: str) -> np.ndarray:

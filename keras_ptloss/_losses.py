@@ -123,7 +123,14 @@ def pt_loss(
     y_pred = ops.cast(y_pred, dtype)
     y_true = ops.cast(ops.convert_to_tensor(y_true), dtype)
     check_classes("y_true", y_true, "y_pred", y_pred)
-    epsilon = check_epsilon(epsilon, classes=y_pred.shape[-1], max_rank=3)
+    classes = y_pred.shape[-1]
+    epsilon = check_epsilon(
+        epsilon, max_rank=3, classes=classes, examples=y_pred.shape[0]
+    )
+    teacher_temperature = check_temperature(
+        "teacher_temperature", teacher_temperature, classes=classes
+    )
+    teacher_bias = check_bias("teacher_bias", teacher_bias, classes=classes)
     if not teacher_from_logits:
         check_probabilities("y_true", y_true, "teacher_from_logits")
     if not from_logits:
@@ -141,7 +148,7 @@ def pt_loss(
     if not from_logits:
         return _pt_loss_of_probabilities(teacher, y_pred, coefficients)
     if not constant:
-        # Coefficients under trace may be differentiated: leave it to autodiff.
+        # Coefficients may be differentiated as well: leave it to autodiff.
         return _pt_loss_of_logits(teacher, y_pred, coefficients)[0]
     return _with_gradient(teacher, y_pred, coefficients)
 
@@ -273,7 +280,8 @@ class PTLoss(keras.losses.Loss):
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        self.epsilon = check_epsilon(epsilon, max_rank=2)
+        epsilon = check_epsilon(epsilon, max_rank=2)
+        self.epsilon = np.asarray(epsilon, dtype="float64")
         self.from_logits = bool(from_logits)
         self.teacher_from_logits = (
             self.from_logits

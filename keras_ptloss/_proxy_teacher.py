@@ -136,7 +136,9 @@ def proxy_teacher(
         tolerance = 1e-12 if solver == "newton" else 1e-6
     check_number("tolerance", tolerance, at_least=0.0)
     teacher = normalised_teacher(teacher_probs)
-    epsilon = check_epsilon(epsilon, max_rank=2, classes=teacher.shape[1])
+    epsilon = np.asarray(
+        check_epsilon(epsilon, max_rank=2, classes=teacher.shape[1]), "float64"
+    )
     if max_steps is None:
         max_steps = 100 if solver == "newton" else 100 * teacher.shape[1]
     check_count("max_steps", max_steps)

@@ -54,7 +54,8 @@ class ProxyTeacher(keras.layers.Layer):
         # Bits below float32's would be lost in the solver.
         kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
-        self._start = check_epsilon(epsilon, max_rank=2)
+        epsilon = check_epsilon(epsilon, max_rank=2)
+        self._start = np.asarray(epsilon, dtype="float64")
         self.max_steps = check_count("max_steps", max_steps)
 
     def build(self, input_shape: Any) -> None:

@@ -1,0 +1,158 @@
+"""NumPy references, written from the formulas of the paper, in float64.
+
+Deliberately plain: powers instead of Horner's rule, loops over the orders,
+one row at a time. Nothing here is imported from the package.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import scipy.special
+
+GOLDEN = pathlib.Path(__file__).parents[2] / "shared" / "golden.json"
+
+
+def golden_cases():
+    """Read the shared golden file; empty where it is absent."""
+    return json.loads(GOLDEN.read_text()) if GOLDEN.exists() else []
+
+
+def golden_parameters():
+    cases = golden_cases()
+    if not cases:
+        skip = pytest.mark.skip(reason=f"{GOLDEN} is absent")
+        return [pytest.param(None, marks=skip)]
+    return [
+        pytest.param(case, id=f"{index}-C{case['C']}-{case['kind']}")
+        for index, case in enumerate(cases)
+    ]
+
+
+def softmax(logits):
+    return scipy.special.softmax(np.asarray(logits, "float64"), axis=-1)
+
+
+def per_class(epsilon, classes):
+    """Write coefficients out as `(C, M)`, or `(N, C, M)` as they are."""
+    epsilon = np.asarray(epsilon, "float64")
+    if epsilon.ndim == 0:
+        epsilon = epsilon[None]
+    if epsilon.ndim == 1:
+        epsilon = np.tile(epsilon, (classes, 1))
+    return epsilon
+
+
+def perturbation(p, epsilon):
+    """`sum_m eps_{c,m} (1 - p_c)^m`, one a class."""
+    epsilon = per_class(epsilon, p.shape[-1])
+    total = np.zeros_like(p)
+    for m in range(1, epsilon.shape[-1] + 1):
+        total = total + epsilon[..., m - 1] * (1.0 - p) ** m
+    return total
+
+
+def pt_loss(teacher, student, epsilon):
+    """Eq. 7 on probabilities, one value a row."""
+    teacher = np.asarray(teacher, "float64")
+    student = np.asarray(student, "float64")
+    kl = scipy.special.rel_entr(teacher, student).sum(axis=-1)
+    return kl + (teacher * perturbation(student, epsilon)).sum(axis=-1)
+
+
+def pt_loss_of_logits(teacher, logits, epsilon):
+    """Eq. 7 on the student's logits, one value a row; finite at +-1e4."""
+    teacher = np.asarray(teacher, "float64")
+    logits = np.asarray(logits, "float64")
+    log_p = scipy.special.log_softmax(logits, axis=-1)
+    kl = np.sum(scipy.special.xlogy(teacher, teacher) - teacher * log_p, -1)
+    return kl + np.sum(teacher * perturbation(np.exp(log_p), epsilon), -1)
+
+
+def calibrate(logits, temperature, bias):
+    """`softmax(z / tau + b)`."""
+    return softmax(np.asarray(logits, "float64") / temperature + bias)
+
+
+def fixed_point(teacher, q, epsilon):
+    """`w_c = t_c (1 + q_c h_c(q_c))` over its sum, one row a time."""
+    epsilon = per_class(epsilon, q.shape[-1])
+    out = np.empty_like(q)
+    for n in range(len(q)):
+        h = np.zeros(q.shape[1])
+        for m in range(1, epsilon.shape[-1] + 1):
+            h += m * epsilon[:, m - 1] * (1.0 - q[n]) ** (m - 1)
+        w = teacher[n] * (1.0 + q[n] * h)
+        out[n] = w / w.sum()
+    return out
+
+
+def risk(q, labels):
+    """Eq. 11 with loops."""
+    distances, negentropies = [], []
+    for row, label in zip(q, labels, strict=True):
+        y = np.zeros(len(row))
+        y[label] = 1.0
+        distances.append(np.linalg.norm(row - y))
+        negentropies.append(scipy.special.xlogy(row, row).sum())
+    return np.mean(distances) ** 2 + np.mean(np.square(negentropies))
+
+
+def nll(q, labels):
+    return np.mean([-np.log(row[y]) for row, y in zip(q, labels, strict=True)])
+
+
+def numerical_gradient(function, x, step=1e-6):
+    """Central differences of a scalar function, entry by entry."""
+    x = np.array(x, "float64")
+    gradient = np.empty_like(x)
+    for index in np.ndindex(x.shape):
+        up, down = x.copy(), x.copy()
+        up[index] += step
+        down[index] -= step
+        gradient[index] = (function(up) - function(down)) / (2 * step)
+    return gradient
+
+
+def dirichlet(seed, rows, classes, concentration=1.0):
+    generator = np.random.default_rng(seed)
+    return generator.dirichlet(np.full(classes, concentration), size=rows)
+
+
+def draw_labels(probabilities, seed):
+    """Draw one label from each row."""
+    uniform = np.random.default_rng(seed).random((len(probabilities), 1))
+    cumulative = np.cumsum(probabilities, axis=1)
+    cumulative /= cumulative[:, -1:]
+    return np.argmax(uniform < cumulative, axis=1)
+
+
+def skewed(truth, factors):
+    """A teacher biased by class: `t_c` proportional to `truth_c factor_c`."""
+    teacher = truth * np.asarray(factors)
+    return teacher / teacher.sum(axis=1, keepdims=True)
+
+
+def gradient_of(function, *inputs, argument=0):
+    """Gradient of `sum(function(*inputs))` by the backend's own autodiff."""
+    import keras
+
+    if keras.backend.backend() == "jax":
+        import jax
+        import jax.numpy as jnp
+
+        arrays = [jnp.asarray(x) for x in inputs]
+        gradient = jax.grad(
+            lambda *args: jnp.sum(function(*args).astype("float32")),
+            argnums=argument,
+        )
+        return np.asarray(gradient(*arrays).astype("float32"))
+    import tensorflow as tf
+
+    tensors = [tf.convert_to_tensor(x) for x in inputs]
+    with tf.GradientTape() as tape:
+        tape.watch(tensors[argument])
+        value = tf.reduce_sum(tf.cast(function(*tensors), "float32"))
+    gradient = tape.gradient(value, tensors[argument])
+    return np.asarray(tf.cast(gradient, "float32"))
