@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_ptloss import Distiller, ExpectedCalibrationError, PTLoss, pt_loss
+from keras_ptloss import (
+    Distiller,
+    ExpectedCalibrationError,
+    PTLoss,
+    SoftLabels,
+    SoftLabelSpec,
+    pt_loss,
+)
 
 BACKEND = keras.backend.backend()
 CLASSES, FEATURES = 3, 4
@@ -93,21 +100,23 @@ def test_agreement_is_logged(x):
     np.testing.assert_allclose(logs["teacher_agreement"], same.mean())
 
 
-def test_equals_fit_on_stored_soft_labels(x):
+def test_equals_fit_on_stored_soft_labels(x, tmp_path):
     """The live teacher and its stored outputs train the same student."""
     teacher = make_model()
     live, stored = make_linear(seed=1), make_linear(seed=1)
     distil(live, teacher).fit(
         x, epochs=3, batch_size=8, shuffle=False, verbose=0
     )
+    store = SoftLabels.write(
+        teacher,
+        x,
+        tmp_path / "teacher.softlabels",
+        spec=SoftLabelSpec(from_logits=True, dtype="float32"),
+        verbose=0,
+    )
     stored.compile("sgd", loss=logits_loss())
     stored.fit(
-        x,
-        teacher.predict(x, verbose=0),
-        epochs=3,
-        batch_size=8,
-        shuffle=False,
-        verbose=0,
+        store.attach(x, batch_size=8), epochs=3, shuffle=False, verbose=0
     )
     for a, b in zip(live.get_weights(), stored.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)

@@ -1,0 +1,59 @@
+"""A search gives the same result on TensorFlow and on JAX."""
+
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+SCRIPT = """
+import json, numpy as np
+from keras_ptloss import ProxyTeacherSearch
+
+rng = np.random.default_rng(0)
+truth = rng.dirichlet([1.0, 1.0, 1.0, 1.0], size=400)
+labels = np.array([rng.choice(4, p=row) for row in truth])
+teacher = truth * [4.0, 1.0, 0.5, 1.0]
+teacher /= teacher.sum(axis=1, keepdims=True)
+nll = {"method": "gradient", "objective": "nll"}
+found = []
+for arguments in (
+    {"trials": 30},
+    {"trials": 30, "per_class": True, "objective": "brier"},
+    {**nll, "per_class": True, "calibration": "vector", "penalty": 0.01},
+    {**nll, "starts": 3, "penalty": 0.001},
+    {**nll, "selection": "cross_validation", "order": 2, "folds": 3},
+):
+    result = ProxyTeacherSearch(seed=1, **arguments).search(teacher, labels)
+    found.append(
+        [
+            result.epsilon.ravel().tolist(),
+            np.ravel(result.teacher_temperature).tolist(),
+            [result.score],
+            result.trials["score"],
+        ]
+    )
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="once is enough: runs both"
+)
+def test_same_seed_same_result_on_both_backends():
+    results = []
+    for backend in ("tensorflow", "jax"):
+        out = subprocess.run(
+            [sys.executable, "-c", SCRIPT],
+            env={**os.environ, "KERAS_BACKEND": backend},
+            capture_output=True,
+            text=True,
+        )
+        assert out.returncode == 0, out.stderr[-3000:]
+        results.append(json.loads(out.stdout.splitlines()[-1]))
+    for ours, theirs in zip(*results, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
