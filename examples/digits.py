@@ -102,6 +102,13 @@ def search_losses(teacher, data):
         "PTLoss, the same per class": ProxyTeacherSearch(
             per_class=True, seed=0
         ),
+        "PTLoss, per class by gradient": ProxyTeacherSearch(
+            method="gradient",
+            objective="nll",
+            per_class=True,
+            penalty=0.01,
+            seed=0,
+        ),
         "PTLoss, cross-validated": ProxyTeacherSearch(
             method="gradient",
             objective="nll",
@@ -209,7 +216,7 @@ def main():
     )
     for name, values in rows.items():
         spread = f" +- {100 * np.std(values):.1f}" if len(values) > 1 else ""
-        print(f"  {name:28s} {100 * np.mean(values):5.1f} %{spread}")
+        print(f"  {name:30s} {100 * np.mean(values):5.1f} %{spread}")
 
     picture = arguments.output / "digits.png"
     draw(teacher, result, data, picture)

@@ -156,3 +156,16 @@ def gradient_of(function, *inputs, argument=0):
         value = tf.reduce_sum(tf.cast(function(*tensors), "float32"))
     gradient = tape.gradient(value, tensors[argument])
     return np.asarray(tf.cast(gradient, "float32"))
+
+
+def compiled(function):
+    """Compile a function of tensors as the backend does."""
+    import keras
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.jit(function)
+    import tensorflow as tf
+
+    return tf.function(function, jit_compile=True)

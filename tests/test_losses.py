@@ -457,6 +457,27 @@ class TestGradient:
         )
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
 
+    def test_epsilon_as_a_traced_tensor(self, rows):
+        teacher, logits = rows
+        epsilon = EPSILONS["shared"].astype("float32")
+        gradient = helpers.gradient_of(
+            helpers.compiled(
+                lambda e: pt_loss(
+                    teacher,
+                    logits,
+                    e,
+                    from_logits=True,
+                    teacher_from_logits=False,
+                )
+            ),
+            epsilon,
+        )
+        expected = helpers.numerical_gradient(
+            lambda e: np.sum(helpers.pt_loss_of_logits(teacher, logits, e)),
+            epsilon,
+        )
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
+
     def test_upstream_gradient_is_multiplied_in(self, rows):
         teacher, logits = rows
         weight = np.array([0.0, 1.0, 2.0, 0.5, -1.0, 3.0], "float32")

@@ -105,7 +105,9 @@ def biased_teacher(n=2000):
 
 def test_epsilon_is_trained_by_fit():
     rows, labels = biased_teacher()
-    model = keras.Sequential([keras.Input((3,)), ProxyTeacher(np.zeros((3, 2)))])
+    model = keras.Sequential(
+        [keras.Input((3,)), ProxyTeacher(np.zeros((3, 2)))]
+    )
     model.compile(
         keras.optimizers.Adam(0.1), loss="sparse_categorical_crossentropy"
     )
@@ -126,7 +128,9 @@ def test_frozen_epsilon_stays(teacher_rows):
 
 def test_save_and_reload(teacher_rows, tmp_path):
     rng = np.random.default_rng(0)
-    model = keras.Sequential([keras.Input((4,)), ProxyTeacher(np.zeros((4, 2)))])
+    model = keras.Sequential(
+        [keras.Input((4,)), ProxyTeacher(np.zeros((4, 2)))]
+    )
     model.layers[-1].epsilon.assign(rng.uniform(0, 3, size=(4, 2)))
     model.save(tmp_path / "proxy.keras")
     loaded = keras.saving.load_model(tmp_path / "proxy.keras")
