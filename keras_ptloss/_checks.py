@@ -129,7 +129,7 @@ def check_bias(
 def check_classes(
     first_name: str, first: Tensor, second_name: str, second: Tensor
 ) -> None:
-    """Require two tensors `(..., C)` to have the same class count."""
+    """Require two tensors `(..., C)` of the same shape, as far as is known."""
     if len(first.shape) == 0 or len(second.shape) == 0:
         raise ValueError(
             f"`{first_name}` and `{second_name}` must have a class axis, "
@@ -143,6 +143,15 @@ def check_classes(
             f"classes on their last axis. Received: {first_name} of shape "
             f"{tuple(first.shape)}, {second_name} of shape "
             f"{tuple(second.shape)}"
+        )
+    if len(first.shape) == len(second.shape) and any(
+        None not in pair and pair[0] != pair[1]
+        for pair in zip(first.shape, second.shape, strict=True)
+    ):
+        raise ValueError(
+            f"`{first_name}` and `{second_name}` must have the same shape. "
+            f"Received: {first_name} of shape {tuple(first.shape)}, "
+            f"{second_name} of shape {tuple(second.shape)}"
         )
 
 

@@ -19,6 +19,7 @@ from keras_ptloss._perturbation import perturbation, slope
 
 Tensor = Any
 
+LOWEST = -1e30
 TINY = float(np.finfo("float32").tiny)  # inside logarithms: 0 log 0 = 0
 
 
@@ -167,6 +168,7 @@ def _pt_loss_of_logits(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. 7 on the student's logits; also its terms and probabilities."""
     shifted = logits - ops.max(logits, axis=-1, keepdims=True)
+    shifted = ops.maximum(shifted, LOWEST)  # 0 * -inf, of a masked class
     exp = ops.exp(shifted)
     total = ops.sum(exp, axis=-1, keepdims=True)
     student = exp / total

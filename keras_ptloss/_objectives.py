@@ -45,7 +45,7 @@ def risk_derivative(q: np.ndarray, labels: np.ndarray) -> np.ndarray:
     n = len(labels)
     distance = np.sqrt(_squared_distance(q, labels))[..., None]
     mean = np.mean(distance, axis=-2, keepdims=True)
-    unit = (q - _one_hot(q, labels)) / np.maximum(distance, 1e-300)
+    unit = (q - _one_hot(q, labels)) / np.where(distance > 0, distance, 1.0)
     log_q = np.log(np.maximum(q, np.finfo("float64").tiny))
     entropy_part = _negentropy(q)[..., None] * (log_q + 1.0)
     return 2.0 / n * (mean * unit + entropy_part)
@@ -90,9 +90,12 @@ def _one_hot(q: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _squared_distance(q: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return `||q_n - y_n||^2 = sum q^2 - 2 q_y + 1`, never below 0."""
-    square = np.einsum("...c,...c->...", q, q) - 2.0 * _of_label(q, labels)
-    return np.maximum(square + 1.0, 0.0)
+    """Return `||q_n - y_n||^2`, `(..., N)`, from the differences.
+
+    `sum q^2 - 2 q_y + 1` would cancel to 0 for confident, right rows.
+    """
+    difference = q - _one_hot(q, labels)
+    return np.einsum("...c,...c->...", difference, difference)
 
 
 def _negentropy(q: np.ndarray) -> np.ndarray:

@@ -508,4 +508,5 @@ def _logit_equations(
     dw = t * (h - q * curvature(s, coefficients))
     total = w.sum()
     by_q = np.diag(total - dw) + np.outer(q, dw)
-    return q * total - w, by_q @ (np.diag(q) - np.outer(q, q))
+    # Times dq/dz = diag(q) - q q^T, in O(C^2).
+    return q * total - w, by_q * q - np.outer(by_q @ q, q)

@@ -124,6 +124,14 @@ class SearchResult:
             epsilon=np.atleast_2d(self.epsilon),
         )
         rows = _as_teacher(_teacher_outputs(teacher, None), self.from_logits)
+        per_class = max(
+            len(parameters.scale), len(parameters.bias), len(parameters.epsilon)
+        )
+        if per_class not in (1, rows.logits.shape[1]):
+            raise ValueError(
+                f"`teacher` must have the search's {per_class} classes. "
+                f"Received: teacher outputs of shape {rows.logits.shape}"
+            )
         return proxy_teacher(rows.calibrated(parameters), self.epsilon)
 
     def summary(self) -> None:
@@ -285,6 +293,8 @@ class ProxyTeacherSearch:
             )
         if method == "gradient" and solver != "newton":
             fail("solver", '"newton" with method="gradient"', solver)
+        if method == "gradient" and self.space[1] < 0.0:
+            fail("space", 'such that high >= 0 with method="gradient"', space)
 
     def search(
         self,
@@ -360,6 +370,13 @@ class ProxyTeacherSearch:
             scores.extend(float(self.objective.score(row, labels)) for row in q)
             unconverged.extend(int(count) for count in missed)
             progress.update(start + len(chunk), len(epsilons))
+        if not np.all(np.isfinite(scores)):
+            bad = int(np.argmin(np.isfinite(scores)))
+            raise ValueError(
+                "`objective` must return finite scores. Received: "
+                f"{self.objective.name} = {scores[bad]} in trial {bad}, "
+                f"epsilon={epsilons[bad].tolist()}"
+            )
 
         orders = [epsilon.shape[-1] for epsilon in epsilons]
         best_per_order: dict[str, list[Any]] = {

@@ -109,14 +109,9 @@ def cross_validate(
             solves += fitted.evaluations * len(train) + len(held_out)
             progress(k * len(forms) + index + 1, folds * len(forms))
 
-    mean = scores.mean(axis=1)
-    best = int(np.argmin(mean))
-    behind = standard_error(scores - scores[best])
-    within = mean - mean[best] <= behind
     parameters = np.array([form.parameters(classes) for form in forms])
-    fewest = parameters[within].min()
-    eligible = np.flatnonzero(within & (parameters == fewest))
-    chosen = int(eligible[np.argmin(mean[eligible])])
+    chosen = choose(scores, parameters)
+    mean = scores.mean(axis=1)
     gains = scores[0] - scores
     return Selection(
         chosen=forms[chosen],
@@ -136,6 +131,26 @@ def cross_validate(
         unconverged=unconverged,
         solves=solves,
     )
+
+
+def choose(scores: np.ndarray, parameters: np.ndarray) -> int:
+    """Choose a candidate by the one-standard-error rule.
+
+    Args:
+        scores: `(candidates, folds)`, lower being better; plain KL first.
+        parameters: numbers fitted by each candidate, `(candidates,)`.
+
+    Returns:
+        The candidate with the fewest parameters, then the lowest mean score,
+        among those within a standard error of the best and not above plain KL.
+    """
+    mean = scores.mean(axis=1)
+    best = int(np.argmin(mean))
+    behind = standard_error(scores - scores[best])
+    within = (mean - mean[best] <= behind) & (mean <= mean[0])
+    fewest = parameters[within].min()
+    eligible = np.flatnonzero(within & (parameters == fewest))
+    return int(eligible[np.argmin(mean[eligible])])
 
 
 def standard_error(differences: np.ndarray) -> np.ndarray:

@@ -344,7 +344,7 @@ class TestDtype:
         np.testing.assert_allclose(numpy_of(value), expected, rtol=2e-2)
 
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-    @pytest.mark.parametrize("classes", [10, 1000])
+    @pytest.mark.parametrize("classes", [1000])
     def test_half_precision_probabilities_are_accepted(self, dtype, classes):
         """Rounding to 8 bits is not taken for logits."""
         teacher, logits = make_rows(classes=classes, rows=16)
@@ -505,7 +505,7 @@ class TestGradient:
 
 
 class TestEdgeCases:
-    @pytest.mark.parametrize("classes", [2, 10, 100, 1000])
+    @pytest.mark.parametrize("classes", [2, 1000])
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
     def test_huge_logits(self, classes, dtype):
         teacher, _ = make_rows(classes=classes)
@@ -866,3 +866,27 @@ class TestErrors:
         match = r"y_true\[2\]=\[0\.9 0\.9\].*1\.8 \(1 of 4 rows"
         with pytest.raises(ValueError, match=match):
             pt_loss(bad, rows, 0.5)
+
+
+def test_masked_classes():
+    """A logit of -inf, where the teacher has 0, does not count."""
+    teacher = np.array([[0.6, 0.0, 0.4]], "float32")
+    logits = np.array([[1.0, -np.inf, 0.0]], "float32")
+    value = pt_loss(
+        teacher, logits, [0.5, 0.1], from_logits=True, teacher_from_logits=False
+    )
+    two = pt_loss(
+        teacher[:, [0, 2]],
+        logits[:, [0, 2]],
+        [0.5, 0.1],
+        from_logits=True,
+        teacher_from_logits=False,
+    )
+    np.testing.assert_allclose(value, two, rtol=1e-6)
+
+
+def test_batches_of_other_sizes():
+    rows = np.full((5, 3), 1 / 3, "float32")
+    for fewer in (2, 1):
+        with pytest.raises(ValueError, match="same shape.*5, 3"):
+            pt_loss(rows, rows[:fewer], 0.5)

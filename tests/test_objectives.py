@@ -127,3 +127,10 @@ class TestExactZerosAndOnes:
 def test_golden_risk(case):
     value = risk(np.array(case["proxy_teacher"]), np.array(case["labels"]))
     np.testing.assert_allclose(value, case["risk_eq11"], rtol=1e-9)
+
+
+def test_risk_derivative_near_a_vertex():
+    """From q - y: sum q^2 - 2 q_y + 1 cancels to 0 there."""
+    q = np.array([[1 - 3e-9, 3e-9], [0.4, 0.6]])
+    slope = risk_derivative(q, np.array([0, 0]))
+    assert np.abs(slope).max() < 1.0

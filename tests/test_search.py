@@ -532,12 +532,39 @@ class TestInputs:
         with pytest.raises(ValueError, match="`teacher` must hold prob"):
             result.proxy_teacher([[3.0, 1.0, 2.0]])
 
-    @pytest.mark.xfail(
-        strict=True,
-        reason="NumPy's broadcasting error comes through, without the argument",
-    )
     @pytest.mark.parametrize("classes", [2, 4])
     def test_proxy_teacher_of_other_class_count(self, vector, classes):
         rows = np.full((4, classes), 1 / classes)
         with pytest.raises(ValueError, match="`teacher`.*Received"):
             vector.proxy_teacher(rows)
+
+
+def test_space_must_hold_zero_for_a_descent():
+    with pytest.raises(ValueError, match=r"`space`.*\(-1, -0.9\)"):
+        ProxyTeacherSearch(method="gradient", objective="nll", space=(-1, -0.9))
+
+
+def test_objective_that_is_not_finite():
+    """One NaN would win every argmin."""
+    rows = np.full((4, 3), 1 / 3)
+    search = ProxyTeacherSearch(
+        trials=3, order=1, objective=lambda q, labels: float("nan")
+    )
+    with pytest.raises(ValueError, match="`objective` must return finite"):
+        search.search(rows, [0, 1, 2, 0])
+
+
+def test_descent_on_risk_is_not_stopped_by_confident_rows():
+    """Rows within rounding of their label once gave an infinite slope."""
+    rng = np.random.default_rng(0)
+    truth = rng.dirichlet([0.5, 0.5, 0.5], size=400)
+    labels = np.array([rng.choice(3, p=row) for row in truth])
+    teacher = truth * [4.0, 1.0, 1.0]
+    sure = np.arange(400) < 60
+    teacher[sure] = 1e-9 + np.eye(3)[labels[sure]]
+    teacher /= teacher.sum(axis=1, keepdims=True)
+    search = ProxyTeacherSearch(
+        method="gradient", objective="risk", per_class=True, order=2
+    )
+    result = search.search(teacher, labels)
+    assert result.score < result.score_at_zero - 0.01

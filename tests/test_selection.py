@@ -11,6 +11,7 @@ from keras_ptloss import ProxyTeacherSearch, _selection
 from keras_ptloss._selection import (
     PENALTIES,
     candidate_forms,
+    choose,
     standard_error,
     stratified_folds,
 )
@@ -238,3 +239,26 @@ class TestFewRows:
         match = r"`folds` must be at most half the 9 examples.*folds=5"
         with pytest.raises(ValueError, match=match):
             search(teacher, np.arange(9) % 3, folds=5)
+
+
+class TestChoose:
+    """Scores of plain KL, of a simple and of a rich candidate, two folds."""
+
+    parameters = np.array([0, 1, 9])
+
+    def test_simple_within_a_standard_error(self):
+        scores = np.array([[1.0, 1.0], [0.7, 0.8], [0.75, 0.7]])
+        assert choose(scores, self.parameters) == 1
+
+    def test_rich_where_it_is_clearly_better(self):
+        scores = np.array([[1.0, 1.0], [0.9, 0.9], [0.5, 0.51]])
+        assert choose(scores, self.parameters) == 2
+
+    def test_plain_kl_within_a_standard_error(self):
+        scores = np.array([[1.0, 1.0], [0.8, 1.1], [0.7, 1.2]])
+        assert choose(scores, self.parameters) == 0
+
+    def test_never_above_plain_kl(self):
+        """However noisy: here the simple one is within its own error."""
+        scores = np.array([[1.0, 1.0], [0.7, 1.4], [0.9, 0.9]])
+        assert choose(scores, self.parameters) == 2
