@@ -183,7 +183,13 @@ class TestCalibration:
 
 class TestClasses:
     def test_good(self):
-        check_classes("a", np.ones((2, 3)), "b", np.ones((5, 3)))
+        check_classes("a", np.ones((5, 3)), "b", np.ones((5, 3)))
+
+    def test_other_shape(self):
+        with pytest.raises(
+            ValueError, match=r"`a` and `b`.*same shape.*\(2, 3\).*\(5, 3\)"
+        ):
+            check_classes("a", np.ones((2, 3)), "b", np.ones((5, 3)))
 
     def test_different(self):
         with pytest.raises(
