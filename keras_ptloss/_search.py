@@ -363,7 +363,8 @@ class ProxyTeacherSearch:
             )
         scores: list[float] = []
         unconverged: list[int] = []
-        at_once = max(1, block_elements() // teacher.size)
+        # Trials differ in their steps: few together waste few.
+        at_once = max(1, block_elements() // 4 // teacher.size)
         for start in range(0, len(epsilons), at_once):
             chunk = epsilons[start : start + at_once]
             q, missed = self._proxies(teacher, chunk, at_once)

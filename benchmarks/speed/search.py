@@ -96,7 +96,7 @@ def newton(teacher, epsilons, judge=None):
         Seconds a solve (judging apart) and, with `judge`, what it returns for
         each chunk's epsilons and proxy teachers.
     """
-    at_once = min(len(epsilons), max(1, block_elements() // teacher.size))
+    at_once = min(len(epsilons), max(1, block_elements() // 4 // teacher.size))
     padded = np.concatenate(
         [epsilons, np.zeros((-len(epsilons) % at_once, *epsilons.shape[1:]))]
     )
