@@ -511,9 +511,8 @@ def machine():
         names.append("optimistix")
     versions = [f"{n} {importlib.metadata.version(n)}" for n in names]
     return (
-        f"{cpu}, {os.cpu_count()} cores. The machine was shared: another long "
-        f"benchmark ran under nice (load average {os.getloadavg()[0]:.1f} at "
-        "the start), so read ratios rather than times.\n"
+        f"{cpu}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} "
+        "at the start.\n"
         f"{', '.join(versions)}; {datetime.date.today()}."
     )
 
