@@ -154,7 +154,7 @@ def machine():
     versions = [f"{n} {importlib.metadata.version(n)}" for n in names]
     load = os.getloadavg()[0]
     return (
-        f"{cpu}, {os.cpu_count()} cores, (load average "
+        f"{cpu}, {os.cpu_count()} cores (load average "
         f"{load:.1f} at the start); {', '.join(versions)}; "
         f"{datetime.date.today()}."
     )
