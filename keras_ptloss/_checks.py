@@ -102,6 +102,14 @@ def check_epsilon(
     return values
 
 
+def check_constant_epsilon(
+    epsilon: Any, *, classes: int | None = None
+) -> np.ndarray:
+    """Require `(M,)` or `(C, M)` whose values are known; return an array."""
+    values = check_epsilon(epsilon, max_rank=2, classes=classes)
+    return np.asarray(values, dtype="float64")
+
+
 def check_temperature(
     argument: str, value: Any, *, classes: int | None = None
 ) -> np.ndarray:

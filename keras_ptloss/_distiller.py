@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import replicas
-from keras_ptloss._checks import check_number, fail
+from keras_ptloss._checks import check_classes, check_number, fail
 from keras_ptloss._metrics import TeacherAgreement
 
 Tensor = Any
@@ -203,17 +203,17 @@ class Distiller(keras.Model):
                 "`y` must hold labels when `hard_label_weight` is above 0. "
                 f"Received: y=None, hard_label_weight={weight}"
             )
-        hard = 0.0
+        hard = own = 0.0
         if weight:
             hard = self.hard_label_loss(y, y_pred, sample_weight=sample_weight)
             hard = weight / replicas() * hard
+            own = sum(ops.sum(loss) for loss in self.losses)
         if weight == 1.0:
-            return hard + sum(ops.sum(loss) for loss in self.losses)
+            return hard + own
 
         target = self._target(x)
-        _check_classes(target, y_pred)
+        check_classes("teacher", target, "student", y_pred)
         self._agreement.update_state(target, y_pred, sample_weight)
-        own = ops.sum([ops.sum(loss) for loss in self.losses] or [0.0])
         total = super().compute_loss(
             x=x,
             y=target,
@@ -236,12 +236,12 @@ class Distiller(keras.Model):
 
     def get_metrics_result(self) -> dict[str, Any]:
         """Return the metrics' values; those of labels once labels were seen."""
-        if len(self._label_free_metrics()) == len(self.metrics) or any(
-            metric.name == "compile_metrics" and metric.built
+        if any(
+            metric.name == "compile_metrics" and not metric.built
             for metric in self.metrics
         ):
-            return super().get_metrics_result()
-        return {m.name: m.result() for m in self._label_free_metrics()}
+            return {m.name: m.result() for m in self._label_free_metrics()}
+        return super().get_metrics_result()
 
     def _label_free_metrics(self) -> list[Any]:
         return [m for m in self.metrics if m.name != "compile_metrics"]
@@ -348,13 +348,4 @@ def _check_outputs(teacher: keras.Model, student: keras.Model) -> None:
             "`teacher` and `student` must have the same number of classes. "
             f"Received: teacher {teacher.name!r} with {counts[0]} outputs, "
             f"student {student.name!r} with {counts[1]}"
-        )
-
-
-def _check_classes(target: Any, y_pred: Any) -> None:
-    if target.shape[-1] != y_pred.shape[-1]:
-        raise ValueError(
-            "`teacher` and `student` must have the same number of classes. "
-            f"Received: teacher outputs of shape {tuple(target.shape)}, "
-            f"student outputs of shape {tuple(y_pred.shape)}"
         )

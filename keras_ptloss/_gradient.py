@@ -15,6 +15,7 @@ import scipy.special
 
 from keras_ptloss._objectives import Objective
 from keras_ptloss._proxy_teacher import (
+    TOLERANCE,
     numpy_adjoint,
     row_blocks,
     solve_newton,
@@ -79,28 +80,24 @@ class Teacher:
     """The teacher's rows on the search's examples, in float64.
 
     Args:
-        probabilities: `(N, C)`, or None where logits are given.
-        logits: `(N, C)`, or None.
+        probabilities: `(N, C)`; None takes them from the logits.
+        logits: `(N, C)`; None takes them from the probabilities.
     """
 
     def __init__(
         self, probabilities: np.ndarray | None, logits: np.ndarray | None
     ) -> None:
+        if probabilities is None:
+            probabilities = scipy.special.softmax(logits, axis=1)
         if logits is None:
             # The floor of `teacher_distribution` in `_losses.py`.
-            assert probabilities is not None  # noqa: S101
             logits = np.log(np.maximum(probabilities, 1e-7))
-        else:
-            probabilities = scipy.special.softmax(logits, axis=1)
         self.probabilities = probabilities
         self.logits = logits
 
     def rows(self, index: np.ndarray) -> "Teacher":
         """Return the teacher on some of the examples."""
-        part = object.__new__(Teacher)
-        part.probabilities = self.probabilities[index]
-        part.logits = self.logits[index]
-        return part
+        return Teacher(self.probabilities[index], self.logits[index])
 
     def calibrated(self, parameters: Parameters) -> np.ndarray:
         """Return `softmax(z * scale + bias)`, `(N, C)`."""
@@ -115,11 +112,8 @@ def proxy(teacher: np.ndarray, epsilon: np.ndarray) -> tuple[np.ndarray, int]:
     """Return the proxy teachers `(N, C)` and the count of unconverged rows."""
     if not np.any(epsilon):
         return teacher, 0
-    tolerance = 1e-12
-    q, _, residual, _ = solve_newton(
-        teacher, epsilon, tolerance=tolerance, max_steps=100
-    )
-    return q, int(np.count_nonzero(residual > tolerance))
+    q, _, residual, _ = solve_newton(teacher, epsilon)
+    return q, int(np.count_nonzero(residual > TOLERANCE))
 
 
 def penalty_of(

@@ -11,6 +11,7 @@ from keras_ptloss._backend import row_sum
 from keras_ptloss._checks import (
     check_bias,
     check_classes,
+    check_constant_epsilon,
     check_epsilon,
     check_probabilities,
     check_temperature,
@@ -159,7 +160,7 @@ def _pt_loss_of_probabilities(
 ) -> Tensor:
     """Eq. 7 on probabilities, clipped from below as Keras's losses are."""
     log_student = ops.log(ops.maximum(student, keras.config.epsilon()))
-    terms = _terms(log_student, 1.0 - student, coefficients)
+    terms = _terms(teacher, log_student, 1.0 - student, coefficients)
     return _expected(teacher, terms)
 
 
@@ -173,21 +174,25 @@ def _pt_loss_of_logits(
     total = ops.sum(exp, axis=-1, keepdims=True)
     student = exp / total
     # 1 - p has the digits that `total` has, as -expm1(log p) would.
-    terms = _terms(shifted - ops.log(total), 1.0 - student, coefficients)
+    log_student = shifted - ops.log(total)
+    terms = _terms(teacher, log_student, 1.0 - student, coefficients)
     return _expected(teacher, terms), terms, student
 
 
 def _terms(
-    log_student: Tensor, one_minus_p: Tensor, coefficients: Sequence[Tensor]
+    teacher: Tensor,
+    log_student: Tensor,
+    one_minus_p: Tensor,
+    coefficients: Sequence[Tensor],
 ) -> Tensor:
-    """Return `-log p_c + sum_m epsilon_{c,m} (1 - p_c)^m`, one a class."""
-    return perturbation(one_minus_p, coefficients) - log_student
+    """Return `log t_c - log p_c + sum_m epsilon_{c,m} (1 - p_c)^m`."""
+    log_teacher = ops.log(ops.maximum(teacher, TINY))
+    return log_teacher + (perturbation(one_minus_p, coefficients) - log_student)
 
 
 def _expected(teacher: Tensor, terms: Tensor) -> Tensor:
-    """Return `sum_c t_c (log t_c + terms_c)`, with `0 log 0 = 0`."""
-    log_teacher = ops.log(ops.maximum(teacher, TINY))
-    return ops.squeeze(row_sum(teacher * (log_teacher + terms)), axis=-1)
+    """Return `sum_c t_c terms_c`, `(...)`."""
+    return ops.squeeze(row_sum(teacher * terms), axis=-1)
 
 
 def _with_gradient(
@@ -210,9 +215,8 @@ def _with_gradient(
             upstream = ops.expand_dims(upstream, -1)
             h = slope(1.0 - student, coefficients)
             w = teacher * (1.0 + student * h)
-            log_teacher = ops.log(ops.maximum(teacher, TINY))
             return (
-                upstream * (log_teacher + 1.0 + terms),
+                upstream * (terms + 1.0),
                 upstream * (row_sum(w) * student - w),
             )
 
@@ -282,8 +286,7 @@ class PTLoss(keras.losses.Loss):
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        epsilon = check_epsilon(epsilon, max_rank=2)
-        self.epsilon = np.asarray(epsilon, dtype="float64")
+        self.epsilon = check_constant_epsilon(epsilon)
         self.from_logits = bool(from_logits)
         self.teacher_from_logits = (
             self.from_logits

@@ -25,8 +25,8 @@ from keras.backend import standardize_dtype
 from keras_ptloss._backend import block_elements, on_numpy
 from keras_ptloss._checks import (
     check_choice,
+    check_constant_epsilon,
     check_count,
-    check_epsilon,
     check_number,
     check_probabilities,
     fail,
@@ -36,6 +36,10 @@ from keras_ptloss._perturbation import curvature, perturbation, slope
 Tensor = Any
 
 SOLVERS = ("newton", "fsolve")
+
+# `newton`'s, wherever the caller does not ask for others.
+TOLERANCE = 1e-12
+MAX_STEPS = 100
 
 # The least value of the scaled Hessian D, as a share of sum |w|. On the convex
 # domain D is of the order of sum w; far outside it D may vanish.
@@ -51,7 +55,7 @@ class ProxyTeacherResult:
         loss: PTLoss of each row at its proxy teacher less the teacher's
             negative entropy, `sum_c t_c (-log q_c + P_c(1 - q_c))`, `(N,)`.
         residual: distance from stationarity, `max_c |w_c - q_c sum w|` over
-            `sum |w|`, `(N,)`.
+            `sum_c t_c (1 + |q_c h_c|)`, `(N,)`.
         converged: whether `residual` is within the tolerance and `loss` not
             above the teacher's own, `(N,)`.
         steps: evaluations of the row's loss and derivatives, `(N,)`.
@@ -133,14 +137,12 @@ def proxy_teacher(
     """
     check_choice("solver", solver, SOLVERS)
     if tolerance is None:
-        tolerance = 1e-12 if solver == "newton" else 1e-6
+        tolerance = TOLERANCE if solver == "newton" else 1e-6
     check_number("tolerance", tolerance, at_least=0.0)
     teacher = normalised_teacher(teacher_probs)
-    epsilon = np.asarray(
-        check_epsilon(epsilon, max_rank=2, classes=teacher.shape[1]), "float64"
-    )
+    epsilon = check_constant_epsilon(epsilon, classes=teacher.shape[1])
     if max_steps is None:
-        max_steps = 100 if solver == "newton" else 100 * teacher.shape[1]
+        max_steps = MAX_STEPS if solver == "newton" else 100 * teacher.shape[1]
     check_count("max_steps", max_steps)
     start = time.perf_counter()
     solve = solve_newton if solver == "newton" else solve_fsolve
@@ -333,7 +335,11 @@ def loss_of(
 def residual_of(
     teacher: Tensor, q: Tensor, coefficients: Sequence[Tensor]
 ) -> Tensor:
-    """Return `max_c |w_c - q_c sum w| / sum |w|`, `(...)`."""
+    """Return `max_c |w_c - q_c sum w| / sum_c t_c (1 + |q_c h_c|)`, `(...)`.
+
+    The scale is that of the terms of `w`, which may cancel, so that rounding
+    stays below the tolerance.
+    """
     q_h = q * slope(1.0 - q, coefficients)
     w = teacher * (1.0 + q_h)
     gap = ops.abs(w - q * ops.sum(w, axis=-1, keepdims=True))
@@ -351,8 +357,8 @@ def solve_newton(
     teacher: np.ndarray,
     epsilon: np.ndarray,
     *,
-    tolerance: float,
-    max_steps: int,
+    tolerance: float = TOLERANCE,
+    max_steps: int = MAX_STEPS,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Run `newton` on blocks of rows of one compiled shape.
 
@@ -378,9 +384,10 @@ def solve_newton(
         )
         for rows in row_blocks(teacher)
     ]
-    axis = epsilon.ndim - 2 if epsilon.ndim == 3 else 0
+    axis = 1 if epsilon.ndim == 3 else 0
+    unfilled = (slice(None),) * axis + (slice(len(teacher)),)
     return tuple(  # type: ignore[return-value]
-        np.take(np.concatenate(part, axis=axis), range(len(teacher)), axis=axis)
+        np.concatenate(part, axis=axis)[unfilled]
         for part in zip(*parts, strict=True)
     )
 

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ptloss._checks import check_count, check_epsilon
+from keras_ptloss._checks import check_constant_epsilon, check_count
 from keras_ptloss._proxy_teacher import newton, newton_step
 
 Tensor = Any
@@ -54,13 +54,12 @@ class ProxyTeacher(keras.layers.Layer):
         # Bits below float32's would be lost in the solver.
         kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
-        epsilon = check_epsilon(epsilon, max_rank=2)
-        self._start = np.asarray(epsilon, dtype="float64")
+        self._start = check_constant_epsilon(epsilon)
         self.max_steps = check_count("max_steps", max_steps)
 
     def build(self, input_shape: Any) -> None:
         """Make `epsilon` a weight of the layer."""
-        check_epsilon(self._start, max_rank=2, classes=input_shape[-1])
+        check_constant_epsilon(self._start, classes=input_shape[-1])
         self.epsilon = self.add_weight(
             name="epsilon",
             shape=self._start.shape,

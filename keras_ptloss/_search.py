@@ -31,6 +31,7 @@ from keras_ptloss._losses import PTLoss
 from keras_ptloss._objectives import OBJECTIVES, Objective
 from keras_ptloss._proxy_teacher import (
     SOLVERS,
+    TOLERANCE,
     ProxyTeacherResult,
     proxy_teacher,
     solve_newton,
@@ -330,18 +331,22 @@ class ProxyTeacherSearch:
             labels, examples=len(outputs), classes=outputs.shape[1]
         )
         progress = _Progress(verbose)
+        at_zero = float(self.objective.score(rows.probabilities, labels))
         if self.method == "random":
-            found = self._random(rows.probabilities, labels, progress)
+            found = self._random(rows.probabilities, labels, at_zero, progress)
         elif self.selection is None:
-            found = self._gradient(rows, labels)
+            form = Form(
+                self.calibration,
+                "per_class" if self.per_class else "shared",
+                self.order,
+                self.penalty,
+            )
+            found = self._gradient(form, rows, labels)
         else:
             found = self._cross_validation(rows, labels, progress)
-        progress.close()
         return SearchResult(
             **found,
-            score_at_zero=float(
-                self.objective.score(rows.probabilities, labels)
-            ),
+            score_at_zero=at_zero,
             objective=self.objective.name,
             method=self.method,
             from_logits=bool(from_logits),
@@ -351,7 +356,11 @@ class ProxyTeacherSearch:
     # --- Algorithm 1 ---------------------------------------------------------
 
     def _random(
-        self, teacher: np.ndarray, labels: np.ndarray, progress: "_Progress"
+        self,
+        teacher: np.ndarray,
+        labels: np.ndarray,
+        at_zero: float,
+        progress: "_Progress",
     ) -> dict[str, Any]:
         examples, classes = teacher.shape
         generator = np.random.default_rng(self.seed)
@@ -379,19 +388,18 @@ class ProxyTeacherSearch:
                 f"epsilon={epsilons[bad].tolist()}"
             )
 
-        orders = [epsilon.shape[-1] for epsilon in epsilons]
-        best_per_order: dict[str, list[Any]] = {
-            "order": [], "score": [], "unconverged": [], "epsilon": [],
-        }  # fmt: skip
-        for first in range(0, len(epsilons), self.trials):
-            best = first + int(np.argmin(scores[first : first + self.trials]))
-            best_per_order["order"].append(orders[best])
-            best_per_order["score"].append(scores[best])
-            best_per_order["unconverged"].append(unconverged[best])
-            best_per_order["epsilon"].append(epsilons[best])
+        trials: dict[str, list[Any]] = {
+            "order": [epsilon.shape[-1] for epsilon in epsilons],
+            "score": scores,
+            "unconverged": unconverged,
+            "epsilon": epsilons,
+        }
+        best_of = [
+            first + int(np.argmin(scores[first : first + self.trials]))
+            for first in range(0, len(epsilons), self.trials)
+        ]
         best = int(np.argmin(scores))
         epsilon, score = epsilons[best], scores[best]
-        at_zero = float(self.objective.score(teacher, labels))
         if not score < at_zero:
             epsilon, score = np.zeros_like(epsilon), at_zero
         return {
@@ -399,13 +407,11 @@ class ProxyTeacherSearch:
             "teacher_temperature": 1.0,
             "teacher_bias": None,
             "score": score,
-            "trials": {
-                "order": orders,
-                "score": scores,
-                "unconverged": unconverged,
-                "epsilon": epsilons,
+            "trials": trials,
+            "best_per_order": {
+                name: [column[k] for k in best_of]
+                for name, column in trials.items()
             },
-            "best_per_order": best_per_order,
             "unconverged": sum(unconverged),
             "solves": len(epsilons) * examples,
         }
@@ -428,22 +434,15 @@ class ProxyTeacherSearch:
         padded = np.zeros((at_once, rows, self.order))
         for k, epsilon in enumerate(epsilons):
             padded[k, :, : epsilon.shape[-1]] = epsilon
-        tolerance = 1e-12
-        q, _, residual, _ = solve_newton(
-            teacher, padded, tolerance=tolerance, max_steps=100
-        )
-        missed = np.sum(residual > tolerance, axis=1)
+        q, _, residual, _ = solve_newton(teacher, padded)
+        missed = np.sum(residual > TOLERANCE, axis=1)
         return q[: len(epsilons)], missed[: len(epsilons)]
 
     # --- Descent -------------------------------------------------------------
 
-    def _gradient(self, teacher: Teacher, labels: np.ndarray) -> dict[str, Any]:
-        form = Form(
-            self.calibration,
-            "per_class" if self.per_class else "shared",
-            self.order,
-            self.penalty,
-        )
+    def _gradient(
+        self, form: Form, teacher: Teacher, labels: np.ndarray
+    ) -> dict[str, Any]:
         self._warn_of_few_rows(form, teacher, labels)
         fitted = fit(
             form,
@@ -482,30 +481,11 @@ class ProxyTeacherSearch:
             seed=self.seed,
             progress=progress.update,
         )
-        form = candidates.chosen
-        self._warn_of_few_rows(form, teacher, labels)
-        fitted = fit(
-            form,
-            teacher,
-            labels,
-            self.objective,
-            upper=self.space[1],
-            starts=self.starts,
-            seed=self.seed,
-        )
-        found = self._found(form, fitted.parameters, teacher, labels)
-        return {
-            **found,
-            "trials": candidates.columns,
-            "best_per_order": {
-                "order": [self.order],
-                "score": [found["score"]],
-                "unconverged": [fitted.unconverged],
-                "epsilon": [found["epsilon"]],
-            },
-            "unconverged": candidates.unconverged + fitted.unconverged,
-            "solves": candidates.solves + fitted.evaluations * len(labels),
-        }
+        found = self._gradient(candidates.chosen, teacher, labels)
+        found["trials"] = candidates.columns
+        found["unconverged"] += candidates.unconverged
+        found["solves"] += candidates.solves
+        return found
 
     def _found(
         self,
@@ -569,9 +549,6 @@ class _Progress:
             self._bar = keras.utils.Progbar(total, unit_name="trial")
         if self._bar is not None:
             self._bar.update(done, finalize=done == total)
-
-    def close(self) -> None:
-        self._bar = None
 
 
 def _check_space(space: Any) -> tuple[float, float]:

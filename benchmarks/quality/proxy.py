@@ -411,7 +411,7 @@ def main():
         "gradient methods and in vector scaling where no other is named; the "
         "cross-validated choice is among 0.1, 0.01 and 0.001. CIFAR-100 has "
         "10 labelled rows a class: the search's warning about that is silenced "
-        "here; where it has fewer subsets, it is because one takes 10 minutes.",
+        "here.",
     ]
     report = "\n".join(head + tables(*read(path, arguments))) + "\n"
     if arguments.output:

@@ -61,7 +61,7 @@ classes, M = {order}, uniform in [-1, 10].
   `jax.hessian` and `linalg.solve`, 20 of them, undamped.
 * Times are medians of {repeats} interleaved repeats, compilation apart (fsolve
   once where a repeat takes over {once:.0f} s). Every solver is judged alike:
-  converged where the residual max |w - q sum w| / sum |w| is at most 1e-6 and
+  converged where max |w - q sum w| / sum t (1 + |q h|) is at most 1e-6 and
   the loss is not above the teacher's own.
 """
 
