@@ -1,5 +1,12 @@
 """Knowledge distillation for Keras 3 that corrects a biased teacher."""
 
+# The losses and teachers that the paper compares with.
+from keras_ptloss._baselines import FilteredTeacher as FilteredTeacher
+from keras_ptloss._baselines import Flooding as Flooding
+from keras_ptloss._baselines import FocalLoss as FocalLoss
+from keras_ptloss._baselines import LabelPerturbedLoss as LabelPerturbedLoss
+from keras_ptloss._baselines import LabelSmoothingLoss as LabelSmoothingLoss
+
 # The loss, the solver, the search.
 # Training: from a live teacher, or from stored outputs.
 from keras_ptloss._distiller import Distiller as Distiller
