@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._checks import check_constant_epsilon, check_count
-from keras_ptloss._proxy_teacher import newton, newton_step
+from keras_ptloss._proxy_teacher import newton, newton_step, stationarity
 
 Tensor = Any
 
@@ -79,7 +79,8 @@ class ProxyTeacher(keras.layers.Layer):
             max_steps=self.max_steps,
         )
         q = ops.stop_gradient(q)
-        return q + newton_step(teacher, q, ops.unstack(coefficients))
+        w, b, _ = stationarity(teacher, q, ops.unstack(coefficients))
+        return q + newton_step(q, w, b)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """Return the input's shape."""
