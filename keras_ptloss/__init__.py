@@ -31,6 +31,13 @@ from keras_ptloss._metrics import TeacherAgreement as TeacherAgreement
 from keras_ptloss._metrics import (
     TotalVariationDistance as TotalVariationDistance,
 )
+
+# Figures.
+from keras_ptloss._plots import plot_distance_accuracy as plot_distance_accuracy
+from keras_ptloss._plots import plot_loss_curve as plot_loss_curve
+from keras_ptloss._plots import plot_proxy_teacher as plot_proxy_teacher
+from keras_ptloss._plots import plot_reliability as plot_reliability
+from keras_ptloss._plots import plot_search as plot_search
 from keras_ptloss._proxy_teacher import ProxyTeacherResult as ProxyTeacherResult
 from keras_ptloss._proxy_teacher import proxy_teacher as proxy_teacher
 from keras_ptloss._proxy_teacher_layer import ProxyTeacher as ProxyTeacher
