@@ -86,12 +86,14 @@ def _from_tfds(name):
     # Imported here: it takes seconds, and local files do without it.
     import tensorflow_datasets as tfds
 
-    return {
-        split: tfds.as_numpy(
-            tfds.load(name, split=split, batch_size=-1, as_supervised=True)
+    splits = {}
+    for split in ("train", "test"):
+        batches = tfds.load(
+            name, split=split, batch_size=1000, as_supervised=True
         )
-        for split in ("train", "test")
-    }
+        images, labels = zip(*tfds.as_numpy(batches), strict=True)
+        splits[split] = np.concatenate(images), np.concatenate(labels)
+    return splits
 
 
 def _from_npz(path):
