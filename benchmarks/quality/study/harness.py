@@ -76,6 +76,8 @@ class Task:
         make_optimizer: of the number of steps that it will make.
         epochs: passes over the distillation rows.
         batch_size: of the distillation.
+        other_tests: further test sets, by name; their accuracy, last epoch, is
+            in a row's note.
         validation: labelled rows that choose settings and the best epoch; None
             for the search's.
         teachers: probabilities of other teachers on the distillation rows.
@@ -91,6 +93,7 @@ class Task:
     make_optimizer: Callable[[int], Any]
     epochs: int
     batch_size: int
+    other_tests: dict[str, Rows] = dataclasses.field(default_factory=dict)
     validation: Rows | None = None
     teachers: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     truth: np.ndarray | None = None
@@ -193,6 +196,10 @@ def run_one(task: Task, method: Method, setting: Any, seed: int) -> dict:
         predict(student, rows.x).argmax(axis=1) == rows.teacher.argmax(axis=1)
     )
     last = judge(softmax(predict(student, task.test.x)), task.test.labels)
+    note = training.note
+    for name, other in task.other_tests.items():
+        right = predict(student, other.x).argmax(axis=1) == other.labels
+        note += f" {name} {right.mean():.4f}"
     student.set_weights(best.weights)
     kept = judge(softmax(predict(student, task.test.x)), task.test.labels)
     return {
@@ -207,7 +214,7 @@ def run_one(task: Task, method: Method, setting: Any, seed: int) -> dict:
         "ece": f"{last['ece']:.4f}",
         "search_seconds": f"{prepared - begin:.2f}",
         "train_seconds": f"{trained - prepared:.1f}",
-        "note": training.note,
+        "note": note.strip(),
     }
 
 

