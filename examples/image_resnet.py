@@ -465,9 +465,7 @@ def distil(arguments):
         right = outputs.argmax(axis=1) == labels[few]
         rows = {"teacher, on the images of the search": np.mean(right)}
 
-    search = ProxyTeacherSearch(
-        method="gradient", objective="nll", selection="cross_validation"
-    )
+    search = ProxyTeacherSearch()
     result = search.search(outputs, labels[few], from_logits=live)
     result.summary()
 

@@ -253,7 +253,7 @@ def plot_search(result: SearchResult, *, ax: Axes = None) -> Axes:
         ImportError: if Matplotlib is absent.
 
     Example:
-        >>> search = ProxyTeacherSearch(order=2, trials=10)
+        >>> search = ProxyTeacherSearch(order=2, trials=10, method="random")
         >>> result = search.search([[0.7, 0.3], [0.4, 0.6]], [0, 1])
         >>> ax = plot_search(result)
         >>> [line.get_label() for line in ax.lines]

@@ -193,35 +193,40 @@ class ProxyTeacherSearch:
     is best by `objective`. Labels are needed here only, never on the data that
     the student is distilled from.
 
-    `method="random"` is the paper's Algorithm 1: for each order up to `order`,
-    `trials` sets of coefficients are drawn uniformly from `space`.
     `method="gradient"` descends along the exact derivative (L-BFGS-B), from
-    the teacher as it is, inside the region where the loss is convex; it takes
-    calibration and penalties along. In both, epsilon = 0 (plain KL) stands for
-    election, so that the result never scores worse than it.
+    the teacher as it is, inside the region where the loss is convex. Unless
+    one of them is given, calibration, shape of epsilon and penalty are chosen
+    by cross-validation. `method="random"` is the paper's Algorithm 1: for each
+    order up to `order`, `trials` sets of coefficients are drawn uniformly from
+    `space`. In both, epsilon = 0 (plain KL) stands for election, so that the
+    result never scores worse than it.
 
     Args:
         order: highest number of coefficients M.
-        trials: random draws for each order; starts are set by `starts`.
+        trials: random draws for each order (random only); None is 100.
         space: bounds of the draws, `(low, high)`; `method="gradient"` uses
             `[-1/m, high]`.
         per_class: whether each class has its own coefficients. Only these can
             move probability between classes, that is, repair a biased teacher.
-        method: `"random"` or `"gradient"`.
-        objective: `"risk"` (Eq. 11, rewards sharp teachers), `"nll"`,
-            `"brier"`, or a function `(probabilities (N, C), labels (N,)) ->
+        method: `"gradient"` or `"random"`.
+        objective: `"nll"`, `"brier"`, `"risk"` (Eq. 11, rewards sharp
+            teachers), or a function `(probabilities (N, C), labels (N,)) ->
             score`, lower being better; for `method="gradient"` it returns
-            `(score, derivative (N, C))`.
-        solver: `"newton"`, or `"fsolve"`, the paper's (random search only).
+            `(score, derivative (N, C))`. None is `"nll"` with
+            `method="gradient"` and the paper's `"risk"` with `"random"`.
+        solver: `"newton"`, or `"fsolve"`, the paper's (random only).
         calibration: of the teacher, ahead of epsilon (gradient only):
             `"none"`, `"temperature"` or `"vector"` (a temperature and a bias a
             class).
         penalty: weight of the squared parameters (gradient only).
         starts: starts of the descent: the teacher as it is, and random ones.
-        selection: None, or `"cross_validation"`: calibration, shape of epsilon
-            and penalty are chosen on held-out folds, by the one-standard-error
-            rule towards fewer parameters; `per_class`, `calibration` and
-            `penalty` are then chosen, not read (gradient only).
+        selection: `"cross_validation"`: calibration, shape of epsilon and
+            penalty are chosen on held-out folds, by the one-standard-error
+            rule towards fewer parameters (gradient only). None: they are as
+            given, or else `per_class=False`, `calibration="none"` and
+            `penalty=0`. `"auto"`: cross-validation for `method="gradient"`
+            where none of the three is given. It takes seconds for 10 classes,
+            minutes for 100.
         folds: number of folds.
         seed: of the draws, the starts and the folds.
 
@@ -235,9 +240,7 @@ class ProxyTeacherSearch:
         >>> labels = np.array([rng.choice(3, p=row) for row in truth])
         >>> teacher = truth * [1.0, 0.2, 0.2]  # biased to class 0
         >>> teacher /= teacher.sum(axis=1, keepdims=True)
-        >>> search = ProxyTeacherSearch(
-        ...     method="gradient", objective="nll", per_class=True, seed=0
-        ... )
+        >>> search = ProxyTeacherSearch(order=2)
         >>> result = search.search(teacher, labels)
         >>> result.score < result.score_at_zero
         True
@@ -251,40 +254,61 @@ class ProxyTeacherSearch:
     def __init__(
         self,
         order: int = 5,
-        trials: int = 100,
+        trials: int | None = None,
         space: tuple[float, float] = (-1.0, 10.0),
-        per_class: bool = False,
-        method: str = "random",
-        objective: str | Callable[..., Any] = "risk",
+        per_class: bool | None = None,
+        method: str = "gradient",
+        objective: str | Callable[..., Any] | None = None,
         solver: str = "newton",
         *,
-        calibration: str = "none",
-        penalty: float = 0.0,
+        calibration: str | None = None,
+        penalty: float | None = None,
         starts: int = 1,
-        selection: str | None = None,
+        selection: str | None = "auto",
         folds: int = 5,
         seed: int = 0,
     ) -> None:
         self.order = check_count("order", order)
-        self.trials = check_count("trials", trials)
+        self.trials = check_count("trials", 100 if trials is None else trials)
         self.space = _check_space(space)
         self.per_class = bool(per_class)
-        check_choice("method", method, ("random", "gradient"))
+        check_choice("method", method, ("gradient", "random"))
         self.method = method
+        if objective is None:
+            objective = "nll" if method == "gradient" else "risk"
         self.objective = _as_objective(objective, method)
         check_choice("solver", solver, SOLVERS)
         self.solver = solver
-        check_choice("calibration", calibration, CALIBRATIONS)
-        self.calibration = calibration
-        self.penalty = check_number("penalty", penalty, at_least=0.0)
+        self.calibration = "none" if calibration is None else calibration
+        check_choice("calibration", self.calibration, CALIBRATIONS)
+        self.penalty = check_number(
+            "penalty", 0.0 if penalty is None else penalty, at_least=0.0
+        )
         self.starts = check_count("starts", starts)
-        if selection is not None:
-            check_choice("selection", selection, ("cross_validation",))
+        given = not (
+            per_class is None and calibration is None and penalty is None
+        )
+        if selection == "auto":
+            by_folds = method == "gradient" and not given
+            selection = "cross_validation" if by_folds else None
+        elif selection is not None:
+            check_choice("selection", selection, ("cross_validation", "auto"))
+            if given:
+                raise ValueError(
+                    "`per_class`, `calibration` and `penalty` are chosen by "
+                    "cross-validation: leave them out, or set selection=None. "
+                    f"Received: selection={selection!r}, "
+                    f"per_class={per_class!r}, calibration={calibration!r}, "
+                    f"penalty={penalty!r}"
+                )
         self.selection = selection
         self.folds = check_count("folds", folds, at_least=2)
         self.seed = check_count("seed", seed, at_least=0)
         if method == "random" and (
-            calibration != "none" or penalty or selection or starts != 1
+            self.calibration != "none"
+            or self.penalty
+            or selection
+            or starts != 1
         ):
             raise ValueError(
                 "`calibration`, `penalty`, `starts` and `selection` need "
@@ -292,10 +316,15 @@ class ProxyTeacherSearch:
                 f"calibration={calibration!r}, penalty={penalty!r}, "
                 f"starts={starts!r}, selection={selection!r}"
             )
-        if method == "gradient" and solver != "newton":
-            fail("solver", '"newton" with method="gradient"', solver)
-        if method == "gradient" and self.space[1] < 0.0:
-            fail("space", 'such that high >= 0 with method="gradient"', space)
+        if method == "gradient":
+            if trials is not None:
+                fail("trials", 'left out, or used with method="random"', trials)
+            if solver != "newton":
+                fail("solver", '"newton" with method="gradient"', solver)
+            if self.space[1] < 0.0:
+                fail(
+                    "space", 'such that high >= 0 with method="gradient"', space
+                )
 
     def search(
         self,

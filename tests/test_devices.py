@@ -25,7 +25,7 @@ from keras_ptloss import Distiller, ProxyTeacherSearch, PTLoss
 rng = np.random.default_rng(0)
 teacher, labels = rng.dirichlet([1, 1, 1], size=500), rng.integers(0, 3, 500)
 searches = [
-    ProxyTeacherSearch(trials=20, seed=0),
+    ProxyTeacherSearch(trials=20, method="random", seed=0),
     ProxyTeacherSearch(
         method="gradient", objective="nll", per_class=True, penalty=0.01
     ),

@@ -22,7 +22,9 @@ def data():
 
 
 def run(data, **arguments):
-    arguments = {"order": 2, "trials": 8, **arguments}
+    arguments = {"method": "random", "order": 2, **arguments}
+    if arguments["method"] == "random":
+        arguments.setdefault("trials", 8)
     return ProxyTeacherSearch(**arguments).search(*data, verbose=False)
 
 
@@ -218,7 +220,7 @@ class TestGradient:
 class TestTeacherForms:
     def test_logits_are_their_softmax(self, data):
         logits = np.log(data[0]) + 3.0
-        arguments = {"order": 2, "trials": 5, "seed": 0}
+        arguments = {"method": "random", "order": 2, "trials": 5, "seed": 0}
         found = ProxyTeacherSearch(**arguments).search(
             logits, data[1], from_logits=True
         )
@@ -238,7 +240,7 @@ class TestTeacherForms:
                 keras.layers.Dropout(0.5),
             ]
         )
-        searcher = ProxyTeacherSearch(order=2, trials=5)
+        searcher = ProxyTeacherSearch(order=2, trials=5, method="random")
         found = searcher.search(
             model, data[1], inputs=x, from_logits=from_logits
         )
@@ -278,7 +280,7 @@ class TestResult:
         assert config["name"] == "mine"
 
     def test_loss_knows_that_the_teacher_gave_logits(self, data):
-        found = ProxyTeacherSearch(order=1, trials=2).search(
+        found = ProxyTeacherSearch(order=1, trials=2, method="random").search(
             np.log(data[0]), data[1], from_logits=True
         )
         loss = found.loss()
@@ -352,13 +354,15 @@ class TestResult:
 
 class TestProgress:
     def test_verbose(self, data, capsys):
-        searcher = ProxyTeacherSearch(order=2, trials=5)
+        searcher = ProxyTeacherSearch(order=2, trials=5, method="random")
         searcher.search(*data, verbose=True)
         assert "10/10" in capsys.readouterr().out
 
     @pytest.mark.parametrize("verbose", [None, False])
     def test_silent(self, data, capsys, verbose):
-        ProxyTeacherSearch(order=2, trials=5).search(*data, verbose=verbose)
+        ProxyTeacherSearch(order=2, trials=5, method="random").search(
+            *data, verbose=verbose
+        )
         assert not capsys.readouterr().out
 
 
@@ -408,7 +412,6 @@ class TestSettings:
             ("method", "grid"),
             ("method", None),
             ("objective", "accuracy"),
-            ("objective", None),
             ("solver", "bfgs"),
             ("calibration", "matrix"),
             ("penalty", -0.1),
@@ -446,7 +449,35 @@ class TestSettings:
     def test_gradient_only(self, argument, value):
         match = f'need method="gradient".*{argument}={value!r}'
         with pytest.raises(ValueError, match=match):
-            ProxyTeacherSearch(**{argument: value})
+            ProxyTeacherSearch(method="random", **{argument: value})
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [{"per_class": False}, {"calibration": "none"}, {"penalty": 0.0}],
+    )
+    def test_given_form_is_not_chosen(self, arguments):
+        assert ProxyTeacherSearch(**arguments).selection is None
+        name, value = next(iter(arguments.items()))
+        match = f"chosen by cross-validation.*{name}={value!r}"
+        with pytest.raises(ValueError, match=match):
+            ProxyTeacherSearch(selection="cross_validation", **arguments)
+
+    def test_defaults(self):
+        searcher = ProxyTeacherSearch()
+        assert searcher.method == "gradient"
+        assert searcher.objective.name == "nll"
+        assert searcher.selection == "cross_validation"
+
+    def test_defaults_of_algorithm_1(self):
+        searcher = ProxyTeacherSearch(method="random")
+        assert searcher.objective.name == "risk"
+        assert searcher.selection is None
+        assert searcher.trials == 100
+
+    def test_trials_are_random_only(self):
+        match = "`trials` must be left out.*Received: trials=200"
+        with pytest.raises(ValueError, match=match):
+            ProxyTeacherSearch(trials=200)
 
     def test_fsolve_is_random_only(self):
         match = "`solver` must be \"newton\".*solver='fsolve'"
@@ -455,7 +486,7 @@ class TestSettings:
 
 
 class TestInputs:
-    SEARCH = ProxyTeacherSearch(order=1, trials=1)
+    SEARCH = ProxyTeacherSearch(order=1, trials=1, method="random")
     TEACHER = np.full((4, 3), 1 / 3)
     LABELS = np.array([0, 1, 2, 0])
 
@@ -548,7 +579,10 @@ def test_objective_that_is_not_finite():
     """One NaN would win every argmin."""
     rows = np.full((4, 3), 1 / 3)
     search = ProxyTeacherSearch(
-        trials=3, order=1, objective=lambda q, labels: float("nan")
+        method="random",
+        trials=3,
+        order=1,
+        objective=lambda q, labels: float("nan"),
     )
     with pytest.raises(ValueError, match="`objective` must return finite"):
         search.search(rows, [0, 1, 2, 0])

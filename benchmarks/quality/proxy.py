@@ -34,9 +34,9 @@ METRICS = ("accuracy", "nll", "brier", "ece", "l2")
 
 GRADIENT = {"method": "gradient", "objective": "nll", "penalty": 0.01}
 SEARCHES = {
-    "Algorithm 1, shared": {},
-    "Algorithm 1, per class": {"per_class": True},
-    "gradient NLL, shared": {**GRADIENT},
+    "Algorithm 1, shared": {"method": "random"},
+    "Algorithm 1, per class": {"method": "random", "per_class": True},
+    "gradient NLL, shared": {**GRADIENT, "per_class": False},
     "gradient NLL, per class": {**GRADIENT, "per_class": True},
     "temperature + per class": {
         **GRADIENT, "per_class": True, "calibration": "temperature",
@@ -44,11 +44,7 @@ SEARCHES = {
     "vector + per class": {
         **GRADIENT, "per_class": True, "calibration": "vector",
     },
-    "cross-validated": {
-        "method": "gradient",
-        "objective": "nll",
-        "selection": "cross_validation",
-    },
+    "cross-validated": {},
 }  # fmt: skip
 # Calibration alone, epsilon = 0: the rivals.
 CALIBRATIONS = {

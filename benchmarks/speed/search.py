@@ -336,8 +336,8 @@ def end_to_end(results, arguments):
         "",
         "## Algorithm 1, end to end",
         "",
-        f"`ProxyTeacherSearch(trials=100, order={ORDER})` on {arguments.rows} "
-        'rows, 500 trials; "later calls" is the median of '
+        f'`ProxyTeacherSearch(method="random", order={ORDER})` on '
+        f'{arguments.rows} rows, 500 trials; "later calls" is the median of '
         f"{arguments.repeats}. fsolve (gauge fixed) is the solves times its "
         "time above, not run.",
         "",
@@ -350,7 +350,7 @@ def end_to_end(results, arguments):
             continue
         teacher = teachers(arguments.rows, classes, arguments.seed)
         labels = np.argmax(teacher, axis=1)
-        search = ProxyTeacherSearch(trials=100, order=ORDER, seed=0)
+        search = ProxyTeacherSearch(method="random", order=ORDER, seed=0)
         found = [
             search.search(teacher, labels, verbose=False)
             for _ in range(arguments.repeats + 1)

@@ -424,7 +424,7 @@ SST2 = {
     "student": DATA / "bert_tiny",
     "epochs": 2,
     "train_tokens": 32,
-    "distill_rows": 20_000,
+    "distill_rows": 10_000,
 }
 
 TASKS = {
