@@ -230,7 +230,7 @@ def make_classifier(preset, classes, *, sequence_length):
 def train(model, tokens, targets, *, loss, epochs, rate):
     """Train by AdamW; the rate rises for a tenth of the steps, then falls."""
     steps = epochs * math.ceil(len(targets) / BATCH)
-    warmup = max(1, steps // 10)
+    warmup = steps // 10
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, steps - warmup, warmup_target=rate, warmup_steps=warmup
     )
@@ -356,10 +356,10 @@ def distil(arguments):
     losses = {"kl": PTLoss(0.0, from_logits=True, teacher_from_logits=asked)}
     for name, search in {
         # The space and the highest order of the paper's Table 5.
-        "ptloss_paper": ProxyTeacherSearch(order=5, space=(-1.0, 10.0)),
-        "ptloss": ProxyTeacherSearch(
-            method="gradient", objective="nll", selection="cross_validation"
+        "ptloss_paper": ProxyTeacherSearch(
+            method="random", order=5, space=(-1.0, 10.0)
         ),
+        "ptloss": ProxyTeacherSearch(),
     }.items():
         result = search.search(
             outputs["search"], parts["search"][1], from_logits=asked
