@@ -94,9 +94,16 @@ def on_numpy(
 
 
 def _spread(rows: Tensor) -> Tensor:
-    """Spread examples over the devices of a `DataParallel`, if one is set."""
+    """Spread examples over the devices of a `DataParallel`, if one is set.
+
+    Not over several processes: each has all the examples, and computes alike.
+    """
     distribution = keras.distribution.distribution()
     if not isinstance(distribution, keras.distribution.DataParallel):
+        return rows
+    import jax
+
+    if jax.process_count() > 1:
         return rows
     layout = distribution.get_data_layout(rows.shape)
     return keras.distribution.distribute_tensor(rows, layout)

@@ -1,12 +1,14 @@
 """NumPy references, written from the formulas of the paper, in float64.
 
 Deliberately plain: powers instead of Horner's rule, loops over the orders,
-one row at a time. Nothing here is imported from the package.
+one row at a time. Nothing here is imported from the package. At the end,
+made-up text data and a model for them.
 """
 
 import json
 import pathlib
 
+import keras
 import numpy as np
 import pytest
 import scipy.special
@@ -169,3 +171,43 @@ def compiled(function):
     import tensorflow as tf
 
     return tf.function(function, jit_compile=True)
+
+
+def save_tiny_bert(path):
+    """Save a one-layer BERT that knows four words, as a KerasHub preset."""
+    from keras_hub import models
+
+    keras.utils.set_random_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words += ["good", "bad", "film", "book"]
+    backbone = models.BertBackbone(
+        vocabulary_size=len(words),
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+        max_sequence_length=16,
+    )
+    preprocessor = models.BertTextClassifierPreprocessor(
+        models.BertTokenizer(vocabulary=words, lowercase=True)
+    )
+    models.BertTextClassifier(
+        backbone, num_classes=2, preprocessor=preprocessor
+    ).save_to_preset(path)
+    return path
+
+
+def write_tsv(folder, files, classes, *, columns=1, count=120):
+    """Write TSV files of texts with their labels, test sets with a header."""
+    rng = np.random.default_rng(0)
+    words = np.array(["good", "bad", "film", "book"])
+    folder.mkdir()
+    for name in files:
+        lines = [
+            "\t".join([str(i % classes), *(" ".join(t) for t in texts)])
+            for i, texts in enumerate(rng.choice(words, (count, columns, 5)))
+        ]
+        if name.startswith("test"):
+            lines.insert(0, "label\ttext")
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    return folder

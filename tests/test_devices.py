@@ -69,7 +69,7 @@ TWO_PROCESSES = """
 import json, sys
 import keras, numpy as np
 import tensorflow as tf
-from keras_ptloss import Distiller, PTLoss
+from keras_ptloss import Distiller, ProxyTeacherSearch, PTLoss
 
 address, rank = sys.argv[1], int(sys.argv[2])
 devices = 1
@@ -98,7 +98,9 @@ student = linear(1)
 distiller = Distiller(linear(1), linear(2))
 found = [fit(student, x, stored), fit(distiller, x)]
 weights = student.get_weights() + distiller.student.get_weights()
-found.append([w.tolist() for w in weights])
+search = ProxyTeacherSearch(order=2, per_class=True, penalty=0.01)
+result = search.search(stored, np.arange(64) % 3)
+found.append([w.tolist() for w in [*weights, result.epsilon]])
 print(json.dumps({"devices": devices, "found": found}))
 """
 

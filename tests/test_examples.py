@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 
+import helpers
 import keras
 import numpy as np
 import pytest
@@ -270,54 +271,12 @@ class TestText:
 
     @pytest.fixture
     def preset(self, text_bert, tmp_path):
-        """A one-layer BERT that knows four words, saved by KerasHub."""
-        from keras_hub import models
-
-        keras.utils.set_random_seed(0)
-        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-        words += ["good", "bad", "film", "book"]
-        backbone = models.BertBackbone(
-            vocabulary_size=len(words),
-            num_layers=1,
-            num_heads=2,
-            hidden_dim=8,
-            intermediate_dim=16,
-            max_sequence_length=16,
-        )
-        preprocessor = models.BertTextClassifierPreprocessor(
-            models.BertTokenizer(vocabulary=words, lowercase=True)
-        )
-        path = tmp_path / "preset"
-        models.BertTextClassifier(
-            backbone, num_classes=2, preprocessor=preprocessor
-        ).save_to_preset(path)
-        return path
-
-    def write(self, folder, files, classes, *, columns=1, count=120):
-        """Write TSV files, some with a header.
-
-        Of 120 rows, 64 are left to distil from: whole batches, one step to
-        compile.
-        """
-        rng = np.random.default_rng(0)
-        words = np.array(["good", "bad", "film", "book"])
-        folder.mkdir()
-        for name in files:
-            lines = [
-                "\t".join([str(i % classes), *(" ".join(t) for t in texts)])
-                for i, texts in enumerate(
-                    rng.choice(words, (count, columns, 5))
-                )
-            ]
-            if name.startswith("test"):
-                lines.insert(0, "label\ttext")
-            (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
-        return folder
+        return helpers.save_tiny_bert(tmp_path / "preset")
 
     @few_rows
     def test_from_a_teacher(self, text_bert, preset, tmp_path, capsys):
         """Run twice: the second time no teacher is trained."""
-        data = self.write(tmp_path / "data", ("train", "test"), 2)
+        data = helpers.write_tsv(tmp_path / "data", ("train", "test"), 2)
         output = tmp_path / "output"
         command = (
             *("--task", "sst2", "--data", data, "--output", output),
@@ -345,7 +304,7 @@ class TestText:
     ):
         """On pairs of texts, with two test sets."""
         tests = ("test_matched", "test_mismatched")
-        data = self.write(
+        data = helpers.write_tsv(
             tmp_path / "data", ("train", *tests), 3, columns=2, count=130
         )
         probabilities = tmp_path / "probabilities.npz"
@@ -405,7 +364,7 @@ class TestText:
     def test_wrong_data(self, text_bert, tmp_path):
         with pytest.raises(ValueError, match="Received: name='cola'"):
             text_bert.load_task("cola")
-        data = self.write(tmp_path / "data", ("train", "test"), 3)
+        data = helpers.write_tsv(tmp_path / "data", ("train", "test"), 3)
         with pytest.raises(ValueError, match="label below 2 .* in line 3 of"):
             text_bert.load_task("sst2", data)
         with pytest.raises(ValueError, match="2 texts, .* in line 1 of"):
@@ -434,6 +393,6 @@ class TestText:
             ("not allowed with", (*teacher, "--teacher-probs", "absent")),
         ):
             refuses(text_bert, message, capsys, *arguments)
-        data = self.write(tmp_path / "data", ("train", "test"), 2)
+        data = helpers.write_tsv(tmp_path / "data", ("train", "test"), 2)
         with pytest.raises(ValueError, match="--labelled 1000 of 120"):
             call(text_bert, *teacher, "--data", data, "--output", tmp_path)
