@@ -186,7 +186,7 @@ def save_tiny_bert(path):
         num_heads=2,
         hidden_dim=8,
         intermediate_dim=16,
-        max_sequence_length=16,
+        max_sequence_length=128,
     )
     preprocessor = models.BertTextClassifierPreprocessor(
         models.BertTokenizer(vocabulary=words, lowercase=True)

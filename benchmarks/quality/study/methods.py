@@ -126,8 +126,12 @@ def released_code(task: Task, setting: Any, seed: int) -> Training:
     return Training(task.distill.x, targets, loss)
 
 
-def search(name: str, **settings: Any) -> Method:
-    """PTLoss with the coefficients that a search finds, seeded as the run."""
+def search(name: str, targets: bool = False, **settings: Any) -> Method:
+    """PTLoss with the coefficients that a search finds, seeded as the run.
+
+    With `targets`, KL to the proxy teachers themselves: the same optimum by
+    another way.
+    """
 
     def prepare(task: Task, setting: Any, seed: int) -> Training:
         found = ProxyTeacherSearch(seed=seed, **settings).search(
@@ -142,12 +146,11 @@ def search(name: str, **settings: Any) -> Method:
             )
         elif found.epsilon.ndim == 1:
             note += f"; epsilon {np.round(found.epsilon, 3).tolist()}"
-        return Training(
-            task.distill.x,
-            task.distill.teacher,
-            found.loss(from_logits=True),
-            note=note,
-        )
+        if targets:
+            q = found.proxy_teacher(task.distill.teacher).probabilities
+            return Training(task.distill.x, q.astype("float32"), KL, note=note)
+        loss = found.loss(from_logits=True)
+        return Training(task.distill.x, task.distill.teacher, loss, note=note)
 
     return Method(name, prepare)
 
@@ -234,6 +237,13 @@ def all_methods(order: int = 5) -> list[Method]:
         ),
         search(
             "PTLoss, cross-validated",
+            **GRADIENT,
+            order=order,
+            selection="cross_validation",
+        ),
+        search(
+            "KL to the proxy, cross-validated",
+            targets=True,
             **GRADIENT,
             order=order,
             selection="cross_validation",
