@@ -147,7 +147,9 @@ def search(name: str, targets: bool = False, **settings: Any) -> Method:
         elif found.epsilon.ndim == 1:
             note += f"; epsilon {np.round(found.epsilon, 3).tolist()}"
         if targets:
-            q = found.proxy_teacher(task.distill.teacher).probabilities
+            teacher = task.distill.teacher.astype("float64")
+            teacher /= teacher.sum(axis=1, keepdims=True)  # may be float16's
+            q = found.proxy_teacher(teacher).probabilities
             return Training(task.distill.x, q.astype("float32"), KL, note=note)
         loss = found.loss(from_logits=True)
         return Training(task.distill.x, task.distill.teacher, loss, note=note)
