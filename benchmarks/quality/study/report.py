@@ -152,8 +152,9 @@ def table_row(name: str, rows: list[dict], kl: list[dict]) -> str:
 
     def spread(key: str) -> str:
         values = 100 * column(rows, key)
-        deviation = values.std(ddof=1) if len(values) > 1 else float("nan")
-        text = f"{values.mean():.2f} ± {deviation:.2f}"
+        text = f"{values.mean():.2f}"
+        if len(values) > 1:
+            text += f" ± {values.std(ddof=1):.2f}"
         test = paired(rows, kl, key)
         if name != "KL" and test and test[1] < 0.1:
             text += r" \*\*" if test[1] < 0.05 else r" \*"
