@@ -1,5 +1,6 @@
 """Every example runs, as a user would run it, on made-up data."""
 
+import contextlib
 import functools
 import importlib
 import math
@@ -82,6 +83,9 @@ class TestImage:
         short_search(module)
         tiny = functools.partial(module.resnet, widths=(4,), blocks=1)
         monkeypatch.setitem(module.BODIES, "tiny", tiny)
+        # One device: after other tests' strategies in the same process,
+        # TensorFlow mixes up their collective operations.
+        monkeypatch.setattr(module, "all_devices", contextlib.nullcontext)
         yield module
         keras.config.set_dtype_policy("float32")
 
