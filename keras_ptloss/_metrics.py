@@ -366,6 +366,12 @@ class BrierScore(keras.metrics.MeanMetricWrapper):
         }
 
 
+def confidence_bins(confidence: Tensor, num_bins: int) -> Tensor:
+    """Return the bin m of each confidence, in `(m, m + 1] / num_bins`."""
+    bins = ops.ceil(confidence * num_bins) - 1
+    return ops.cast(ops.clip(bins, 0, num_bins - 1), "int32")
+
+
 @keras.saving.register_keras_serializable(package="keras_ptloss")
 class ExpectedCalibrationError(keras.metrics.Metric):
     """How far confidence is from accuracy, averaged over bins of confidence.
@@ -454,8 +460,7 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         right = ops.equal(
             ops.argmax(student, axis=-1), ops.argmax(labels, axis=-1)
         )
-        bins = ops.ceil(confidence * self.num_bins) - 1
-        bins = ops.cast(ops.clip(bins, 0, self.num_bins - 1), "int32")
+        bins = confidence_bins(confidence, self.num_bins)
         gaps = weight * (ops.cast(right, "float32") - confidence)
         gaps = ops.segment_sum(
             ops.reshape(gaps, (-1,)),

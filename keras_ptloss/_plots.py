@@ -13,6 +13,7 @@ from keras_ptloss._checks import (
     fail,
 )
 from keras_ptloss._losses import pt_loss
+from keras_ptloss._metrics import confidence_bins
 from keras_ptloss._proxy_teacher import proxy_teacher
 from keras_ptloss._search import SearchResult
 
@@ -165,8 +166,7 @@ def plot_reliability(
     # In float32, so that examples at an edge fall as the metric's do.
     confidence = probs.max(axis=1).astype("float32")
     right = probs.argmax(axis=1) == labels
-    bins = np.ceil(confidence * np.float32(num_bins)).astype("int64") - 1
-    bins = np.clip(bins, 0, num_bins - 1)
+    bins = ops.convert_to_numpy(confidence_bins(confidence, num_bins))
     count = np.bincount(bins, minlength=num_bins)
     gap = np.bincount(bins, weights=right - confidence, minlength=num_bins)
     error = np.sum(np.abs(gap)) / len(probs)

@@ -14,7 +14,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.optimize
@@ -184,6 +184,16 @@ def orders(epsilon: np.ndarray) -> list[np.ndarray]:
 # --- Newton ------------------------------------------------------------------
 
 
+class _Point(NamedTuple):
+    """Where each row is: `q, w, b` are `(..., C)`, the others `(...)`."""
+
+    q: Tensor
+    loss: Tensor
+    w: Tensor
+    b: Tensor
+    residual: Tensor
+
+
 def newton(
     teacher: Tensor,
     coefficients: Tensor,
@@ -215,55 +225,55 @@ def newton(
     # Losses that differ by rounding count as equal.
     slack = 100 * float(np.finfo(standardize_dtype(teacher.dtype)).eps)
 
-    def at(q: Tensor) -> tuple[Tensor, ...]:
+    def at(q: Tensor) -> _Point:
         loss = loss_of(teacher, q, coefficients)
-        return q, loss, *stationarity(teacher, q, coefficients)
+        return _Point(q, loss, *stationarity(teacher, q, coefficients))
 
-    def move(point: tuple[Tensor, ...], trial: Tensor) -> Any:
+    def move(point: _Point, trial: Tensor) -> tuple[_Point, Tensor]:
         """Move unconverged rows whose loss is lower at `trial`."""
         trial = ops.maximum(trial, 0.0)
         there = at(trial / ops.sum(trial, axis=-1, keepdims=True))
-        loss, residual = point[1], point[4]
-        lower = there[1] <= loss + slack * (1.0 + ops.abs(loss))
-        accept = lower & (residual > tolerance)
+        lower = there.loss <= point.loss + slack * (1.0 + ops.abs(point.loss))
+        accept = lower & (point.residual > tolerance)
         by_class = ops.expand_dims(accept, -1)
-        moved = (
-            ops.where(accept if new.ndim == accept.ndim else by_class, new, old)
-            for new, old in zip(there, point, strict=True)
+        moved = _Point(
+            q=ops.where(by_class, there.q, point.q),
+            loss=ops.where(accept, there.loss, point.loss),
+            w=ops.where(by_class, there.w, point.w),
+            b=ops.where(by_class, there.b, point.b),
+            residual=ops.where(accept, there.residual, point.residual),
         )
-        return tuple(moved), lower
+        return moved, lower
 
     def not_done(step, point, damping, steps):  # type: ignore
-        return (step < max_steps) & ops.any(point[4] > tolerance)
+        return (step < max_steps) & ops.any(point.residual > tolerance)
 
     def iterate(step, point, damping, steps):  # type: ignore
-        q, _, w, b, residual = point
-        direction = newton_step(q, w, b)
+        direction = newton_step(point.q, point.w, point.b)
         inside = ops.min(
-            ops.where(direction < 0, -q / direction, np.inf), axis=-1
+            ops.where(direction < 0, -point.q / direction, np.inf), axis=-1
         )
         length = damping * ops.minimum(1.0, 0.95 * inside)
-        point, lower = move(point, q + ops.expand_dims(length, -1) * direction)
+        trial = point.q + ops.expand_dims(length, -1) * direction
+        moved, lower = move(point, trial)
         return (
             step + 1,
-            point,
+            moved,
             ops.where(lower, ops.ones_like(damping), 0.5 * damping),
-            steps + ops.cast(residual > tolerance, "int32"),
+            steps + ops.cast(point.residual > tolerance, "int32"),
         )
 
     # Trials share the teacher's rows: broadcast `q` to all of them.
-    teachers_own = at(teacher + 0.0 * sum(coefficients))
-    _, _, w, _, residual = teachers_own
-    point, _ = move(teachers_own, w / ops.sum(w, axis=-1, keepdims=True))
+    own = at(teacher + 0.0 * sum(coefficients))
+    start, _ = move(own, own.w / ops.sum(own.w, axis=-1, keepdims=True))
     state = (
         1,
-        point,
-        ops.ones_like(residual),
-        ops.cast(residual > tolerance, "int32"),
+        start,
+        ops.ones_like(own.residual),
+        ops.cast(own.residual > tolerance, "int32"),
     )
     _, point, _, steps = ops.while_loop(not_done, iterate, state)
-    q, loss, _, _, residual = point
-    return q, loss, residual, steps
+    return point.q, point.loss, point.residual, steps
 
 
 def newton_step(q: Tensor, w: Tensor, b: Tensor) -> Tensor:

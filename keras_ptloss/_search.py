@@ -285,9 +285,8 @@ class ProxyTeacherSearch:
             "penalty", 0.0 if penalty is None else penalty, at_least=0.0
         )
         self.starts = check_count("starts", starts)
-        given = not (
-            per_class is None and calibration is None and penalty is None
-        )
+        form = (per_class, calibration, penalty)
+        given = any(part is not None for part in form)
         if selection == "auto":
             by_folds = method == "gradient" and not given
             selection = "cross_validation" if by_folds else None

@@ -173,6 +173,27 @@ def compiled(function):
     return tf.function(function, jit_compile=True)
 
 
+def linear_model(classes, *, seed=0, activation=None):
+    """Build one dense layer on five inputs."""
+    init = keras.initializers.GlorotUniform(seed=seed)
+    return keras.Sequential(
+        [
+            keras.Input((5,)),
+            keras.layers.Dense(
+                classes, activation=activation, kernel_initializer=init
+            ),
+        ]
+    )
+
+
+def soft_labelled(classes):
+    """Draw 32 examples `(32, 5)` and a teacher's probabilities of them."""
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(32, 5)).astype("float32")
+    soft_labels = generator.dirichlet(np.ones(classes), 32).astype("float32")
+    return x, soft_labels
+
+
 def save_tiny_bert(path):
     """Save a one-layer BERT that knows four words, as a KerasHub preset."""
     from keras_hub import models

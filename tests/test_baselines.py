@@ -1,5 +1,7 @@
 """The paper's other losses and teachers, against NumPy, Keras and Optax."""
 
+import functools
+
 import helpers
 import keras
 import numpy as np
@@ -496,24 +498,12 @@ class TestFlooding:
         np.testing.assert_allclose(value, (0.4 + np.log(2)) / 2, rtol=1e-5)
 
 
-def make_model(classes=CLASSES, seed=0, activation=None):
-    init = keras.initializers.GlorotUniform(seed=seed)
-    return keras.Sequential(
-        [
-            keras.Input((5,)),
-            keras.layers.Dense(
-                classes, activation=activation, kernel_initializer=init
-            ),
-        ]
-    )
+make_model = functools.partial(helpers.linear_model, CLASSES)
 
 
 @pytest.fixture
 def data():
-    generator = np.random.default_rng(0)
-    x = generator.normal(size=(32, 5)).astype("float32")
-    soft_labels = generator.dirichlet(np.ones(CLASSES), 32).astype("float32")
-    return x, soft_labels
+    return helpers.soft_labelled(CLASSES)
 
 
 class TestModel:

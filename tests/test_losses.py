@@ -1,5 +1,7 @@
 """pt_loss and PTLoss: Eq. 7 against NumPy, Keras and Optax."""
 
+import functools
+
 import helpers
 import keras
 import numpy as np
@@ -605,22 +607,12 @@ class TestHypothesis:
         np.testing.assert_allclose(first, moved, rtol=1e-4, atol=1e-4)
 
 
-def make_student(classes=CLASSES, seed=0):
-    init = keras.initializers.GlorotUniform(seed=seed)
-    return keras.Sequential(
-        [
-            keras.Input((5,)),
-            keras.layers.Dense(classes, kernel_initializer=init),
-        ]
-    )
+make_student = functools.partial(helpers.linear_model, CLASSES)
 
 
 @pytest.fixture
 def data():
-    generator = np.random.default_rng(0)
-    x = generator.normal(size=(32, 5)).astype("float32")
-    soft_labels = generator.dirichlet(np.ones(CLASSES), 32).astype("float32")
-    return x, soft_labels
+    return helpers.soft_labelled(CLASSES)
 
 
 class TestModelFit:

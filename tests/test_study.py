@@ -101,7 +101,7 @@ class TestHarness:
         assert [row["setting"] for row in second] == [best["setting"]]
 
     def test_best_epoch(self, task):
-        training = methods.distil("KL").prepare(task, None, 0)
+        training = named("KL")[0].prepare(task, None, 0)
         model, best = harness.train(task, training, seed=0)
         model.set_weights(best.weights)
         logits = harness.predict(model, task.search.x)

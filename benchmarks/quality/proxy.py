@@ -32,7 +32,7 @@ BIASED = 0.02  # total variation above which a teacher counts as biased
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
 METRICS = ("accuracy", "nll", "brier", "ece", "l2")
 
-GRADIENT = {"method": "gradient", "objective": "nll", "penalty": 0.01}
+GRADIENT = {"penalty": 0.01}
 SEARCHES = {
     "Algorithm 1, shared": {"method": "random"},
     "Algorithm 1, per class": {"method": "random", "per_class": True},
@@ -92,29 +92,34 @@ def bias_of(probabilities, labels):
     return 0.5 * np.abs(probabilities.mean(axis=0) - frequencies).sum()
 
 
+def calibrate(method, rows, labels):
+    """Fit one of `CALIBRATIONS` alone; return its parameters."""
+    form, teacher = CALIBRATIONS[method], Teacher(rows, None)
+    return fit(form, teacher, labels, OBJECTIVES["nll"], upper=10.0).parameters
+
+
+def choice(result):
+    """Say what cross-validation chose; nothing where there was none."""
+    if "chosen" not in result.trials:
+        return ""
+    chosen = result.trials["chosen"].index(True)
+    return "/".join(
+        str(result.trials[key][chosen])
+        for key in ("calibration", "shape", "penalty")
+    )
+
+
 def run_method(method, rows, rows_labels, held_out, seed):
     """Search on `rows`; return the proxy teachers of `held_out`, and a note."""
     if method == "teacher":
         return held_out, ""
     if method in CALIBRATIONS:
-        fitted = fit(
-            CALIBRATIONS[method],
-            Teacher(rows, None),
-            rows_labels,
-            OBJECTIVES["nll"],
-            upper=10.0,
-        )
-        return Teacher(held_out, None).calibrated(fitted.parameters), ""
+        parameters = calibrate(method, rows, rows_labels)
+        return Teacher(held_out, None).calibrated(parameters), ""
     result = ProxyTeacherSearch(seed=seed, **SEARCHES[method]).search(
         rows, rows_labels
     )
-    note = f"unconverged={result.unconverged}"
-    if "chosen" in result.trials:
-        chosen = result.trials["chosen"].index(True)
-        note += " " + "/".join(
-            str(result.trials[key][chosen])
-            for key in ("calibration", "shape", "penalty")
-        )
+    note = f"unconverged={result.unconverged} {choice(result)}".rstrip()
     return result.proxy_teacher(held_out).probabilities, note
 
 

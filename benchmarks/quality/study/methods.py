@@ -4,11 +4,12 @@ Each makes inputs, targets and a loss of a task. Where the distillation rows
 have no labels, a method has those of the search rows alone.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.proxy import CALIBRATIONS
+from benchmarks.quality.proxy import calibrate, choice
 from benchmarks.quality.study.harness import (
     Method,
     Task,
@@ -26,13 +27,10 @@ from keras_ptloss import (
     PTLoss,
     proxy_teacher,
 )
-from keras_ptloss._gradient import Teacher, fit
 from keras_ptloss._objectives import OBJECTIVES
 
 PROBABILITIES = {"from_logits": True, "teacher_from_logits": False}
 KL = PTLoss(0.0, **PROBABILITIES)
-ALGORITHM_1 = {"method": "random", "objective": "risk"}
-GRADIENT = {"method": "gradient", "objective": "nll"}
 
 
 def one_hot(labels: np.ndarray, classes: int) -> np.ndarray:
@@ -40,12 +38,13 @@ def one_hot(labels: np.ndarray, classes: int) -> np.ndarray:
     return np.eye(classes, dtype="float32")[labels]
 
 
-def distil(name: str, loss: Any = None, settings: Any = (None,)) -> Method:
-    """A loss on the teacher's outputs, which may have a setting."""
+def distil(
+    name: str, loss: Callable[[Any], Any], settings: Any = (None,)
+) -> Method:
+    """A loss, of its setting, on the teacher's outputs."""
 
     def prepare(task: Task, setting: Any, seed: int) -> Training:
-        made = loss(setting) if callable(loss) else loss
-        return Training(task.distill.x, task.distill.teacher, made or KL)
+        return Training(task.distill.x, task.distill.teacher, loss(setting))
 
     return Method(name, prepare, settings)
 
@@ -138,12 +137,8 @@ def search(name: str, targets: bool = False, **settings: Any) -> Method:
             task.search.teacher, task.search.labels, verbose=False
         )
         note = f"score {found.score_at_zero:.4f} -> {found.score:.4f}"
-        if "chosen" in found.trials:
-            chosen = found.trials["chosen"].index(True)
-            note += "; " + "/".join(
-                str(found.trials[key][chosen])
-                for key in ("calibration", "shape", "penalty")
-            )
+        if choice(found):
+            note += f"; {choice(found)}"
         elif found.epsilon.ndim == 1:
             note += f"; epsilon {np.round(found.epsilon, 3).tolist()}"
         if targets:
@@ -161,13 +156,8 @@ def calibrated(name: str) -> Method:
     """The teacher's calibration alone, as `benchmarks/quality/proxy.py`."""
 
     def prepare(task: Task, setting: Any, seed: int) -> Training:
-        fitted = fit(
-            CALIBRATIONS[name],
-            Teacher(task.search.teacher.astype("float64"), None),
-            task.search.labels,
-            OBJECTIVES["nll"],
-            upper=10.0,
-        ).parameters
+        rows = task.search.teacher.astype("float64")
+        fitted = calibrate(name, rows, task.search.labels)
         temperature = np.squeeze(1.0 / fitted.scale)
         loss = PTLoss(
             0.0,
@@ -221,7 +211,7 @@ def labelled(task: Task) -> bool:
 def all_methods(order: int = 5) -> list[Method]:
     """Return every method, the cheap and telling ones first."""
     return [
-        distil("KL"),
+        distil("KL", lambda setting: KL),
         calibrated("temperature scaling"),
         distil(
             "label smoothing",
@@ -229,32 +219,20 @@ def all_methods(order: int = 5) -> list[Method]:
             (0.05, 0.1, 0.2),
         ),
         calibrated("vector scaling"),
-        search("PTLoss, Algorithm 1", **ALGORITHM_1, order=order),
+        search("PTLoss, Algorithm 1", method="random", order=order),
         search(
             "PTLoss, gradient per class",
-            **GRADIENT,
             order=order,
             per_class=True,
             penalty=0.01,
         ),
-        search(
-            "PTLoss, cross-validated",
-            **GRADIENT,
-            order=order,
-            selection="cross_validation",
-        ),
-        search(
-            "KL to the proxy, cross-validated",
-            targets=True,
-            **GRADIENT,
-            order=order,
-            selection="cross_validation",
-        ),
+        search("PTLoss, cross-validated", order=order),
+        search("KL to the proxy, cross-validated", targets=True, order=order),
         Method("labels alone", labels_alone),
         Method("hard-label mix", hard_label_mix, (0.1, 0.3, 0.5)),
         search(
             "PTLoss, Algorithm 1 per class",
-            **ALGORITHM_1,
+            method="random",
             order=order,
             per_class=True,
         ),

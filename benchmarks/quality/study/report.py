@@ -8,7 +8,7 @@ import numpy as np
 import scipy.stats
 
 from benchmarks.quality.study.harness import Method, chosen_setting, read
-from keras_ptloss._plots import plot_distance_accuracy
+from keras_ptloss import plot_distance_accuracy
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -248,8 +248,8 @@ def proxy_report(proxies: dict[str, list[dict]], path: pathlib.Path) -> str:
         "proxies, scores on the search's rows:\n\n| | with L2 to the truth | "
         "with accuracy, last epoch | best epoch |\n|---|---|---|---|\n"
     )
+    label = {"l2": "L2 to the truth", "risk": "risk (Eq. 11)"}
     for name, values in table.items():
-        label = {"l2": "L2 to the truth", "risk": "risk (Eq. 11)"}
         text += (
             f"| {label.get(name, name)} | {correlation(values, table['l2'])} | "
             f"{correlation(values, accuracy['last'])} | "
