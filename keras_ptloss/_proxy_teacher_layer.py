@@ -6,7 +6,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ptloss._checks import check_constant_epsilon, check_count
+from keras_ptloss._checks import (
+    check_bias,
+    check_constant_epsilon,
+    check_count,
+    check_temperature,
+)
+from keras_ptloss._losses import teacher_distribution
 from keras_ptloss._proxy_teacher import newton, newton_step, stationarity
 
 Tensor = Any
@@ -14,11 +20,12 @@ Tensor = Any
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
 class ProxyTeacher(keras.layers.Layer):
-    """Turn a teacher's probabilities into its proxy teacher's.
+    """Turn a teacher's outputs into its proxy teacher's probabilities.
 
     `keras.Sequential([teacher, ProxyTeacher(epsilon)])` is the proxy teacher
     as a model, for any distiller and loss: distilling from it with plain KL
     has the optimum of distilling from `teacher` with `PTLoss(epsilon)`.
+    `SearchResult.proxy_model` builds it of what a search found.
 
     Differentiable by the implicit function theorem: the solution `q` is held
     fixed and one Newton step is taken from it, whose value is zero and whose
@@ -29,14 +36,19 @@ class ProxyTeacher(keras.layers.Layer):
     Args:
         epsilon: starting coefficients: a number (order 1), `(M,)` shared by
             the classes, or `(C, M)` per class.
+        teacher_from_logits: whether the inputs are logits.
+        teacher_temperature: calibration of the teacher ahead of epsilon,
+            `t = softmax(z / teacher_temperature + teacher_bias)`; a number
+            above 0 or one a class, `(C,)`. It is not trained.
+        teacher_bias: a number or one a class, `(C,)`; None is zero.
         max_steps: most Newton steps.
         **kwargs: passed on to `keras.layers.Layer`: `name`, `trainable`, ...
 
-    Input and output shape: `(..., C)`, rows on the simplex.
+    Input and output shape: `(..., C)`; the outputs are on the simplex.
 
     Raises:
-        ValueError: if `epsilon` is not of this form or has another class count
-            than the input.
+        ValueError: if an argument is not of this form or has another class
+            count than the input.
 
     Example:
         >>> import numpy as np
@@ -45,21 +57,39 @@ class ProxyTeacher(keras.layers.Layer):
         array([[0.838, 0.113, 0.049]], dtype=float32)
 
     Reference:
-        Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), §4.2.
+        Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), §4.2; Guo et al.
+        2017 for the calibration.
     """
 
     def __init__(
-        self, epsilon: Any, *, max_steps: int = 30, **kwargs: Any
+        self,
+        epsilon: Any,
+        *,
+        teacher_from_logits: bool = False,
+        teacher_temperature: Any = 1.0,
+        teacher_bias: Any = None,
+        max_steps: int = 30,
+        **kwargs: Any,
     ) -> None:
         # Bits below float32's would be lost in the solver.
         kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
         self._start = check_constant_epsilon(epsilon)
+        self.teacher_from_logits = bool(teacher_from_logits)
+        self.teacher_temperature = check_temperature(
+            "teacher_temperature", teacher_temperature
+        )
+        self.teacher_bias = check_bias("teacher_bias", teacher_bias)
         self.max_steps = check_count("max_steps", max_steps)
 
     def build(self, input_shape: Any) -> None:
         """Make `epsilon` a weight of the layer."""
-        check_constant_epsilon(self._start, classes=input_shape[-1])
+        classes = input_shape[-1]
+        check_constant_epsilon(self._start, classes=classes)
+        check_temperature(
+            "teacher_temperature", self.teacher_temperature, classes=classes
+        )
+        check_bias("teacher_bias", self.teacher_bias, classes=classes)
         self.epsilon = self.add_weight(
             name="epsilon",
             shape=self._start.shape,
@@ -69,7 +99,13 @@ class ProxyTeacher(keras.layers.Layer):
 
     def call(self, inputs: Tensor) -> Tensor:
         """Return the proxy teachers of rows `(..., C)`."""
-        teacher = inputs / ops.sum(inputs, axis=-1, keepdims=True)
+        teacher = teacher_distribution(
+            inputs,
+            from_logits=self.teacher_from_logits,
+            temperature=self.teacher_temperature,
+            bias=self.teacher_bias,
+        )
+        teacher = teacher / ops.sum(teacher, axis=-1, keepdims=True)
         epsilon = ops.convert_to_tensor(self.epsilon)
         coefficients = ops.moveaxis(epsilon, -1, 0)  # (M,) or (M, C)
         q, _, _, _ = newton(
@@ -91,6 +127,13 @@ class ProxyTeacher(keras.layers.Layer):
         return {
             **super().get_config(),
             "epsilon": self._start.tolist(),
+            "teacher_from_logits": self.teacher_from_logits,
+            "teacher_temperature": self.teacher_temperature.tolist(),
+            "teacher_bias": (
+                None
+                if self.teacher_bias is None
+                else self.teacher_bias.tolist()
+            ),
             "max_steps": self.max_steps,
         }
 

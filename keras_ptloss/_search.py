@@ -36,6 +36,7 @@ from keras_ptloss._proxy_teacher import (
     proxy_teacher,
     solve_newton,
 )
+from keras_ptloss._proxy_teacher_layer import ProxyTeacher
 from keras_ptloss._selection import cross_validate
 
 # Fewer labelled examples of a class than this do not carry its parameters.
@@ -134,6 +135,44 @@ class SearchResult:
                 f"Received: teacher outputs of shape {rows.logits.shape}"
             )
         return proxy_teacher(rows.calibrated(parameters), self.epsilon)
+
+    def proxy_model(self, teacher: keras.Model) -> keras.Model:
+        """Build the proxy teacher of a live teacher, for a `Distiller`.
+
+        KL to it has the optimum of `loss()` on the teacher, example by
+        example, and is the better target for a small student, which gives one
+        answer to many examples (docs/results.md):
+
+            distiller = Distiller(student, result.proxy_model(teacher))
+            distiller.compile(
+                "adam",
+                loss=PTLoss(0.0, from_logits=True, teacher_from_logits=False),
+            )
+
+        Args:
+            teacher: a Keras model whose outputs, `(N, C)`, are in the form in
+                which the search was given them.
+
+        Returns:
+            A model of the teacher's inputs that gives probabilities, `(N, C)`.
+            It holds the teacher, and does not train what the search found.
+
+        Raises:
+            ValueError: if `teacher` is not a Keras model.
+        """
+        if not isinstance(teacher, keras.Model):
+            raise ValueError(
+                "`teacher` must be a Keras model; for stored outputs there is "
+                f"`proxy_teacher`. Received: teacher={type(teacher).__name__}"
+            )
+        layer = ProxyTeacher(
+            self.epsilon,
+            teacher_from_logits=self.from_logits,
+            teacher_temperature=self.teacher_temperature,
+            teacher_bias=self.teacher_bias,
+            trainable=False,
+        )
+        return keras.Sequential([teacher, layer], name="proxy_teacher")
 
     def summary(self) -> None:
         """Print what was found and what it cost."""

@@ -1,5 +1,6 @@
 """The proxy teacher as a layer: its values, its derivative, its training."""
 
+import helpers
 import keras
 import numpy as np
 import pytest
@@ -93,6 +94,41 @@ def test_derivative_against_finite_differences(teacher_rows):
     )
 
 
+@pytest.mark.parametrize("temperature", [2.0, [0.5, 1.0, 2.0, 3.0]])
+@pytest.mark.parametrize("bias", [None, [0.5, -1.0, 0.0, 1.0]])
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_calibration_comes_first(teacher_rows, temperature, bias, from_logits):
+    layer = ProxyTeacher(
+        [1.0, 0.5],
+        teacher_from_logits=from_logits,
+        teacher_temperature=temperature,
+        teacher_bias=bias,
+    )
+    logits = np.log(teacher_rows) + 3.0 * from_logits
+    calibrated = helpers.calibrate(logits, temperature, bias or 0.0)
+    np.testing.assert_allclose(
+        layer(logits if from_logits else teacher_rows),
+        proxy_teacher(calibrated, [1.0, 0.5]).probabilities,
+        atol=2e-6,
+    )
+
+
+def test_calibration_is_saved(teacher_rows, tmp_path):
+    layer = ProxyTeacher(
+        0.5,
+        teacher_from_logits=True,
+        teacher_temperature=[1.0, 2.0, 3.0, 4.0],
+        teacher_bias=0.5,
+    )
+    model = keras.Sequential([keras.Input((4,)), layer])
+    model.save(tmp_path / "proxy.keras")
+    loaded = keras.saving.load_model(tmp_path / "proxy.keras")
+    np.testing.assert_array_equal(
+        model.predict(teacher_rows, verbose=0),
+        loaded.predict(teacher_rows, verbose=0),
+    )
+
+
 def biased_teacher(n=2000):
     """A teacher that gives class 0 five times its due."""
     rng = np.random.default_rng(0)
@@ -175,3 +211,7 @@ def test_wrong_input(teacher_rows):
         ProxyTeacher(np.zeros((3, 2)))(teacher_rows)
     with pytest.raises(ValueError, match="`max_steps`.*max_steps=0"):
         ProxyTeacher(0.5, max_steps=0)
+    with pytest.raises(ValueError, match="`teacher_temperature`.*=-1"):
+        ProxyTeacher(0.5, teacher_temperature=-1)
+    with pytest.raises(ValueError, match="`teacher_bias`.*4 classes"):
+        ProxyTeacher(0.5, teacher_bias=[0.0, 1.0])(teacher_rows)

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_ptloss import ProxyTeacherSearch, PTLoss, proxy_teacher
+from keras_ptloss import Distiller, ProxyTeacherSearch, PTLoss, proxy_teacher
 from keras_ptloss._objectives import OBJECTIVES, brier_derivative
 
 ROWS, CLASSES = 60, 3
@@ -326,6 +326,52 @@ class TestResult:
             proxy_teacher(calibrated, found.epsilon).probabilities,
             atol=1e-10,
         )
+
+    @pytest.mark.parametrize("from_logits", [False, True])
+    def test_proxy_model(self, data, from_logits):
+        """The live teacher's proxy is that of its stored outputs."""
+        x = np.random.default_rng(0).normal(size=(ROWS, 4)).astype("float32")
+        activation = None if from_logits else "softmax"
+        teacher = keras.Sequential(
+            [keras.layers.Dense(CLASSES, activation=activation)]
+        )
+        found = ProxyTeacherSearch(
+            order=2, calibration="vector", per_class=True
+        ).search(teacher, data[1], inputs=x, from_logits=from_logits)
+        assert np.any(found.epsilon)
+        proxy = found.proxy_model(teacher)
+        stored = found.proxy_teacher(teacher.predict(x, verbose=0))
+        np.testing.assert_allclose(
+            proxy.predict(x, verbose=0), stored.probabilities, atol=5e-6
+        )
+        student = keras.Sequential([keras.layers.Dense(CLASSES)])
+        distiller = Distiller(student, proxy)
+        distiller.compile(
+            keras.optimizers.Adam(0.1),
+            loss=PTLoss(0.0, from_logits=True, teacher_from_logits=False),
+        )
+        history = distiller.fit(x, epochs=3, verbose=0).history
+        assert history["loss"][-1] < history["loss"][0]
+        np.testing.assert_array_equal(  # what was found is not trained
+            found.epsilon.astype("float32"), proxy.layers[-1].epsilon
+        )
+
+    def test_proxy_model_of_several_inputs(self, data, vector):
+        a, b = keras.Input((3,), name="a"), keras.Input((3,), name="b")
+        outputs = keras.layers.Softmax()(keras.layers.Add()([a, b]))
+        teacher = keras.Model({"a": a, "b": b}, outputs)
+        rows = np.log(data[0]).astype("float32") / 2
+        np.testing.assert_allclose(
+            vector.proxy_model(teacher).predict(
+                {"a": rows, "b": rows}, verbose=0
+            ),
+            vector.proxy_teacher(data[0]).probabilities,
+            atol=5e-6,
+        )
+
+    def test_proxy_model_needs_a_model(self, data, vector):
+        with pytest.raises(ValueError, match="stored outputs.*ndarray"):
+            vector.proxy_model(data[0])
 
     def test_data_frame(self, result):
         pandas = pytest.importorskip("pandas")
