@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from keras_ptloss._backend import block_elements
 from keras_ptloss._checks import (
@@ -399,18 +400,23 @@ class ProxyTeacherSearch:
         )
         progress = _Progress(verbose)
         at_zero = float(self.objective.score(rows.probabilities, labels))
-        if self.method == "random":
-            found = self._random(rows.probabilities, labels, at_zero, progress)
-        elif self.selection is None:
-            form = Form(
-                self.calibration,
-                "per_class" if self.per_class else "shared",
-                self.order,
-                self.penalty,
-            )
-            found = self._gradient(form, rows, labels)
-        else:
-            found = self._cross_validation(rows, labels, progress)
+        # L-BFGS-B calls BLAS on matrices of 20 x 20 at most: on a busy machine
+        # its threads cost more than half of the search.
+        with threadpool_limits(limits=1, user_api="blas"):
+            if self.method == "random":
+                found = self._random(
+                    rows.probabilities, labels, at_zero, progress
+                )
+            elif self.selection is None:
+                form = Form(
+                    self.calibration,
+                    "per_class" if self.per_class else "shared",
+                    self.order,
+                    self.penalty,
+                )
+                found = self._gradient(form, rows, labels)
+            else:
+                found = self._cross_validation(rows, labels, progress)
         return SearchResult(
             **found,
             score_at_zero=at_zero,
