@@ -116,7 +116,7 @@ def _teacher(y_true: Tensor, from_logits: bool) -> Tensor:
     """Return `t`, `(..., C)`."""
     y_true = _at_least_float32(y_true)
     if not from_logits:
-        check_probabilities("y_true", y_true, "teacher_from_logits")
+        check_probabilities("y_true", y_true, "say teacher_from_logits=True")
     return teacher_distribution(y_true, from_logits=from_logits)
 
 
@@ -125,7 +125,7 @@ def _log_student(y_pred: Tensor, from_logits: bool) -> Tensor:
     y_pred = _at_least_float32(y_pred)
     if from_logits:
         return ops.maximum(ops.log_softmax(y_pred, axis=-1), LOWEST)
-    check_probabilities("y_pred", y_pred, "from_logits")
+    check_probabilities("y_pred", y_pred, "say from_logits=True")
     return ops.log(ops.maximum(y_pred, keras.config.epsilon()))
 
 
@@ -549,7 +549,7 @@ class FilteredTeacher(keras.callbacks.Callback):
                 np.asarray(outputs, "float32"), axis=-1
             )
         else:
-            check_probabilities("outputs", outputs, "from_logits")
+            check_probabilities("outputs", outputs, "say from_logits=True")
             outputs = np.asarray(outputs, "float32")
         if self.probabilities is None:
             self.probabilities = outputs

@@ -4,6 +4,7 @@ Every check names the argument, says what was expected and shows what came:
 ``ValueError: `order` must be an integer of at least 1. Received: order=0``.
 """
 
+import warnings
 from collections.abc import Collection
 from typing import Any, NoReturn
 
@@ -134,6 +135,17 @@ def check_bias(
     return array
 
 
+def check_class_axis(argument: str, rows: Tensor) -> None:
+    """Require a tensor `(..., C)` of two classes or more."""
+    shape = tuple(rows.shape)
+    if len(shape) == 0 or shape[-1] == 1:
+        raise ValueError(
+            f"`{argument}` must have at least 2 classes on its last axis, "
+            "(..., classes); a sigmoid output p is the row [1 - p, p]. "
+            f"Received: {argument} of shape {shape}"
+        )
+
+
 def check_classes(
     first_name: str, first: Tensor, second_name: str, second: Tensor
 ) -> None:
@@ -152,7 +164,8 @@ def check_classes(
             f"{tuple(first.shape)}, {second_name} of shape "
             f"{tuple(second.shape)}"
         )
-    if len(first.shape) == len(second.shape) and any(
+    check_class_axis(second_name, second)
+    if len(first.shape) != len(second.shape) or any(
         None not in pair and pair[0] != pair[1]
         for pair in zip(first.shape, second.shape, strict=True)
     ):
@@ -163,33 +176,96 @@ def check_classes(
         )
 
 
-def check_probabilities(
-    argument: str, rows: Tensor, logits_argument: str
-) -> None:
+def on_simplex(rows: np.ndarray) -> np.ndarray:
+    """Return which rows `(N, C)` are probabilities, `(N,)`; NaN is not."""
+    near_one = np.abs(rows.sum(axis=-1) - 1) <= SUM_TOLERANCE
+    return np.all(rows >= 0, axis=-1) & near_one
+
+
+def check_probabilities(argument: str, rows: Tensor, if_logits: str) -> None:
     """Require rows on the simplex, where their values can be seen.
 
     Args:
         argument: name of the argument.
         rows: `(..., C)`.
-        logits_argument: the argument to set if these are logits after all.
+        if_logits: what to do if these are logits after all: "say X=True".
     """
     values = visible_values(rows)
     if values is None or not values.size:
         return
     values = values.astype("float64").reshape(-1, values.shape[-1])
-    # Written so that NaN fails too.
-    good = np.all(values >= 0, axis=-1) & (
-        np.abs(values.sum(axis=-1) - 1) <= SUM_TOLERANCE
-    )
+    good = on_simplex(values)
     if not good.all():
         row = int(np.argmin(good))
         shown = np.array2string(values[row], precision=4, threshold=6)
         raise ValueError(
             f"`{argument}` must hold probabilities: non-negative rows that sum "
-            f"to 1. If these are logits, say {logits_argument}=True. Received: "
+            f"to 1. If these are logits, {if_logits}. Received: "
             f"{argument}[{row}]={shown}, which sums to {values[row].sum():.4g} "
             f"({np.count_nonzero(~good)} of {len(good)} rows are bad)"
         )
+
+
+def check_output_form(
+    argument: str,
+    model: keras.Model,
+    from_logits: bool,
+    flag: str,
+    *,
+    stacklevel: int = 3,
+) -> None:
+    """Compare a model's last activation with what is said of its outputs.
+
+    Under `fit` the values are not seen; the model's last layer often is.
+
+    Args:
+        argument: name of the argument that is the model.
+        model: a Keras model, built or not.
+        from_logits: whether its outputs are said to be logits.
+        flag: name of the argument that says so.
+        stacklevel: of the warning; 3 is the caller's caller.
+
+    Raises:
+        ValueError: if it ends in a softmax, and logits are promised.
+
+    Warns:
+        UserWarning: if it ends in a linear dense layer, and probabilities are.
+    """
+    layer = _output_layer(model)
+    activation = getattr(layer, "activation", None)
+    softmax = isinstance(layer, keras.layers.Softmax) or (
+        activation is keras.activations.softmax
+    )
+    if softmax and from_logits:
+        raise ValueError(
+            f"`{flag}` must be False for a model that ends in a softmax, which "
+            f"gives probabilities. Received: {flag}=True, with "
+            f"{argument}={model.name!r}"
+        )
+    linear = isinstance(layer, keras.layers.Dense) and (
+        activation is keras.activations.linear
+    )
+    if linear and not from_logits:
+        warnings.warn(
+            f"`{argument}` {model.name!r} ends in a dense layer without an "
+            "activation, which as a rule gives logits, and is read as "
+            f"probabilities. If they are logits, say {flag}=True.",
+            stacklevel=stacklevel,
+        )
+
+
+def _output_layer(model: Any) -> Any:
+    """Return the layer of a model's only output, or None where unknown."""
+    while isinstance(model, keras.Model):
+        if isinstance(model, keras.Sequential):
+            model = model.layers[-1] if model.layers else None
+            continue
+        outputs = getattr(model, "outputs", None)
+        if not outputs or len(outputs) != 1:
+            return None
+        history = getattr(outputs[0], "_keras_history", None)
+        model = getattr(history, "operation", None)
+    return model
 
 
 def check_labels(labels: Any, *, examples: int, classes: int) -> np.ndarray:

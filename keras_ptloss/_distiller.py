@@ -1,6 +1,7 @@
 """Train a student from live, frozen teachers."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -8,8 +9,13 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import replicas
-from keras_ptloss._checks import check_classes, check_number, fail
-from keras_ptloss._metrics import TeacherAgreement
+from keras_ptloss._checks import (
+    check_classes,
+    check_number,
+    check_output_form,
+    fail,
+)
+from keras_ptloss._metrics import TEACHER_METRICS, TeacherAgreement
 
 Tensor = Any
 
@@ -24,9 +30,9 @@ class Distiller(keras.Model):
     weights, masks, regularisers, `add_loss`, callbacks, mixed precision,
     `tf.data` and distribution strategies are Keras's own.
 
-    `fit` takes unlabelled `x`, or `(x, y)`. Labels feed the metrics alone,
-    unless `hard_label_weight` is set. The student's agreement with the teacher
-    is logged as `teacher_agreement`.
+    `fit` takes unlabelled `x`, or `(x, y)`. Labels feed the compiled metrics
+    alone, unless `hard_label_weight` is set. `teacher_metrics` compare the
+    student with the teacher; they need no labels.
 
     The teacher is neither a layer nor a weight of the distiller: it is not in
     what is saved, nor in the optimizer, and never changes. Give it again after
@@ -51,6 +57,9 @@ class Distiller(keras.Model):
             `keras.losses.SparseCategoricalCrossentropy(from_logits=True)`.
         hard_label_weight: its weight, from 0 (labels are not used) to 1 (the
             teacher is not used); the distillation loss has the rest.
+        teacher_metrics: Keras metrics of teacher and student outputs, such as
+            `KLToTeacher`; None is `[TeacherAgreement()]`. Not updated where
+            `hard_label_weight` is 1.
         name: name of the model.
         **kwargs: passed on to `keras.Model`.
 
@@ -84,6 +93,7 @@ class Distiller(keras.Model):
         teacher_inputs: str | None = None,
         hard_label_loss: Any = None,
         hard_label_weight: float = 0.0,
+        teacher_metrics: Sequence[keras.metrics.Metric] | None = None,
         name: str = "distiller",
         **kwargs: Any,
     ) -> None:
@@ -106,7 +116,9 @@ class Distiller(keras.Model):
                 "`hard_label_weight` is above 0. Received: "
                 f"hard_label_loss=None, hard_label_weight={hard_label_weight}"
             )
-        self._agreement = TeacherAgreement(name="teacher_agreement")
+        if teacher_metrics is None:
+            teacher_metrics = [TeacherAgreement()]
+        self.teacher_metrics = _check_teacher_metrics(teacher_metrics)
         self._frozen = _Frozen(())
         if teacher is not None:
             self.teacher = teacher
@@ -137,6 +149,7 @@ class Distiller(keras.Model):
                     f"{model.name!r}, student={self.student.name!r}"
                 )
             _check_outputs(model, self.student)
+            _check_shares_nothing(model, self.student)
         weights = self.teacher_weights
         if weights is not None and len(weights) != len(models):
             raise ValueError(
@@ -144,6 +157,12 @@ class Distiller(keras.Model):
                 f"teacher_weights={weights} with {len(models)} teachers"
             )
         self._frozen = _Frozen(models)
+        # Read by `jit_compile="auto"`, which does not see the teacher.
+        self.supports_jit = all(
+            layer.supports_jit
+            for model in models
+            for layer in model._flatten_layers()
+        )
         # Compiled steps hold the old teacher.
         self.train_function = self.test_function = None
 
@@ -183,6 +202,8 @@ class Distiller(keras.Model):
             self.student.build(
                 _select(input_shape, self.student_inputs, "student_inputs")
             )
+        for model in self._frozen.models:
+            _check_shares_nothing(model, self.student)
         self.built = True
 
     def compute_loss(
@@ -206,14 +227,17 @@ class Distiller(keras.Model):
         hard = own = 0.0
         if weight:
             hard = self.hard_label_loss(y, y_pred, sample_weight=sample_weight)
-            hard = weight / replicas() * hard
-            own = sum(ops.sum(loss) for loss in self.losses)
+            hard = weight * hard
+            own = sum(ops.sum(loss) for loss in self.losses) / replicas()
         if weight == 1.0:
             return hard + own
 
         target = self._target(x)
-        check_classes("teacher", target, "student", y_pred)
-        self._agreement.update_state(target, y_pred, sample_weight)
+        check_classes(
+            "teacher", target, "student", _one_tensor("student", y_pred)
+        )
+        for metric in self.teacher_metrics:
+            metric.update_state(target, y_pred, sample_weight)
         total = super().compute_loss(
             x=x,
             y=target,
@@ -232,7 +256,7 @@ class Distiller(keras.Model):
         """Update the compiled metrics with labels, where there are any."""
         if y is not None:
             return super().compute_metrics(x, y, y_pred, sample_weight)
-        return {m.name: m.result() for m in self._label_free_metrics()}
+        return self._label_free_results()
 
     def get_metrics_result(self) -> dict[str, Any]:
         """Return the metrics' values; those of labels once labels were seen."""
@@ -240,19 +264,93 @@ class Distiller(keras.Model):
             metric.name == "compile_metrics" and not metric.built
             for metric in self.metrics
         ):
-            return {m.name: m.result() for m in self._label_free_metrics()}
-        return super().get_metrics_result()
+            return self._label_free_results()
+        results = super().get_metrics_result()
+        return {k: v for k, v in results.items() if k not in self._idle()}
 
-    def _label_free_metrics(self) -> list[Any]:
-        return [m for m in self.metrics if m.name != "compile_metrics"]
+    def _label_free_results(self) -> dict[str, Any]:
+        return {
+            m.name: m.result()
+            for m in self.metrics
+            if m.name != "compile_metrics" and m.name not in self._idle()
+        }
+
+    def _idle(self) -> list[str]:
+        """Return the metrics that are not updated: there is no target."""
+        if self.hard_label_weight < 1.0:
+            return []
+        return [metric.name for metric in self.teacher_metrics]
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
-        """Train the student; arguments as in `keras.Model.fit`."""
-        try:
+        """Train the student; arguments as in `keras.Model.fit`.
+
+        Raises:
+            ValueError: if the loss was told that a model that ends in a softmax
+                gives logits, or `metrics` of `compile` has one of teacher and
+                student.
+
+        Warns:
+            UserWarning: if the loss was told that a model that ends in a linear
+                dense layer gives probabilities.
+        """
+        self._check_compiled()
+        with self._weights_given_back():
             return super().fit(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Judge the student; arguments as in `keras.Model.evaluate`.
+
+        Raises and warns as `fit`.
+        """
+        self._check_compiled()
+        with self._weights_given_back():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the student's outputs, as `keras.Model.predict`."""
+        with self._weights_given_back():
+            return super().predict(*args, **kwargs)
+
+    def _check_compiled(self) -> None:
+        """Compare what `compile` was told with what the models give."""
+        compiled = getattr(self, "_compile_metrics", None)
+        metrics = getattr(compiled, "_user_metrics", None)
+        for metric in keras.tree.flatten(metrics):
+            if isinstance(metric, TEACHER_METRICS):
+                fail(
+                    "metrics",
+                    "metrics of labels; those of teacher and student go to "
+                    "Distiller(teacher_metrics=[...])",
+                    [metric.name],
+                )
+        loss: Any = getattr(self, "loss", None)
+        if not hasattr(loss, "teacher_from_logits"):
+            return  # neither PTLoss nor its like
+        for model in self._frozen.models:
+            check_output_form(
+                "teacher",
+                model,
+                loss.teacher_from_logits,
+                "teacher_from_logits",
+                stacklevel=4,
+            )
+        check_output_form(
+            "student",
+            self.student,
+            loss.from_logits,
+            "from_logits",
+            stacklevel=4,
+        )
+
+    @contextlib.contextmanager
+    def _weights_given_back(self) -> Iterator[None]:
+        """On JAX a run holds the weights: an interrupted one gives them back.
+
+        The teacher's too, which would be useless without them.
+        """
+        try:
+            yield
         finally:
-            # On JAX a training run holds the weights, the teacher's too: an
-            # interrupted one must give them back.
             sync = getattr(self, "jax_state_sync", None)
             if sync is not None:
                 sync()
@@ -271,6 +369,10 @@ class Distiller(keras.Model):
                 else keras.saving.serialize_keras_object(self.hard_label_loss)
             ),
             "hard_label_weight": self.hard_label_weight,
+            "teacher_metrics": [
+                keras.saving.serialize_keras_object(metric)
+                for metric in self.teacher_metrics
+            ],
         }
 
     @classmethod
@@ -279,7 +381,7 @@ class Distiller(keras.Model):
     ) -> "Distiller":
         """Build a distiller without a teacher: set `distiller.teacher`."""
         config = dict(config)
-        for key in ("student", "hard_label_loss"):
+        for key in ("student", "hard_label_loss", "teacher_metrics"):
             config[key] = keras.saving.deserialize_keras_object(
                 config[key], custom_objects=custom_objects
             )
@@ -299,7 +401,7 @@ class Distiller(keras.Model):
         target = 0.0
         for weight, model in zip(weights, models, strict=True):
             output = model(inputs, training=False)
-            output = ops.cast(output, "float32")
+            output = ops.cast(_one_tensor("teacher", output), "float32")
             target = target + weight / sum(weights) * output
         return ops.stop_gradient(target)
 
@@ -326,6 +428,38 @@ def _check_hard_label_loss(loss: Any) -> Any:
     return loss
 
 
+def _check_teacher_metrics(metrics: Any) -> list[keras.metrics.Metric]:
+    several = isinstance(metrics, (list, tuple))
+    if not several or not all(
+        isinstance(metric, keras.metrics.Metric) for metric in metrics
+    ):
+        fail("teacher_metrics", "a list of Keras metrics, or None", metrics)
+    return list(metrics)
+
+
+def _one_tensor(argument: str, outputs: Any) -> Any:
+    if isinstance(outputs, (list, tuple, dict)):
+        raise ValueError(
+            f"`{argument}` must give one tensor, (..., classes); choose one by "
+            "keras.Model(model.inputs, model.outputs[0]). Received: outputs in "
+            f"a {type(outputs).__name__} of {len(outputs)}"
+        )
+    return outputs
+
+
+def _check_shares_nothing(teacher: keras.Model, student: keras.Model) -> None:
+    """Training the student must not move the teacher."""
+    own = {id(variable) for variable in teacher.variables}
+    for variable in student.trainable_variables:
+        if id(variable) in own:
+            raise ValueError(
+                "`teacher` must share no trainable weight with the student, "
+                "which would move it: keras.models.clone_model copies a model, "
+                "and trainable=False freezes shared layers. Received: teacher="
+                f"{teacher.name!r}, which shares {variable.path!r}"
+            )
+
+
 def _check_weights(weights: Any) -> list[float] | None:
     if weights is None:
         return None
@@ -338,11 +472,14 @@ def _check_weights(weights: Any) -> list[float] | None:
 def _check_outputs(teacher: keras.Model, student: keras.Model) -> None:
     """Compare class counts at once where both models know theirs."""
     counts = []
-    for model in (teacher, student):
+    for name, model in (("teacher", teacher), ("student", student)):
         try:
-            counts.append(model.output_shape[-1])
+            shape = model.output_shape
         except (AttributeError, ValueError):
             return  # not built yet: seen on the first batch
+        if not isinstance(shape, tuple) or isinstance(shape[-1], tuple):
+            _one_tensor(name, shape)
+        counts.append(shape[-1])
     if counts[0] != counts[1]:
         raise ValueError(
             "`teacher` and `student` must have the same number of classes. "

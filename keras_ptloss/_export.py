@@ -9,7 +9,7 @@ import re
 import tempfile
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -233,7 +233,9 @@ def _ends(model: Any) -> tuple[Any, Tensor]:
 
 
 def _check_class_names(class_names: Any, classes: int) -> list[str]:
-    names = [] if isinstance(class_names, str) else list(class_names)
+    several = isinstance(class_names, Iterable)
+    several &= not isinstance(class_names, str)
+    names = list(class_names) if several else []
     if (
         len(names) != classes
         or len(set(names)) != classes

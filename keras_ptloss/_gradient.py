@@ -9,6 +9,7 @@ logits are linear.
 import dataclasses
 from typing import Any
 
+import keras
 import numpy as np
 import scipy.optimize
 import scipy.special
@@ -91,7 +92,8 @@ class Teacher:
             probabilities = scipy.special.softmax(logits, axis=1)
         if logits is None:
             # The floor of `teacher_distribution` in `_losses.py`.
-            logits = np.log(np.maximum(probabilities, 1e-7))
+            floor = keras.config.epsilon()
+            logits = np.log(np.maximum(probabilities, floor))
         self.probabilities = probabilities
         self.logits = logits
 
@@ -296,4 +298,9 @@ def fit(
         )
         if best is None or result.fun < best.fun:
             best = result
+    if not np.isfinite(best.fun):
+        raise ValueError(
+            "`objective` must return finite scores. Received: "
+            f"{objective.name} = {best.fun}, at the end of the descent"
+        )
     return Fit(unpack(best.x), float(best.fun), **cost)

@@ -134,9 +134,9 @@ def pt_loss(
     )
     teacher_bias = check_bias("teacher_bias", teacher_bias, classes=classes)
     if not teacher_from_logits:
-        check_probabilities("y_true", y_true, "teacher_from_logits")
+        check_probabilities("y_true", y_true, "say teacher_from_logits=True")
     if not from_logits:
-        check_probabilities("y_pred", y_pred, "from_logits")
+        check_probabilities("y_pred", y_pred, "say from_logits=True")
 
     teacher = teacher_distribution(
         y_true,

@@ -6,37 +6,30 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ptloss._backend import visible_values
 from keras_ptloss._checks import (
+    check_class_axis,
     check_classes,
     check_count,
     check_probabilities,
+    fail,
 )
 from keras_ptloss._losses import pt_loss
 
 Tensor = Any
 
 
-def _check_class_axis(y_pred: Tensor) -> None:
-    shape = tuple(y_pred.shape)
-    if len(shape) == 0 or shape[-1] == 1:
-        raise ValueError(
-            "`y_pred` must have at least 2 classes on its last axis, "
-            "(..., classes); a sigmoid output p is the row [1 - p, p]. "
-            f"Received: y_pred of shape {shape}"
-        )
-
-
 def _student(y_pred: Tensor, from_logits: bool) -> Tensor:
     if from_logits:
         return ops.softmax(y_pred, axis=-1)
-    check_probabilities("y_pred", y_pred, "from_logits")
+    check_probabilities("y_pred", y_pred, "say from_logits=True")
     return y_pred
 
 
 def _teacher(y_true: Tensor, teacher_from_logits: bool) -> Tensor:
     if teacher_from_logits:
         return ops.softmax(y_true, axis=-1)
-    check_probabilities("y_true", y_true, "teacher_from_logits")
+    check_probabilities("y_true", y_true, "say teacher_from_logits=True")
     return y_true
 
 
@@ -44,7 +37,6 @@ def _pair(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
     """Return teacher and student in float32, their class axes checked."""
     y_true = ops.cast(ops.convert_to_tensor(y_true), "float32")
     y_pred = ops.cast(ops.convert_to_tensor(y_pred), "float32")
-    _check_class_axis(y_pred)
     check_classes("y_true", y_true, "y_pred", y_pred)
     return y_true, y_pred
 
@@ -59,11 +51,17 @@ def _labelled(
     """
     y_true = ops.convert_to_tensor(y_true)
     y_pred = ops.cast(ops.convert_to_tensor(y_pred), "float32")
-    _check_class_axis(y_pred)
+    check_class_axis("y_pred", y_pred)
     rank, classes = len(y_pred.shape), y_pred.shape[-1]
     if len(y_true.shape) == rank and y_true.shape[-1] == 1:
         y_true = ops.squeeze(y_true, axis=-1)
     if len(y_true.shape) == rank - 1:
+        values = visible_values(y_true)
+        if values is not None:
+            outside = (values < 0) | (values >= classes)
+            if outside.any():
+                wanted = f"class indices in [0, {classes})"
+                fail("y_true", wanted, values[outside][0])
         y_true = ops.one_hot(ops.cast(y_true, "int32"), classes)
     else:
         check_classes("y_true", y_true, "y_pred", y_pred)
@@ -302,6 +300,10 @@ class KLToTeacher(_DistanceToTeacher):
         dtype: Any = "float32",
     ) -> None:
         super().__init__(_kl, from_logits, teacher_from_logits, name, dtype)
+
+
+# Their `y_true` is the teacher: labels in its place would be silently wrong.
+TEACHER_METRICS = (TeacherAgreement, TotalVariationDistance, KLToTeacher)
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")

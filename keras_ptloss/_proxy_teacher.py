@@ -171,7 +171,7 @@ def normalised_teacher(teacher_probs: Any) -> np.ndarray:
             "of shape (examples, classes), with two classes or more",
             teacher_probs,
         )
-    check_probabilities("teacher_probs", teacher, "from_logits")
+    check_probabilities("teacher_probs", teacher, "take their softmax")
     teacher = teacher.astype("float64")
     return teacher / teacher.sum(axis=1, keepdims=True)
 

@@ -10,6 +10,7 @@ from keras_ptloss._checks import (
     check_bias,
     check_constant_epsilon,
     check_count,
+    check_probabilities,
     check_temperature,
 )
 from keras_ptloss._losses import teacher_distribution
@@ -47,8 +48,9 @@ class ProxyTeacher(keras.layers.Layer):
     Input and output shape: `(..., C)`; the outputs are on the simplex.
 
     Raises:
-        ValueError: if an argument is not of this form or has another class
-            count than the input.
+        ValueError: if an argument is not of this form, has another class count
+            than the input, or (seen outside compiled functions) rows that
+            should be probabilities are not.
 
     Example:
         >>> import numpy as np
@@ -99,6 +101,9 @@ class ProxyTeacher(keras.layers.Layer):
 
     def call(self, inputs: Tensor) -> Tensor:
         """Return the proxy teachers of rows `(..., C)`."""
+        if not self.teacher_from_logits:
+            advice = "say teacher_from_logits=True"
+            check_probabilities("inputs", inputs, advice)
         teacher = teacher_distribution(
             inputs,
             from_logits=self.teacher_from_logits,

@@ -17,8 +17,10 @@ from keras_ptloss._checks import (
     check_count,
     check_labels,
     check_number,
+    check_output_form,
     check_probabilities,
     fail,
+    on_simplex,
 )
 from keras_ptloss._gradient import (
     CALIBRATIONS,
@@ -39,6 +41,7 @@ from keras_ptloss._proxy_teacher import (
 )
 from keras_ptloss._proxy_teacher_layer import ProxyTeacher
 from keras_ptloss._selection import cross_validate
+from keras_ptloss._soft_labels import SoftLabels
 
 # Fewer labelled examples of a class than this do not carry its parameters.
 ROWS_PER_CLASS = 10
@@ -126,7 +129,12 @@ class SearchResult:
             ),
             epsilon=np.atleast_2d(self.epsilon),
         )
-        rows = _as_teacher(_teacher_outputs(teacher, None), self.from_logits)
+        outputs = _teacher_outputs(teacher, None)
+        rows = _as_teacher(
+            outputs,
+            self.from_logits,
+            "take their softmax: the search was given probabilities",
+        )
         per_class = max(
             len(parameters.scale), len(parameters.bias), len(parameters.epsilon)
         )
@@ -159,13 +167,16 @@ class SearchResult:
             It holds the teacher, and does not train what the search found.
 
         Raises:
-            ValueError: if `teacher` is not a Keras model.
+            ValueError: if `teacher` is not a Keras model, or ends in a softmax
+                where the search was given logits. On the first call, if it has
+                another class count than the search's.
         """
         if not isinstance(teacher, keras.Model):
             raise ValueError(
                 "`teacher` must be a Keras model; for stored outputs there is "
                 f"`proxy_teacher`. Received: teacher={type(teacher).__name__}"
             )
+        check_output_form("teacher", teacher, self.from_logits, "from_logits")
         layer = ProxyTeacher(
             self.epsilon,
             teacher_from_logits=self.from_logits,
@@ -231,7 +242,8 @@ class ProxyTeacherSearch:
     teacher*. The search computes proxy teachers for many epsilon on some
     hundred to a thousand labelled examples, and keeps the epsilon whose proxy
     is best by `objective`. Labels are needed here only, never on the data that
-    the student is distilled from.
+    the student is distilled from; the teacher must not have been trained on
+    these examples.
 
     `method="gradient"` descends along the exact derivative (L-BFGS-B), from
     the teacher as it is, inside the region where the loss is convex. Unless
@@ -371,10 +383,13 @@ class ProxyTeacherSearch:
         labels: Any,
         *,
         inputs: Any = None,
-        from_logits: bool = False,
+        from_logits: bool | None = None,
         verbose: bool | None = None,
     ) -> SearchResult:
-        """Search on labelled examples.
+        """Search on labelled examples that the teacher was not trained on.
+
+        On its own training examples a teacher is better than it is, and what
+        is found there makes it worse elsewhere.
 
         Args:
             teacher: the teacher's outputs, `(N, C)`, or a Keras model that
@@ -382,7 +397,8 @@ class ProxyTeacherSearch:
             labels: true classes, integers, `(N,)`.
             inputs: the examples, in any form that `teacher.predict` takes;
                 with a model only.
-            from_logits: whether the teacher's outputs are logits.
+            from_logits: whether the teacher's outputs are logits; None is what
+                `SoftLabels` say of themselves, and False of others.
             verbose: whether to show a progress bar; None shows it on a
                 terminal, on runs of more than some seconds.
 
@@ -394,7 +410,8 @@ class ProxyTeacherSearch:
         """
         begin = time.perf_counter()
         outputs = _teacher_outputs(teacher, inputs)
-        rows = _as_teacher(outputs, from_logits)
+        from_logits = _says_logits(teacher, from_logits)
+        rows = _as_teacher(outputs, from_logits, "say from_logits=True")
         labels = check_labels(
             labels, examples=len(outputs), classes=outputs.shape[1]
         )
@@ -403,6 +420,7 @@ class ProxyTeacherSearch:
         # L-BFGS-B calls BLAS on matrices of 20 x 20 at most: on a busy machine
         # its threads cost more than half of the search.
         with threadpool_limits(limits=1, user_api="blas"):
+            form = None
             if self.method == "random":
                 found = self._random(
                     rows.probabilities, labels, at_zero, progress
@@ -416,7 +434,9 @@ class ProxyTeacherSearch:
                 )
                 found = self._gradient(form, rows, labels)
             else:
-                found = self._cross_validation(rows, labels, progress)
+                form, found = self._cross_validation(rows, labels, progress)
+        if form is not None:
+            self._warn_of_few_rows(form, rows, labels)
         return SearchResult(
             **found,
             score_at_zero=at_zero,
@@ -516,7 +536,6 @@ class ProxyTeacherSearch:
     def _gradient(
         self, form: Form, teacher: Teacher, labels: np.ndarray
     ) -> dict[str, Any]:
-        self._warn_of_few_rows(form, teacher, labels)
         fitted = fit(
             form,
             teacher,
@@ -543,7 +562,7 @@ class ProxyTeacherSearch:
 
     def _cross_validation(
         self, teacher: Teacher, labels: np.ndarray, progress: "_Progress"
-    ) -> dict[str, Any]:
+    ) -> tuple[Form, dict[str, Any]]:
         candidates = cross_validate(
             teacher,
             labels,
@@ -558,7 +577,7 @@ class ProxyTeacherSearch:
         found["trials"] = candidates.columns
         found["unconverged"] += candidates.unconverged
         found["solves"] += candidates.solves
-        return found
+        return candidates.chosen, found
 
     def _found(
         self,
@@ -592,13 +611,18 @@ class ProxyTeacherSearch:
         counts = np.bincount(labels, minlength=classes)
         few = np.flatnonzero(counts < ROWS_PER_CLASS)
         if len(few):
+            advice = (
+                "Label more."
+                if self.selection
+                else "Label more, raise `penalty`, or choose by "
+                'selection="cross_validation".'
+            )
             warnings.warn(
                 f"{len(few)} of {classes} classes have fewer than "
                 f"{ROWS_PER_CLASS} labelled examples (class {few[0]} has "
-                f"{counts[few[0]]}), too few for parameters per class. Label "
-                "more, raise `penalty`, or choose by "
-                'selection="cross_validation".',
-                stacklevel=4,
+                f"{counts[few[0]]}), too few for parameters per class. "
+                f"{advice}",
+                stacklevel=3,
             )
 
 
@@ -665,12 +689,32 @@ def _as_objective(objective: Any, method: str) -> Objective:
     )
 
 
-def _as_teacher(outputs: np.ndarray, from_logits: bool) -> Teacher:
+def _says_logits(teacher: Any, from_logits: bool | None) -> bool:
+    """Return whether the teacher's outputs are logits, by the one who knows."""
+    if isinstance(teacher, keras.Model) and from_logits:
+        check_output_form("teacher", teacher, True, "from_logits")
+    if not isinstance(teacher, SoftLabels):
+        return bool(from_logits)
+    own = teacher.spec.from_logits
+    if from_logits is not None and bool(from_logits) != own:
+        fail("from_logits", f"{own}, as these soft labels say", from_logits)
+    return own
+
+
+def _as_teacher(
+    outputs: np.ndarray, from_logits: bool, if_logits: str
+) -> Teacher:
     if from_logits:
         if not np.all(np.isfinite(outputs)):
             fail("teacher", "finite logits", outputs)
+        if len(outputs) > 1 and on_simplex(outputs).all():
+            raise ValueError(
+                "`from_logits` must be False for probabilities: all rows of "
+                "the teacher are non-negative and sum to 1. Received: "
+                f"from_logits=True, teacher[0]={outputs[0]}"
+            )
         return Teacher(None, outputs)
-    check_probabilities("teacher", outputs, "from_logits")
+    check_probabilities("teacher", outputs, if_logits)
     return Teacher(outputs / outputs.sum(axis=1, keepdims=True), None)
 
 

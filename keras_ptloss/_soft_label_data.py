@@ -24,7 +24,7 @@ def is_tf_dataset(dataset: Any) -> bool:
     """Whether `dataset` is a `tf.data.Dataset`, without importing TensorFlow.
 
     Such an object exists only where its owner has imported TensorFlow, which
-    JAX users need not install.
+    JAX users need not wait for.
     """
     tensorflow = sys.modules.get("tensorflow")
     return tensorflow is not None and isinstance(

@@ -215,7 +215,9 @@ class TestProbabilities:
         ],
     )
     def test_good(self, rows):
-        check_probabilities("y_true", ops.convert_to_tensor(rows), "logits")
+        check_probabilities(
+            "y_true", ops.convert_to_tensor(rows), "say logits=True"
+        )
 
     @pytest.mark.parametrize(
         "rows, message",
@@ -234,11 +236,13 @@ class TestProbabilities:
             match="`y_true` must hold probabilities.*say logits=True.*"
             + message,
         ):
-            check_probabilities("y_true", ops.convert_to_tensor(rows), "logits")
+            check_probabilities(
+                "y_true", ops.convert_to_tensor(rows), "say logits=True"
+            )
 
     def test_cost_nothing_under_trace(self):
         def function(rows):
-            check_probabilities("y_true", rows, "logits")
+            check_probabilities("y_true", rows, "say logits=True")
             return rows
 
         rows = ops.convert_to_tensor([[2.0, 3.0]])

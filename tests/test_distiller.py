@@ -12,6 +12,7 @@ from keras import ops
 from keras_ptloss import (
     Distiller,
     ExpectedCalibrationError,
+    KLToTeacher,
     PTLoss,
     SoftLabels,
     SoftLabelSpec,
@@ -327,7 +328,56 @@ class TestHardLabels:
             ),
             hard_label_weight=1.0,
         )
-        distiller.fit(x, y, verbose=0)
+        history = distiller.fit(x, y, verbose=0).history
+        assert list(history) == ["loss"]  # and no agreement with nobody
+
+
+class TestTeacherMetrics:
+    @pytest.mark.parametrize("labelled", [False, True])
+    def test_compare_student_and_teacher(self, x, y, labelled):
+        teacher, student = make_model(), make_linear(seed=1)
+        distiller = distil(
+            student, teacher, teacher_metrics=[KLToTeacher(from_logits=True)]
+        )
+        logs = distiller.evaluate(
+            x, y if labelled else None, verbose=0, return_dict=True
+        )
+        expected = pt_loss(
+            teacher.predict(x, verbose=0),
+            student.predict(x, verbose=0),
+            0.0,
+            from_logits=True,
+        )
+        assert sorted(logs) == ["kl_to_teacher", "loss"]
+        np.testing.assert_allclose(
+            logs["kl_to_teacher"], np.mean(expected), rtol=1e-4
+        )
+
+    def test_are_saved(self, x, tmp_path):
+        distiller = distil(
+            make_linear(seed=1),
+            make_model(),
+            teacher_metrics=[KLToTeacher(from_logits=True)],
+        )
+        distiller.fit(x, verbose=0)
+        distiller.save(tmp_path / "d.keras")
+        loaded = keras.saving.load_model(tmp_path / "d.keras")
+        loaded.teacher = make_model()
+        logs = loaded.evaluate(x, verbose=0, return_dict=True)
+        assert sorted(logs) == ["kl_to_teacher", "loss"]
+
+    def test_do_not_take_labels(self, x, y):
+        distiller = Distiller(make_linear(seed=1), make_model())
+        distiller.compile(
+            "sgd", loss=logits_loss(), metrics=[KLToTeacher(from_logits=True)]
+        )
+        for run in (distiller.fit, distiller.evaluate):
+            with pytest.raises(ValueError, match=r"teacher_metrics=\[\.\.\."):
+                run(x, y, verbose=0)
+
+    def test_that_are_none(self):
+        with pytest.raises(ValueError, match="`teacher_metrics`.*'kl'"):
+            Distiller(make_model(), make_model(seed=1), teacher_metrics=["kl"])
 
 
 class TestSaving:
@@ -488,17 +538,25 @@ class TestDefectsOfKerasDistillation:
         assert history["loss"][1] < history["loss"][0]
 
     @pytest.mark.skipif(BACKEND != "tensorflow", reason="a TensorFlow strategy")
-    def test_same_losses_under_a_mirrored_strategy(self, x):
+    @pytest.mark.parametrize("hard_weight", [0.0, 0.5, 1.0])
+    def test_same_losses_under_a_mirrored_strategy(self, x, y, hard_weight):
         tf = pytest.importorskip("tensorflow")
         if len(tf.config.list_logical_devices("CPU")) < 2:
             pytest.skip("needs two logical devices: see conftest.py")
         results = []
         for devices in (["CPU:0"], ["CPU:0", "CPU:1"]):
             with tf.distribute.MirroredStrategy(devices).scope():
-                distiller = Distiller(make_linear(seed=1), make_linear(seed=2))
+                distiller = Distiller(
+                    make_linear(seed=1, regularizer="l2"),
+                    make_linear(seed=2),
+                    hard_label_loss=(
+                        keras.losses.SparseCategoricalCrossentropy(True)
+                    ),
+                    hard_label_weight=hard_weight,
+                )
                 distiller.compile(keras.optimizers.SGD(0.1), loss=logits_loss())
             history = distiller.fit(
-                x, batch_size=16, epochs=2, shuffle=False, verbose=0
+                x, y, batch_size=16, epochs=2, shuffle=False, verbose=0
             ).history
             results.append((history["loss"], distiller.student.get_weights()))
         np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)
@@ -526,6 +584,68 @@ class TestDefectsOfKerasDistillation:
 
 
 class TestWrongInput:
+    def test_softmax_taken_for_logits(self, x):
+        teacher = keras.Sequential([keras.layers.Dense(CLASSES, "softmax")])
+        distiller = distil(make_linear(seed=1), teacher)
+        for run in (distiller.fit, distiller.evaluate):
+            with pytest.raises(ValueError, match="`teacher_from_logits` must"):
+                run(x, verbose=0)
+        inputs = keras.Input((FEATURES,))
+        dense = keras.layers.Dense(CLASSES)(inputs)
+        student = keras.Model(inputs, keras.layers.Softmax()(dense))
+        with pytest.raises(ValueError, match="`from_logits` must be False"):
+            distil(student, make_model()).fit(x, verbose=0)
+
+    def test_logits_taken_for_probabilities(self, x):
+        teacher = keras.Sequential([keras.layers.Dense(CLASSES, "softmax")])
+        distiller = Distiller(make_linear(seed=1), teacher)
+        distiller.compile("sgd", loss=PTLoss(0.5))
+        with pytest.warns(UserWarning, match="`student`.*logits") as record:
+            distiller.fit(x, verbose=0)
+        assert record[0].filename == __file__
+
+    @pytest.mark.parametrize("built", [False, True])
+    def test_student_on_layers_of_the_teacher(self, x, built):
+        shared = keras.layers.Dense(8)
+        teacher = keras.Sequential(
+            [keras.Input((FEATURES,)), shared, keras.layers.Dense(CLASSES)]
+        )
+        student = keras.Sequential([shared, keras.layers.Dense(CLASSES)])
+        if built:
+            student.build((None, FEATURES))
+        with pytest.raises(ValueError, match="share no trainable weight"):
+            distil(student, teacher).fit(x, verbose=0)
+        shared.trainable = False
+        before = teacher.predict(x, verbose=0)
+        distil(student, teacher).fit(x, verbose=0)
+        np.testing.assert_array_equal(before, teacher.predict(x, verbose=0))
+
+    @pytest.mark.parametrize("several", ["dict", "list", "late list"])
+    def test_teacher_of_several_outputs(self, x, several):
+        inputs = keras.Input((FEATURES,))
+        outputs = [keras.layers.Dense(CLASSES)(inputs) for _ in range(2)]
+        if several == "dict":
+            outputs = {"a": outputs[0], "b": outputs[1]}
+        teacher = keras.Model(inputs, outputs)
+        late = keras.Sequential([keras.layers.Dense(CLASSES)])
+        student = late if several == "late list" else make_linear(seed=1)
+        with pytest.raises(ValueError, match="`teacher` must give one tensor"):
+            distil(student, teacher).fit(x, verbose=0)
+
+    def test_student_of_several_outputs(self, x):
+        inputs = keras.Input((FEATURES,))
+        outputs = [keras.layers.Dense(CLASSES)(inputs) for _ in range(2)]
+        with pytest.raises(ValueError, match="`student` must give one tensor"):
+            distil(keras.Model(inputs, outputs), make_model())
+
+    def test_one_output_unit(self, x):
+        student = keras.Sequential([keras.layers.Dense(1, "sigmoid")])
+        teacher = keras.Sequential([keras.layers.Dense(1, "sigmoid")])
+        distiller = Distiller(student, teacher)
+        distiller.compile("sgd", loss=PTLoss(0.5))
+        with pytest.raises(ValueError, match="at least 2 classes"):
+            distiller.fit(x, verbose=0)
+
     def test_student_as_its_own_teacher(self):
         model = make_model()
         with pytest.raises(ValueError, match="`teacher` must be another model"):
@@ -604,3 +724,30 @@ class TestWrongInput:
     def test_no_teacher(self, x):
         with pytest.raises(ValueError, match="`teacher` must be set"):
             distil(make_model(), None).fit(x, verbose=0)
+
+
+@pytest.mark.parametrize("method", ["evaluate", "predict"])
+def test_interrupted_run_gives_the_teacher_back(x, method):
+    class Interrupt(keras.callbacks.Callback):
+        def stop(self, batch, logs=None):
+            raise KeyboardInterrupt
+
+        on_test_batch_end = on_predict_batch_end = stop
+
+    teacher = make_model()
+    distiller = distil(make_linear(seed=1), teacher)
+    before = teacher.predict(x, verbose=0)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(distiller, method)(x, verbose=0, callbacks=[Interrupt()])
+    np.testing.assert_array_equal(before, teacher.predict(x, verbose=0))
+
+
+def test_teacher_that_xla_cannot_compile_is_asked_of():
+    class Words(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.supports_jit = False
+
+    teacher = keras.Sequential([Words(), keras.layers.Dense(CLASSES)])
+    assert not Distiller(make_model(), teacher).supports_jit
+    assert Distiller(make_model(), make_model(seed=1)).supports_jit

@@ -9,6 +9,7 @@ import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from keras import ops
 
 from keras_ptloss._metrics import (
     BrierScore,
@@ -452,11 +453,20 @@ def test_bounds_and_pinsker(logits, seed):
 def test_ece_of_any_bin_count(logits, num_bins):
     """At most the mean gap of single cases, at least the gap of the mean."""
     labels = np.zeros(len(logits), "int32")
-    p = softmax(logits.astype("float32"))
+    p = np.asarray(ops.softmax(logits.astype("float32")))  # ties and all
     gaps = (p.argmax(-1) == labels) - p.max(-1)
     metric = ExpectedCalibrationError(num_bins=num_bins, from_logits=True)
     error = value(metric, (labels, logits))
     assert abs(gaps.mean()) - 1e-5 <= error <= np.abs(gaps).mean() + 1e-5
+
+
+@pytest.mark.parametrize("outside", [-1, 3])
+def test_labels_must_be_classes(outside):
+    labels = np.array([0, outside, 1])
+    match = rf"`y_true` must be class indices in \[0, 3\).*{outside}"
+    for metric in (BrierScore(), ExpectedCalibrationError()):
+        with pytest.raises(ValueError, match=match):
+            metric.update_state(labels, np.full((3, 3), 1 / 3, "float32"))
 
 
 @pytest.mark.parametrize("num_bins", [0, -1, 2.5, True, "15", None])

@@ -182,7 +182,7 @@ def test_as_the_teacher_of_a_distiller():
     x = np.eye(6, dtype="float32")
     table = rng.dirichlet([1.0, 1.0, 1.0], size=6)
     teacher = keras.Sequential(
-        [keras.Input((6,)), keras.layers.Dense(3, use_bias=False)]
+        [keras.Input((6,)), keras.layers.Dense(3, "relu", use_bias=False)]
     )
     teacher.set_weights([table.astype("float32")])  # probabilities by lookup
     epsilon = np.array([[3.0, 0.5], [0.2, 0.0], [1.0, 1.0]])
@@ -211,6 +211,8 @@ def test_wrong_input(teacher_rows):
         ProxyTeacher(np.zeros((3, 2)))(teacher_rows)
     with pytest.raises(ValueError, match="`max_steps`.*max_steps=0"):
         ProxyTeacher(0.5, max_steps=0)
+    with pytest.raises(ValueError, match="`inputs`.*teacher_from_logits=True"):
+        ProxyTeacher(0.5)(np.array([[2.0, -1.0, 0.3]]))
     with pytest.raises(ValueError, match="`teacher_temperature`.*=-1"):
         ProxyTeacher(0.5, teacher_temperature=-1)
     with pytest.raises(ValueError, match="`teacher_bias`.*4 classes"):

@@ -7,7 +7,14 @@ import keras
 import numpy as np
 import pytest
 
-from keras_ptloss import Distiller, ProxyTeacherSearch, PTLoss, proxy_teacher
+from keras_ptloss import (
+    Distiller,
+    ProxyTeacherSearch,
+    PTLoss,
+    SoftLabels,
+    SoftLabelSpec,
+    proxy_teacher,
+)
 from keras_ptloss._objectives import OBJECTIVES, brier_derivative
 
 ROWS, CLASSES = 60, 3
@@ -249,6 +256,29 @@ class TestTeacherForms:
         )
         assert found.trials["score"] == expected.trials["score"]
 
+    def test_soft_labels_say_what_they_are(self, data, tmp_path):
+        store = SoftLabels.write(
+            lambda rows: np.log(np.asarray(rows)),
+            data[0],
+            tmp_path / "api.softlabels",
+            spec=SoftLabelSpec(from_logits=True, dtype="float32"),
+            verbose=0,
+        )
+        searcher = ProxyTeacherSearch(order=1, trials=2, method="random")
+        assert searcher.search(store, data[1]).from_logits
+        with pytest.raises(ValueError, match="`from_logits` must be True, as"):
+            searcher.search(store, data[1], from_logits=False)
+
+    def test_probabilities_are_no_logits(self, data):
+        searcher = ProxyTeacherSearch(order=1, trials=2, method="random")
+        with pytest.raises(ValueError, match="`from_logits` must be False for"):
+            searcher.search(*data, from_logits=True)
+        model = keras.Sequential([keras.layers.Dense(3, "softmax")])
+        with pytest.raises(ValueError, match="ends in a softmax"):
+            searcher.search(
+                model, data[1], inputs=np.ones((ROWS, 2)), from_logits=True
+            )
+
     def test_column_of_labels(self, data):
         found = run((data[0], data[1][:, None]))
         assert found.score == run(data).score
@@ -368,6 +398,32 @@ class TestResult:
             vector.proxy_teacher(data[0]).probabilities,
             atol=5e-6,
         )
+
+    def test_proxy_teacher_of_logits_by_mistake(self, data, vector):
+        match = "take their softmax: the search was given probabilities"
+        with pytest.raises(ValueError, match=match):
+            vector.proxy_teacher(np.log(data[0]))
+
+    def test_proxy_model_of_logits_by_mistake(self, vector):
+        teacher = keras.Sequential([keras.layers.Dense(CLASSES)])
+        with pytest.warns(UserWarning, match="read as probabilities") as record:
+            vector.proxy_model(teacher)
+        assert record[0].filename == __file__
+
+    def test_floor_is_the_loss_s(self, data, vector):
+        """`keras.config.epsilon()`, wherever it is set."""
+        teacher = np.array([[1.0, 0.0, 0.0]])
+        floor = keras.config.epsilon()
+        keras.config.set_epsilon(1e-3)
+        try:
+            q = vector.proxy_teacher(teacher).probabilities
+            gradient = helpers.gradient_of(
+                lambda z: vector.loss(from_logits=True)(teacher, z),
+                np.log(q).astype("float32"),
+            )
+        finally:
+            keras.config.set_epsilon(floor)
+        np.testing.assert_allclose(gradient, 0.0, atol=1e-5)
 
     def test_proxy_model_needs_a_model(self, data, vector):
         with pytest.raises(ValueError, match="stored outputs.*ndarray"):
@@ -632,6 +688,15 @@ def test_objective_that_is_not_finite():
     )
     with pytest.raises(ValueError, match="`objective` must return finite"):
         search.search(rows, [0, 1, 2, 0])
+
+
+def test_objective_that_is_not_a_number_in_a_descent(data):
+    with pytest.raises(ValueError, match="finite scores.*broken = nan"):
+
+        def broken(q, labels):
+            return np.nan, np.zeros_like(q)
+
+        run_gradient(data, objective=broken)
 
 
 def test_descent_on_risk_is_not_stopped_by_confident_rows():

@@ -223,6 +223,17 @@ class TestFewRows:
         with pytest.warns(UserWarning, match=match) as record:
             searcher.search(teacher, labels)
         assert record[0].filename == __file__
+        assert "raise `penalty`" in str(record[0].message)
+
+    def test_advice_after_cross_validation(self):
+        """Which it has just done: more labels are what remains."""
+        teacher = helpers.dirichlet(0, 200, CLASSES)
+        teacher = helpers.skewed(teacher, [1.0, 0.02, 0.02])
+        labels = np.repeat([0, 1, 2], [105, 90, 5])
+        with pytest.warns(UserWarning, match="class 2 has 5") as record:
+            ProxyTeacherSearch(order=1).search(teacher, labels)
+        assert record[0].filename == __file__
+        assert str(record[0].message).endswith("Label more.")
 
     @pytest.mark.parametrize("calibration", ["none", "temperature"])
     def test_shared_parameters_do_not_warn(self, calibration):
