@@ -27,7 +27,8 @@ GAUSSIAN = (
     "epochs of SGD at 5e-4. "
 )
 CIFAR = (
-    "A ResNet-50 trained on CIFAR-10, its out-of-fold outputs stored; a ResNet-8 on images halved to 16 x 16 as the student; "
+    "A ResNet-50 trained on CIFAR-10, its out-of-fold outputs stored; a "
+    "ResNet-8 on images halved to 16 x 16 as the student; "
     "1,000 labelled images for the search, 16,000 others without labels, 8 "
     "epochs; the CIFAR-10 test set. The teacher is {}. The validation rows "
     "are the search's: the best epoch of `labels alone` means nothing. "
@@ -48,12 +49,12 @@ ABOUT = {
     + "The teacher saw a tenth of the classes 1 and 2; students have no "
     "labels but the search's.",
     "cifar10_strong": CIFAR.format(
-        "`resnet50_symfrac0_6_noise0_4`, trained on noisy labels, strongly biased "
-        "between classes"
+        "`resnet50_symfrac0_6_noise0_4`, trained on noisy labels, strongly "
+        "biased between classes"
     ),
     "cifar10_mild": CIFAR.format(
-        "`resnet50_symfrac0_4_noise0_2`, trained on noisy labels, mildly biased "
-        "between classes"
+        "`resnet50_symfrac0_4_noise0_2`, trained on noisy labels, mildly "
+        "biased between classes"
     ),
     "cifar10_clean": CIFAR.format(
         "`resnet50_symfrac0_0_noise0_0`, trained on the true labels"
