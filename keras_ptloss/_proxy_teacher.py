@@ -45,6 +45,9 @@ MAX_STEPS = 100
 # domain D is of the order of sum w; far outside it D may vanish.
 HESSIAN_FLOOR = 1e-3
 
+# Below this share of its terms, D is 0 but for rounding: see `adjoint`.
+SINGULAR = 1e-8
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ProxyTeacherResult:
@@ -323,9 +326,13 @@ def adjoint(
     """
     coefficients = ops.unstack(coefficients)
     s = 1.0 - q
-    factor = 1.0 + q * slope(s, coefficients)
+    q_h = q * slope(s, coefficients)
     w, b, _ = stationarity(teacher, q, coefficients)
     d = ops.sum(w, axis=-1, keepdims=True) - b
+    # At epsilon_m = -1/m, where the loss is barely convex, D is 0 at q = 1.
+    scale = ops.sum(teacher * (1.0 + ops.abs(q_h)), axis=-1, keepdims=True)
+    floor = SINGULAR * scale
+    d = ops.where(ops.abs(d) < floor, floor, d)
     ubar = ops.sum(upstream * q / d, axis=-1, keepdims=True) / ops.sum(
         q / d, axis=-1, keepdims=True
     )
@@ -335,7 +342,7 @@ def adjoint(
     for m in range(1, len(coefficients) + 1):
         by_epsilon.append(m * ops.sum(power, axis=0))
         power = power * s
-    return ops.stack(by_epsilon), v * factor
+    return ops.stack(by_epsilon), v * (1.0 + q_h)
 
 
 def loss_of(

@@ -264,3 +264,19 @@ class TestFit:
 )
 def test_count_of_parameters(calibration, shape, count):
     assert form(calibration, shape).parameters(CLASSES) == count
+
+
+def test_gradient_where_the_hessian_vanishes():
+    """A certain row stays where it is, on the edge of the convex domain too."""
+    rows = np.eye(3)[[0, 1, 2, 0]]
+    labels = np.array([0, 1, 0, 2])
+    parameters = Parameters(
+        scale=np.ones(1),
+        bias=np.zeros(1),
+        epsilon=np.tile(-1.0 / np.arange(1, 6), (3, 1)),
+    )
+    _, gradient, _ = value_and_gradient(
+        Teacher(rows, None), labels, OBJECTIVES["brier"], parameters
+    )
+    np.testing.assert_array_equal(gradient.epsilon, 0.0)
+    assert np.all(np.isfinite(gradient.scale))
