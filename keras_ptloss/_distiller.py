@@ -58,8 +58,8 @@ class Distiller(keras.Model):
         hard_label_weight: its weight, from 0 (labels are not used) to 1 (the
             teacher is not used); the distillation loss has the rest.
         teacher_metrics: Keras metrics of teacher and student outputs, such as
-            `KLToTeacher`; None is `[TeacherAgreement()]`. Not updated where
-            `hard_label_weight` is 1.
+            `KLToTeacher`; None is `[TeacherAgreement()]`. There are none
+            where `hard_label_weight` is 1.
         name: name of the model.
         **kwargs: passed on to `keras.Model`.
 
@@ -118,7 +118,10 @@ class Distiller(keras.Model):
             )
         if teacher_metrics is None:
             teacher_metrics = [TeacherAgreement()]
-        self.teacher_metrics = _check_teacher_metrics(teacher_metrics)
+        teacher_metrics = _check_teacher_metrics(teacher_metrics)
+        if self.hard_label_weight == 1.0:
+            teacher_metrics = []  # no teacher is asked
+        self.teacher_metrics = teacher_metrics
         self._frozen = _Frozen(())
         if teacher is not None:
             self.teacher = teacher
@@ -265,21 +268,14 @@ class Distiller(keras.Model):
             for metric in self.metrics
         ):
             return self._label_free_results()
-        results = super().get_metrics_result()
-        return {k: v for k, v in results.items() if k not in self._idle()}
+        return super().get_metrics_result()
 
     def _label_free_results(self) -> dict[str, Any]:
         return {
             m.name: m.result()
             for m in self.metrics
-            if m.name != "compile_metrics" and m.name not in self._idle()
+            if m.name != "compile_metrics"
         }
-
-    def _idle(self) -> list[str]:
-        """Return the metrics that are not updated: there is no target."""
-        if self.hard_label_weight < 1.0:
-            return []
-        return [metric.name for metric in self.teacher_metrics]
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """Train the student; arguments as in `keras.Model.fit`.

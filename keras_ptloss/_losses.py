@@ -61,6 +61,16 @@ def teacher_distribution(
     return ops.softmax(y_true, axis=-1)
 
 
+def teacher_config(owner: Any) -> dict[str, Any]:
+    """Return the arguments that say how `owner` reads its teacher."""
+    bias = owner.teacher_bias
+    return {
+        "teacher_from_logits": owner.teacher_from_logits,
+        "teacher_temperature": owner.teacher_temperature.tolist(),
+        "teacher_bias": None if bias is None else bias.tolist(),
+    }
+
+
 def pt_loss(
     y_true: Tensor,
     y_pred: Tensor,
@@ -317,12 +327,6 @@ class PTLoss(keras.losses.Loss):
             **super().get_config(),
             "epsilon": self.epsilon.tolist(),
             "from_logits": self.from_logits,
-            "teacher_from_logits": self.teacher_from_logits,
-            "teacher_temperature": self.teacher_temperature.tolist(),
-            "teacher_bias": (
-                None
-                if self.teacher_bias is None
-                else self.teacher_bias.tolist()
-            ),
+            **teacher_config(self),
             "dtype": self.dtype,
         }

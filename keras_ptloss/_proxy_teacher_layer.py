@@ -13,7 +13,7 @@ from keras_ptloss._checks import (
     check_probabilities,
     check_temperature,
 )
-from keras_ptloss._losses import teacher_distribution
+from keras_ptloss._losses import teacher_config, teacher_distribution
 from keras_ptloss._proxy_teacher import newton, newton_step, stationarity
 
 Tensor = Any
@@ -132,13 +132,7 @@ class ProxyTeacher(keras.layers.Layer):
         return {
             **super().get_config(),
             "epsilon": self._start.tolist(),
-            "teacher_from_logits": self.teacher_from_logits,
-            "teacher_temperature": self.teacher_temperature.tolist(),
-            "teacher_bias": (
-                None
-                if self.teacher_bias is None
-                else self.teacher_bias.tolist()
-            ),
+            **teacher_config(self),
             "max_steps": self.max_steps,
         }
 
