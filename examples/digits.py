@@ -21,12 +21,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from keras_ptloss import (
-    Distiller,
-    ProxyTeacherSearch,
-    PTLoss,
-    export_student,
-)
+from keras_ptloss import Distiller, ProxyTeacherSearch, PTLoss, export_student
 
 CLASSES = 10
 SPLIT_SEED = 0

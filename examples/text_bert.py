@@ -32,12 +32,8 @@ import keras_hub
 import numpy as np
 from sklearn.model_selection import train_test_split
 
-from keras_ptloss import (
-    ProxyTeacherSearch,
-    PTLoss,
-    SoftLabels,
-    SoftLabelSpec,
-)
+from keras_ptloss import ProxyTeacherSearch, PTLoss, SoftLabels
+from keras_ptloss.soft_labels import SoftLabelSpec
 
 BATCH = 32
 

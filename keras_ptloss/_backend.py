@@ -118,7 +118,7 @@ def row_sum(x: Tensor) -> Tensor:
     with a vector of ones stays out of it. Not on accelerators, whose matrix
     units round float32.
     """
-    if _on_cpu():
+    if _on_cpu() and x.shape[-1] is not None:
         return keras.ops.matmul(x, keras.ops.ones((x.shape[-1], 1), x.dtype))
     return keras.ops.sum(x, axis=-1, keepdims=True)
 

@@ -47,7 +47,7 @@ def check_count(argument: str, value: Any, *, at_least: int = 1) -> int:
 
 def check_number(argument: str, value: Any, *, at_least: float) -> float:
     """Require a finite number of at least `at_least`, and return it."""
-    array = _as_floats(argument, value, "a number")
+    array = as_floats(argument, value, "a number")
     if array.ndim or not np.isfinite(array) or array < at_least:
         fail(argument, f"a finite number of at least {at_least}", value)
     return float(array)
@@ -82,7 +82,7 @@ def check_epsilon(
             values = ops.reshape(values, (1,))
         seen = visible_values(values)
     else:
-        values = _as_floats("epsilon", epsilon, f"numbers of shape {forms}")
+        values = as_floats("epsilon", epsilon, f"numbers of shape {forms}")
         values = seen = np.atleast_1d(values)
     if seen is not None and not np.all(np.isfinite(seen)):
         fail("epsilon", "finite", epsilon)
@@ -111,30 +111,6 @@ def check_constant_epsilon(
     return np.asarray(values, dtype="float64")
 
 
-def check_temperature(
-    argument: str, value: Any, *, classes: int | None = None
-) -> np.ndarray:
-    """Require a finite number above 0, or one a class; return an array."""
-    array = _as_floats(argument, value, "a number, or one a class")
-    if array.ndim > 1 or not np.all(np.isfinite(array) & (array > 0)):
-        fail(argument, "a finite number above 0, or one a class", value)
-    _check_one_a_class(argument, array, classes)
-    return array
-
-
-def check_bias(
-    argument: str, value: Any, *, classes: int | None = None
-) -> np.ndarray | None:
-    """Require a finite number, or one a class, or None; return an array."""
-    if value is None:
-        return None
-    array = _as_floats(argument, value, "a number, or one a class, or None")
-    if array.ndim > 1 or not np.all(np.isfinite(array)):
-        fail(argument, "finite: a number, or one a class, or None", value)
-    _check_one_a_class(argument, array, classes)
-    return array
-
-
 def check_class_axis(argument: str, rows: Tensor) -> None:
     """Require a tensor `(..., C)` of two classes or more."""
     shape = tuple(rows.shape)
@@ -157,7 +133,9 @@ def check_classes(
             f"{tuple(first.shape)}, {second_name} of shape "
             f"{tuple(second.shape)}"
         )
-    if first.shape[-1] != second.shape[-1]:
+    if None not in (known := (first.shape[-1], second.shape[-1])) and (
+        known[0] != known[1]
+    ):
         raise ValueError(
             f"`{first_name}` and `{second_name}` must have the same number of "
             f"classes on their last axis. Received: {first_name} of shape "
@@ -298,17 +276,8 @@ def check_labels(labels: Any, *, examples: int, classes: int) -> np.ndarray:
     return array.astype("int64")
 
 
-def _check_one_a_class(
-    argument: str, array: np.ndarray, classes: int | None
-) -> None:
-    if classes is not None and array.ndim and len(array) != classes:
-        raise ValueError(
-            f"`{argument}` must be a number, or one for each of the {classes} "
-            f"classes. Received: {argument} of length {len(array)}"
-        )
-
-
-def _as_floats(argument: str, value: Any, expected: str) -> np.ndarray:
+def as_floats(argument: str, value: Any, expected: str) -> np.ndarray:
+    """Require numbers, and return them as a float64 array."""
     try:
         return np.asarray(value, dtype="float64")
     except (TypeError, ValueError):

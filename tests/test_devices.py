@@ -20,7 +20,7 @@ TWO_DEVICES = {
 
 DATA_PARALLEL = """
 import keras, numpy as np
-from keras_ptloss import Distiller, ProxyTeacherSearch, PTLoss
+from keras_ptloss import Distiller, PTLoss, ProxyTeacherSearch
 
 rng = np.random.default_rng(0)
 teacher, labels = rng.dirichlet([1, 1, 1], size=500), rng.integers(0, 3, 500)
@@ -69,7 +69,7 @@ TWO_PROCESSES = """
 import json, sys
 import keras, numpy as np
 import tensorflow as tf
-from keras_ptloss import Distiller, ProxyTeacherSearch, PTLoss
+from keras_ptloss import Distiller, PTLoss, ProxyTeacherSearch
 
 address, rank = sys.argv[1], int(sys.argv[2])
 devices = 1

@@ -9,15 +9,9 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_ptloss import (
-    Distiller,
-    ExpectedCalibrationError,
-    KLToTeacher,
-    PTLoss,
-    SoftLabels,
-    SoftLabelSpec,
-    pt_loss,
-)
+from keras_ptloss import Distiller, PTLoss, SoftLabels, pt_loss
+from keras_ptloss.metrics import ExpectedCalibrationError, KLToTeacher
+from keras_ptloss.soft_labels import SoftLabelSpec
 
 BACKEND = keras.backend.backend()
 CLASSES, FEATURES = 3, 4

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from keras import ops
 
-from keras_ptloss._metrics import (
+from keras_ptloss.metrics._metrics import (
     BrierScore,
     ExpectedCalibrationError,
     KLToTeacher,

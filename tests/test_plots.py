@@ -8,15 +8,14 @@ import keras
 import numpy as np
 import pytest
 
-from keras_ptloss import (
-    ExpectedCalibrationError,
-    ProxyTeacherSearch,
+from keras_ptloss import ProxyTeacherSearch, proxy_teacher
+from keras_ptloss.metrics import ExpectedCalibrationError
+from keras_ptloss.plots import (
     plot_distance_accuracy,
     plot_loss_curve,
     plot_proxy_teacher,
     plot_reliability,
     plot_search,
-    proxy_teacher,
 )
 
 matplotlib = pytest.importorskip("matplotlib")

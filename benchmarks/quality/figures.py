@@ -12,8 +12,8 @@ import pathlib
 import matplotlib
 import numpy as np
 
-from keras_ptloss import (
-    ProxyTeacherSearch,
+from keras_ptloss import ProxyTeacherSearch
+from keras_ptloss.plots import (
     plot_loss_curve,
     plot_proxy_teacher,
     plot_reliability,

@@ -24,8 +24,8 @@ import keras
 import numpy as np
 
 from keras_ptloss import ProxyTeacherSearch
-from keras_ptloss._gradient import Form, Teacher, fit
-from keras_ptloss._objectives import OBJECTIVES
+from keras_ptloss.search._fit import Form, Teacher, fit
+from keras_ptloss.search._objectives import OBJECTIVES
 
 ROWS = 1000
 BIASED = 0.02  # total variation above which a teacher counts as biased

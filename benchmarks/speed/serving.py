@@ -282,7 +282,7 @@ def main(requests, rest_python):
     """Export a student, serve it, and print latencies."""
     import keras
 
-    from keras_ptloss._export import export_student
+    from keras_ptloss.serving import export_student
 
     keras.utils.set_random_seed(0)
     layers = keras.layers

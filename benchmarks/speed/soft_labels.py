@@ -18,7 +18,8 @@ import time
 import keras
 import numpy as np
 
-from keras_ptloss import Distiller, PTLoss, SoftLabels, SoftLabelSpec
+from keras_ptloss import Distiller, PTLoss, SoftLabels
+from keras_ptloss.soft_labels import SoftLabelSpec
 
 
 def report(step, **values):

@@ -18,16 +18,14 @@ from benchmarks.quality.study.harness import (
     softmax,
     train,
 )
-from keras_ptloss import (
+from keras_ptloss import ProxyTeacherSearch, PTLoss, proxy_teacher
+from keras_ptloss.losses import (
     Flooding,
     FocalLoss,
     LabelPerturbedLoss,
     LabelSmoothingLoss,
-    ProxyTeacherSearch,
-    PTLoss,
-    proxy_teacher,
 )
-from keras_ptloss._objectives import OBJECTIVES
+from keras_ptloss.search._objectives import OBJECTIVES
 
 PROBABILITIES = {"from_logits": True, "teacher_from_logits": False}
 KL = PTLoss(0.0, **PROBABILITIES)

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.stats
 
 from benchmarks.quality.study.harness import Method, chosen_setting, read
-from keras_ptloss import plot_distance_accuracy
+from keras_ptloss.plots import plot_distance_accuracy
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -12,7 +12,7 @@ from keras import layers
 
 from benchmarks.quality.study.harness import Rows, Task, predict, softmax
 from examples import image_resnet
-from keras_ptloss import FilteredTeacher
+from keras_ptloss.callbacks import FilteredTeacher
 
 DATA = pathlib.Path("../shared/data")
 SEARCH_ROWS = 1000

@@ -1,0 +1,167 @@
+"""The calibration of a teacher: `t = softmax(A z + b)`.
+
+`z` are the teacher's logits, or the logarithms of its probabilities. This
+module has the only check of `A` and `b`, and the only place that applies them,
+to NumPy arrays and to tensors alike.
+"""
+
+import dataclasses
+from typing import Any
+
+import keras
+import numpy as np
+import scipy.special
+from keras import ops
+
+from keras_ptloss._checks import as_floats, fail
+
+Tensor = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """The linear map of logits `z -> A z + b`, and its softmax.
+
+    Args:
+        scale: `A`: a number (the inverse of a temperature), one a class,
+            `(C,)` (vector scaling), or a matrix, `(C, C_in)` (matrix scaling),
+            whose `C_in` inputs may be those of several teachers side by side.
+            Numbers and vectors are above 0.
+        bias: `b`: a number, or one a class, `(C,)`.
+
+    Raises:
+        ValueError: if an argument is not of this form.
+
+    Reference:
+        Guo et al. 2017, On Calibration of Modern Neural Networks; Kull et al.
+        2019, Beyond temperature scaling (https://arxiv.org/abs/1910.12656).
+    """
+
+    scale: Any = 1.0
+    bias: Any = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the arguments; keep them as float64 arrays."""
+        scale = check_scale("scale", self.scale)
+        bias = check_bias("bias", self.bias)
+        if scale.ndim and bias.ndim and len(scale) != len(bias):
+            raise ValueError(
+                "`scale` and `bias` must be of the same classes. Received: "
+                f"scale of shape {scale.shape}, bias of shape {bias.shape}"
+            )
+        object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "bias", bias)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it leaves every distribution as it is."""
+        if self.scale.ndim == 2 or np.any(self.scale != 1.0):
+            return False
+        return bool(np.all(self.bias == self.bias.flat[0]))
+
+    @property
+    def classes(self) -> int | None:
+        """C, the classes that come out; None if any number may."""
+        for array in (self.scale, self.bias):
+            if array.ndim:
+                return len(array)
+        return None
+
+    @property
+    def input_classes(self) -> int | None:
+        """C_in, the classes that go in; None if any number may."""
+        return self.scale.shape[1] if self.scale.ndim == 2 else self.classes
+
+    def check_input(self, argument: str, classes: int) -> None:
+        """Require that rows of `classes` entries can be calibrated."""
+        if self.input_classes not in (None, classes):
+            raise ValueError(
+                f"`{argument}` must have the {self.input_classes} classes of "
+                f"its calibration. Received: {argument} with {classes} classes"
+            )
+
+    def __call__(self, outputs: Tensor, *, from_logits: bool) -> Tensor:
+        """Return the calibrated distribution, `(..., C)`.
+
+        Args:
+            outputs: logits or probabilities, `(..., C_in)`: a NumPy array or a
+                tensor.
+            from_logits: whether they are logits.
+
+        Returns:
+            Probabilities, of the kind that `outputs` is. Probabilities that
+            need no calibration come back as they are; ones that do are held at
+            or above `keras.config.epsilon()`, since a class at 0 could never
+            move.
+        """
+        if isinstance(outputs, np.ndarray):
+            return self._apply(outputs, from_logits, np, scipy.special.softmax)
+        return self._apply(outputs, from_logits, ops, ops.softmax)
+
+    def _apply(
+        self, outputs: Tensor, from_logits: bool, xp: Any, softmax: Any
+    ) -> Tensor:
+        if self.is_identity:
+            return softmax(outputs, axis=-1) if from_logits else outputs
+        z = outputs if from_logits else log_probabilities(outputs, xp)
+        scale = self.scale.astype(keras.backend.standardize_dtype(z.dtype))
+        bias = self.bias.astype(scale.dtype)
+        z = xp.matmul(z, scale.T) if scale.ndim == 2 else z * scale
+        return softmax(z + bias, axis=-1)
+
+
+def log_probabilities(probabilities: Tensor, xp: Any = np) -> Tensor:
+    """Return `log max(p, floor)`, the `z` of probabilities.
+
+    The floor is `keras.config.epsilon()`, as in Keras's own losses. `xp` is
+    NumPy or `keras.ops`.
+    """
+    return xp.log(xp.maximum(probabilities, keras.config.epsilon()))
+
+
+def check_scale(argument: str, value: Any) -> np.ndarray:
+    """Require `A`: a number or `(C,)` above 0, or `(C, C_in)`."""
+    form = "a finite number above 0, one a class, or a matrix (C, C_in)"
+    array = as_floats(argument, value, form)
+    good = array.ndim < 3 and array.size and np.all(np.isfinite(array))
+    if not good or (array.ndim < 2 and not np.all(array > 0)):
+        fail(argument, form, value)
+    return array
+
+
+def check_bias(argument: str, value: Any) -> np.ndarray:
+    """Require `b`: a finite number or `(C,)`; None is zero."""
+    form = "a finite number, or one a class, or None"
+    array = as_floats(argument, 0.0 if value is None else value, form)
+    if array.ndim > 1 or not array.size or not np.all(np.isfinite(array)):
+        fail(argument, form, value)
+    return array
+
+
+def teacher_calibration(
+    teacher_temperature: Any, teacher_scale: Any, teacher_bias: Any
+) -> Calibration:
+    """Return `z -> A z / temperature + b` of the arguments that users set.
+
+    Args:
+        teacher_temperature: a number above 0, or one a class, `(C,)`.
+        teacher_scale: `A`, as in `Calibration`.
+        teacher_bias: `b`, as in `Calibration`; None is zero.
+
+    Raises:
+        ValueError: if an argument is not of this form.
+    """
+    temperature = as_floats(
+        "teacher_temperature", teacher_temperature, "numbers"
+    )
+    if temperature.ndim > 1:
+        fail(
+            "teacher_temperature",
+            "a number, or one a class",
+            teacher_temperature,
+        )
+    return Calibration(
+        check_scale("teacher_scale", teacher_scale)
+        / check_scale("teacher_temperature", temperature),
+        check_bias("teacher_bias", teacher_bias),
+    )

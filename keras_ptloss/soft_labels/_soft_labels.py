@@ -1,0 +1,510 @@
+"""Stored teacher outputs: bought once, used for every student."""
+
+import functools
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_ptloss._checks import (
+    SUM_TOLERANCE,
+    check_choice,
+    check_count,
+    fail,
+)
+from keras_ptloss.soft_labels import _data as data
+from keras_ptloss.soft_labels import _store as store
+from keras_ptloss.soft_labels._attach import attach
+from keras_ptloss.soft_labels._spec import SoftLabelSpec, decode
+
+Tensor = Any
+# Rows decoded at a time. Linux maps 64 KiB around each row touched, so a chunk
+# of scattered rows takes up to 32 MiB.
+_CHUNK = 512
+
+
+class SoftLabels:
+    """Teacher outputs on disk, read like an array of shape `(N, C)`.
+
+    `labels[i]`, `labels[i:j]`, `labels[rows]` and `np.asarray(labels)` give
+    float32 rows: probabilities that add up to 1, or logits if the teacher gave
+    logits. Only the rows asked for are read from disk. Make a store with
+    `SoftLabels.write`, read it again with `SoftLabels.open`.
+
+    Attributes:
+        spec: The store's `SoftLabelSpec`.
+        shape: `(N, C)`.
+        dtype: float32, the dtype of what is read.
+        fingerprints: `(N,)` uint64, a hash of each labelled example.
+        mean_total_variation: Mean over the rows of the error of storing.
+        max_total_variation: The largest error of storing of a row.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from keras_ptloss import SoftLabels
+        >>> x = np.arange(12.0).reshape(6, 2)
+        >>> def teacher(batch):
+        ...     return np.tile([0.5, 0.25, 0.25], (len(batch), 1))
+        >>> path = tempfile.mkdtemp() + "/teacher.softlabels"
+        >>> labels = SoftLabels.write(teacher, x, path, verbose=0)
+        >>> labels.shape
+        (6, 3)
+        >>> print(labels[0])
+        [0.5  0.25 0.25]
+
+    Reference:
+        Zhang et al., "Do Not Blindly Imitate the Teacher: Using Perturbed Loss
+        for Knowledge Distillation", arXiv:2305.05010.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], shards: list[Any]):
+        """Use `SoftLabels.open`."""
+        self.path = Path(path)
+        self._shards = shards
+        first = shards[0].manifest
+        self.spec = store.spec_of(first)
+        self.shape = (shards[-1].stop, first["num_classes"])
+        self.dtype = np.dtype("float32")
+        self.mean_total_variation = (
+            sum(s.manifest["total_variation"]["sum"] for s in shards)
+            / self.shape[0]
+        )
+        self.max_total_variation = max(
+            s.manifest["total_variation"]["max"] for s in shards
+        )
+        self.fingerprints = np.concatenate(
+            [s.arrays["fingerprints"] for s in shards]
+        )
+
+    @classmethod
+    def write(
+        cls,
+        teacher: keras.Model | Callable[[Tensor], Tensor],
+        dataset: Any,
+        path: str | os.PathLike[str],
+        *,
+        spec: SoftLabelSpec | None = None,
+        batch_size: int = 32,
+        verbose: int = 1,
+    ) -> "SoftLabels":
+        """Label a data set batch by batch, or go on where an earlier call was.
+
+        The call may be killed at any moment. Repeated, it checks that the
+        stored rows belong to `dataset` and asks the teacher for the others
+        only. Whatever goes wrong, the stored rows stay good. For another
+        teacher choose another `path`.
+
+        Args:
+            teacher: A `keras.Model`, run frozen by `predict_on_batch`, or a
+                callable from a batch to a `(batch, C)` array; see
+                `with_retries` for one that may fail.
+            dataset: Array, pytree of arrays or list of texts; or a batched,
+                finite `tf.data.Dataset` or `keras.utils.PyDataset`, of which
+                the inputs are used. Its order must be the same in each pass.
+            path: Directory of the store. It is made if absent.
+            spec: What is stored. Defaults to float16 probabilities.
+            batch_size: Examples per call of the teacher; arrays only.
+            verbose: 0 silent, 1 progress bar, 2 a line at the end, as in Keras.
+
+        Returns:
+            The store, opened.
+
+        Raises:
+            ValueError: If an argument is out of its range, the data set or
+                `spec` is not that of the stored rows, or the teacher returns
+                NaN, negative or unnormalised rows, or another shape.
+            RuntimeError: If the teacher raises (its exception is the cause),
+                or another process writes the same store.
+            OSError: If the disk is full; the space is reserved at the start.
+
+        Example:
+            >>> import tempfile
+            >>> import numpy as np
+            >>> from keras_ptloss import SoftLabels
+            >>> from keras_ptloss.soft_labels import SoftLabelSpec
+            >>> def api(texts):
+            ...     return np.tile([2.0, -1.0], (len(texts), 1))
+            >>> labels = SoftLabels.write(
+            ...     api,
+            ...     ["a fine film", "a bore"],
+            ...     tempfile.mkdtemp() + "/api.softlabels",
+            ...     spec=SoftLabelSpec(from_logits=True),
+            ...     verbose=0,
+            ... )
+            >>> print(labels[1])
+            [ 2. -1.]
+        """
+        cls.write_shard(
+            teacher,
+            dataset,
+            path,
+            shard=(0, 1),
+            spec=spec,
+            batch_size=batch_size,
+            verbose=verbose,
+        )
+        return cls.open(path)
+
+    @classmethod
+    def write_shard(
+        cls,
+        teacher: keras.Model | Callable[[Tensor], Tensor],
+        dataset: Any,
+        path: str | os.PathLike[str],
+        *,
+        shard: tuple[int, int],
+        spec: SoftLabelSpec | None = None,
+        batch_size: int = 32,
+        verbose: int = 1,
+    ) -> None:
+        """Label one of several ranges of a data set, one a process or host.
+
+        Shard `i` of `n` holds the rows `N * i // n` to `N * (i + 1) // n`. Once
+        all are written to one directory, `SoftLabels.open` reads them as one.
+
+        Args:
+            teacher: As in `write`.
+            dataset: As in `write`: the whole data set, not the shard's part.
+            path: As in `write`, the same for all shards.
+            shard: `(index, count)`.
+            spec: As in `write`, the same for all shards.
+            batch_size: As in `write`.
+            verbose: As in `write`.
+
+        Raises:
+            ValueError: As in `write`.
+            RuntimeError: As in `write`.
+            OSError: As in `write`.
+
+        Example:
+            >>> import tempfile
+            >>> import numpy as np
+            >>> from keras_ptloss import SoftLabels
+            >>> def teacher(batch):
+            ...     return np.full((len(batch), 2), 0.5)
+            >>> path, x = tempfile.mkdtemp() + "/two.softlabels", np.arange(5)
+            >>> for index in range(2):
+            ...     SoftLabels.write_shard(
+            ...         teacher, x, path, shard=(index, 2), verbose=0
+            ...     )
+            >>> len(SoftLabels.open(path))
+            5
+        """
+        if not callable(teacher):
+            fail("teacher", "a keras.Model or a callable", teacher)
+        run = (
+            teacher.predict_on_batch
+            if isinstance(teacher, keras.Model)
+            else teacher
+        )
+        check_count("batch_size", batch_size)
+        check_choice("verbose", str(verbose), ("0", "1", "2"))
+        dataset = data.as_dataset(dataset)
+        spec = store.with_num_examples(spec or SoftLabelSpec(), dataset)
+        with store.ShardWriter(Path(path), spec, shard) as writer:
+            bar = keras.utils.Progbar(
+                writer.stop - writer.start - writer.stored,
+                unit_name="example",
+                verbose=verbose,
+            )
+            resumed = writer.stored
+            for row, x, fingerprints in writer.missing(dataset, batch_size):
+                writer.append(fingerprints, _ask(run, x, row, writer))
+                bar.update(writer.stored - resumed)
+            writer.finish()
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike[str], *, verify: bool = True
+    ) -> "SoftLabels":
+        """Open a complete store, all shards as one.
+
+        Args:
+            path: Directory of the store.
+            verify: Whether to compare each file's checksum, which reads the
+                whole store once. Lengths and dtypes are always compared.
+
+        Returns:
+            The store, memory-mapped.
+
+        Raises:
+            FileNotFoundError: If there is no store at `path`.
+            ValueError: If shards are missing, unfinished or damaged. The
+                message says which, and what to do.
+
+        Example:
+            >>> from keras_ptloss import SoftLabels
+            >>> SoftLabels.open("absent.softlabels")
+            Traceback (most recent call last):
+                ...
+            FileNotFoundError: No soft labels at absent.softlabels
+        """
+        count = store.shard_count(Path(path))
+        if count is None:
+            raise FileNotFoundError(f"No soft labels at {path}")
+        directories = [
+            store.shard_path(Path(path), (index, count))
+            for index in range(count)
+        ]
+        missing = [
+            f"shard {index} of {count} ({store.progress(directory)})"
+            for index, directory in enumerate(directories)
+            if not directory.is_dir()
+        ]
+        if missing:
+            fail(
+                "path",
+                f"a complete store, but {', '.join(missing)} must be written"
+                " first: call `write` (or `write_shard`) again as before, it"
+                " resumes",
+                str(path),
+            )
+        shards = [store.Shard(d, verify=verify) for d in directories]
+        for index, shard in enumerate(shards):
+            first, this = shards[0].manifest, shard.manifest
+            same = all(first[k] == this[k] for k in ("spec", "num_classes"))
+            if not same or this["shard"] != [index, count]:
+                store.damaged(shard.directory, "it contradicts shard 0")
+        return cls(path, shards)
+
+    def attach(
+        self,
+        dataset: Any,
+        *,
+        ids: Any = None,
+        batch_size: int = 32,
+        shuffle: bool = False,
+        seed: int | None = None,
+        preprocessor: Callable[[Tensor], Tensor] | None = None,
+    ) -> Any:
+        """Pair the labelled data set with its stored rows, for `fit`.
+
+        Every example's fingerprint is compared with that of its row: arrays
+        when attaching, the others batch by batch. So attach to the examples as
+        they were labelled, and shuffle, augment and tokenize after it.
+
+        Args:
+            dataset: What was given to `write`, in any of its forms; also one
+                whose order differs, with `ids`.
+            ids: Which stored row belongs to each example, in the order of
+                `dataset`: None for all rows in order, integers, or `"content"`
+                to find each example by its fingerprint, which suits a data
+                set that is shuffled or a part of the whole.
+            batch_size: Examples in a batch; arrays only.
+            shuffle: Whether to draw a new order in every epoch; arrays only.
+            seed: Seed of that order.
+            preprocessor: Called on the inputs of a batch, after the check, for
+                students that need other inputs than the teacher. On `tf.data`
+                it is applied by `map`, so it must consist of TensorFlow ops.
+
+        Returns:
+            `(inputs, soft labels)` batches, with the sample weights of
+            `dataset` if it has any; its own targets are replaced. A
+            `tf.data.Dataset` for one, else a `keras.utils.PyDataset`.
+
+        Raises:
+            ValueError: If an example is not the one that was labelled, or the
+                length differs; names the example. TensorFlow raises it inside
+                of `tf.errors.InvalidArgumentError` while iterating.
+
+        Example:
+            >>> import tempfile
+            >>> import numpy as np
+            >>> from keras_ptloss import SoftLabels
+            >>> def teacher(batch):
+            ...     return np.stack([batch / 4, 1 - batch / 4], axis=-1)
+            >>> x = np.array([0.0, 1.0, 2.0])
+            >>> path = tempfile.mkdtemp() + "/teacher.softlabels"
+            >>> labels = SoftLabels.write(teacher, x, path, verbose=0)
+            >>> inputs, soft = labels.attach(x[::-1], ids="content")[0]
+            >>> print(soft[:, 0])
+            [0.5  0.25 0.  ]
+        """
+        return attach(
+            self,
+            dataset,
+            ids=ids,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            preprocessor=preprocessor,
+        )
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return int(self.shape[0])
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the float32 rows of an int, a slice, or an array of rows."""
+        if isinstance(index, slice):
+            rows = np.arange(*index.indices(len(self)))
+        else:
+            rows = np.asarray(index)
+            if rows.dtype == bool and rows.shape == (len(self),):
+                rows = np.flatnonzero(rows)
+            elif not rows.size:
+                rows = rows.astype(int)
+            if rows.dtype.kind not in "iu" or rows.ndim > 1:
+                raise IndexError(
+                    "Soft labels are indexed by one int, slice, or 1-D array"
+                    f" of rows. Received: index={index!r}"
+                )
+        outside = (rows < -len(self)) | (rows >= len(self))
+        if np.any(outside):
+            bad = np.atleast_1d(rows)[np.atleast_1d(outside)][0]
+            raise IndexError(f"Row {bad} of {len(self)} soft labels")
+        rows = np.where(rows < 0, rows + len(self), rows)
+        read = self._read(np.atleast_1d(rows))
+        return read if rows.ndim else read[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """Return all rows; `np.asarray(labels)`."""
+        if copy is False:
+            raise ValueError("Soft labels are decoded, hence always copied.")
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+    def __repr__(self) -> str:
+        """Return path, shape and spec."""
+        return f"SoftLabels({str(self.path)!r}, {self.shape}, {self.spec})"
+
+    def __reduce__(self) -> Any:
+        """Pickle as a path, not as the rows: for worker processes."""
+        return functools.partial(SoftLabels.open, verify=False), (self.path,)
+
+    def _read(self, rows: Any) -> Any:
+        out = np.empty((len(rows), self.shape[1]), self.dtype)
+        starts = [shard.start for shard in self._shards]
+        for low in range(0, len(rows), _CHUNK):
+            chunk = rows[low : low + _CHUNK]
+            owner = np.searchsorted(starts, chunk, side="right") - 1
+            for number in np.unique(owner):
+                shard, mine = self._shards[number], owner == number
+                stored = shard.read(chunk[mine])
+                out[low : low + _CHUNK][mine] = decode(
+                    self.spec, stored, self.shape[1]
+                )
+        return out
+
+
+def with_retries(
+    teacher: Callable[[Tensor], Tensor],
+    *,
+    retry_on: tuple[type[BaseException], ...],
+    retries: int = 5,
+    first_delay: float = 1.0,
+    max_delay: float = 60.0,
+) -> Callable[[Tensor], Tensor]:
+    """Repeat the calls of an unreliable teacher, waiting longer each time.
+
+    The k-th wait is `first_delay * 2**k` seconds, at most `max_delay`, cut by
+    a random factor of up to 2 so that many processes do not return at once.
+
+    Args:
+        teacher: A callable from a batch to an array, such as an API client.
+        retry_on: The exceptions that are worth another call.
+        retries: How often a batch is tried again; then its exception passes.
+        first_delay: Seconds before the first repetition.
+        max_delay: Longest wait in seconds.
+
+    Returns:
+        A callable for `SoftLabels.write`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> import numpy as np
+        >>> from keras_ptloss.soft_labels import with_retries
+        >>> answers = [TimeoutError(), np.array([[0.5, 0.5]])]
+        >>> def client(batch):
+        ...     answer = answers.pop(0)
+        ...     if isinstance(answer, Exception):
+        ...         raise answer
+        ...     return answer
+        >>> teacher = with_retries(
+        ...     client, retry_on=(TimeoutError,), first_delay=0.01
+        ... )
+        >>> print(teacher(["a text"]))
+        [[0.5 0.5]]
+    """
+    if not callable(teacher):
+        fail("teacher", "a callable", teacher)
+    if not isinstance(retry_on, tuple) or not retry_on:
+        fail("retry_on", "a tuple of exception types", retry_on)
+    for kind in retry_on:
+        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+            fail("retry_on", "a tuple of exception types", retry_on)
+    check_count("retries", retries, at_least=0)
+    if not 0 <= first_delay <= max_delay:
+        fail("first_delay", "between 0 and `max_delay`", first_delay)
+
+    def patient(batch: Tensor) -> Tensor:
+        for attempt in range(retries):
+            try:
+                return teacher(batch)
+            except retry_on:
+                delay = min(first_delay * 2**attempt, max_delay)
+                time.sleep(delay * random.uniform(0.5, 1.0))
+        return teacher(batch)
+
+    return patient
+
+
+def _ask(
+    run: Callable[[Tensor], Tensor],
+    x: Tensor,
+    row: int,
+    writer: "store.ShardWriter",
+) -> Any:
+    """Call the teacher and check what it returns."""
+    count = data.length(x)
+    where = (
+        f"on the examples {row} to {row + count - 1}. The"
+        f" {writer.stored} rows before are stored: call again to go on"
+    )
+    try:
+        outputs = run(x)
+        if keras.ops.is_tensor(outputs):
+            outputs = keras.ops.convert_to_numpy(outputs)
+        outputs = np.asarray(outputs)
+    except Exception as error:
+        raise RuntimeError(
+            f"The teacher failed {where}: {type(error).__name__}: {error}"
+        ) from error
+    columns = writer.num_classes or "2 or more"
+    if outputs.shape[:1] != (count,) or outputs.ndim != 2:
+        problem = f"shape {outputs.shape}, not ({count}, {columns})"
+    elif outputs.shape[1] < 2 or columns not in ("2 or more", outputs.shape[1]):
+        problem = f"{outputs.shape[1]} classes, not {columns}"
+    elif outputs.dtype.kind in "OSUc":
+        problem = f"dtype {outputs.dtype}, not numbers"
+    else:
+        outputs = outputs.astype("float64")
+        found = _invalid_row(outputs, writer.spec.from_logits)
+        if found is None:
+            return outputs
+        problem = f"{found[1]} for example {row + found[0]}"
+    raise ValueError(f"The teacher returned {problem}, {where}")
+
+
+def _invalid_row(outputs: Any, from_logits: bool) -> tuple[int, str] | None:
+    """Position and description of the first row that cannot be stored."""
+    checks = [(~np.isfinite(outputs), "NaN or infinity")]
+    if not from_logits:
+        off = np.abs(outputs.sum(-1, keepdims=True) - 1) > SUM_TOLERANCE
+        hint = " (are they logits? Then spec=SoftLabelSpec(from_logits=True))"
+        checks += [
+            (outputs < 0, "negative probabilities" + hint),
+            (off, "probabilities that do not add up to 1" + hint),
+        ]
+    for wrong, what in checks:
+        rows = np.flatnonzero(wrong.any(-1))
+        if len(rows):
+            return int(rows[0]), what
+    return None

@@ -1,0 +1,122 @@
+"""What a store of soft labels holds, and how a row is put on disk."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from keras_ptloss._checks import check_choice, check_count, fail
+
+_DTYPES = {"float16": "<f2", "float32": "<f4"}
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftLabelSpec:
+    """What a store holds; kept in it, and the same for all of its shards.
+
+    The error of a stored row is measured while writing, as its total variation
+    distance from the teacher's row, `0.5 * sum_c |stored_c - teacher_c|`, and
+    kept in the manifest. Bounds: `"float32"` 1e-6; `"float16"` 5e-4 for
+    probabilities of up to 1,000 classes, and for logits the largest
+    `|logit| / 4096`; `top_k` adds the mass outside of the k largest classes.
+
+    Args:
+        num_examples: Length of the data set; needed for `tf.data` and
+            `keras.utils.PyDataset`, which do not tell it.
+        class_names: One name per class, in the order of the teacher's outputs.
+        from_logits: Whether the teacher gives logits, not probabilities. They
+            are stored and read as they are.
+        temperature: Temperature that the teacher's outputs already contain.
+            A note for the reader; nothing is rescaled.
+        teacher_name: A name for the teacher, checked on resuming.
+        dtype: `"float16"` or `"float32"`, on disk. Rows are read as float32.
+        top_k: Store only the k most probable classes; the remaining mass is
+            read spread evenly over the other classes. Probabilities only.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> from keras_ptloss.soft_labels import SoftLabelSpec
+        >>> SoftLabelSpec(class_names=("no", "yes"), dtype="float32").dtype
+        'float32'
+    """
+
+    num_examples: int | None = None
+    class_names: tuple[str, ...] | None = None
+    from_logits: bool = False
+    temperature: float = 1.0
+    teacher_name: str | None = None
+    dtype: str = "float16"
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        if self.num_examples is not None:
+            check_count("num_examples", self.num_examples)
+        names = self.class_names
+        if names is not None:
+            valid = not isinstance(names, str) and all(
+                isinstance(name, str) for name in names
+            )
+            if not valid or len(names) < 2 or len(set(names)) != len(names):
+                fail("class_names", "at least two different strings", names)
+            object.__setattr__(self, "class_names", tuple(names))
+        if not isinstance(self.from_logits, bool):
+            fail("from_logits", "True or False", self.from_logits)
+        if not 0 < self.temperature < float("inf"):
+            fail("temperature", "a positive number", self.temperature)
+        check_choice("dtype", self.dtype, _DTYPES)
+        if self.top_k is not None:
+            check_count("top_k", self.top_k)
+            if self.from_logits:
+                fail(
+                    "top_k",
+                    "None for logits (let the teacher end in a softmax to"
+                    " store its k largest probabilities)",
+                    self.top_k,
+                )
+
+
+def array_formats(
+    spec: SoftLabelSpec, num_classes: int
+) -> dict[str, tuple[str, int | None]]:
+    """Name, dtype and columns of each array on disk."""
+    dtype, k = _DTYPES[spec.dtype], spec.top_k
+    if k is None:
+        arrays = {"labels": (dtype, num_classes)}
+    else:
+        classes = np.min_scalar_type(num_classes - 1).newbyteorder("<")
+        arrays = {"classes": (classes.str, k), "values": (dtype, k)}
+    return {**arrays, "fingerprints": ("<u8", None)}
+
+
+def encode(spec: SoftLabelSpec, outputs: Any) -> dict[str, Any]:
+    dtype = _DTYPES[spec.dtype]
+    # A logit that overflows float16 is reported by the caller.
+    with np.errstate(over="ignore"):
+        if spec.top_k is None:
+            return {"labels": outputs.astype(dtype)}
+        order = np.argsort(-outputs, axis=-1, kind="stable")
+        top = order[:, : spec.top_k]
+        values = np.take_along_axis(outputs, top, axis=-1).astype(dtype)
+    classes, _ = array_formats(spec, outputs.shape[1])["classes"]
+    return {"classes": top.astype(classes), "values": values}
+
+
+def decode(
+    spec: SoftLabelSpec, arrays: dict[str, Any], num_classes: int
+) -> Any:
+    if spec.top_k is None:
+        rows = arrays["labels"].astype("float32")
+    else:
+        values = arrays["values"].astype("float32")
+        rest = np.maximum(1 - values.sum(-1, keepdims=True), 0)
+        rest = rest / (num_classes - spec.top_k)
+        rows = np.repeat(rest, num_classes, axis=-1)
+        classes = arrays["classes"].astype("int64")
+        np.put_along_axis(rows, classes, values, axis=-1)
+    if not spec.from_logits:
+        # Rounded to float16, a row adds up to 1 within 5e-4 only.
+        rows /= rows.sum(-1, keepdims=True)
+    return rows
