@@ -151,17 +151,11 @@ def teacher_calibration(
     Raises:
         ValueError: if an argument is not of this form.
     """
-    temperature = as_floats(
-        "teacher_temperature", teacher_temperature, "numbers"
-    )
+    name, value = "teacher_temperature", teacher_temperature
+    temperature = check_scale(name, value)
     if temperature.ndim > 1:
-        fail(
-            "teacher_temperature",
-            "a number, or one a class",
-            teacher_temperature,
-        )
+        fail(name, "a finite number above 0, or one a class", value)
     return Calibration(
-        check_scale("teacher_scale", teacher_scale)
-        / check_scale("teacher_temperature", temperature),
+        check_scale("teacher_scale", teacher_scale) / temperature,
         check_bias("teacher_bias", teacher_bias),
     )

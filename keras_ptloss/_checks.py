@@ -112,13 +112,11 @@ def check_constant_epsilon(
 
 
 def check_class_axis(argument: str, rows: Tensor) -> None:
-    """Require a tensor `(..., C)` of two classes or more."""
-    shape = tuple(rows.shape)
-    if len(shape) == 0 or shape[-1] == 1:
+    """Require a tensor with a class axis, `(..., C)`."""
+    if len(rows.shape) == 0:
         raise ValueError(
-            f"`{argument}` must have at least 2 classes on its last axis, "
-            "(..., classes); a sigmoid output p is the row [1 - p, p]. "
-            f"Received: {argument} of shape {shape}"
+            f"`{argument}` must have a class axis, (..., classes). Received: "
+            f"{argument} of shape {tuple(rows.shape)}"
         )
 
 
@@ -126,32 +124,27 @@ def check_classes(
     first_name: str, first: Tensor, second_name: str, second: Tensor
 ) -> None:
     """Require two tensors `(..., C)` of the same shape, as far as is known."""
-    if len(first.shape) == 0 or len(second.shape) == 0:
-        raise ValueError(
-            f"`{first_name}` and `{second_name}` must have a class axis, "
-            f"(..., classes). Received: {first_name} of shape "
-            f"{tuple(first.shape)}, {second_name} of shape "
-            f"{tuple(second.shape)}"
-        )
-    if None not in (known := (first.shape[-1], second.shape[-1])) and (
-        known[0] != known[1]
-    ):
+    check_class_axis(first_name, first)
+    check_class_axis(second_name, second)
+    one, two = tuple(first.shape), tuple(second.shape)
+    received = (
+        f"Received: {first_name} of shape {one}, {second_name} of shape {two}"
+    )
+    if differ(one[-1], two[-1]):
         raise ValueError(
             f"`{first_name}` and `{second_name}` must have the same number of "
-            f"classes on their last axis. Received: {first_name} of shape "
-            f"{tuple(first.shape)}, {second_name} of shape "
-            f"{tuple(second.shape)}"
+            f"classes on their last axis. {received}"
         )
-    check_class_axis(second_name, second)
-    if len(first.shape) != len(second.shape) or any(
-        None not in pair and pair[0] != pair[1]
-        for pair in zip(first.shape, second.shape, strict=True)
-    ):
+    if len(one) != len(two) or any(map(differ, one, two)):
         raise ValueError(
             f"`{first_name}` and `{second_name}` must have the same shape. "
-            f"Received: {first_name} of shape {tuple(first.shape)}, "
-            f"{second_name} of shape {tuple(second.shape)}"
+            f"{received}"
         )
+
+
+def differ(one: int | None, two: int | None) -> bool:
+    """Return whether two sizes differ; an unknown one, None, fits any."""
+    return one is not None and two is not None and one != two
 
 
 def on_simplex(rows: np.ndarray) -> np.ndarray:

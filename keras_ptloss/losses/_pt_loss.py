@@ -11,6 +11,7 @@ from keras_ptloss._backend import row_sum
 from keras_ptloss._binary import two_events
 from keras_ptloss._calibration import teacher_calibration
 from keras_ptloss._checks import (
+    check_class_axis,
     check_classes,
     check_constant_epsilon,
     check_epsilon,
@@ -95,6 +96,8 @@ def pt_loss(
     )
     y_pred = at_least_float32(y_pred)
     y_true = ops.cast(ops.convert_to_tensor(y_true), y_pred.dtype)
+    check_class_axis("y_true", y_true)
+    check_class_axis("y_pred", y_pred)
     y_pred = two_events(y_pred, from_logits=from_logits)
     y_true = two_events(y_true, from_logits=teacher_from_logits)
     if not teacher_from_logits:
