@@ -6,6 +6,7 @@ The names that most users need are here; the rest is one room away, as in
 
 from keras_ptloss import (
     callbacks,
+    layers,
     losses,
     metrics,
     plots,
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "callbacks",
     "export_student",
+    "layers",
     "losses",
     "metrics",
     "plots",

@@ -7,7 +7,7 @@ times in a search and whose result should not depend on the backend.
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import keras
@@ -160,3 +160,23 @@ def replicas() -> int:
 
         return int(tf.distribute.get_strategy().num_replicas_in_sync)
     return 1
+
+
+@contextlib.contextmanager
+def weights_kept(model: keras.Model) -> Iterator[None]:
+    """Let a model predict, and keep its weights if that fails or is stopped.
+
+    On JAX `predict` takes the weights into a state of its own, and returns
+    them at its end only.
+    """
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    kept = [(variable, variable.value) for variable in model.variables]
+    try:
+        yield
+    except BaseException:
+        for variable, value in kept:
+            if not value.is_deleted():
+                variable.assign(value)
+        raise

@@ -4,6 +4,7 @@ It is what a search finds and what everything after it stands on:
 
     t = softmax(A z + b)            `calibration`, of the teacher's outputs
     q = proxy(t, epsilon)           where PTLoss leads a student (Eq. 8)
+    softmax(A' log q + b')          `recalibration`, of the proxy
 """
 
 import dataclasses
@@ -13,15 +14,14 @@ import keras
 import numpy as np
 
 from keras_ptloss._binary import two_events
-from keras_ptloss._calibration import Calibration
-from keras_ptloss._checks import (
-    check_constant_epsilon,
-    check_probabilities,
-    fail,
-    on_simplex,
-)
-from keras_ptloss.losses import PTLoss
+from keras_ptloss._calibration import Calibration, check_bias, check_scale
+from keras_ptloss._checks import check_constant_epsilon, check_probabilities
+from keras_ptloss._teacher import read_outputs
+from keras_ptloss.losses import ProxyKLDivergence, PTLoss
 from keras_ptloss.proxy import ProxyTeacherResult, proxy_teacher
+from keras_ptloss.proxy._layer import proxy_tensor
+
+Tensor = Any
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
@@ -37,7 +37,11 @@ class Correction:
             `(C, C_in)`. `z` are the teacher's logits, or the logarithms of its
             probabilities.
         bias: `b`: a number, or `(C,)`.
-        from_logits: whether the teacher's outputs are logits.
+        proxy_scale: `A'`, of a second calibration, after epsilon:
+            `softmax(A' log q + b')`. PTLoss cannot carry it: a student has to
+            be led to the corrected distribution itself.
+        proxy_bias: `b'`.
+        teacher_from_logits: whether the teacher's outputs are logits.
 
     Raises:
         ValueError: if an argument is not of this form.
@@ -59,12 +63,19 @@ class Correction:
     epsilon: Any = 0.0
     scale: Any = 1.0
     bias: Any = 0.0
-    from_logits: bool = False
+    proxy_scale: Any = 1.0
+    proxy_bias: Any = 0.0
+    teacher_from_logits: bool = False
     calibration: Calibration = dataclasses.field(init=False, repr=False)
+    recalibration: Calibration = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the arguments; keep them as float64 arrays."""
         calibration = Calibration(self.scale, self.bias)
+        recalibration = Calibration(
+            check_scale("proxy_scale", self.proxy_scale),
+            check_bias("proxy_bias", self.proxy_bias),
+        )
         epsilon = check_constant_epsilon(
             self.epsilon, classes=calibration.classes
         )
@@ -72,15 +83,32 @@ class Correction:
             "epsilon": epsilon,
             "scale": calibration.scale,
             "bias": calibration.bias,
-            "from_logits": bool(self.from_logits),
+            "proxy_scale": recalibration.scale,
+            "proxy_bias": recalibration.bias,
+            "teacher_from_logits": bool(self.teacher_from_logits),
             "calibration": calibration,
+            "recalibration": recalibration,
         }.items():
             object.__setattr__(self, name, value)
 
     @property
     def is_identity(self) -> bool:
         """Whether it is plain KL: no calibration, and epsilon = 0."""
-        return self.calibration.is_identity and not np.any(self.epsilon)
+        return self.is_pt_loss and not (
+            np.any(self.epsilon) or not self.calibration.is_identity
+        )
+
+    @property
+    def is_pt_loss(self) -> bool:
+        """Whether PTLoss can carry it: nothing follows epsilon."""
+        return self.recalibration.is_identity
+
+    def classes(self, inputs: int) -> int:
+        """Return C, the classes that come out of a teacher of `inputs`."""
+        for known in (self.recalibration.classes, self.calibration.classes):
+            if known is not None:
+                return known
+        return max(inputs, 2)
 
     def teacher(self, outputs: Any) -> np.ndarray:
         """Return the calibrated teacher, `(..., C)`, in float64.
@@ -94,11 +122,15 @@ class Correction:
 
         Raises:
             ValueError: if `outputs` are not of this form, or not logits or
-                probabilities as `from_logits` says.
+                probabilities as `teacher_from_logits` says.
         """
-        return self.calibration(
-            self.read(outputs), from_logits=self.from_logits
+        rows = read_outputs(
+            outputs,
+            from_logits=self.teacher_from_logits,
+            if_logits="take their softmax, or say teacher_from_logits=True",
         )
+        self.calibration.check_input("teacher", rows.shape[-1])
+        return self.calibration(rows, from_logits=self.teacher_from_logits)
 
     def proxy(self, outputs: Any) -> ProxyTeacherResult:
         """Return where a student distilled with `loss()` ends.
@@ -114,56 +146,61 @@ class Correction:
         """
         teacher = self.teacher(outputs)
         rows = teacher.reshape(-1, teacher.shape[-1])
-        return proxy_teacher(rows, self.epsilon)
+        solved = proxy_teacher(rows, self.epsilon)
+        if self.is_pt_loss:
+            return solved
+        corrected = self.recalibration(solved.probabilities, from_logits=False)
+        return dataclasses.replace(solved, probabilities=corrected)
 
-    def loss(self, *, from_logits: bool = False, **arguments: Any) -> PTLoss:
-        """Build the `PTLoss` whose optimum is `proxy`.
+    def target(self, outputs: Tensor) -> Tensor:
+        """Return the corrected teacher of tensors, for a loss or a layer.
+
+        As `proxy`, in the dtype of `outputs`, and compiled with what it is
+        called from.
+
+        Args:
+            outputs: the teacher's outputs, `(..., C_in)`, float32 or better.
+
+        Returns:
+            Probabilities, `(..., C)`.
+        """
+        from_logits = self.teacher_from_logits
+        rows = two_events(outputs, from_logits=from_logits)
+        if not from_logits:
+            advice = "say teacher_from_logits=True of the correction"
+            check_probabilities("y_true", rows, advice)
+        self.calibration.check_input("y_true", rows.shape[-1])
+        teacher = self.calibration(rows, from_logits=from_logits)
+        if np.any(self.epsilon):
+            teacher = proxy_tensor(teacher, self.epsilon)
+        return self.recalibration(teacher, from_logits=False)
+
+    def loss(
+        self, *, from_logits: bool = False, **arguments: Any
+    ) -> PTLoss | ProxyKLDivergence:
+        """Build the loss whose optimum is `proxy`.
+
+        It is a `PTLoss` where PTLoss can carry the correction, and KL to the
+        corrected teacher, `ProxyKLDivergence`, where something follows
+        epsilon.
 
         Args:
             from_logits: whether the student's outputs are logits.
             **arguments: `reduction`, `name` and `dtype` of a Keras loss.
 
         Returns:
-            A `PTLoss` that takes the teacher's outputs as they are.
+            A loss that takes the teacher's outputs as they are.
         """
+        if not self.is_pt_loss:
+            return ProxyKLDivergence(self, from_logits=from_logits, **arguments)
         return PTLoss(
             self.epsilon,
             from_logits=from_logits,
-            teacher_from_logits=self.from_logits,
+            teacher_from_logits=self.teacher_from_logits,
             teacher_scale=self.scale,
             teacher_bias=self.bias,
             **arguments,
         )
-
-    def read(self, outputs: Any) -> np.ndarray:
-        """Check a teacher's outputs, `(..., C_in)`; return them in float64.
-
-        A binary head's one column becomes two; probabilities are normalised.
-
-        Raises:
-            ValueError: as `teacher`.
-        """
-        rows = np.asarray(outputs)
-        if rows.dtype.kind not in "fiu" or rows.ndim < 2 or not rows.size:
-            raise ValueError(
-                "`teacher` must give numbers of shape (examples, ..., classes)."
-                f" Received: teacher outputs of shape {rows.shape} and dtype "
-                f"{rows.dtype}"
-            )
-        rows = two_events(rows.astype("float64"), from_logits=self.from_logits)
-        self.calibration.check_input("teacher", rows.shape[-1])
-        if not self.from_logits:
-            check_probabilities("teacher", rows, "say from_logits=True")
-            return np.asarray(rows / rows.sum(axis=-1, keepdims=True))
-        if not np.all(np.isfinite(rows)):
-            fail("teacher", "finite logits", outputs)
-        if rows.size > rows.shape[-1] and on_simplex(rows).all():
-            raise ValueError(
-                "`from_logits` must be False for probabilities: all rows of "
-                "the teacher are non-negative and sum to 1. Received: "
-                f"from_logits=True, teacher[0]={rows[0]}"
-            )
-        return rows
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that build the same correction again."""
@@ -171,7 +208,9 @@ class Correction:
             "epsilon": self.epsilon.tolist(),
             "scale": self.scale.tolist(),
             "bias": self.bias.tolist(),
-            "from_logits": self.from_logits,
+            "proxy_scale": self.proxy_scale.tolist(),
+            "proxy_bias": self.proxy_bias.tolist(),
+            "teacher_from_logits": self.teacher_from_logits,
         }
 
     @classmethod

@@ -15,7 +15,7 @@ from keras_ptloss._checks import (
 from keras_ptloss.losses._pt_loss import pt_loss
 from keras_ptloss.metrics._metrics import confidence_bins
 from keras_ptloss.proxy._proxy_teacher import proxy_teacher
-from keras_ptloss.search._search import SearchResult
+from keras_ptloss.search import SearchResult
 
 Axes = Any  # matplotlib.axes.Axes
 

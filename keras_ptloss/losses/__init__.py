@@ -11,6 +11,7 @@ from keras_ptloss.losses._equivalents import (
     label_smoothing_epsilon,
     temperature_epsilon,
 )
+from keras_ptloss.losses._proxy_kl import ProxyKLDivergence
 from keras_ptloss.losses._pt_loss import PTLoss, pt_loss
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "LabelPerturbedLoss",
     "LabelSmoothingLoss",
     "PTLoss",
+    "ProxyKLDivergence",
     "focal_epsilon",
     "label_smoothing_epsilon",
     "pt_loss",

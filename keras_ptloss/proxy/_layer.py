@@ -18,6 +18,30 @@ from keras_ptloss.proxy._proxy_teacher import newton, newton_step, stationarity
 Tensor = Any
 
 
+def proxy_tensor(
+    teacher: Tensor, epsilon: Tensor, *, max_steps: int = 30
+) -> Tensor:
+    """Return proxy teachers `(..., C)` of tensors, differentiable.
+
+    Args:
+        teacher: probabilities, `(..., C)`.
+        epsilon: `(M,)` or `(C, M)`.
+        max_steps: most Newton steps.
+    """
+    teacher = teacher / ops.sum(teacher, axis=-1, keepdims=True)
+    epsilon = ops.cast(epsilon, teacher.dtype)
+    coefficients = ops.moveaxis(epsilon, -1, 0)  # (M,) or (M, C)
+    q, _, _, _ = newton(
+        ops.stop_gradient(teacher),
+        ops.stop_gradient(coefficients),
+        tolerance=1e-6,
+        max_steps=max_steps,
+    )
+    q = ops.stop_gradient(q)
+    w, b, _ = stationarity(teacher, q, ops.unstack(coefficients))
+    return q + newton_step(q, w, b)
+
+
 @keras.saving.register_keras_serializable(package="keras_ptloss")
 class ProxyTeacher(keras.layers.Layer):
     """Turn a teacher's outputs into its proxy teacher's probabilities.
@@ -107,18 +131,11 @@ class ProxyTeacher(keras.layers.Layer):
         teacher = self._calibration(
             inputs, from_logits=self.teacher_from_logits
         )
-        teacher = teacher / ops.sum(teacher, axis=-1, keepdims=True)
-        epsilon = ops.convert_to_tensor(self.epsilon)
-        coefficients = ops.moveaxis(epsilon, -1, 0)  # (M,) or (M, C)
-        q, _, _, _ = newton(
-            ops.stop_gradient(teacher),
-            ops.stop_gradient(coefficients),
-            tolerance=1e-6,
+        return proxy_tensor(
+            teacher,
+            ops.convert_to_tensor(self.epsilon),
             max_steps=self.max_steps,
         )
-        q = ops.stop_gradient(q)
-        w, b, _ = stationarity(teacher, q, ops.unstack(coefficients))
-        return q + newton_step(q, w, b)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """Return `(..., C)`, with 2 classes for a binary head's one."""

@@ -1,0 +1,117 @@
+"""KL to the corrected teacher: the correction inside the loss."""
+
+from typing import Any, Protocol
+
+import keras
+from keras import ops
+
+from keras_ptloss.losses._base import TeacherLoss, at_least_float32
+from keras_ptloss.losses._pt_loss import pt_loss
+
+Tensor = Any
+
+
+class CorrectsTensors(Protocol):
+    """What the loss needs of a `keras_ptloss.Correction`."""
+
+    @property
+    def teacher_from_logits(self) -> bool:
+        """Whether the teacher's outputs are logits."""
+
+    def target(self, outputs: Tensor) -> Tensor:
+        """Return the corrected distributions, `(..., C)`."""
+
+
+@keras.saving.register_keras_serializable(package="keras_ptloss")
+class ProxyKLDivergence(TeacherLoss):
+    """KL from the corrected teacher to the student.
+
+    `y_true` are the teacher's outputs as they come, live or stored. The loss
+    corrects them itself, without a gradient, and compares the student with the
+    result:
+
+        q    = softmax(A' log proxy(softmax(A z + b), epsilon) + b')
+        loss = sum_c q_c (log q_c - log p_c)
+
+    Without `A'` and `b'` it has the optimum of `PTLoss`, example by example;
+    with them it goes where PTLoss cannot. A student too small to answer each
+    example by itself ends nearer to the mean of the `q` than by PTLoss.
+
+    Args:
+        correction: a `keras_ptloss.Correction`, as `SearchResult.correction`
+            or made by hand.
+        from_logits: whether the student's outputs are logits.
+        name: name of the loss.
+        **kwargs: `reduction` and `dtype`, as in `keras.losses.Loss`. The
+            computation is float32 or better.
+
+    Raises:
+        ValueError: if `correction` is none; when called, if the class counts
+            differ, or (seen outside compiled functions) rows that should be
+            probabilities are not.
+
+    Example:
+        >>> import keras, numpy as np
+        >>> correction = Correction([2.0, 0.5], scale=0.5)
+        >>> student = keras.Sequential([keras.layers.Dense(3)])
+        >>> loss = ProxyKLDivergence(correction, from_logits=True)
+        >>> student.compile("adam", loss=loss)
+        >>> x = np.ones((8, 4), "float32")
+        >>> soft_labels = np.full((8, 3), 1 / 3, "float32")
+        >>> history = student.fit(x, soft_labels, verbose=0)
+
+    Reference:
+        Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), §4.2, for the
+        proxy teacher.
+    """
+
+    def __init__(
+        self,
+        correction: CorrectsTensors,
+        *,
+        from_logits: bool = False,
+        name: str | None = "proxy_kl_divergence",
+        **kwargs: Any,
+    ) -> None:
+        if not callable(getattr(correction, "target", None)):
+            raise ValueError(
+                "`correction` must be a keras_ptloss.Correction. Received: "
+                f"correction={correction!r}"
+            )
+        super().__init__(
+            from_logits=from_logits,
+            teacher_from_logits=correction.teacher_from_logits,
+            name=name,
+            **kwargs,
+        )
+        self.correction = correction
+
+    def of(self, y_true: Tensor, y_pred: Tensor, **flags: bool) -> Tensor:
+        """Return `KL(q || p)`: `(..., C_in)`, `(..., C)` to `(...)`."""
+        y_pred = at_least_float32(y_pred)
+        y_true = ops.cast(ops.convert_to_tensor(y_true), y_pred.dtype)
+        target = ops.stop_gradient(self.correction.target(y_true))
+        return pt_loss(
+            target,
+            y_pred,
+            0.0,
+            from_logits=flags["from_logits"],
+            teacher_from_logits=False,
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return nothing: the correction is an object of its own."""
+        return {}
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that build the same loss again."""
+        config = super().get_config()
+        del config["teacher_from_logits"]  # the correction says it
+        correction = keras.saving.serialize_keras_object(self.correction)
+        return {**config, "correction": correction}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "ProxyKLDivergence":
+        """Build the loss from what `get_config` returned."""
+        correction = keras.saving.deserialize_keras_object(config["correction"])
+        return cls(**{**config, "correction": correction})

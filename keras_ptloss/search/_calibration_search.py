@@ -1,0 +1,106 @@
+"""Calibration alone, and what may follow epsilon."""
+
+import dataclasses
+
+from keras_ptloss._calibration import Calibration
+from keras_ptloss._checks import check_choice, check_number
+from keras_ptloss._correction import Correction
+from keras_ptloss.search._examples import Examples
+from keras_ptloss.search._linear import fit_linear, fit_temperature
+from keras_ptloss.search._objectives import Objective
+from keras_ptloss.search._progress import Progress
+from keras_ptloss.search._strategy import Found
+
+CALIBRATIONS = ("temperature", "vector", "matrix")
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationSearch:
+    """Calibrate the teacher, and leave epsilon at 0.
+
+        q = softmax(A z + b)
+
+    `"temperature"` has one number, `"vector"` a scale and a bias a class,
+    `"matrix"` a full `A`, which alone can undo that a teacher takes one class
+    for another. The latter two start from the temperature `1 / s` and are drawn
+    to it by the ridge
+
+        penalty C / N (sum_c D_cc^2 + b_c^2 + (C - 1) sum_{c != k} D_ck^2)
+
+    with `A = s (I + D)`: `"matrix"` at `penalty=1` is structured matrix
+    scaling. `trials` of the result has one row: `calibration`, `penalty`,
+    `score`.
+
+    Args:
+        calibration: `"temperature"`, `"vector"` or `"matrix"`.
+        penalty: weight of the ridge, at least 0; a temperature has none.
+
+    Raises:
+        ValueError: if an argument is not of this form.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> truth = rng.dirichlet([1.0, 1.0, 1.0], size=300)
+        >>> labels = np.array([rng.choice(3, p=row) for row in truth])
+        >>> confused = truth @ [[0.6, 0.4, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1]]
+        >>> search = ProxyTeacherSearch(CalibrationSearch("matrix"))
+        >>> result = search.search(confused, labels)
+        >>> result.correction.scale.shape
+        (3, 3)
+
+    Reference:
+        Guo et al. 2017, On Calibration of Modern Neural Networks; Kull et al.
+        2019 (https://arxiv.org/abs/1910.12656); Berta et al. 2025
+        (https://arxiv.org/abs/2511.03685).
+    """
+
+    calibration: str = "matrix"
+    penalty: float = 1.0
+
+    name = "calibration"
+    objective = "nll"
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check_choice("calibration", self.calibration, CALIBRATIONS)
+        check_number("penalty", self.penalty, at_least=0.0)
+
+    def run(
+        self,
+        examples: Examples,
+        objective: Objective,
+        *,
+        from_logits: bool,
+        seed: int,
+        progress: Progress,
+    ) -> Found:
+        """Search on the examples."""
+        logits, targets = examples.logits, examples.targets
+        scale = fit_temperature(logits, targets, objective)
+        calibration = Calibration(scale)
+        if self.calibration != "temperature":
+            calibration = fit_linear(
+                logits,
+                targets,
+                objective,
+                calibration=self.calibration,
+                penalty=self.penalty,
+                scale=scale,
+            ).calibration
+        q = examples.calibrated(calibration)
+        return Found(
+            correction=Correction(
+                scale=calibration.scale,
+                bias=calibration.bias,
+                teacher_from_logits=from_logits,
+            ),
+            trials={
+                "calibration": [self.calibration],
+                "penalty": [self.penalty],
+                "score": [float(objective.score(q, targets))],
+            },
+            solves=0,
+            unconverged=0,
+            per_class=self.calibration != "temperature",
+        )

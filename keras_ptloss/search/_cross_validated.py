@@ -1,0 +1,364 @@
+"""Calibration and epsilon chosen by cross-validation: the default search.
+
+    q = softmax(A log proxy(softmax(s z), epsilon) + b)
+
+In two stages. The base: the teacher at its best temperature `1 / s`, with
+epsilon = 0 or with shared coefficients, which bend its confidence as no linear
+map can. Then the ladder on either base: nothing, a vector or a matrix `A`, with
+`b`, at ever weaker penalties.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from keras_ptloss._calibration import Calibration, log_probabilities
+from keras_ptloss._checks import check_count, check_number, fail
+from keras_ptloss._correction import Correction
+from keras_ptloss.search._examples import Examples
+from keras_ptloss.search._fit import SCALES, Form, Point, fit, proxy
+from keras_ptloss.search._folds import choose, random_folds, standard_error
+from keras_ptloss.search._linear import fit_linear, fit_temperature
+from keras_ptloss.search._objectives import Objective
+from keras_ptloss.search._progress import Progress
+from keras_ptloss.search._strategy import Found
+
+# Penalties of the ladder, in units of structured matrix scaling's ridge.
+PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+
+# A matrix of more numbers than this for each example is left out: it could
+# not be told from noise, and at C = 1000 would take hours.
+NUMBERS_PER_EXAMPLE = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossValidatedSearch:
+    """Choose calibration and epsilon on held-out folds; the default search.
+
+    The candidates: the teacher as it is (plain KL); at a temperature; that
+    with shared coefficients epsilon; and each of the latter two followed by a
+    vector or a matrix scaling at several penalties (`CalibrationSearch`). The
+    simplest kind within one standard error of the best is chosen, so that the
+    result is never worse than plain KL or temperature scaling beyond noise.
+
+    `trials` of the result has a row a candidate: `epsilon` (`"zero"` or
+    `"shared"`), `calibration`, `penalty`, `parameters` (their number), `score`
+    and its `gain` over plain KL on the held-out folds, the gain's
+    `standard_error`, whether `chosen`.
+
+    Args:
+        order: number of coefficients M.
+        penalty: weight of the squared coefficients.
+        calibrations: what may stand on a base: of `"vector"` and `"matrix"`.
+        folds: number of folds.
+
+    Raises:
+        ValueError: if an argument is not of this form.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> truth = rng.dirichlet([1.0, 1.0, 1.0], size=300)
+        >>> labels = np.array([rng.choice(3, p=row) for row in truth])
+        >>> confused = truth @ [[0.6, 0.4, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1]]
+        >>> result = ProxyTeacherSearch(CrossValidatedSearch(order=2)).search(
+        ...     confused, labels
+        ... )
+        >>> result.score < result.score_at_zero
+        True
+
+    Reference:
+        Berta et al. 2025 (https://arxiv.org/abs/2511.03685) for the ridge;
+        Breiman et al. 1984, Classification and Regression Trees, for the rule.
+    """
+
+    order: int = 5
+    penalty: float = 0.001
+    calibrations: tuple[str, ...] = ("vector", "matrix")
+    folds: int = 5
+
+    name = "cross_validation"
+    objective = "nll"
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check_count("order", self.order)
+        check_number("penalty", self.penalty, at_least=0.0)
+        known = {"vector", "matrix"}
+        names = self.calibrations
+        if isinstance(names, str) or not set(names) <= known:
+            fail("calibrations", 'of "vector" and "matrix"', names)
+        check_count("folds", self.folds, at_least=2)
+
+    def run(
+        self,
+        examples: Examples,
+        objective: Objective,
+        *,
+        from_logits: bool,
+        seed: int,
+        progress: Progress,
+    ) -> Found:
+        """Search on the examples."""
+        count, classes = examples.logits.shape
+        if count < 2 * self.folds:
+            fail("folds", f"at most half the {count} examples", self.folds)
+        calibrations = list(self.calibrations)
+        notes = []
+        if (
+            classes**2 > NUMBERS_PER_EXAMPLE * count
+            and "matrix" in calibrations
+        ):
+            calibrations.remove("matrix")
+            notes.append(
+                f"no matrix of {classes} x {classes} was tried: {count} "
+                "examples are too few for it"
+            )
+        race = _Race(self, examples, objective, seed, progress)
+        race.run(calibrations)
+        chosen = race.chosen()
+        correction, cost = race.refit(chosen)
+        return Found(
+            correction=dataclasses.replace(
+                correction, teacher_from_logits=from_logits
+            ),
+            trials=race.columns(chosen),
+            solves=race.solves + cost,
+            unconverged=race.unconverged,
+            per_class=race.candidates[chosen].calibration
+            in ("vector", "matrix"),
+            notes=tuple(notes),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """What stands for election.
+
+    Attributes:
+        epsilon: `"zero"` or `"shared"`.
+        calibration: `"none"`, `"temperature"`, `"vector"` or `"matrix"`; the
+            latter two follow epsilon where there is one.
+        penalty: of the ridge.
+    """
+
+    epsilon: str
+    calibration: str
+    penalty: float = 0.0
+
+    @property
+    def kind(self) -> str:
+        """What it is, its penalty apart."""
+        return f"{self.epsilon} {self.calibration}"
+
+    def parameters(self, classes: int, order: int) -> int:
+        """Return how many numbers are fitted."""
+        calibration = {
+            "none": 0,
+            "temperature": 1,
+            "vector": 1 + 2 * classes,
+            "matrix": 1 + classes + classes**2,
+        }
+        return calibration[self.calibration] + order * (
+            self.epsilon == "shared"
+        )
+
+
+class _Base:
+    """The teacher at its temperature, with or without epsilon."""
+
+    def __init__(
+        self,
+        search: CrossValidatedSearch,
+        examples: Examples,
+        objective: Objective,
+        epsilon: str,
+    ) -> None:
+        scale = fit_temperature(examples.logits, examples.targets, objective)
+        self.scale, self.epsilon = np.asarray(scale), np.zeros(1)
+        self.solves = self.unconverged = 0
+        self.bent = epsilon == "shared"
+        if self.bent:
+            form = Form("temperature", "shared", search.order, search.penalty)
+            begin = Point(
+                np.clip(scale, *SCALES), np.asarray(0.0), np.zeros(search.order)
+            )
+            fitted = fit(form, examples, objective, begin=begin, precise=False)
+            self.scale, self.epsilon = fitted.point.scale, fitted.point.epsilon
+            self.solves = fitted.evaluations * len(examples.labels)
+            self.unconverged = fitted.unconverged
+
+    def logits(self, examples: Examples) -> np.ndarray:
+        """Return what the ladder stands on, `(N, C)`."""
+        return (
+            log_probabilities(self.apply(examples))
+            if self.bent
+            else (examples.logits)
+        )
+
+    def apply(self, examples: Examples) -> np.ndarray:
+        """Return the base's distributions, `(N, C)`."""
+        t = examples.calibrated(Calibration(self.scale))
+        return proxy(t, self.epsilon)[0]
+
+
+class _Race:
+    """Held-out losses of all candidates, and the one that is chosen."""
+
+    def __init__(
+        self,
+        search: CrossValidatedSearch,
+        examples: Examples,
+        objective: Objective,
+        seed: int,
+        progress: Progress,
+    ) -> None:
+        self.search, self.examples = search, examples
+        self.objective, self.progress = objective, progress
+        fold = random_folds(len(examples.labels), search.folds, seed)
+        self.parts = [
+            (np.flatnonzero(fold != k), np.flatnonzero(fold == k))
+            for k in range(search.folds)
+        ]
+        self.candidates: list[Candidate] = []
+        self.losses: list[np.ndarray] = []
+        self.solves = self.unconverged = 0
+
+    def run(self, calibrations: list[str]) -> None:
+        """Score the candidates in stages."""
+        trains = [self.examples[train] for train, _ in self.parts]
+        tests = [self.examples[test] for _, test in self.parts]
+        self._add(Candidate("zero", "none"), [e.probabilities for e in tests])
+        for epsilon in ("zero", "shared"):
+            bases = [
+                _Base(self.search, train, self.objective, epsilon)
+                for train in trains
+            ]
+            self.solves += sum(base.solves for base in bases)
+            self.unconverged += sum(base.unconverged for base in bases)
+            scaled = [b.apply(e) for b, e in zip(bases, tests, strict=True)]
+            self._add(Candidate(epsilon, "temperature"), scaled)
+            for calibration in calibrations:
+                self._ladder(
+                    epsilon,
+                    calibration,
+                    [b.logits(e) for b, e in zip(bases, trains, strict=True)],
+                    [b.logits(e) for b, e in zip(bases, tests, strict=True)],
+                    [_scale(base) for base in bases],
+                )
+
+    def _ladder(
+        self,
+        epsilon: str,
+        calibration: str,
+        trains: list[np.ndarray],
+        tests: list[np.ndarray],
+        scales: list[float],
+    ) -> None:
+        """Score ever weaker penalties, until two have made it worse."""
+        begins: list[Any] = [None] * len(trains)
+        scores: list[float] = []
+        for penalty in PENALTIES:
+            held_out = []
+            for k, (train, _) in enumerate(self.parts):
+                fitted = fit_linear(
+                    trains[k],
+                    self.examples.targets[train],
+                    self.objective,
+                    calibration=calibration,
+                    penalty=penalty,
+                    scale=scales[k],
+                    begin=begins[k],
+                )
+                begins[k] = fitted.parameters
+                held_out.append(fitted.calibration(tests[k], from_logits=True))
+            self._add(Candidate(epsilon, calibration, penalty), held_out)
+            scores.append(float(self.losses[-1].mean()))
+            if len(scores) > 2 and min(scores[-2:]) > min(scores[:-2]):
+                return
+
+    def _add(self, candidate: Candidate, held_out: list[np.ndarray]) -> None:
+        """Keep a candidate's losses on the folds, `(N,)` or `(folds,)`."""
+        per_example = self.objective.per_example
+        losses = []
+        for (_, test), q in zip(self.parts, held_out, strict=True):
+            targets = self.examples.targets[test]
+            if per_example is None:
+                score = float(self.objective.score(q, targets))
+                losses.append(np.array([score]))
+            else:
+                losses.append(per_example(q, targets))
+        self.candidates.append(candidate)
+        self.losses.append(np.concatenate(losses))
+        most = 3 + 2 * len(self.search.calibrations) * len(PENALTIES)
+        self.progress.update(len(self.candidates), most)
+
+    def chosen(self) -> int:
+        """Return the index of the candidate that is chosen."""
+        losses = np.stack(self.losses)
+        if not np.all(np.isfinite(losses)):
+            raise ValueError(
+                "`objective` must return finite scores. Received: "
+                f"{self.objective.name} = {losses[~np.isfinite(losses)][0]}, "
+                "on a held-out fold"
+            )
+        return choose(
+            losses,
+            np.array([candidate.kind for candidate in self.candidates]),
+            np.array(list(self._parameters())),
+        )
+
+    def refit(self, chosen: int) -> tuple[Correction, int]:
+        """Fit the chosen candidate to all examples; also count the solves."""
+        candidate = self.candidates[chosen]
+        if candidate.calibration == "none":
+            return Correction(), 0
+        base = _Base(
+            self.search, self.examples, self.objective, candidate.epsilon
+        )
+        if candidate.calibration == "temperature":
+            return Correction(base.epsilon, scale=base.scale), base.solves
+        map_ = fit_linear(
+            base.logits(self.examples),
+            self.examples.targets,
+            self.objective,
+            calibration=candidate.calibration,
+            penalty=candidate.penalty,
+            scale=_scale(base),
+        ).calibration
+        if not base.bent:
+            return Correction(scale=map_.scale, bias=map_.bias), 0
+        correction = Correction(
+            base.epsilon,
+            scale=base.scale,
+            proxy_scale=map_.scale,
+            proxy_bias=map_.bias,
+        )
+        return correction, base.solves
+
+    def columns(self, chosen: int) -> dict[str, list[Any]]:
+        """Return the candidates column by column."""
+        losses = np.stack(self.losses)
+        gains = losses[0] - losses
+        return {
+            "epsilon": [c.epsilon for c in self.candidates],
+            "calibration": [c.calibration for c in self.candidates],
+            "penalty": [c.penalty for c in self.candidates],
+            "parameters": list(self._parameters()),
+            "score": losses.mean(axis=1).tolist(),
+            "gain": gains.mean(axis=1).tolist(),
+            "standard_error": standard_error(gains).tolist(),
+            "chosen": [i == chosen for i in range(len(self.candidates))],
+        }
+
+    def _parameters(self) -> Iterator[int]:
+        classes = self.examples.logits.shape[1]
+        for candidate in self.candidates:
+            yield candidate.parameters(classes, self.search.order)
+
+
+def _scale(base: _Base) -> float:
+    """Return the inverse temperature that the ladder starts from."""
+    return 1.0 if base.bent else float(base.scale)

@@ -1,0 +1,99 @@
+"""Descent along the exact gradient, for calibration and epsilon together."""
+
+import dataclasses
+
+from keras_ptloss._checks import check_choice, check_count, check_number
+from keras_ptloss._correction import Correction
+from keras_ptloss.search._examples import Examples
+from keras_ptloss.search._fit import CALIBRATIONS, Form, fit, proxy
+from keras_ptloss.search._objectives import Objective
+from keras_ptloss.search._progress import Progress
+from keras_ptloss.search._strategy import Found
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientSearch:
+    """Descend along the exact gradient, from the teacher as it is.
+
+    Calibration and epsilon are fitted together, epsilon inside the region
+    where the loss is convex, `epsilon_m >= -1/m`. What it finds is a PTLoss.
+    `trials` of the result has one row: `order`, `score`, `unconverged` rows,
+    `epsilon`.
+
+    Args:
+        order: number of coefficients M.
+        per_class: whether each class has its own coefficients. Only these can
+            move probability between classes, that is, repair a biased teacher.
+        calibration: ahead of epsilon: `"none"`, `"temperature"` or `"vector"`
+            (a scale and a bias a class).
+        penalty: weight of the squared parameters, at least 0.
+        starts: starts of the descent: the teacher as it is, and random ones.
+
+    Raises:
+        ValueError: if an argument is not of this form.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> truth = rng.dirichlet([1.0, 1.0, 1.0], size=300)
+        >>> labels = np.array([rng.choice(3, p=row) for row in truth])
+        >>> teacher = truth * [1.0, 0.2, 0.2]  # biased to class 0
+        >>> teacher /= teacher.sum(axis=1, keepdims=True)
+        >>> search = ProxyTeacherSearch(GradientSearch(order=2, per_class=True))
+        >>> result = search.search(teacher, labels)
+        >>> result.score < result.score_at_zero
+        True
+
+    Reference:
+        Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), §4.2, for the
+        proxy teacher; Guo et al. 2017 for the calibrations.
+    """
+
+    order: int = 5
+    per_class: bool = False
+    calibration: str = "none"
+    penalty: float = 0.0
+    starts: int = 1
+
+    name = "gradient"
+    objective = "nll"
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check_count("order", self.order)
+        check_choice("calibration", self.calibration, CALIBRATIONS)
+        check_number("penalty", self.penalty, at_least=0.0)
+        check_count("starts", self.starts)
+
+    def run(
+        self,
+        examples: Examples,
+        objective: Objective,
+        *,
+        from_logits: bool,
+        seed: int,
+        progress: Progress,
+    ) -> Found:
+        """Search on the examples."""
+        shape = "per_class" if self.per_class else "shared"
+        form = Form(self.calibration, shape, self.order, self.penalty)
+        fitted = fit(form, examples, objective, starts=self.starts, seed=seed)
+        point = fitted.point
+        q, _ = proxy(examples.calibrated(point.calibration), point.epsilon)
+        return Found(
+            correction=Correction(
+                point.epsilon,
+                scale=point.scale,
+                bias=point.bias,
+                teacher_from_logits=from_logits,
+            ),
+            trials={
+                "order": [self.order],
+                "score": [float(objective.score(q, examples.targets))],
+                "unconverged": [fitted.unconverged],
+                "epsilon": [point.epsilon],
+            },
+            solves=fitted.evaluations * len(q),
+            unconverged=fitted.unconverged,
+            per_class=self.per_class or self.calibration == "vector",
+        )

@@ -1,0 +1,203 @@
+"""What a search found."""
+
+import dataclasses
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_ptloss._checks import check_output_form
+from keras_ptloss._correction import Correction
+from keras_ptloss.layers import CorrectedTeacher
+from keras_ptloss.losses import ProxyKLDivergence, PTLoss
+from keras_ptloss.proxy import ProxyTeacherResult
+
+# A summary prints coefficients and scales of so many classes in full.
+CLASSES_SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SearchResult:
+    """What a search found, every trial, and what it cost.
+
+    Attributes:
+        correction: the teacher's `Correction`: calibration and epsilon; plain
+            KL where nothing better was found.
+        score: the objective at the corrected teacher, on the search's examples.
+        score_at_zero: the objective at the teacher itself: plain KL.
+        objective: its name.
+        method: `"cross_validation"`, `"gradient"`, `"calibration"` or
+            `"random"`.
+        trials: what was tried, column by column (`pandas.DataFrame(trials)`);
+            each method says which columns.
+        unconverged: rows whose proxy teacher did not converge, all solves
+            together.
+        solves: proxy teachers computed, one a row and trial.
+        seconds: time of the search, compilation included.
+        notes: what the user should know of teacher and result.
+    """
+
+    correction: Correction
+    score: float
+    score_at_zero: float
+    objective: str
+    method: str
+    trials: dict[str, list[Any]]
+    unconverged: int
+    solves: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def epsilon(self) -> np.ndarray:
+        """The coefficients, `(M,)` or `(C, M)`; they go into `PTLoss`."""
+        return np.asarray(self.correction.epsilon)
+
+    def loss(
+        self, *, from_logits: bool = False, **arguments: Any
+    ) -> PTLoss | ProxyKLDivergence:
+        """Build the loss that leads a student to the corrected teacher.
+
+        `y_true` are the teacher's outputs, in the form in which the search was
+        given them.
+
+        Args:
+            from_logits: whether the student's outputs are logits.
+            **arguments: `reduction`, `name` and `dtype` of a Keras loss.
+
+        Returns:
+            A `PTLoss`, or a `ProxyKLDivergence` where the correction has a
+            part that PTLoss cannot carry.
+        """
+        return self.correction.loss(from_logits=from_logits, **arguments)
+
+    def proxy_teacher(self, outputs: Any) -> ProxyTeacherResult:
+        """Return what students distilled with `loss()` end at.
+
+        Args:
+            outputs: the teacher's outputs, `(N, C)`, in the form in which the
+                search was given them.
+
+        Returns:
+            The corrected teacher's rows.
+
+        Raises:
+            ValueError: if `outputs` are not of this form.
+        """
+        return self.correction.proxy(outputs)
+
+    def proxy_model(self, teacher: keras.Model) -> keras.Model:
+        """Build the corrected teacher of a live one, as a model.
+
+        Args:
+            teacher: a Keras model whose outputs, `(N, C)`, are in the form in
+                which the search was given them.
+
+        Returns:
+            A model of the teacher's inputs that gives probabilities, `(N, C)`.
+            It holds the teacher, and does not train what the search found.
+
+        Raises:
+            ValueError: if `teacher` is not a Keras model, or ends in a softmax
+                where the search was given logits. On the first call, if it has
+                another class count than the search's.
+        """
+        if not isinstance(teacher, keras.Model):
+            raise ValueError(
+                "`teacher` must be a Keras model; for stored outputs there is "
+                f"`proxy_teacher`. Received: teacher={type(teacher).__name__}"
+            )
+        check_output_form(
+            "teacher",
+            teacher,
+            self.correction.teacher_from_logits,
+            "ProxyTeacherSearch.search(from_logits)",
+        )
+        layer = CorrectedTeacher(self.correction)
+        return keras.Sequential([teacher, layer], name="proxy_teacher")
+
+    def summary(self) -> None:
+        """Print what was found and what it cost."""
+        print(self)
+
+    def __str__(self) -> str:
+        """Return the text that `summary` prints."""
+        found = self.correction
+        lines = [
+            f"Teacher's correction: {self.method}, objective {self.objective}",
+            f"  score    {self.score:.5g} (plain KL: {self.score_at_zero:.5g})",
+            *_describe("epsilon", found.epsilon),
+            *_describe("scale", found.scale),
+            *_describe("bias", found.bias),
+            *_describe("A'", found.proxy_scale),
+            *_describe("b'", found.proxy_bias),
+        ]
+        if found.is_identity:
+            lines.append("  this is plain KL from the teacher")
+        elif not np.any(found.epsilon):
+            lines.append(
+                "  epsilon = 0: this is KL from the teacher, calibrated"
+            )
+        lines += self._of_trials()
+        lines += [f"  note     {note}" for note in self.notes]
+        lines.append(
+            f"  cost     {len(self.trials['score'])} trials, {self.solves} "
+            f"solves, {self.unconverged} rows not converged, "
+            f"{self.seconds:.3g} s"
+        )
+        return "\n".join(lines)
+
+    def _of_trials(self) -> list[str]:
+        trials = self.trials
+        if "chosen" in trials:
+            row = {
+                k: v[trials["chosen"].index(True)] for k, v in trials.items()
+            }
+            return [
+                "  chosen   {calibration} calibration, {epsilon} epsilon, "
+                "penalty {penalty:g}: {gain:.4g} +- {standard_error:.2g} below "
+                "plain KL on held-out folds".format(**row)
+            ]
+        if "best_of_order" in trials:
+            return [
+                f"  best of order {order}: {score:.5g}"
+                for order, score, best in zip(
+                    trials["order"],
+                    trials["score"],
+                    trials["best_of_order"],
+                    strict=True,
+                )
+                if best
+            ]
+        return []
+
+
+def _describe(name: str, values: np.ndarray) -> list[str]:
+    """Return a line on values; of many classes, what stands out in them."""
+    name = name.ljust(8)
+    identity = 1.0 if name.startswith(("scale", "A")) else 0.0
+    if values.ndim < 2 and np.all(values == identity):
+        return []
+    if (
+        values.ndim < 2
+        and values.size <= CLASSES_SHOWN + 5
+        or (values.ndim == 2 and max(values.shape) <= CLASSES_SHOWN)
+    ):
+        text = np.array2string(values, precision=3, suppress_small=True)
+        return [f"  {name} {text.replace(chr(10), chr(10) + ' ' * 11)}"]
+    if values.ndim == 2 and values.shape[0] == values.shape[1]:
+        off = np.array(values)
+        np.fill_diagonal(off, 0.0)
+        to, of = np.unravel_index(np.argmax(off), off.shape)
+        return [
+            f"  {name} matrix {values.shape[0]} x {values.shape[1]}, diagonal "
+            f"{np.diag(values).min():.3g} to {np.diag(values).max():.3g}; most "
+            f"of all class {to} gains from what the teacher calls {of} "
+            f"({off[to, of]:.3g})"
+        ]
+    per_class = values if values.ndim == 1 else values.sum(axis=1)
+    low, high = int(np.argmin(per_class)), int(np.argmax(per_class))
+    return [
+        f"  {name} per class, {values.shape}, from {per_class[low]:.3g} (class "
+        f"{low}) to {per_class[high]:.3g} (class {high})"
+    ]

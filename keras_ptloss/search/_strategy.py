@@ -1,0 +1,53 @@
+"""What every way of searching is given, and what it returns."""
+
+import dataclasses
+from typing import Any, Protocol
+
+from keras_ptloss._correction import Correction
+from keras_ptloss.search._examples import Examples
+from keras_ptloss.search._objectives import Objective
+from keras_ptloss.search._progress import Progress
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Found:
+    """What a strategy found.
+
+    Attributes:
+        correction: of the teacher, given as logits or probabilities.
+        trials: what was tried, column by column.
+        solves: proxy teachers computed, one a row and trial.
+        unconverged: those that did not converge.
+        per_class: whether it fitted parameters of single classes.
+        notes: what the user should know of it.
+    """
+
+    correction: Correction
+    trials: dict[str, list[Any]]
+    solves: int
+    unconverged: int
+    per_class: bool
+    notes: tuple[str, ...] = ()
+
+
+class Strategy(Protocol):
+    """A way to search: an object that holds its own arguments only."""
+
+    @property
+    def name(self) -> str:
+        """How results call it."""
+
+    @property
+    def objective(self) -> str:
+        """The objective that it minimises unless another is given."""
+
+    def run(
+        self,
+        examples: Examples,
+        objective: Objective,
+        *,
+        from_logits: bool,
+        seed: int,
+        progress: Progress,
+    ) -> Found:
+        """Search on the examples."""
