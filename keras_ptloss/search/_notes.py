@@ -21,12 +21,13 @@ def notes_on_teacher(examples: Examples) -> list[str]:
     """Say if the teacher is worse than a constant, or its classes permuted."""
     teacher, labels = examples.probabilities, examples.labels
     notes = []
-    frequencies = np.bincount(labels, minlength=teacher.shape[1]) / len(labels)
-    constant = nll(np.broadcast_to(frequencies, teacher.shape), labels)
+    # Laplace's rule: of classes without labels a constant would know nothing.
+    counted = np.bincount(labels, minlength=teacher.shape[1]) + 1.0
+    frequencies = np.broadcast_to(counted / counted.sum(), teacher.shape)
+    constant = nll(frequencies, labels)
     own = nll(teacher, labels)
-    behind = nll_per_example(teacher, labels) - nll_per_example(
-        np.broadcast_to(frequencies, teacher.shape), labels
-    )
+    behind = nll_per_example(teacher, labels)
+    behind = behind - nll_per_example(frequencies, labels)
     if len(labels) > 1 and np.mean(behind) > 2.0 * standard_error(behind):
         notes.append(
             f"the teacher is worse than a constant: its NLL is {own:.4g}, that "
@@ -38,7 +39,9 @@ def notes_on_teacher(examples: Examples) -> list[str]:
     rows, columns = scipy.optimize.linear_sum_assignment(-counts)
     right = np.trace(counts) / len(labels)
     permuted = counts[rows, columns].sum() / len(labels)
-    if permuted > right + GAIN_OF_PERMUTATION and permuted > 0.5:
+    # A permutation of C classes explains C answers whatever they are.
+    explained = (permuted - right) * len(labels) - teacher.shape[1]
+    if explained > GAIN_OF_PERMUTATION * len(labels) and permuted > 0.5:
         moved = ", ".join(
             f"{a} is {b}"
             for a, b in zip(rows, columns, strict=True)

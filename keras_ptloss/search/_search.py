@@ -136,9 +136,9 @@ class ProxyTeacherSearch:
             ValueError: if outputs or labels are not of this form.
 
         Warns:
-            UserWarning: of what the user should know: a teacher worse than a
-                constant, permuted classes, classes with few labels, a result
-                at a bound.
+            UserWarning: if the teacher is worse than a constant, its classes
+                seem permuted, or classes have too few labels. The result's
+                `notes` have these, and what ended at a bound.
         """
         begin = time.perf_counter()
         read = read_labelled(
@@ -162,7 +162,6 @@ class ProxyTeacherSearch:
                 progress=Progress(verbose),
             )
         notes = notes_on_teacher(examples)
-        notes += notes_on_bounds(found.correction)
         if found.per_class:
             notes += notes_on_few(
                 read.labels,
@@ -187,5 +186,5 @@ class ProxyTeacherSearch:
             unconverged=found.unconverged,
             solves=found.solves,
             seconds=time.perf_counter() - begin,
-            notes=(*notes, *found.notes),
+            notes=(*notes, *notes_on_bounds(found.correction), *found.notes),
         )
