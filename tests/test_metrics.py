@@ -486,8 +486,7 @@ everywhere = pytest.mark.parametrize("run", [eager_value, compiled_value])
 
 @everywhere
 @every_label_metric
-@pytest.mark.parametrize("ignored", [-100, 255])
-@pytest.mark.parametrize("column", [False, True])
+@pytest.mark.parametrize(("ignored", "column"), [(-100, False), (255, True)])
 def test_ignore_class(name, run, ignored, column):
     labels, logits = data(name, shape=(32, 4))
     expected = reference(name, labels[:20], softmax(logits[:20]))
@@ -523,7 +522,7 @@ def test_a_class_can_be_ignored(name, run):
 
 @everywhere
 @every_label_metric
-@pytest.mark.parametrize("anything", [-100, 255, 4, np.nan])
+@pytest.mark.parametrize("anything", [-100, np.nan])
 def test_labels_of_weight_zero_may_be_anything(name, run, anything):
     labels, logits = data(name, shape=(32, 4))
     weight = np.random.default_rng(1).uniform(0.5, 1, size=32)
@@ -537,7 +536,7 @@ def test_labels_of_weight_zero_may_be_anything(name, run, anything):
 
 @everywhere
 @every_metric
-@pytest.mark.parametrize("anything", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("anything", [np.nan, np.inf])
 def test_rows_of_weight_zero_may_be_anything(name, run, anything):
     truth, logits = data(name, shape=(32, 4))
     weight = np.repeat(np.array([1.0, 0.0], "float32"), 16)
