@@ -1,10 +1,13 @@
 """Losses of a teacher and a student: Eq. 7 and what the paper compares with.
 
+All take rows `(..., C)`. The one column of a binary head, `(..., 1)`, is the
+two events that it stands for: `p` or its logit is of the second class.
+
 What needs no class of its own, with `t` stored teacher probabilities:
 
 * KL from the teacher: `PTLoss(0.0)`.
-* Temperature, vector scaling: `PTLoss(0.0, teacher_temperature=tau)`, with
-  one number a class and `teacher_bias` besides.
+* Temperature scaling: `PTLoss(0.0, teacher_temperature=tau)`; vector and
+  matrix scaling: with `teacher_scale` and `teacher_bias` besides.
 * Hard-label mix: `Distiller(..., hard_label_loss=loss, hard_label_weight=w)`.
 * One-hot labels (OHT): `keras.utils.to_categorical(labels)` for `t`, where
   `PTLoss(0.0)` is `keras.losses.CategoricalCrossentropy`.

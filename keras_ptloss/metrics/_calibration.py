@@ -132,9 +132,9 @@ def _of_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _check_ignore_class(ignore_class: Any) -> int | None:
-    integral = isinstance(ignore_class, (int, np.integer))
     if ignore_class is None:
         return None
+    integral = isinstance(ignore_class, (int, np.integer))
     if not integral or isinstance(ignore_class, bool):
         fail("ignore_class", "an integer, or None", ignore_class)
     return int(ignore_class)
@@ -169,9 +169,9 @@ class BrierScore(MeanOfCases):
         dtype: dtype of the running sums and the result.
 
     Raises:
-        ValueError: on update, if labels and predictions do not fit, or
-            (seen outside compiled functions) rows that should be
-            probabilities are not.
+        ValueError: if `ignore_class` is no integer; on update, if labels and
+            predictions do not fit, or (seen outside compiled functions) labels
+            are no classes or rows that should be probabilities are not.
 
     Example:
         >>> import numpy as np
@@ -259,9 +259,10 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         dtype: dtype of the running sums and the result.
 
     Raises:
-        ValueError: if `num_bins` is not a positive integer; on update, if
-            labels and predictions do not fit, or (seen outside compiled
-            functions) rows that should be probabilities are not.
+        ValueError: if `num_bins` is not a positive integer or `ignore_class`
+            no integer; on update, if labels and predictions do not fit, or
+            (seen outside compiled functions) labels are no classes or rows
+            that should be probabilities are not.
 
     Example:
         >>> import numpy as np

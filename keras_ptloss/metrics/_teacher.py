@@ -59,13 +59,13 @@ class TeacherMetric(MeanOfCases):
         teacher = of_classes(teacher, student.shape[-1])
         student = looked_at(student, weight)
         teacher = looked_at(teacher, weight)
-        if not (self.from_logits or self._any_form and y_pred.shape[-1] != 1):
-            check_probabilities("y_pred", student, "say from_logits=True")
-        if not (
-            self.teacher_from_logits or self._any_form and y_true.shape[-1] != 1
+        for argument, outputs, rows, flag in (
+            ("y_pred", y_pred, student, "from_logits"),
+            ("y_true", y_true, teacher, "teacher_from_logits"),
         ):
-            advice = "say teacher_from_logits=True"
-            check_probabilities("y_true", teacher, advice)
+            either = self._any_form and outputs.shape[-1] != 1
+            if not (getattr(self, flag) or either):
+                check_probabilities(argument, rows, f"say {flag}=True")
         return self.values(teacher, student), weight
 
     def get_config(self) -> dict[str, Any]:
@@ -90,8 +90,6 @@ class TeacherAgreement(TeacherMetric):
     either side. Of classes that tie the first is taken. One column alone does
     not tell a probability from a logit: the flags do.
 
-
-
     `y_true` is the teacher, `(..., C)`, `y_pred` the student, `(..., C)`; one
     column, of a binary head, is the two events that it stands for.
     `sample_weight` has the shape `(...)` or a leading part of it; every
@@ -107,9 +105,8 @@ class TeacherAgreement(TeacherMetric):
         dtype: dtype of the running sums and the result.
 
     Raises:
-        ValueError: on update, if the class counts differ, or (seen
-            outside compiled functions) one column that should be
-            probabilities is not.
+        ValueError: on update, if the class counts differ, or (seen outside
+            compiled functions) one column that should be probabilities is not.
 
     Example:
         >>> import numpy as np
@@ -159,8 +156,6 @@ class TotalVariationDistance(TeacherMetric):
     cannot dominate the mean.
 
         TV = mean_n 1/2 sum_c |t_{n,c} - p_{n,c}|
-
-
 
     `y_true` is the teacher, `(..., C)`, `y_pred` the student, `(..., C)`; one
     column, of a binary head, is the two events that it stands for.
