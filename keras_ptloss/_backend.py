@@ -7,7 +7,7 @@ times in a search and whose result should not depend on the backend.
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import keras
@@ -160,18 +160,3 @@ def replicas() -> int:
 
         return int(tf.distribute.get_strategy().num_replicas_in_sync)
     return 1
-
-
-@contextlib.contextmanager
-def weights_given_back(model: keras.Model) -> Iterator[None]:
-    """Give a model its weights back after a run that failed or was stopped.
-
-    On JAX `predict`, `fit` and `evaluate` take a model's weights into their own
-    state and return them at their end only.
-    """
-    try:
-        yield
-    finally:
-        sync = getattr(model, "jax_state_sync", None)
-        if sync is not None:
-            sync()

@@ -6,7 +6,6 @@ import keras
 import numpy as np
 import scipy.special
 
-from keras_ptloss._backend import weights_given_back
 from keras_ptloss._binary import two_events
 from keras_ptloss._checks import check_number, check_probabilities, fail
 
@@ -83,10 +82,9 @@ class FilteredTeacher(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Add the outputs of this epoch's weights."""
-        with weights_given_back(self.model):
-            outputs = self.model.predict(
-                self.x, batch_size=self.batch_size, verbose=0
-            )
+        outputs = self.model.predict(
+            self.x, batch_size=self.batch_size, verbose=0
+        )
         if len(np.shape(outputs)) != 2:
             raise ValueError(
                 "The teacher must give one array (examples, classes). "

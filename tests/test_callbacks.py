@@ -168,7 +168,6 @@ class TestFilteredTeacher:
         student.fit(data[0], filtered.probabilities, verbose=0)
 
     def test_a_mistake_leaves_the_teacher_usable(self, data, labels):
-        """On JAX a run holds the weights, and an error would keep them."""
         teacher = make_model()
         with pytest.raises(ValueError, match="shape"):
             self.fit(

@@ -37,6 +37,7 @@ class Flooding(keras.losses.Loss):
 
     Example:
         >>> import numpy as np
+        >>> from keras_ptloss import PTLoss
         >>> kl, rows = PTLoss(0.0), np.array([[0.9, 0.1], [0.5, 0.5]])
         >>> float(Flooding(kl, 0.25)(rows, rows))
         0.5

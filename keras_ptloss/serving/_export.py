@@ -134,21 +134,7 @@ def export_student(
     _import_for(format)
     check_answers(model, inputs, from_logits)
 
-    output = two_events(ops.cast(output, "float32"), from_logits=from_logits)
-    probabilities = ops.softmax(output, axis=-1) if from_logits else output
-    # Neither `ops.argmax` (bit casts for negative zeros: not in LiteRT, not in
-    # ONNX Runtime) nor `ops.top_k` (from JAX: not in TensorFlow 2.21).
-    classes = probabilities.shape[-1]
-    highest = ops.max(probabilities, axis=-1, keepdims=True)
-    label = ops.min(
-        ops.where(
-            probabilities < highest, classes, np.arange(classes, dtype="int32")
-        ),
-        axis=-1,
-    )
-    student = keras.Model(
-        inputs, {"probabilities": probabilities, "label": label}
-    )
+    student = _with_answers(inputs, output, from_logits)
     signature = _signature(inputs)
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -243,6 +229,23 @@ def _ends(model: Any) -> tuple[Any, Tensor]:
             f"outputs of shape {shapes}"
         )
     return inputs, outputs[0]
+
+
+def _with_answers(inputs: Any, output: Tensor, from_logits: bool) -> Any:
+    """Return the model of these ends that answers as the version does."""
+    output = two_events(ops.cast(output, "float32"), from_logits=from_logits)
+    probabilities = ops.softmax(output, axis=-1) if from_logits else output
+    # Neither `ops.argmax` (bit casts for negative zeros: not in LiteRT, not in
+    # ONNX Runtime) nor `ops.top_k` (from JAX: not in TensorFlow 2.21).
+    classes = probabilities.shape[-1]
+    highest = ops.max(probabilities, axis=-1, keepdims=True)
+    label = ops.min(
+        ops.where(
+            probabilities < highest, classes, np.arange(classes, dtype="int32")
+        ),
+        axis=-1,
+    )
+    return keras.Model(inputs, {"probabilities": probabilities, "label": label})
 
 
 def _check_class_names(class_names: Any, classes: int) -> list[str]:
