@@ -15,7 +15,7 @@ from keras_ptloss._checks import (
     check_output_form,
     fail,
 )
-from keras_ptloss.metrics._metrics import TEACHER_METRICS, TeacherAgreement
+from keras_ptloss.metrics._teacher import TEACHER_METRICS, TeacherAgreement
 
 Tensor = Any
 

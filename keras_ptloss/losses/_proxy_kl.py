@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import keras
 from keras import ops
 
-from keras_ptloss.losses._base import TeacherLoss, at_least_float32
+from keras_ptloss.losses._base import TeacherLoss, read_student
 from keras_ptloss.losses._pt_loss import pt_loss
 
 Tensor = Any
@@ -79,6 +79,8 @@ class ProxyKLDivergence(TeacherLoss):
                 f"correction={correction!r}"
             )
         super().__init__(
+            self._to_the_corrected,
+            {},  # the correction is no number or array
             from_logits=from_logits,
             teacher_from_logits=correction.teacher_from_logits,
             name=name,
@@ -86,22 +88,25 @@ class ProxyKLDivergence(TeacherLoss):
         )
         self.correction = correction
 
-    def of(self, y_true: Tensor, y_pred: Tensor, **flags: bool) -> Tensor:
+    def _to_the_corrected(
+        self,
+        y_true: Tensor,
+        y_pred: Tensor,
+        *,
+        from_logits: bool,
+        teacher_from_logits: bool,
+    ) -> Tensor:
         """Return `KL(q || p)`: `(..., C_in)`, `(..., C)` to `(...)`."""
-        y_pred = at_least_float32(y_pred)
-        y_true = ops.cast(ops.convert_to_tensor(y_true), y_pred.dtype)
+        student = read_student(y_pred, from_logits=from_logits)
+        y_true = ops.cast(ops.convert_to_tensor(y_true), student.dtype)
         target = ops.stop_gradient(self.correction.target(y_true))
         return pt_loss(
             target,
-            y_pred,
+            student,
             0.0,
-            from_logits=flags["from_logits"],
+            from_logits=from_logits,
             teacher_from_logits=False,
         )
-
-    def arguments(self) -> dict[str, Any]:
-        """Return nothing: the correction is an object of its own."""
-        return {}
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that build the same loss again."""

@@ -10,7 +10,6 @@ import scipy.special
 from keras import ops
 
 from keras_ptloss import Distiller, PTLoss
-from keras_ptloss.callbacks import FilteredTeacher
 from keras_ptloss.losses import (
     Flooding,
     FocalLoss,
@@ -20,9 +19,7 @@ from keras_ptloss.losses import (
     label_smoothing_epsilon,
 )
 
-BACKEND = keras.backend.backend()
 CLASSES = 4
-MEANS = ["sum_over_batch_size", "mean", "mean_with_sample_weight"]
 WEIGHT = np.array([0.0, 1.0, 2.0, 0.5, 1.0, 3.0], "float32")
 
 
@@ -372,131 +369,6 @@ class TestConventions:
         )
 
 
-class TestFlooding:
-    @pytest.fixture
-    def mean(self):
-        """A fixture's loss, its mean over the rows."""
-        return Case("focal").expected.mean()
-
-    @pytest.fixture
-    def rows(self):
-        case = Case("focal")
-        return case.y_true, case.logits
-
-    @pytest.mark.parametrize("reduction", MEANS)
-    @pytest.mark.parametrize(
-        "weight", [None, WEIGHT], ids=["plain", "weighted"]
-    )
-    @pytest.mark.parametrize("factor", [0.0, 0.5, 2.0])
-    def test_floods_the_mean(self, rows, reduction, weight, factor):
-        inner = Case("focal").build(reduction=reduction)
-        mean = float(inner(*rows, sample_weight=weight))
-        level = factor * mean
-        value = Flooding(inner, level)(*rows, sample_weight=weight)
-        np.testing.assert_allclose(value, abs(mean - level) + level, rtol=1e-6)
-
-    def test_unweighted(self, rows, mean):
-        value = Flooding(Case("focal").build(), 3.0)(*rows)
-        np.testing.assert_allclose(value, 6.0 - mean, rtol=1e-5)
-
-    @pytest.mark.parametrize("above", [True, False])
-    def test_gradient_turns_below_the_level(self, rows, mean, above):
-        teacher, logits = rows
-        inner = Case("focal").build()
-        flooded = Flooding(inner, mean - 0.1 if above else mean + 0.1)
-        plain = helpers.gradient_of(lambda z: inner(teacher, z), logits)
-        gradient = helpers.gradient_of(lambda z: flooded(teacher, z), logits)
-        sign = 1.0 if above else -1.0
-        np.testing.assert_allclose(gradient, sign * plain, rtol=1e-5)
-
-    def test_zero_weighted(self, rows):
-        """Nothing to learn; the value is the floor's mirror image."""
-        teacher, logits = rows
-        flooded = Flooding(Case("focal").build(), 0.5)
-        weight = np.zeros(6, "float32")
-        assert float(flooded(teacher, logits, sample_weight=weight)) == 1.0
-        gradient = helpers.gradient_of(
-            lambda z: flooded(teacher, z, sample_weight=weight), logits
-        )
-        np.testing.assert_array_equal(gradient, 0.0)
-
-    def test_jit(self, rows, mean):
-        flooded = Flooding(Case("focal").build(), 0.1)
-        value = helpers.compiled(flooded)(*rows)
-        np.testing.assert_allclose(value, abs(mean - 0.1) + 0.1, rtol=1e-5)
-
-    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-    def test_dtype(self, rows, mean, dtype):
-        flooded = Flooding(Case("focal").build(dtype=dtype), 0.1)
-        value = flooded(*rows)
-        assert keras.backend.standardize_dtype(value.dtype) == dtype
-        np.testing.assert_allclose(
-            float(ops.cast(value, "float32")),
-            abs(mean - 0.1) + 0.1,
-            rtol=2e-2,
-        )
-
-    def test_config(self):
-        flooded = Flooding(PTLoss([0.5, 0.1], dtype="float16"), 0.2, name="f")
-        again = keras.saving.deserialize_keras_object(
-            keras.saving.serialize_keras_object(flooded)
-        )
-        assert again.get_config() == flooded.get_config()
-        assert again.loss.epsilon.tolist() == [0.5, 0.1]
-        assert again.dtype == "float16"
-
-    def test_errors(self):
-        with pytest.raises(ValueError, match="`loss` must be a keras.losses"):
-            Flooding("mse", 0.1)
-        for reduction in (None, "none", "sum"):
-            with pytest.raises(
-                ValueError, match=f"mean over the batch.*{reduction!r}"
-            ):
-                Flooding(PTLoss(0.0, reduction=reduction), 0.1)
-        for level in (-0.1, np.inf):
-            with pytest.raises(ValueError, match="`level` must be"):
-                Flooding(PTLoss(0.0), level)
-
-    def test_masked_tokens(self):
-        """Padding does not count in the mean that is flooded."""
-        tokens = np.array([[1, 2, 0], [3, 0, 0]])
-        teacher = np.full((2, 3, 2), [0.9, 0.1], "float32")
-        student = keras.Sequential(
-            [
-                keras.layers.Embedding(4, 3, mask_zero=True),
-                keras.layers.Dense(2),
-            ]
-        )
-        inner = PTLoss(0.0, from_logits=True, teacher_from_logits=False)
-        student.compile(loss=inner)
-        plain = student.evaluate(tokens, teacher, verbose=0)
-        student.compile(loss=Flooding(inner, 3.0))
-        flooded = student.evaluate(tokens, teacher, verbose=0)
-        np.testing.assert_allclose(flooded, 6.0 - plain, rtol=1e-6)
-
-    @pytest.mark.skipif(
-        BACKEND != "tensorflow", reason="tf.distribute needs TensorFlow"
-    )
-    def test_each_replica_floods_its_part(self):
-        import tensorflow as tf
-
-        if len(tf.config.list_logical_devices("CPU")) < 2:
-            pytest.skip("needs two logical devices: see conftest.py")
-        x = np.ones((4, 2), "float32")
-        soft_labels = np.array(
-            [[0.5, 0.5], [0.5, 0.5], [1.0, 0.0], [1.0, 0.0]], "float32"
-        )
-        with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-            student = keras.Sequential(
-                [keras.layers.Dense(2, kernel_initializer="zeros")]
-            )
-            inner = PTLoss(0.0, from_logits=True, teacher_from_logits=False)
-            student.compile(loss=Flooding(inner, 0.2))
-        value = student.evaluate(x, soft_labels, batch_size=4, verbose=0)
-        # KL from the uniform student: 0 on one replica, log 2 on the other.
-        np.testing.assert_allclose(value, (0.4 + np.log(2)) / 2, rtol=1e-5)
-
-
 make_model = functools.partial(helpers.linear_model, CLASSES)
 
 
@@ -523,16 +395,6 @@ class TestModel:
             case.values(y_true, student.predict(x, verbose=0)).mean(),
             rtol=1e-5,
         )
-
-    def test_flooding_holds_the_level(self, data):
-        x, soft_labels = data
-        y_true = keras.utils.to_categorical(soft_labels.argmax(axis=1), CLASSES)
-        student = make_model()
-        inner = PTLoss(0.0, from_logits=True, teacher_from_logits=False)
-        student.compile(keras.optimizers.SGD(0.5), loss=Flooding(inner, 1.0))
-        student.fit(x, y_true, epochs=60, batch_size=32, verbose=0)
-        loss = float(inner(y_true, student.predict(x, verbose=0)))
-        np.testing.assert_allclose(loss, 1.0, atol=0.1)
 
     def test_live_teacher(self, case, data):
         if case.stacked:
@@ -574,109 +436,6 @@ class Recorder(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.weights.append(self.model.get_weights())
-
-
-class TestFilteredTeacher:
-    @pytest.fixture
-    def labels(self, data):
-        return data[1].argmax(axis=1)
-
-    def fit(
-        self, model, data, labels, callbacks, *, epochs=4, from_logits=True
-    ):
-        keras.utils.set_random_seed(0)
-        model.compile(
-            keras.optimizers.Adam(0.1),
-            keras.losses.SparseCategoricalCrossentropy(from_logits),
-        )
-        model.fit(
-            data[0],
-            labels,
-            epochs=epochs,
-            batch_size=8,
-            callbacks=callbacks,
-            verbose=0,
-        )
-
-    def outputs(self, x, weights):
-        kernel, bias = weights
-        return helpers.softmax(x @ kernel + bias)
-
-    @pytest.mark.parametrize("from_logits", [False, True])
-    @pytest.mark.parametrize("rate", [0.05, 0.5, 1.0])
-    def test_average(self, data, labels, from_logits, rate):
-        recorder = Recorder()
-        filtered = FilteredTeacher(
-            data[0][:10], rate=rate, from_logits=from_logits
-        )
-        self.fit(
-            make_model(activation=None if from_logits else "softmax"),
-            data,
-            labels,
-            [recorder, filtered],
-            from_logits=from_logits,
-        )
-        first, *others = recorder.weights
-        expected = self.outputs(data[0][:10], first)
-        for weights in others:
-            new = self.outputs(data[0][:10], weights)
-            expected = (1 - rate) * expected + rate * new
-        assert filtered.probabilities.dtype == np.float32
-        np.testing.assert_allclose(filtered.probabilities, expected, atol=1e-5)
-
-    def test_training_is_not_disturbed(self, data, labels):
-        weights = []
-        for callbacks in ([], [FilteredTeacher(data[0], from_logits=True)]):
-            model = make_model()
-            self.fit(model, data, labels, callbacks)
-            weights.append(model.get_weights())
-        for a, b in zip(*weights, strict=True):
-            np.testing.assert_array_equal(a, b)
-
-    def test_each_fit_starts_anew(self, data, labels):
-        filtered = FilteredTeacher(data[0], from_logits=True)
-        assert filtered.probabilities is None
-        self.fit(make_model(seed=5), data, labels, [filtered])
-        recorder = Recorder()
-        model = make_model()
-        self.fit(model, data, labels, [recorder, filtered], epochs=1)
-        np.testing.assert_allclose(
-            filtered.probabilities,
-            self.outputs(data[0], recorder.weights[0]),
-            atol=1e-5,
-        )
-
-    def test_distils(self, data, labels):
-        filtered = FilteredTeacher(data[0], from_logits=True)
-        self.fit(make_model(), data, labels, [filtered])
-        student = make_model(seed=1)
-        student.compile(
-            "adam", PTLoss(0.0, from_logits=True, teacher_from_logits=False)
-        )
-        student.fit(data[0], filtered.probabilities, verbose=0)
-
-    @pytest.mark.parametrize("rate", [0.0, -0.1, 1.5, np.nan])
-    def test_rate(self, data, rate):
-        with pytest.raises(ValueError, match="`rate` must be.*Received: rate="):
-            FilteredTeacher(data[0], rate=rate)
-
-    def test_outputs_that_are_not_probabilities(self, data, labels):
-        filtered = FilteredTeacher(data[0])
-        with pytest.raises(ValueError, match="probabilities.*from_logits=True"):
-            self.fit(make_model(), data, labels, [filtered])
-
-    def test_outputs_of_other_rank(self, data):
-        model = keras.Sequential(
-            [make_model(), keras.layers.Reshape((2, CLASSES // 2))]
-        )
-        model.compile("sgd", "mse")
-        with pytest.raises(ValueError, match=r"one array.*\(32, 2, 2\)"):
-            model.fit(
-                data[0],
-                np.zeros((32, 2, 2)),
-                callbacks=[FilteredTeacher(data[0])],
-                verbose=0,
-            )
 
 
 class TestRecipes:

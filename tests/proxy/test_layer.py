@@ -215,5 +215,7 @@ def test_wrong_input(teacher_rows):
         ProxyTeacher(0.5)(np.array([[2.0, -1.0, 0.3]]))
     with pytest.raises(ValueError, match="`teacher_temperature`.*=-1"):
         ProxyTeacher(0.5, teacher_temperature=-1)
-    with pytest.raises(ValueError, match="`teacher_bias`.*4 classes"):
+    with pytest.raises(
+        ValueError, match="`inputs`.*2 classes.*bias.*4 classes"
+    ):
         ProxyTeacher(0.5, teacher_bias=[0.0, 1.0])(teacher_rows)
