@@ -5,9 +5,10 @@ both are needed by the proxy-teacher solver, which is called some ten thousand
 times in a search and whose result should not depend on the backend.
 """
 
+import concurrent.futures
 import contextlib
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import keras
@@ -160,3 +161,55 @@ def replicas() -> int:
 
         return int(tf.distribute.get_strategy().num_replicas_in_sync)
     return 1
+
+
+def outside_of_step(function: Callable[[], None]) -> None:
+    """Call a function that creates variables while a step may be traced.
+
+    A compiled function of TensorFlow lets variables be created on its first
+    call only, `tf.init_scope` or not; a thread of its own is in no call. Under
+    a strategy Keras builds before it traces, and there is nothing to create.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        if tf.inside_function() and not tf.distribute.has_strategy():
+            with concurrent.futures.ThreadPoolExecutor(1) as threads:
+                threads.submit(function).result()
+            return
+    function()
+
+
+@contextlib.contextmanager
+def weights_given_back(model: keras.Model) -> Iterator[None]:
+    """Give a model's weights back to it when a run of JAX is interrupted.
+
+    A run takes the values out of their variables. Keras puts them back at the
+    end of an epoch; an error or an interruption before that would leave
+    variables without a value.
+    """
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    optimizer = getattr(model, "optimizer", None)
+    variables = [
+        *model.trainable_variables,
+        *model.non_trainable_variables,
+        *model.metrics_variables,
+        *(optimizer.variables if optimizer is not None else ()),
+    ]
+    before = [variable.value for variable in variables]
+    try:
+        yield
+    finally:
+        model.jax_state_sync()
+        for variable, value in zip(variables, before, strict=True):
+            if not _has_value(variable):
+                variable.assign(value)  # not a step was made
+
+
+def _has_value(variable: keras.Variable) -> bool:
+    try:
+        return variable.value is not None
+    except TypeError:  # Keras asks the initializer, which is gone
+        return False

@@ -197,20 +197,25 @@ def check_output_form(
         stacklevel: of the warning; 3 is the caller's caller.
 
     Raises:
-        ValueError: if it ends in a softmax, and logits are promised.
+        ValueError: if it ends in a softmax or a sigmoid, and logits are
+            promised.
 
     Warns:
         UserWarning: if it ends in a linear dense layer, and probabilities are.
     """
     layer = _output_layer(model)
     activation = getattr(layer, "activation", None)
-    softmax = isinstance(layer, keras.layers.Softmax) or (
+    squashed = None
+    if activation is keras.activations.sigmoid:
+        squashed = "sigmoid"
+    elif isinstance(layer, keras.layers.Softmax) or (
         activation is keras.activations.softmax
-    )
-    if softmax and from_logits:
+    ):
+        squashed = "softmax"
+    if squashed and from_logits:
         raise ValueError(
-            f"`{flag}` must be False for a model that ends in a softmax, which "
-            f"gives probabilities. Received: {flag}=True, with "
+            f"`{flag}` must be False for a model that ends in a {squashed}, "
+            f"which gives probabilities. Received: {flag}=True, with "
             f"{argument}={model.name!r}"
         )
     linear = isinstance(layer, keras.layers.Dense) and (
@@ -231,11 +236,13 @@ def _output_layer(model: Any) -> Any:
         if isinstance(model, keras.Sequential):
             model = model.layers[-1] if model.layers else None
             continue
-        outputs = getattr(model, "outputs", None)
-        if not outputs or len(outputs) != 1:
+        names = getattr(model, "output_names", None)
+        if not names or len(names) != 1:
             return None
-        history = getattr(outputs[0], "_keras_history", None)
-        model = getattr(history, "operation", None)
+        try:
+            model = model.get_layer(names[0])
+        except ValueError:
+            return None  # an operation, which is no layer
     return model
 
 
