@@ -198,12 +198,12 @@ def weights_given_back(model: keras.Model) -> Iterator[None]:
         *model.metrics_variables,
         *(optimizer.variables if optimizer is not None else ()),
     ]
-    before = [variable.value for variable in variables]
+    before = [(v, v.value) for v in variables if _has_value(v)]
     try:
         yield
     finally:
         model.jax_state_sync()
-        for variable, value in zip(variables, before, strict=True):
+        for variable, value in before:
             if not _has_value(variable):
                 variable.assign(value)  # not a step was made
 

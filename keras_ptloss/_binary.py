@@ -7,6 +7,7 @@ Every part of the package that takes rows of classes calls `two_events` first.
 
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -18,11 +19,30 @@ def two_events(outputs: Tensor, *, from_logits: bool) -> Tensor:
 
     Args:
         outputs: logits or probabilities, `(..., C)`: a NumPy array or a
-            tensor.
+            tensor. A class axis of unknown size, as in `tf.data` graphs, is
+            read when the graph runs.
         from_logits: whether they are logits.
     """
-    if len(outputs.shape) == 0 or outputs.shape[-1] != 1:
+    classes = outputs.shape[-1] if len(outputs.shape) else 0
+    symbolic = isinstance(outputs, keras.KerasTensor)
+    if classes not in (1, None) or (classes is None and symbolic):
         return outputs
     xp = np if isinstance(outputs, np.ndarray) else ops
-    first = xp.zeros_like(outputs) if from_logits else 1.0 - outputs
-    return xp.concatenate([first, outputs], axis=-1)
+    column = outputs[..., :1]
+    first = xp.zeros_like(column) if from_logits else 1.0 - column
+    rows = xp.concatenate([first, outputs], axis=-1)
+    if classes is None:
+        several = ops.cast(ops.shape(outputs)[-1] > 1, "int32")
+        rows = rows[..., several:]
+    return rows
+
+
+def of_classes(rows: Tensor, classes: int | None) -> Tensor:
+    """Return rows whose class axis is known to have `classes`, if that is.
+
+    An axis of unknown size that turns out to have another is an error when
+    the graph runs; it would be broadcast otherwise.
+    """
+    if classes is None or rows.shape[-1] is not None:
+        return rows
+    return ops.reshape(rows, (*ops.shape(rows)[:-1], classes))

@@ -13,7 +13,7 @@ import numpy as np
 import scipy.special
 from keras import ops
 
-from keras_ptloss._checks import as_floats, fail
+from keras_ptloss._checks import as_floats, differ, fail
 
 Tensor = Any
 
@@ -72,12 +72,13 @@ class Calibration:
         """C_in, the classes that go in; None if any number may."""
         return self.scale.shape[1] if self.scale.ndim == 2 else self.classes
 
-    def check_input(self, argument: str, classes: int) -> None:
+    def check_input(self, argument: str, classes: int | None) -> None:
         """Require that rows of `classes` entries can be calibrated."""
-        if self.input_classes not in (None, classes):
+        if differ(self.input_classes, classes):
             raise ValueError(
-                f"`{argument}` must have the {self.input_classes} classes of "
-                f"its calibration. Received: {argument} with {classes} classes"
+                f"`{argument}` must have the {self.input_classes} classes that "
+                f"its calibration (temperature, scale, bias) is for. Received: "
+                f"{argument} with {classes} classes"
             )
 
     def __call__(self, outputs: Tensor, *, from_logits: bool) -> Tensor:
@@ -138,10 +139,10 @@ def check_bias(argument: str, value: Any) -> np.ndarray:
     return array
 
 
-def teacher_calibration(
+def check_teacher_calibration(
     teacher_temperature: Any, teacher_scale: Any, teacher_bias: Any
-) -> Calibration:
-    """Return `z -> A z / temperature + b` of the arguments that users set.
+) -> dict[str, np.ndarray]:
+    """Require the arguments that users set; return them as arrays, by name.
 
     Args:
         teacher_temperature: a number above 0, or one a class, `(C,)`.
@@ -149,13 +150,39 @@ def teacher_calibration(
         teacher_bias: `b`, as in `Calibration`; None is zero.
 
     Raises:
-        ValueError: if an argument is not of this form.
+        ValueError: if an argument is not of this form, or they are of
+            different classes.
     """
-    name, value = "teacher_temperature", teacher_temperature
-    temperature = check_scale(name, value)
+    name = "teacher_temperature"
+    temperature = check_scale(name, teacher_temperature)
     if temperature.ndim > 1:
-        fail(name, "a finite number above 0, or one a class", value)
-    return Calibration(
-        check_scale("teacher_scale", teacher_scale) / temperature,
-        check_bias("teacher_bias", teacher_bias),
-    )
+        expected = "a finite number above 0, or one a class"
+        fail(name, expected, teacher_temperature)
+    arrays = {
+        name: temperature,
+        "teacher_scale": check_scale("teacher_scale", teacher_scale),
+        "teacher_bias": check_bias("teacher_bias", teacher_bias),
+    }
+    if len({len(array) for array in arrays.values() if array.ndim}) > 1:
+        shapes = [f"{n} of shape {a.shape}" for n, a in arrays.items()]
+        raise ValueError(
+            "`teacher_temperature`, `teacher_scale` and `teacher_bias` must be "
+            f"of the same classes. Received: {', '.join(shapes)}"
+        )
+    return arrays
+
+
+def teacher_calibration(
+    teacher_temperature: Any, teacher_scale: Any, teacher_bias: Any
+) -> Calibration:
+    """Return `z -> A z / temperature + b` of the arguments that users set.
+
+    Raises:
+        ValueError: as `check_teacher_calibration`.
+    """
+    temperature, scale, bias = check_teacher_calibration(
+        teacher_temperature, teacher_scale, teacher_bias
+    ).values()
+    if scale.ndim == 2 and temperature.ndim:
+        temperature = temperature[:, None]  # of the classes that come out
+    return Calibration(scale / temperature, bias)

@@ -197,27 +197,27 @@ def check_output_form(
         stacklevel: of the warning; 3 is the caller's caller.
 
     Raises:
-        ValueError: if it ends in a softmax or a sigmoid, and logits are
-            promised.
+        ValueError: if it ends in a softmax, or in one sigmoid output, and
+            logits are promised.
 
     Warns:
         UserWarning: if it ends in a linear dense layer, and probabilities are.
     """
     layer = _output_layer(model)
     activation = getattr(layer, "activation", None)
-    squashed = None
-    if activation is keras.activations.sigmoid:
-        squashed = "sigmoid"
-    elif isinstance(layer, keras.layers.Softmax) or (
-        activation is keras.activations.softmax
+    if isinstance(layer, keras.layers.Softmax):
+        activation = keras.activations.softmax
+    one_output = getattr(layer, "units", None) == 1
+    for name, ending, gives_probabilities in (
+        ("softmax", keras.activations.softmax, True),
+        ("sigmoid", keras.activations.sigmoid, one_output),
     ):
-        squashed = "softmax"
-    if squashed and from_logits:
-        raise ValueError(
-            f"`{flag}` must be False for a model that ends in a {squashed}, "
-            f"which gives probabilities. Received: {flag}=True, with "
-            f"{argument}={model.name!r}"
-        )
+        if from_logits and activation is ending and gives_probabilities:
+            raise ValueError(
+                f"`{flag}` must be False for a model that ends in a {name}, "
+                f"which gives probabilities. Received: {flag}=True, with "
+                f"{argument}={model.name!r}"
+            )
     linear = isinstance(layer, keras.layers.Dense) and (
         activation is keras.activations.linear
     )

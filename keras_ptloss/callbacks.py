@@ -6,6 +6,8 @@ import keras
 import numpy as np
 import scipy.special
 
+from keras_ptloss._backend import weights_given_back
+from keras_ptloss._binary import two_events
 from keras_ptloss._checks import check_number, check_probabilities, fail
 
 
@@ -33,8 +35,8 @@ class FilteredTeacher(keras.callbacks.Callback):
         batch_size: as in `keras.Model.predict`.
 
     Attributes:
-        probabilities: the averages, `(N, C)` in float32; None before the end
-            of the first epoch.
+        probabilities: the averages, `(N, C)` in float32, C = 2 for a binary
+            head of one output; None before the end of the first epoch.
 
     Raises:
         ValueError: if `rate` is not above 0 and at most 1; during `fit`, if
@@ -81,21 +83,22 @@ class FilteredTeacher(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Add the outputs of this epoch's weights."""
-        outputs = self.model.predict(
-            self.x, batch_size=self.batch_size, verbose=0
-        )
+        with weights_given_back(self.model):
+            outputs = self.model.predict(
+                self.x, batch_size=self.batch_size, verbose=0
+            )
         if len(np.shape(outputs)) != 2:
             raise ValueError(
                 "The teacher must give one array (examples, classes). "
                 f"Received: outputs of shape {np.shape(outputs)}"
             )
+        outputs = two_events(
+            np.asarray(outputs, "float32"), from_logits=self.from_logits
+        )
         if self.from_logits:
-            outputs = scipy.special.softmax(
-                np.asarray(outputs, "float32"), axis=-1
-            )
+            outputs = scipy.special.softmax(outputs, axis=-1)
         else:
             check_probabilities("outputs", outputs, "say from_logits=True")
-            outputs = np.asarray(outputs, "float32")
         if self.probabilities is None:
             self.probabilities = outputs
         else:

@@ -13,7 +13,7 @@ from keras_ptloss._checks import (
     fail,
 )
 from keras_ptloss.losses._pt_loss import pt_loss
-from keras_ptloss.metrics._metrics import confidence_bins
+from keras_ptloss.metrics._calibration import confidence_bins
 from keras_ptloss.proxy._proxy_teacher import proxy_teacher
 from keras_ptloss.search._search import SearchResult
 

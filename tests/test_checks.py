@@ -6,15 +6,14 @@ import pytest
 from keras import ops
 
 from keras_ptloss._checks import (
-    check_bias,
     check_choice,
     check_classes,
     check_count,
     check_epsilon,
     check_labels,
     check_number,
+    check_output_form,
     check_probabilities,
-    check_temperature,
     fail,
 )
 
@@ -143,44 +142,6 @@ class TestEpsilon:
             check(ops.ones((4, 2)))
 
 
-class TestCalibration:
-    @pytest.mark.parametrize("value", [0.1, [1.0, 2.0, 3.0]])
-    def test_good(self, value):
-        for check in (check_temperature, check_bias):
-            array = check("argument", value, classes=3)
-            np.testing.assert_array_equal(array, value)
-
-    def test_no_bias(self):
-        assert check_bias("teacher_bias", None) is None
-
-    def test_bias_may_be_negative(self):
-        assert check_bias("teacher_bias", -1.0) == -1.0
-
-    @pytest.mark.parametrize(
-        "value", [0.0, -1.0, [1.0, 0.0], np.nan, np.inf, [[1.0]], "hot"]
-    )
-    def test_wrong_temperature(self, value):
-        with pytest.raises(
-            ValueError,
-            match="`teacher_temperature` must be .*teacher_temperature=",
-        ):
-            check_temperature("teacher_temperature", value)
-
-    @pytest.mark.parametrize("value", [np.nan, [0.0, np.inf], [[0.0]], "none"])
-    def test_wrong_bias(self, value):
-        with pytest.raises(
-            ValueError, match="`teacher_bias` must be .*teacher_bias="
-        ):
-            check_bias("teacher_bias", value)
-
-    @pytest.mark.parametrize("check", [check_temperature, check_bias])
-    def test_other_class_count(self, check):
-        with pytest.raises(
-            ValueError, match="`tau` must be .*the 3 classes.*tau of length 2"
-        ):
-            check("tau", [1.0, 2.0], classes=3)
-
-
 class TestClasses:
     def test_good(self):
         check_classes("a", np.ones((5, 3)), "b", np.ones((5, 3)))
@@ -198,8 +159,17 @@ class TestClasses:
         ):
             check_classes("a", np.ones((2, 3)), "b", np.ones((2, 4)))
 
+    def test_unknown_sizes_fit_any(self):
+        signature = keras.KerasTensor((None, None))
+        check_classes("a", signature, "b", np.ones((5, 3)))
+        check_classes("a", keras.KerasTensor((None, 3)), "b", signature)
+        with pytest.raises(ValueError, match="same shape"):
+            check_classes("a", signature, "b", np.ones((5, 2, 3)))
+
     def test_no_class_axis(self):
-        with pytest.raises(ValueError, match=r"`a` and `b`.*class axis.*\(\)"):
+        with pytest.raises(
+            ValueError, match=r"`b` must have a class axis.*\(\)"
+        ):
             check_classes("a", np.ones(3), "b", np.ones(()))
 
 
@@ -247,6 +217,44 @@ class TestProbabilities:
 
         rows = ops.convert_to_tensor([[2.0, 3.0]])
         np.testing.assert_array_equal(compiled(function)(rows), [[2.0, 3.0]])
+
+
+class TestOutputForm:
+    """What a model's last layer tells of its outputs."""
+
+    ENDINGS = {
+        "softmax": keras.layers.Dense(3, "softmax"),
+        "softmax_layer": keras.layers.Softmax(),
+        "sigmoid": keras.layers.Dense(1, "sigmoid"),
+    }
+
+    def model(self, layer):
+        return keras.Sequential([keras.Input((3,)), layer])
+
+    @pytest.mark.parametrize("ending", ENDINGS)
+    def test_probabilities(self, ending):
+        model = self.model(self.ENDINGS[ending])
+        check_output_form("teacher", model, False, "from_logits")
+        name = ending.removesuffix("_layer")
+        with pytest.raises(
+            ValueError,
+            match=f"`from_logits` must be False.*ends in a {name}.*"
+            "from_logits=True, with teacher=",
+        ):
+            check_output_form("teacher", model, True, "from_logits")
+
+    def test_several_sigmoids_tell_nothing(self):
+        model = self.model(keras.layers.Dense(3, "sigmoid"))
+        check_output_form("teacher", model, True, "from_logits")
+
+    @pytest.mark.parametrize("units", [1, 3])
+    def test_logits(self, units):
+        model = self.model(keras.layers.Dense(units))
+        check_output_form("teacher", model, True, "from_logits")
+        with pytest.warns(
+            UserWarning, match="`teacher`.*logits.*say from_logits=True"
+        ):
+            check_output_form("teacher", model, False, "from_logits")
 
 
 class TestLabels:

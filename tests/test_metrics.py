@@ -1,5 +1,6 @@
 """Metrics against their definitions, written in NumPy."""
 
+import helpers
 import keras
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from keras import ops
 
-from keras_ptloss.metrics._metrics import (
+from keras_ptloss.metrics import (
     BrierScore,
     ExpectedCalibrationError,
     KLToTeacher,
@@ -104,11 +105,11 @@ every_label_metric = pytest.mark.parametrize("name", list(LABELS))
 
 @every_metric
 def test_config(name):
-    kwargs = {"name": "mine", "dtype": "bfloat16"}
-    if name != "agreement":
-        kwargs["from_logits"] = True
-    if name in ("kl", "total_variation"):
+    kwargs = {"name": "mine", "dtype": "bfloat16", "from_logits": True}
+    if name in TEACHER:
         kwargs["teacher_from_logits"] = False
+    else:
+        kwargs["ignore_class"] = -100
     if name == "ece":
         kwargs["num_bins"] = 7
     metric = ALL[name](**kwargs)
@@ -122,7 +123,7 @@ def test_config(name):
     assert again.get_config() == kwargs
 
 
-@pytest.mark.parametrize("name", ["kl", "total_variation"])
+@every_teacher_metric
 @pytest.mark.parametrize("from_logits", [False, True])
 def test_teacher_defaults_to_the_students_form(name, from_logits):
     metric = ALL[name](from_logits=from_logits)
@@ -460,13 +461,254 @@ def test_ece_of_any_bin_count(logits, num_bins):
     assert abs(gaps.mean()) - 1e-5 <= error <= np.abs(gaps).mean() + 1e-5
 
 
-@pytest.mark.parametrize("outside", [-1, 3])
-def test_labels_must_be_classes(outside):
+# Cases that are not looked at.
+
+
+def compiled_value(metric, truth, logits, weight=None):
+    """The metric as `evaluate` computes it, compiled."""
+    model = keras.Sequential(
+        [keras.Input(logits.shape[1:]), keras.layers.Identity()]
+    )
+    place = "metrics" if weight is None else "weighted_metrics"
+    model.compile(loss=no_loss, **{place: [metric]}, jit_compile=True)
+    logs = model.evaluate(
+        logits, truth, sample_weight=weight, verbose=0, return_dict=True
+    )
+    return logs[metric.name]
+
+
+def eager_value(metric, *batch):
+    return value(metric, batch)
+
+
+everywhere = pytest.mark.parametrize("run", [eager_value, compiled_value])
+
+
+@everywhere
+@every_label_metric
+@pytest.mark.parametrize("ignored", [-100, 255])
+@pytest.mark.parametrize("column", [False, True])
+def test_ignore_class(name, run, ignored, column):
+    labels, logits = data(name, shape=(32, 4))
+    expected = reference(name, labels[:20], softmax(logits[:20]))
+    labels = labels.copy()
+    labels[20:] = ignored
+    logits[25:] = np.nan
+    truth = labels[:, None] if column else labels
+    metric = build(name, ignore_class=ignored)
+    assert run(metric, truth, logits) == pytest.approx(expected, abs=1e-6)
+
+
+@everywhere
+@every_label_metric
+def test_ignore_class_of_pixels(name, run):
+    """As `keras.losses.SparseCategoricalCrossentropy` ignores them."""
+    labels, logits = data(name, shape=(2, 3, 5, 4))
+    kept = np.random.default_rng(1).uniform(size=labels.shape) < 0.6
+    expected = reference(name, labels[kept], softmax(logits[kept]))
+    metric = build(name, ignore_class=255)
+    truth = np.where(kept, labels, 255)
+    assert run(metric, truth, logits) == pytest.approx(expected, abs=1e-6)
+
+
+@everywhere
+@every_label_metric
+def test_a_class_can_be_ignored(name, run):
+    labels, logits = data(name, shape=(32, 4))
+    kept = labels != 2
+    expected = reference(name, labels[kept], softmax(logits[kept]))
+    metric = build(name, ignore_class=2)
+    assert run(metric, labels, logits) == pytest.approx(expected, abs=1e-6)
+
+
+@everywhere
+@every_label_metric
+@pytest.mark.parametrize("anything", [-100, 255, 4, np.nan])
+def test_labels_of_weight_zero_may_be_anything(name, run, anything):
+    labels, logits = data(name, shape=(32, 4))
+    weight = np.random.default_rng(1).uniform(0.5, 1, size=32)
+    expected = reference(name, labels[:20], softmax(logits[:20]), weight[:20])
+    truth, weight = labels.astype("float32"), weight.astype("float32")
+    truth[20:], weight[20:] = anything, 0.0
+    assert run(build(name), truth, logits, weight) == pytest.approx(
+        expected, abs=1e-6
+    )
+
+
+@everywhere
+@every_metric
+@pytest.mark.parametrize("anything", [np.nan, np.inf, 1e30])
+def test_rows_of_weight_zero_may_be_anything(name, run, anything):
+    truth, logits = data(name, shape=(32, 4))
+    weight = np.repeat(np.array([1.0, 0.0], "float32"), 16)
+    expected = reference(name, truth[:16], softmax(logits[:16]))
+    logits[16:] = anything
+    if name in TEACHER:
+        truth[16:] = anything
+    assert run(build(name), truth, logits, weight) == pytest.approx(
+        expected, abs=1e-6
+    )
+    if run is eager_value and name != "agreement":
+        p = np.full(logits.shape, anything, "float32")
+        p[:16] = softmax(logits[:16])
+        metric = build(name, from_logits=False)
+        assert run(metric, truth, p, weight) == pytest.approx(
+            expected, abs=1e-6
+        )
+
+
+@every_label_metric
+@pytest.mark.parametrize("outside", [-1, 3, 0.5, np.nan])
+def test_labels_must_be_classes(name, outside):
     labels = np.array([0, outside, 1])
+    logits = np.zeros((3, 3), "float32")
     match = rf"`y_true` must be class indices in \[0, 3\).*{outside}"
-    for metric in (BrierScore(), ExpectedCalibrationError()):
-        with pytest.raises(ValueError, match=match):
-            metric.update_state(labels, np.full((3, 3), 1 / 3, "float32"))
+    with pytest.raises(ValueError, match=match):
+        build(name).update_state(labels, logits)
+    # Nothing can be raised here; a class 0 in its place would not be seen.
+    assert np.isnan(compiled_value(build(name), labels, logits))
+    # The next epoch is not touched by it.
+    metric = build(name)
+    helpers.compiled(lambda y, z: metric.update_state(y, z))
+    metric.reset_state()
+    assert np.isfinite(value(metric, (np.array([0, 2, 1]), logits)))
+
+
+@every_label_metric
+def test_one_hot_rows_must_be_rows(name):
+    rows = np.array([[1, 0, 0], [0, 0, 0]], "float32")
+    logits = np.zeros((2, 3), "float32")
+    with pytest.raises(ValueError, match="`y_true` must be.*one-hot rows"):
+        build(name).update_state(rows, logits)
+    assert np.isnan(compiled_value(build(name), rows, logits))
+
+
+@pytest.mark.parametrize("metric", LABELS.values())
+@pytest.mark.parametrize("ignored", [0.5, "none", True, [1]])
+def test_ignore_class_must_be_an_integer(metric, ignored):
+    match = "`ignore_class` must be an integer, or None.*ignore_class="
+    with pytest.raises(ValueError, match=match):
+        metric(ignore_class=ignored)
+
+
+@every_label_metric
+@pytest.mark.parametrize("shape", [(3,), (1,), (4, 4), (4, 3, 1)])
+def test_one_label_a_case(name, shape):
+    with pytest.raises(ValueError, match=r"`y_true` must hold one.*Received"):
+        build(name).update_state(np.zeros(shape), np.zeros((4, 2, 3)))
+
+
+# Binary heads.
+
+
+def binary(name, from_logits):
+    """Truth and student with one column, and with the two it stands for."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(64, 1)) * 2
+    one = z if from_logits else scipy.special.expit(z)
+    two = softmax(np.concatenate([np.zeros_like(z), z], axis=-1))
+    if name in LABELS:
+        truth = rng.integers(0, 2, size=64)
+        return truth, truth, one.astype("float32"), two
+    t = rng.uniform(size=(64, 1))
+    both = np.concatenate([1 - t, t], axis=-1)
+    return t.astype("float32"), both, one.astype("float32"), two
+
+
+@everywhere
+@every_metric
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_one_column_is_two_events(name, run, from_logits):
+    truth, both, one, two = binary(name, from_logits)
+    expected = reference(name, both, two)
+    kwargs = {"from_logits": from_logits}
+    if name in TEACHER:
+        kwargs["teacher_from_logits"] = False
+    for form in (truth, truth.reshape(-1, 1)):
+        if name in TEACHER and form.ndim == 1:
+            continue
+        assert run(ALL[name](**kwargs), form, one) == pytest.approx(
+            expected, abs=1e-6
+        )
+    metric = build(name, from_logits=False)
+    assert run(metric, both, two.astype("float32")) == pytest.approx(
+        expected, abs=1e-6
+    )
+
+
+@every_metric
+def test_one_column_beside_two(name):
+    """A teacher of two classes, a student of one output; one-hot labels."""
+    _, both, one, two = binary(name, from_logits=True)
+    if name in LABELS:
+        both = np.eye(2, dtype="float32")[both]
+    kwargs = {"teacher_from_logits": False} if name in TEACHER else {}
+    metric = ALL[name](from_logits=True, **kwargs)
+    truth = both if name in TEACHER else both.argmax(-1)
+    assert value(metric, (both, one)) == pytest.approx(
+        reference(name, truth, two), abs=1e-6
+    )
+
+
+def test_closed_forms_of_one_column():
+    t, p = np.array([[0.9], [0.2]]), np.array([[0.6], [0.7]])
+    labels = np.array([1, 0])
+    kl = t * np.log(t / p) + (1 - t) * np.log((1 - t) / (1 - p))
+    assert value(KLToTeacher(), (t, p)) == pytest.approx(kl.mean(), abs=1e-6)
+    assert value(TotalVariationDistance(), (t, p)) == pytest.approx(0.4)
+    assert value(TeacherAgreement(), (t, p)) == 0.5
+    # 2 (p - y)^2, as it is the sum over both classes.
+    assert value(BrierScore(), (labels, p)) == pytest.approx(0.16 + 0.49)
+    # One bin: accuracy 1/2 and confidences 0.6 and 0.7.
+    one_bin = ExpectedCalibrationError(num_bins=1)
+    assert value(one_bin, (labels, p)) == pytest.approx(0.15)
+
+
+def test_agreement_of_one_column_needs_the_form():
+    """A logit of 0.3 is above a half, a probability of 0.3 below it."""
+    teacher, student = np.array([[0.9]]), np.array([[0.3]])
+    assert value(TeacherAgreement(), (teacher, student)) == 0.0
+    logit = TeacherAgreement(from_logits=True, teacher_from_logits=False)
+    assert value(logit, (teacher, student)) == 1.0
+    with pytest.raises(ValueError, match="`y_pred` must hold.*from_logits"):
+        TeacherAgreement().update_state(teacher, np.array([[1.5]]))
+    with pytest.raises(ValueError, match="`y_true`.*teacher_from_logits=True"):
+        TeacherAgreement().update_state(np.array([[-2.0]]), student)
+
+
+# Class axes of unknown size.
+
+
+@every_metric
+@pytest.mark.parametrize("form", ["rows", "column", "one_column_student"])
+def test_unknown_class_axis(name, form):
+    """`tf.data` generators leave it open: TensorFlow's graphs see None."""
+    import tensorflow as tf
+
+    truth, logits = data(name, shape=(12, 3))
+    expected = reference(name, truth, softmax(logits))
+    if form == "one_column_student":
+        truth, both, logits, two = binary(name, from_logits=True)
+        expected = reference(name, both, two)
+    if name in LABELS and form == "rows":
+        truth = np.eye(3)[truth]
+    elif name in LABELS:
+        truth = truth[:, None]
+    batches = tf.data.Dataset.from_generator(
+        lambda: iter([(logits, truth.astype("float32"))]),
+        output_signature=(
+            tf.TensorSpec((None, logits.shape[-1])),
+            tf.TensorSpec((None, None)),
+        ),
+    ).apply(tf.data.experimental.assert_cardinality(1))
+    kwargs = {"teacher_from_logits": False} if name in TEACHER else {}
+    metric = ALL[name](from_logits=True, **kwargs)
+    model = keras.Sequential(
+        [keras.Input(logits.shape[1:]), keras.layers.Identity()]
+    )
+    model.compile(loss=no_loss, metrics=[metric])
+    logs = model.evaluate(batches, verbose=0, return_dict=True)
+    assert logs[metric.name] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("num_bins", [0, -1, 2.5, True, "15", None])
@@ -483,13 +725,6 @@ def test_class_counts_must_match(name):
     student = np.full((4, 3), 1 / 3, "float32")
     with pytest.raises(ValueError, match="same number of classes.*Received"):
         build(name).update_state(truth, student)
-
-
-@every_metric
-@pytest.mark.parametrize("shape", [(4, 1), (3, 4, 1)])
-def test_one_column_is_no_distribution(name, shape):
-    with pytest.raises(ValueError, match="`y_pred` must have at least 2"):
-        build(name).update_state(np.ones(shape), np.ones(shape))
 
 
 @pytest.mark.parametrize("name", ["total_variation", "kl", "brier", "ece"])

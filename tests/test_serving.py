@@ -9,13 +9,13 @@ import subprocess
 import sys
 import threading
 
+import helpers
 import keras
 import numpy as np
 import pytest
 import scipy.special
 
-from keras_ptloss import serving as room
-from keras_ptloss.serving import export_student
+from keras_ptloss.serving import _export, export_student
 
 tf = pytest.importorskip("tensorflow")
 
@@ -291,10 +291,10 @@ def test_after_training_and_subclassing(tmp_path):
 
 def test_class_names_file(small, tmp_path):
     names = ("non-entailment", "entailment", "widersprüchlich")
-    path = export_student(small, tmp_path, class_names=names)
+    path = export_student(small, tmp_path, from_logits=True, class_names=names)
     file = path / "assets.extra" / "class_names.json"
     assert json.loads(file.read_text("utf-8")) == list(names)
-    bare = export_student(small, tmp_path)
+    bare = export_student(small, tmp_path, from_logits=True)
     assert not (bare / "assets.extra").exists()
     _, serve = signature(bare)
     assert set(serve.structured_outputs) == {"probabilities", "label"}
@@ -327,7 +327,7 @@ def test_stands_alone(small, tmp_path):
 
 def test_versions_count_up(small, tmp_path):
     def export(**kwargs):
-        return export_student(small, tmp_path, **kwargs).name
+        return export_student(small, tmp_path, from_logits=True, **kwargs).name
 
     assert [export(), export(), export(version=7), export()] == list("1278")
     (tmp_path / "0012").mkdir()  # 12, to a server
@@ -345,7 +345,7 @@ def test_existing_version(small, tmp_path, there):
     with pytest.raises(
         ValueError, match="`version` must be a number that is not yet in.*=5"
     ):
-        export_student(small, tmp_path, version=5)
+        export_student(small, tmp_path, from_logits=True, version=5)
     assert listing(tmp_path) == [there, f"{there}/mine"]
 
 
@@ -368,10 +368,10 @@ def test_a_version_made_meanwhile_is_never_overwritten(
 
     monkeypatch.setattr(pathlib.Path, "rename", late)
     if version is None:
-        assert export_student(small, tmp_path).name == "2"
+        assert export_student(small, tmp_path, from_logits=True).name == "2"
     else:
         with pytest.raises(ValueError, match="not yet in"):
-            export_student(small, tmp_path, version=version)
+            export_student(small, tmp_path, from_logits=True, version=version)
     assert listing(tmp_path / "1") == ["theirs"]
     assert not list(tmp_path.glob(".exporting-*"))
 
@@ -382,7 +382,7 @@ def test_other_errors_of_the_rename_are_raised(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pathlib.Path, "rename", rename)
     with pytest.raises(PermissionError, match="read-only"):
-        export_student(small, tmp_path)
+        export_student(small, tmp_path, from_logits=True)
     assert listing(tmp_path) == []
 
 
@@ -395,10 +395,12 @@ def test_a_failing_export_leaves_nothing(small, tmp_path):
     def preprocess(text):
         return tf.tile(table.lookup(text)[:, None], (1, 4))
 
-    export_student(small, tmp_path)
+    export_student(small, tmp_path, from_logits=True)
     before = listing(tmp_path)
     with pytest.raises(AssertionError, match="untracked"):
-        export_student(small, tmp_path, preprocessor=preprocess)
+        export_student(
+            small, tmp_path, from_logits=True, preprocessor=preprocess
+        )
     assert listing(tmp_path) == before
 
 
@@ -410,9 +412,9 @@ def test_a_failure_after_half_the_files_leaves_nothing(
         (path / "saved_model.pb").touch()
         raise error
 
-    monkeypatch.setattr(room, "_write_saved_model", half)
+    monkeypatch.setattr(_export, "write_saved_model", half)
     with pytest.raises(type(error)):
-        export_student(small, tmp_path)
+        export_student(small, tmp_path, from_logits=True)
     assert listing(tmp_path) == []
 
 
@@ -430,7 +432,9 @@ def test_a_watcher_sees_whole_versions_only(small, tmp_path):
     watcher.start()
     try:
         for _ in range(3):
-            export_student(small, tmp_path, class_names=["a", "b", "c"])
+            export_student(
+                small, tmp_path, from_logits=True, class_names=["a", "b", "c"]
+            )
     finally:
         stop.set()
         watcher.join()
@@ -442,7 +446,9 @@ def test_a_watcher_sees_whole_versions_only(small, tmp_path):
 def test_others_may_read_it(small, tmp_path):
     before = os.umask(0o022)
     try:
-        path = export_student(small, tmp_path, class_names=["a", "b", "c"])
+        path = export_student(
+            small, tmp_path, from_logits=True, class_names=["a", "b", "c"]
+        )
     finally:
         os.umask(before)
     for entry in [path, *path.rglob("*")]:
@@ -585,7 +591,9 @@ def test_preprocessor_must_return_the_models_inputs(small, tmp_path):
     with pytest.raises(
         ValueError, match="`preprocessor` must be.*the model's inputs, inputs"
     ):
-        export_student(small, tmp_path, preprocessor=preprocess)
+        export_student(
+            small, tmp_path, from_logits=True, preprocessor=preprocess
+        )
     assert listing(tmp_path) == []
 
 
@@ -624,7 +632,7 @@ def test_litert_needs_tensorflow(small, tmp_path):
     with pytest.raises(
         ValueError, match="'litert' needs KERAS_BACKEND=tensorflow.*Received"
     ):
-        export_student(small, tmp_path, format="litert")
+        export_student(small, tmp_path, from_logits=True, format="litert")
 
 
 @pytest.mark.slow
@@ -632,7 +640,7 @@ def test_litert_needs_tensorflow(small, tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", ["image", "text", "list"])
 def test_onnx(kind, tmp_path):
-    pytest.importorskip(serving._NEEDS["onnx"][BACKEND])
+    pytest.importorskip(_export._NEEDS["onnx"][BACKEND])
     runtime = pytest.importorskip("onnxruntime")
     student, shapes = build(kind)
     path = export_student(student, tmp_path, from_logits=True, format="onnx")
@@ -647,7 +655,7 @@ def test_onnx(kind, tmp_path):
 
 
 def test_missing_package(small, tmp_path, monkeypatch):
-    package = serving._NEEDS["onnx"][BACKEND]
+    package = _export._NEEDS["onnx"][BACKEND]
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
         ImportError, match=f"needs {package}: pip install {package}"
@@ -684,16 +692,191 @@ def test_wrong_model(model, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("outputs", ["two", "one column", "no class axis"])
+@pytest.mark.parametrize("outputs", ["two", "no class axis"])
 def test_wrong_output(outputs, tmp_path):
     inputs = keras.Input((4,))
     tensors = {
         "two": lambda: [layers.Dense(2)(inputs), layers.Dense(3)(inputs)],
-        "one column": lambda: layers.Dense(1)(inputs),
         "no class axis": lambda: keras.ops.sum(inputs, axis=-1),
     }[outputs]()
     with pytest.raises(ValueError, match="`model` must have one output.*Rece"):
         export_student(keras.Model(inputs, tensors), tmp_path)
+
+
+# Logits and probabilities.
+
+
+def ending_in(ending, units=3):
+    """A model with the same logits, whatever it ends in."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,), name="x")
+    logits = layers.Dense(units)(inputs)
+    return keras.Model(inputs, ending(logits))
+
+
+@pytest.mark.parametrize("units", [1, 3])
+@pytest.mark.parametrize(
+    "ending", [lambda z: z, layers.Identity(), keras.ops.tanh]
+)
+def test_forgotten_from_logits(tmp_path, ending, units):
+    """Also where the last layer does not tell."""
+    match = r"`from_logits` must be True.*Received: from_logits=False.*noise"
+    with pytest.raises(ValueError, match=match):
+        export_student(ending_in(ending, units), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("ending", "units"),
+    [
+        (layers.Softmax(), 3),
+        (layers.Activation("softmax"), 3),
+        (keras.ops.softmax, 3),
+        (layers.Activation("sigmoid"), 1),
+    ],
+)
+def test_from_logits_of_probabilities(tmp_path, ending, units):
+    student = ending_in(ending, units)
+    if units == 1:  # the last activation of a dense layer tells
+        student = keras.Sequential(
+            [keras.Input((4,)), layers.Dense(1, "sigmoid")]
+        )
+    match = "`from_logits` must be False.*Received: from_logits=True"
+    with pytest.raises(ValueError, match=match):
+        export_student(student, tmp_path / "new", from_logits=True)
+    assert not (tmp_path / "new").exists()
+    assert export_student(student, tmp_path).name == "1"
+
+
+def test_a_model_that_takes_no_noise_is_believed(tmp_path):
+    class Strict(layers.Layer):
+        def call(self, x):
+            if x.shape[1] == 32:
+                raise ValueError("not 32")
+            return keras.ops.mean(x, axis=1)
+
+    inputs = keras.Input((None, 3), name="x")
+    student = keras.Model(inputs, Strict()(inputs))
+    assert export_student(student, tmp_path).name == "1"
+
+
+# Binary heads.
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_binary_head(tmp_path, from_logits):
+    """One output is served as the two events that it stands for."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,), name="x")
+    dense = layers.Dense(1, None if from_logits else "sigmoid")
+    student = keras.Model(inputs, dense(inputs))
+    _, serve = signature(
+        export_student(
+            student,
+            tmp_path,
+            from_logits=from_logits,
+            class_names=["ham", "spam"],
+        )
+    )
+    x = np.random.default_rng(0).normal(size=(9, 4)).astype("float32")
+    served = serve(x=tf.constant(x))
+    kernel, bias = student.get_weights()
+    p = scipy.special.expit(x.astype("float64") @ kernel + bias)
+    expected = np.concatenate([1 - p, p], axis=-1)
+    assert 0 < (p > 0.5).sum() < 9
+    np.testing.assert_allclose(served["probabilities"], expected, **CLOSE)
+    np.testing.assert_array_equal(served["label"], p[:, 0] > 0.5)
+    np.testing.assert_array_equal(
+        served["class_name"], np.where(p[:, 0] > 0.5, b"spam", b"ham")
+    )
+
+
+def test_binary_head_has_two_names(tmp_path):
+    student = ending_in(lambda z: z, 1)
+    with pytest.raises(ValueError, match="`class_names` must be 2 different"):
+        export_student(
+            student, tmp_path, from_logits=True, class_names=["spam"]
+        )
+
+
+# Free sizes with conditions of their own.
+
+
+def unet():
+    """Two halvings: images whose sides are multiples of 4."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((None, None, 1), name="image")
+    conv = {"kernel_size": 3, "padding": "same"}
+    fine = layers.Conv2D(2, activation="relu", **conv)(inputs)
+    half = layers.Conv2D(2, **conv)(layers.MaxPooling2D()(fine))
+    quarter = layers.Conv2D(2, **conv)(layers.MaxPooling2D()(half))
+    half = layers.Concatenate()([layers.UpSampling2D()(quarter), half])
+    up = layers.Conv2DTranspose(2, 3, 2, padding="same")(half)
+    fine = layers.Concatenate()([up, fine])
+    return keras.Model(inputs, layers.Conv2D(3, 1)(fine))
+
+
+def test_unet_of_free_size(tmp_path):
+    student = unet()
+    _, serve = signature(export_student(student, tmp_path, from_logits=True))
+    for shape in ((2, 8, 12, 1), (1, 4, 4, 1), (1, 40, 8, 1)):
+        x = np.random.default_rng(0).normal(size=shape).astype("float32")
+        np.testing.assert_allclose(
+            serve(image=tf.constant(x))["probabilities"],
+            probabilities(student, x),
+            **CLOSE,
+        )
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        serve(image=tf.zeros((1, 9, 12, 1)))
+
+
+def test_bert_of_free_length(tmp_path):
+    """KerasHub's, whose table of positions ends at 128."""
+    models = pytest.importorskip("keras_hub.models")
+    preset = helpers.save_tiny_bert(str(tmp_path / "preset"))
+    student = models.BertTextClassifier.from_preset(preset, num_classes=2)
+    path = export_student(student, tmp_path / "served", from_logits=True)
+    _, serve = signature(path)
+    rng = np.random.default_rng(0)
+    for size, length in ((1, 1), (3, 7), (1, 128)):
+        named = {
+            "token_ids": rng.integers(0, 9, (size, length)),
+            "padding_mask": np.ones((size, length)),
+            "segment_ids": np.zeros((size, length)),
+        }
+        named = {name: v.astype("int32") for name, v in named.items()}
+        np.testing.assert_allclose(
+            serve(**{k: tf.constant(v) for k, v in named.items()})[
+                "probabilities"
+            ],
+            probabilities(student, named),
+            **CLOSE,
+        )
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        serve(**{k: tf.ones((1, 129), "int32") for k in named})
+
+
+@on_jax
+def test_sizes_that_jax_cannot_leave_free(tmp_path):
+    class Odd(layers.Layer):
+        def call(self, x):
+            return keras.ops.reshape(x, (-1, 3))[:, None] * x[:, :, :1]
+
+        def compute_output_shape(self, shape):
+            return (None, None, 3)
+
+    inputs = keras.Input((None, 3), name="x")
+    student = keras.Model(inputs, Odd()(inputs))
+    with pytest.raises(
+        ValueError,
+        match=r"`model` must have inputs of fixed size.*keras.Input\(shape=.*"
+        r"KERAS_BACKEND=tensorflow.*Received.*x \(None, None, 3\).*JAX says",
+    ):
+        export_student(student, tmp_path / "new", from_logits=True)
+    assert not list(tmp_path.rglob("saved_model.pb"))
+
+
+# Wrong values of arguments.
 
 
 WRONG = {

@@ -1,21 +1,37 @@
-"""What the losses of a teacher and a student share: flags, dtype, config."""
+"""What the losses of a teacher and a student share: form, dtype, config."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_ptloss._binary import of_classes, two_events
+from keras_ptloss._calibration import Calibration
+from keras_ptloss._checks import (
+    check_class_axis,
+    check_classes,
+    check_probabilities,
+)
+
 Tensor = Any
+
+LOWEST = -1e30  # logarithms and logits of masked classes: 0 * -inf is NaN
+TINY = float(np.finfo("float32").tiny)  # inside logarithms: 0 log 0 = 0
 
 
 class TeacherLoss(keras.losses.Loss):
     """The Keras shell of a pure function of teacher and student.
 
-    A loss gives the function's own arguments (`arguments`) and calls it
-    (`of`); flags, reduction, dtype and config stand here.
+    A loss is this class and one line, its function with its own arguments;
+    the flags, the dtype and the config stand here.
 
     Args:
+        function: `function(y_true, y_pred, **own, from_logits=...,
+            teacher_from_logits=...)`, one loss an example, `(...)`.
+        own: the arguments of the loss itself, numbers and arrays; each becomes
+            an attribute and an entry of the config.
         from_logits: whether the student's outputs are logits.
         teacher_from_logits: whether the teacher's are; None means the same as
             `from_logits`.
@@ -24,32 +40,29 @@ class TeacherLoss(keras.losses.Loss):
 
     def __init__(
         self,
+        function: Callable[..., Tensor],
+        own: dict[str, Any],
         *,
         from_logits: bool,
         teacher_from_logits: bool | None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if teacher_from_logits is None:
+            teacher_from_logits = from_logits
         self.from_logits = bool(from_logits)
-        self.teacher_from_logits = (
-            self.from_logits
-            if teacher_from_logits is None
-            else bool(teacher_from_logits)
-        )
-
-    def of(self, y_true: Tensor, y_pred: Tensor, **flags: bool) -> Tensor:
-        """Return one loss an example, `(...)`, in float32 or better."""
-        raise NotImplementedError
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the function's own arguments: numbers and arrays."""
-        raise NotImplementedError
+        self.teacher_from_logits = bool(teacher_from_logits)
+        self._function = function
+        self._own = tuple(own)
+        for name, value in own.items():
+            setattr(self, name, value)
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Return one loss an example, `(...)`."""
-        values = self.of(
+        values = self._function(
             y_true,
             y_pred,
+            **{name: getattr(self, name) for name in self._own},
             from_logits=self.from_logits,
             teacher_from_logits=self.teacher_from_logits,
         )
@@ -57,20 +70,65 @@ class TeacherLoss(keras.losses.Loss):
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that build the same loss again."""
-        own = {
-            name: np.asarray(value).tolist()
-            for name, value in self.arguments().items()
-        }
         return {
             **super().get_config(),
-            **own,
+            **{n: np.asarray(getattr(self, n)).tolist() for n in self._own},
             "from_logits": self.from_logits,
             "teacher_from_logits": self.teacher_from_logits,
-            "dtype": self.dtype,
+            "dtype": self.dtype,  # which Keras leaves out
         }
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """Return a tensor of `x` in its dtype, or in float32 if that is wider."""
-    x = ops.convert_to_tensor(x)
-    return ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+def read_student(y_pred: Tensor, *, from_logits: bool) -> Tensor:
+    """Return the student's rows `(..., C)`, in float32 or better.
+
+    The one column of a binary head becomes two.
+
+    Raises:
+        ValueError: if there is no class axis, or (seen outside compiled
+            functions) rows that should be probabilities are not.
+    """
+    y_pred = ops.convert_to_tensor(y_pred)
+    check_class_axis("y_pred", y_pred)
+    wide = keras.backend.result_type(y_pred.dtype, "float32")
+    y_pred = two_events(ops.cast(y_pred, wide), from_logits=from_logits)
+    if not from_logits:
+        check_probabilities("y_pred", y_pred, "say from_logits=True")
+    return y_pred
+
+
+def read_teacher(
+    y_true: Tensor,
+    student: Tensor,
+    *,
+    from_logits: bool,
+    calibration: Calibration | None = None,
+) -> Tensor:
+    """Return the teacher's probabilities, in the form of the student's rows.
+
+    Args:
+        y_true: the teacher's outputs, `(..., C_in)`.
+        student: what `read_student` returned, `(..., C)`.
+        from_logits: whether `y_true` holds logits.
+        calibration: of the teacher; None is none.
+
+    Raises:
+        ValueError: as `read_student`, and if the shapes differ.
+    """
+    calibration = calibration or Calibration()
+    y_true = ops.cast(ops.convert_to_tensor(y_true), student.dtype)
+    check_class_axis("y_true", y_true)
+    y_true = two_events(y_true, from_logits=from_logits)
+    if not from_logits:
+        check_probabilities("y_true", y_true, "say teacher_from_logits=True")
+    calibration.check_input("y_true", y_true.shape[-1])
+    teacher = calibration(y_true, from_logits=from_logits)
+    check_classes("y_true", teacher, "y_pred", student)
+    return of_classes(teacher, student.shape[-1])
+
+
+def log_student(student: Tensor, *, from_logits: bool) -> Tensor:
+    """Return `log p` of the rows that `read_student` returned, held finite."""
+    if from_logits:
+        return ops.maximum(ops.log_softmax(student, axis=-1), LOWEST)
+    return ops.log(ops.maximum(student, keras.config.epsilon()))

@@ -8,22 +8,21 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import row_sum
-from keras_ptloss._binary import two_events
-from keras_ptloss._calibration import teacher_calibration
-from keras_ptloss._checks import (
-    check_class_axis,
-    check_classes,
-    check_constant_epsilon,
-    check_epsilon,
-    check_probabilities,
+from keras_ptloss._calibration import (
+    check_teacher_calibration,
+    teacher_calibration,
 )
+from keras_ptloss._checks import check_constant_epsilon, check_epsilon
 from keras_ptloss._perturbation import perturbation, slope
-from keras_ptloss.losses._base import TeacherLoss, at_least_float32
+from keras_ptloss.losses._base import (
+    LOWEST,
+    TINY,
+    TeacherLoss,
+    read_student,
+    read_teacher,
+)
 
 Tensor = Any
-
-LOWEST = -1e30
-TINY = float(np.finfo("float32").tiny)  # inside logarithms: 0 log 0 = 0
 
 
 def pt_loss(
@@ -91,37 +90,30 @@ def pt_loss(
     """
     if teacher_from_logits is None:
         teacher_from_logits = from_logits
-    calibration = teacher_calibration(
-        teacher_temperature, teacher_scale, teacher_bias
+    student = read_student(y_pred, from_logits=from_logits)
+    teacher = read_teacher(
+        y_true,
+        student,
+        from_logits=teacher_from_logits,
+        calibration=teacher_calibration(
+            teacher_temperature, teacher_scale, teacher_bias
+        ),
     )
-    y_pred = at_least_float32(y_pred)
-    y_true = ops.cast(ops.convert_to_tensor(y_true), y_pred.dtype)
-    check_class_axis("y_true", y_true)
-    check_class_axis("y_pred", y_pred)
-    y_pred = two_events(y_pred, from_logits=from_logits)
-    y_true = two_events(y_true, from_logits=teacher_from_logits)
-    if not teacher_from_logits:
-        check_probabilities("y_true", y_true, "say teacher_from_logits=True")
-    if not from_logits:
-        check_probabilities("y_pred", y_pred, "say from_logits=True")
-    calibration.check_input("y_true", y_true.shape[-1])
-    teacher = calibration(y_true, from_logits=teacher_from_logits)
-    check_classes("y_true", teacher, "y_pred", y_pred)
     epsilon = check_epsilon(
         epsilon,
         max_rank=3,
-        classes=y_pred.shape[-1],
-        examples=y_pred.shape[0],
+        classes=student.shape[-1],
+        examples=student.shape[0],
     )
     constant = isinstance(epsilon, np.ndarray)
-    epsilon = ops.cast(epsilon, y_pred.dtype)
+    epsilon = ops.cast(epsilon, student.dtype)
     coefficients = [epsilon[..., m] for m in range(epsilon.shape[-1])]
     if not from_logits:
-        return _pt_loss_of_probabilities(teacher, y_pred, coefficients)
+        return _pt_loss_of_probabilities(teacher, student, coefficients)
     if not constant:
         # Coefficients may be differentiated as well: leave it to autodiff.
-        return _pt_loss_of_logits(teacher, y_pred, coefficients)[0]
-    return _with_gradient(teacher, y_pred, coefficients)
+        return _pt_loss_of_logits(teacher, student, coefficients)[0]
+    return _with_gradient(teacher, student, coefficients)
 
 
 def _pt_loss_of_probabilities(
@@ -258,29 +250,17 @@ class PTLoss(TeacherLoss):
         name: str | None = "pt_loss",
         **kwargs: Any,
     ) -> None:
-        self.epsilon = check_constant_epsilon(epsilon)
-        teacher_calibration(teacher_temperature, teacher_scale, teacher_bias)
-        self.teacher_temperature = np.asarray(teacher_temperature, "float64")
-        self.teacher_scale = np.asarray(teacher_scale, "float64")
-        self.teacher_bias = np.asarray(
-            0.0 if teacher_bias is None else teacher_bias, "float64"
-        )
+        own = {
+            "epsilon": check_constant_epsilon(epsilon),
+            **check_teacher_calibration(
+                teacher_temperature, teacher_scale, teacher_bias
+            ),
+        }
         super().__init__(
+            pt_loss,
+            own,
             from_logits=from_logits,
             teacher_from_logits=teacher_from_logits,
             name=name,
             **kwargs,
         )
-
-    def of(self, y_true: Tensor, y_pred: Tensor, **flags: bool) -> Tensor:
-        """Return Eq. 7: `(..., C)`, `(..., C)` to `(...)`."""
-        return pt_loss(y_true, y_pred, **self.arguments(), **flags)
-
-    def arguments(self) -> dict[str, Any]:
-        """Return epsilon and the teacher's calibration."""
-        return {
-            "epsilon": self.epsilon,
-            "teacher_temperature": self.teacher_temperature,
-            "teacher_scale": self.teacher_scale,
-            "teacher_bias": self.teacher_bias,
-        }

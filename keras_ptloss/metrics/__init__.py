@@ -1,8 +1,10 @@
 """Metrics of a student: against its teacher, and of its calibration."""
 
-from keras_ptloss.metrics._metrics import (
+from keras_ptloss.metrics._calibration import (
     BrierScore,
     ExpectedCalibrationError,
+)
+from keras_ptloss.metrics._teacher import (
     KLToTeacher,
     TeacherAgreement,
     TotalVariationDistance,

@@ -10,7 +10,6 @@ import scipy.special
 from keras import ops
 
 from keras_ptloss import Distiller, PTLoss
-from keras_ptloss.callbacks import FilteredTeacher
 from keras_ptloss.losses import (
     Flooding,
     FocalLoss,
@@ -574,109 +573,6 @@ class Recorder(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.weights.append(self.model.get_weights())
-
-
-class TestFilteredTeacher:
-    @pytest.fixture
-    def labels(self, data):
-        return data[1].argmax(axis=1)
-
-    def fit(
-        self, model, data, labels, callbacks, *, epochs=4, from_logits=True
-    ):
-        keras.utils.set_random_seed(0)
-        model.compile(
-            keras.optimizers.Adam(0.1),
-            keras.losses.SparseCategoricalCrossentropy(from_logits),
-        )
-        model.fit(
-            data[0],
-            labels,
-            epochs=epochs,
-            batch_size=8,
-            callbacks=callbacks,
-            verbose=0,
-        )
-
-    def outputs(self, x, weights):
-        kernel, bias = weights
-        return helpers.softmax(x @ kernel + bias)
-
-    @pytest.mark.parametrize("from_logits", [False, True])
-    @pytest.mark.parametrize("rate", [0.05, 0.5, 1.0])
-    def test_average(self, data, labels, from_logits, rate):
-        recorder = Recorder()
-        filtered = FilteredTeacher(
-            data[0][:10], rate=rate, from_logits=from_logits
-        )
-        self.fit(
-            make_model(activation=None if from_logits else "softmax"),
-            data,
-            labels,
-            [recorder, filtered],
-            from_logits=from_logits,
-        )
-        first, *others = recorder.weights
-        expected = self.outputs(data[0][:10], first)
-        for weights in others:
-            new = self.outputs(data[0][:10], weights)
-            expected = (1 - rate) * expected + rate * new
-        assert filtered.probabilities.dtype == np.float32
-        np.testing.assert_allclose(filtered.probabilities, expected, atol=1e-5)
-
-    def test_training_is_not_disturbed(self, data, labels):
-        weights = []
-        for callbacks in ([], [FilteredTeacher(data[0], from_logits=True)]):
-            model = make_model()
-            self.fit(model, data, labels, callbacks)
-            weights.append(model.get_weights())
-        for a, b in zip(*weights, strict=True):
-            np.testing.assert_array_equal(a, b)
-
-    def test_each_fit_starts_anew(self, data, labels):
-        filtered = FilteredTeacher(data[0], from_logits=True)
-        assert filtered.probabilities is None
-        self.fit(make_model(seed=5), data, labels, [filtered])
-        recorder = Recorder()
-        model = make_model()
-        self.fit(model, data, labels, [recorder, filtered], epochs=1)
-        np.testing.assert_allclose(
-            filtered.probabilities,
-            self.outputs(data[0], recorder.weights[0]),
-            atol=1e-5,
-        )
-
-    def test_distils(self, data, labels):
-        filtered = FilteredTeacher(data[0], from_logits=True)
-        self.fit(make_model(), data, labels, [filtered])
-        student = make_model(seed=1)
-        student.compile(
-            "adam", PTLoss(0.0, from_logits=True, teacher_from_logits=False)
-        )
-        student.fit(data[0], filtered.probabilities, verbose=0)
-
-    @pytest.mark.parametrize("rate", [0.0, -0.1, 1.5, np.nan])
-    def test_rate(self, data, rate):
-        with pytest.raises(ValueError, match="`rate` must be.*Received: rate="):
-            FilteredTeacher(data[0], rate=rate)
-
-    def test_outputs_that_are_not_probabilities(self, data, labels):
-        filtered = FilteredTeacher(data[0])
-        with pytest.raises(ValueError, match="probabilities.*from_logits=True"):
-            self.fit(make_model(), data, labels, [filtered])
-
-    def test_outputs_of_other_rank(self, data):
-        model = keras.Sequential(
-            [make_model(), keras.layers.Reshape((2, CLASSES // 2))]
-        )
-        model.compile("sgd", "mse")
-        with pytest.raises(ValueError, match=r"one array.*\(32, 2, 2\)"):
-            model.fit(
-                data[0],
-                np.zeros((32, 2, 2)),
-                callbacks=[FilteredTeacher(data[0])],
-                verbose=0,
-            )
 
 
 class TestRecipes:

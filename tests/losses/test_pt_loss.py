@@ -877,13 +877,6 @@ def test_masked_classes():
     np.testing.assert_allclose(value, two, rtol=1e-6)
 
 
-@pytest.mark.parametrize("from_logits", [False, True])
-def test_one_class_is_no_distribution(from_logits):
-    rows = np.ones((4, 1), "float32")
-    with pytest.raises(ValueError, match=r"`y_pred`.*2 classes.*\(4, 1\)"):
-        pt_loss(rows, rows, 0.5, from_logits=from_logits)
-
-
 def test_ranks_that_would_broadcast():
     rows = np.full((3, 3), 1 / 3, "float32")
     with pytest.raises(ValueError, match=r"same shape.*\(1, 3, 3\)"):

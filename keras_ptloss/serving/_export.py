@@ -1,14 +1,11 @@
-"""A trained student as versioned files that a server loads."""
+"""Write a trained student as the next version of a served model."""
 
 import importlib
-import inspect
 import json
 import os
 import pathlib
 import re
 import tempfile
-import types
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,7 +13,15 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_ptloss._binary import two_events
 from keras_ptloss._checks import check_choice, check_count, fail
+from keras_ptloss.serving._onnx import write_onnx_from_jax
+from keras_ptloss.serving._probe import check_answers
+from keras_ptloss.serving._saved_model import (
+    required_arguments,
+    write_saved_model,
+)
+from keras_ptloss.serving._versions import check_is_new, publish
 
 Tensor = Any
 
@@ -61,17 +66,21 @@ def export_student(
     LiteRT lacks become TensorFlow's, which its Flex delegate runs.)
 
     Both backends write every format, but LiteRT needs TensorFlow's. A
-    SavedModel from JAX is compiled for CPU and for CUDA; of its inputs, axes
+    SavedModel from JAX is compiled for CPU and for CUDA. Of its inputs, axes
     of free size other than the batch must agree in size (the tokens and their
-    mask).
+    mask), and sizes that do not fit the student's layers (longer than its
+    table of positions, not divisible as often as a U-Net halves them) are
+    refused when it is served.
 
     Args:
         model: the student: a Functional or Sequential `keras.Model` with one
-            output `(batch, ..., C)`, C at least 2.
+            output `(batch, ..., C)`. A binary head's single output is served
+            as the two events that it stands for, C = 2.
         directory: local folder of all versions. It is made if it is not there.
         version: number of this version, at least 1; None is the highest
             number there plus one.
-        class_names: C names, the model's classes in order. They are also
+        class_names: C names, the model's classes in order; two for a binary
+            head, whose output is of the second. They are also
             written to `assets.extra/class_names.json`.
         from_logits: whether the model's output is logits; the version answers
             with probabilities all the same.
@@ -88,7 +97,9 @@ def export_student(
 
     Raises:
         ValueError: if an argument is not of this form, the version is there
-            already, or the backend cannot write the format.
+            already, the backend cannot write the format, JAX cannot leave a
+            size free, or the model answers noise with logits where
+            probabilities were promised (or the other way round).
         ImportError: if a package that the format needs is not installed.
 
     Example:
@@ -114,14 +125,16 @@ def export_student(
     _check_format(format, preprocessor)
     inputs, output = _ends(model)
     if class_names is not None:
-        class_names = _check_class_names(class_names, output.shape[-1])
+        classes = max(output.shape[-1], 2)
+        class_names = _check_class_names(class_names, classes)
     directory = pathlib.Path(directory)
     if version is not None:
         version = check_count("version", version)
-        _check_is_new(directory, version)
+        check_is_new(directory, version)
     _import_for(format)
+    check_answers(model, inputs, from_logits)
 
-    output = ops.cast(output, "float32")
+    output = two_events(ops.cast(output, "float32"), from_logits=from_logits)
     probabilities = ops.softmax(output, axis=-1) if from_logits else output
     # Neither `ops.argmax` (bit casts for negative zeros: not in LiteRT, not in
     # ONNX Runtime) nor `ops.top_k` (from JAX: not in TensorFlow 2.21).
@@ -147,11 +160,11 @@ def export_student(
         written = pathlib.Path(beside) / "version"
         written.mkdir()
         if format == "tf_saved_model":
-            _write_saved_model(
+            write_saved_model(
                 student, signature, written, class_names, preprocessor
             )
         elif format == "onnx" and keras.backend.backend() == "jax":
-            _write_onnx_from_jax(student, signature, written / _FILES[format])
+            write_onnx_from_jax(student, signature, written / _FILES[format])
         else:
             student.export(
                 written / _FILES[format],
@@ -165,7 +178,7 @@ def export_student(
             names_file.write_text(
                 json.dumps(class_names, ensure_ascii=False), encoding="utf-8"
             )
-        return _publish(written, directory, version)
+        return publish(written, directory, version)
 
 
 def _check_format(format: str, preprocessor: Any) -> None:
@@ -196,7 +209,7 @@ def _check_format(format: str, preprocessor: Any) -> None:
             f"{backend} backend, whose layers TensorFlow cannot save",
             preprocessor,
         )
-    if not _required_arguments(preprocessor):
+    if not required_arguments(preprocessor):
         fail(
             "preprocessor",
             "callable with at least one required argument",
@@ -224,10 +237,10 @@ def _ends(model: Any) -> tuple[Any, Tensor]:
             model,
         )
     shapes = [tuple(output.shape) for output in outputs]
-    if len(shapes) != 1 or len(shapes[0]) < 2 or (shapes[0][-1] or 0) < 2:
+    if len(shapes) != 1 or len(shapes[0]) < 2 or not shapes[0][-1]:
         raise ValueError(
-            "`model` must have one output, (batch, ..., classes), of at least "
-            f"2 classes. Received: outputs of shape {shapes}"
+            "`model` must have one output, (batch, ..., classes). Received: "
+            f"outputs of shape {shapes}"
         )
     return inputs, outputs[0]
 
@@ -243,22 +256,6 @@ def _check_class_names(class_names: Any, classes: int) -> list[str]:
     ):
         fail("class_names", f"{classes} different strings", class_names)
     return names
-
-
-def _check_is_new(directory: pathlib.Path, version: int) -> None:
-    if version in _versions(directory):
-        fail("version", f"a number that is not yet in {directory}", version)
-
-
-def _versions(directory: pathlib.Path) -> list[int]:
-    """Return the versions that a server would find: 7, 0007, not 7.old."""
-    if not directory.is_dir():
-        return []
-    return [
-        int(entry.name)
-        for entry in directory.iterdir()
-        if re.fullmatch("[0-9]+", entry.name)
-    ]
 
 
 def _import_for(format: str) -> Any:
@@ -290,180 +287,3 @@ def _signature(inputs: Any) -> Any:
         for tensor, name in zip(flat, names, strict=True)
     ]
     return keras.tree.pack_sequence_as(inputs, specs)
-
-
-def _write_saved_model(
-    student: Any,
-    signature: Any,
-    path: pathlib.Path,
-    class_names: list[str] | None,
-    preprocessor: Callable[..., Any] | None,
-) -> None:
-    # Strings exist in TensorFlow alone, and TensorFlow runs what is saved,
-    # from either backend.
-    import tensorflow as tf
-
-    # Keras makes the student a TensorFlow function. It goes through an archive
-    # of its own, since every endpoint of the one that is written is served.
-    predict = _tensorflow_function(student, signature)
-    specs = keras.tree.map_structure(
-        lambda spec: tf.TensorSpec(spec.shape, spec.dtype, name=spec.name),
-        signature,
-    )
-
-    def answer(inputs: Any) -> dict[str, Any]:
-        outputs = dict(predict(inputs))
-        if class_names is not None:
-            outputs["class_name"] = tf.gather(class_names, outputs["label"])
-        return outputs
-
-    if preprocessor is None:
-        serve = tf.function(answer, input_signature=[specs], autograph=False)
-    else:
-
-        def from_strings(texts: dict[str, Any]) -> dict[str, Any]:
-            return answer(_fit_to(specs, preprocessor(**texts)))
-
-        texts = {
-            name: tf.TensorSpec((None,), tf.string, name=name)
-            for name in _required_arguments(preprocessor)
-        }
-        if len(texts) == 1:  # then also a single tensor, as Keras calls layers
-            [(name, text)] = texts.items()
-            serve = tf.function(
-                lambda inputs: from_strings({name: inputs}),
-                input_signature=[text],
-                autograph=False,
-            )
-        else:
-            serve = tf.function(
-                from_strings, input_signature=[texts], autograph=False
-            )
-
-    serve.get_concrete_function()  # traced, and layers built, before tracking
-    archive = keras.export.ExportArchive()
-    if keras.backend.backend() == "tensorflow":
-        archive.track(student)  # for lookup tables of its layers
-    if isinstance(preprocessor, (keras.layers.Layer, tf.Module)):
-        archive.track(preprocessor)
-    archive.add_endpoint("serve", serve)
-    archive.write_out(os.fspath(path), verbose=False)
-
-
-def _tensorflow_function(student: Any, signature: Any) -> Any:
-    archive = keras.export.ExportArchive()
-    if keras.backend.backend() != "jax":
-        return archive.track_and_add_endpoint("serve", student, [signature])
-    shapes = keras.tree.map_structure(
-        lambda spec: ", ".join(map(str, _symbolic_shape(spec))), signature
-    )
-    with warnings.catch_warnings():
-        # Keras 3.15 sets an option that JAX 0.10 no longer reads.
-        warnings.filterwarnings(
-            "ignore", ".*native_serialization", DeprecationWarning
-        )
-        return archive.track_and_add_endpoint(
-            "serve",
-            student,
-            [signature],
-            jax2tf_kwargs={
-                "polymorphic_shapes": [shapes],
-                # Students are trained on GPUs and served on CPUs.
-                "native_serialization_platforms": ("cpu", "cuda"),
-                "with_gradient": False,
-            },
-        )
-
-
-def _symbolic_shape(spec: Any) -> list[int | str]:
-    """Return the shape for JAX, with words for the sizes that are free.
-
-    By Keras, each would be a word of its own, and JAX then cannot tell that
-    there is one mask entry a token.
-    """
-    return [
-        "batch" if axis == 0 else size or f"axis{axis}"
-        for axis, size in enumerate(spec.shape)
-    ]
-
-
-def _write_onnx_from_jax(
-    student: Any, signature: Any, path: pathlib.Path
-) -> None:
-    """Do what `student.export` does, which leaves the outputs unnamed."""
-    specs = keras.tree.flatten(signature)
-    _import_for("onnx").to_onnx(
-        lambda *flat: tuple(
-            student(
-                keras.tree.pack_sequence_as(signature, flat), training=False
-            )[name]
-            for name in ("probabilities", "label")
-        ),
-        inputs=[
-            types.SimpleNamespace(
-                shape=tuple(_symbolic_shape(spec)), dtype=np.dtype(spec.dtype)
-            )
-            for spec in specs
-        ],
-        input_names=[spec.name for spec in specs],
-        output_names=["probabilities", "label"],
-        return_mode="file",
-        output_path=path,
-    )
-
-
-def _required_arguments(preprocessor: Callable[..., Any]) -> list[str]:
-    """Return the names of the arguments that have no default."""
-    call = (
-        preprocessor.call
-        if isinstance(preprocessor, keras.layers.Layer)
-        else preprocessor
-    )
-    positional = (
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        inspect.Parameter.KEYWORD_ONLY,
-    )
-    return [
-        name
-        for name, parameter in inspect.signature(call).parameters.items()
-        if parameter.default is parameter.empty and parameter.kind in positional
-    ]
-
-
-def _fit_to(specs: Any, values: Any) -> Any:
-    """Cast what the preprocessor made to what the model takes."""
-    import tensorflow as tf
-
-    try:
-        keras.tree.assert_same_structure(specs, values)
-    except (TypeError, ValueError):
-        fail(
-            "preprocessor",
-            "a function that returns the model's inputs, "
-            f"{keras.tree.map_structure(lambda spec: spec.name, specs)}",
-            values,
-        )
-    return keras.tree.map_structure(
-        lambda spec, value: tf.ensure_shape(
-            tf.cast(value, spec.dtype), spec.shape
-        ),
-        specs,
-        values,
-    )
-
-
-def _publish(
-    written: pathlib.Path, directory: pathlib.Path, version: int | None
-) -> pathlib.Path:
-    """Give the written folder its number, in one step."""
-    while True:
-        number = version or max(_versions(directory), default=0) + 1
-        _check_is_new(directory, number)
-        target = directory / str(number)
-        try:
-            # A folder that is there, made meanwhile by another export, is an
-            # error here and stays as it is.
-            return written.rename(target)
-        except OSError:
-            if not target.exists():
-                raise

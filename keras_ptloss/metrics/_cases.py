@@ -1,0 +1,106 @@
+"""What the metrics share: which cases are looked at, and the direction.
+
+A case is a position of the leading axes. One of weight 0, hidden by a Keras
+mask or of an ignored class is not looked at: its rows and its label may be
+anything, NaN too.
+"""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_ptloss._checks import check_class_axis
+
+Tensor = Any
+
+
+class MeanOfCases(keras.metrics.Mean):
+    """Mean over the cases that are looked at.
+
+    Args:
+        better: "up" if more is better, "down" if less is.
+        name: name of the metric.
+        dtype: dtype of the running sums and the result.
+    """
+
+    def __init__(self, *, better: str, name: str, dtype: Any) -> None:
+        super().__init__(name=name, dtype=dtype)
+        set_direction(self, better)
+        self._visible = Visible()
+
+    def cases(
+        self, y_true: Tensor, y_pred: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return values and weights, `(...)`; values at weight 0 are finite.
+
+        Args:
+            y_true: as handed in.
+            y_pred: as handed in.
+            weight: one number a case, `(...)`.
+        """
+        raise NotImplementedError
+
+    def update_state(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
+    ) -> None:
+        """Add cases.
+
+        Args:
+            y_true: as the class says.
+            y_pred: `(..., C)`. Its Keras mask, if it has one, is a weight.
+            sample_weight: `(...)`, or a leading part of it.
+        """
+        weight = self._visible.weights(y_pred, sample_weight)
+        values, weight = self.cases(y_true, y_pred, weight)
+        super().update_state(values, sample_weight=weight)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that build the same metric again."""
+        return {"name": self.name, "dtype": self.dtype}
+
+
+class Visible(keras.losses.Loss):
+    """1 a case, 0 where a Keras mask hides it.
+
+    Masks are no attribute of a JAX tracer; an unreduced loss is the public way
+    to them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="visible", reduction=None, dtype="float32")
+
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
+        """Return ones, `(...)`."""
+        return ops.ones_like(y_pred[..., 0])
+
+    def weights(self, y_pred: Tensor, sample_weight: Tensor = None) -> Tensor:
+        """Return the weight of each case, `(...)` in float32."""
+        y_pred = ops.convert_to_tensor(y_pred)
+        check_class_axis("y_pred", y_pred)
+        visible = self(y_pred, y_pred)
+        if sample_weight is None:
+            return visible
+        weight = ops.cast(ops.convert_to_tensor(sample_weight), "float32")
+        rank = len(visible.shape)
+        if len(weight.shape) == rank + 1 and weight.shape[-1] == 1:
+            weight = ops.squeeze(weight, axis=-1)
+        for _ in range(rank - len(weight.shape)):
+            weight = ops.expand_dims(weight, axis=-1)
+        return visible * weight
+
+
+def looked_at(rows: Tensor, weight: Tensor) -> Tensor:
+    """Return rows `(..., C)`, uniform ones in place of those at weight 0."""
+    classes = ops.cast(ops.shape(rows)[-1], rows.dtype)
+    seen = ops.expand_dims(ops.not_equal(weight, 0.0), axis=-1)
+    return ops.where(seen, rows, 1.0 / classes)
+
+
+def set_direction(metric: keras.metrics.Metric, better: str) -> None:
+    """Say for `mode="auto"` of Keras's callbacks whether more is better.
+
+    They read a private attribute, as they do of Keras's own metrics; there is
+    no public way to be asked, and without it `EarlyStopping` refuses.
+    """
+    metric._direction = better

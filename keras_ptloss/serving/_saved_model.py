@@ -1,0 +1,127 @@
+"""SavedModels: a student as a TensorFlow function, strings in front of it."""
+
+import inspect
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from keras_ptloss._checks import fail
+from keras_ptloss.serving._free_sizes import with_free_sizes
+
+
+def write_saved_model(
+    student: Any,
+    signature: Any,
+    path: pathlib.Path,
+    class_names: list[str] | None,
+    preprocessor: Callable[..., Any] | None,
+) -> None:
+    """Write a SavedModel with the signature `serving_default`.
+
+    Args:
+        student: a Functional model that returns a dict of its answers.
+        signature: its inputs' `keras.InputSpec`s, in their structure.
+        path: folder to write to.
+        class_names: the classes' names, for `class_name` among the answers.
+        preprocessor: as in `export_student`.
+    """
+    # Strings exist in TensorFlow alone, and TensorFlow runs what is saved,
+    # from either backend.
+    import tensorflow as tf
+
+    # Keras makes the student a TensorFlow function. It goes through an archive
+    # of its own, since every endpoint of the one that is written is served.
+    predict = _tensorflow_function(student, signature)
+    specs = keras.tree.map_structure(
+        lambda spec: tf.TensorSpec(spec.shape, spec.dtype, name=spec.name),
+        signature,
+    )
+
+    def answer(inputs: Any) -> dict[str, Any]:
+        outputs = dict(predict(inputs))
+        if class_names is not None:
+            outputs["class_name"] = tf.gather(class_names, outputs["label"])
+        return outputs
+
+    if preprocessor is None:
+        serve = tf.function(answer, input_signature=[specs], autograph=False)
+    else:
+
+        def from_strings(texts: dict[str, Any]) -> dict[str, Any]:
+            return answer(_fit_to(specs, preprocessor(**texts)))
+
+        texts = {
+            name: tf.TensorSpec((None,), tf.string, name=name)
+            for name in required_arguments(preprocessor)
+        }
+        if len(texts) == 1:  # then also a single tensor, as Keras calls layers
+            [(name, text)] = texts.items()
+            serve = tf.function(
+                lambda inputs: from_strings({name: inputs}),
+                input_signature=[text],
+                autograph=False,
+            )
+        else:
+            serve = tf.function(
+                from_strings, input_signature=[texts], autograph=False
+            )
+
+    serve.get_concrete_function()  # traced, and layers built, before tracking
+    archive = keras.export.ExportArchive()
+    if keras.backend.backend() == "tensorflow":
+        archive.track(student)  # for lookup tables of its layers
+    if isinstance(preprocessor, (keras.layers.Layer, tf.Module)):
+        archive.track(preprocessor)
+    archive.add_endpoint("serve", serve)
+    archive.write_out(os.fspath(path), verbose=False)
+
+
+def _tensorflow_function(student: Any, signature: Any) -> Any:
+    """Make the student a TensorFlow function of its inputs."""
+    if keras.backend.backend() != "jax":
+        archive = keras.export.ExportArchive()
+        return archive.track_and_add_endpoint("serve", student, [signature])
+    return with_free_sizes(student, signature)
+
+
+def required_arguments(preprocessor: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments that have no default."""
+    call = (
+        preprocessor.call
+        if isinstance(preprocessor, keras.layers.Layer)
+        else preprocessor
+    )
+    positional = (
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    )
+    return [
+        name
+        for name, parameter in inspect.signature(call).parameters.items()
+        if parameter.default is parameter.empty and parameter.kind in positional
+    ]
+
+
+def _fit_to(specs: Any, values: Any) -> Any:
+    """Cast what the preprocessor made to what the model takes."""
+    import tensorflow as tf
+
+    try:
+        keras.tree.assert_same_structure(specs, values)
+    except (TypeError, ValueError):
+        fail(
+            "preprocessor",
+            "a function that returns the model's inputs, "
+            f"{keras.tree.map_structure(lambda spec: spec.name, specs)}",
+            values,
+        )
+    return keras.tree.map_structure(
+        lambda spec, value: tf.ensure_shape(
+            tf.cast(value, spec.dtype), spec.shape
+        ),
+        specs,
+        values,
+    )
