@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_ptloss._backend import replicas
-from keras_ptloss._checks import check_number, check_output_form, fail
+from keras_ptloss._checks import fail
 from keras_ptloss._keras import supports_jit
 from keras_ptloss.distiller._metrics import (
     check_label_metrics,
@@ -15,14 +15,17 @@ from keras_ptloss.distiller._metrics import (
     compiled,
     default_metrics,
 )
+from keras_ptloss.distiller._options import (
+    check_forms,
+    check_hard_labels,
+    check_weights,
+)
 from keras_ptloss.distiller._teachers import (
     OutOfSight,
-    check_count,
     check_rows,
     check_shares_no_training,
     check_stands_still,
     check_teachers,
-    check_weights,
     mean_output,
     select,
 )
@@ -123,22 +126,10 @@ class Distiller(Training):
         self.teacher_weights = check_weights(teacher_weights)
         self.student_inputs = student_inputs
         self.teacher_inputs = teacher_inputs
-        if hard_label_loss is not None and not isinstance(
-            hard_label_loss, keras.losses.Loss
-        ):
-            fail("hard_label_loss", "a keras.losses.Loss", hard_label_loss)
         self.hard_label_loss: Any = hard_label_loss
-        self.hard_label_weight = check_number(
-            "hard_label_weight", hard_label_weight, at_least=0.0
+        self.hard_label_weight = check_hard_labels(
+            hard_label_loss, hard_label_weight
         )
-        if self.hard_label_weight > 1.0:
-            fail("hard_label_weight", "at most 1", hard_label_weight)
-        if self.hard_label_weight and hard_label_loss is None:
-            raise ValueError(
-                "`hard_label_loss` must be a Keras loss when "
-                "`hard_label_weight` is above 0. Received: "
-                f"hard_label_loss=None, hard_label_weight={hard_label_weight}"
-            )
         self._hidden.given_metrics = check_teacher_metrics(teacher_metrics)
         if teacher is not None:
             self.teacher = teacher
@@ -154,9 +145,9 @@ class Distiller(Training):
     @teacher.setter
     def teacher(self, teacher: Any) -> None:
         models = check_teachers(teacher, self.student)
-        check_count(self.teacher_weights, models)
+        check_weights(self.teacher_weights, teachers=len(models))
         if self.compiled:
-            self._check_forms(self.loss, models, stacklevel=6)
+            check_forms(self.loss, models, self.student, stacklevel=5)
         self._hidden.teachers = tuple(models)
         # Read by `jit_compile="auto"`, which does not see the teacher.
         self.supports_jit = all(map(supports_jit, models))
@@ -223,8 +214,8 @@ class Distiller(Training):
                 dense layer gives probabilities.
         """
         check_label_metrics(metrics, weighted_metrics)
-        self._check_forms(loss, self._hidden.teachers, stacklevel=4)
         hidden = self._hidden
+        check_forms(loss, hidden.teachers, self.student, stacklevel=3)
         hidden.metrics, hidden.compiled_metrics = [], None
         super().compile(
             optimizer, loss, loss_weights, metrics, weighted_metrics, **kwargs
@@ -239,21 +230,6 @@ class Distiller(Training):
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
-
-    def _check_forms(
-        self, loss: Any, teachers: Sequence[keras.Model], *, stacklevel: int
-    ) -> None:
-        """Compare what the loss was told with what the models give."""
-        if not hasattr(loss, "teacher_from_logits"):
-            return  # neither PTLoss nor its like
-        told = [("teacher", model, "teacher_from_logits") for model in teachers]
-        for name, model, flag in [
-            *told,
-            ("student", self.student, "from_logits"),
-        ]:
-            check_output_form(
-                name, model, getattr(loss, flag), flag, stacklevel=stacklevel
-            )
 
     def build(self, input_shape: Any) -> None:
         """Do nothing: the student builds itself in its first call, as alone."""

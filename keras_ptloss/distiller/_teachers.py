@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_ptloss._binary import two_events
@@ -45,25 +44,6 @@ def check_teachers(teacher: Any, student: keras.Model) -> list[keras.Model]:
         _check_class_counts(model, student)
         check_shares_no_training(model, student)
     return list(models)
-
-
-def check_weights(weights: Any) -> list[float] | None:
-    """Require one non-negative number a teacher, or None."""
-    if weights is None:
-        return None
-    array = np.asarray(weights, dtype="float64")
-    if array.ndim != 1 or not np.all(array >= 0) or not array.sum() > 0:
-        fail("teacher_weights", "non-negative numbers, not all 0", weights)
-    return [float(weight) for weight in array]
-
-
-def check_count(weights: Any, models: Sequence[keras.Model]) -> None:
-    """Require as many weights as teachers."""
-    if weights is not None and len(weights) != len(models):
-        raise ValueError(
-            "`teacher_weights` must have one number a teacher. Received: "
-            f"teacher_weights={weights} with {len(models)} teachers"
-        )
 
 
 def check_shares_no_training(
