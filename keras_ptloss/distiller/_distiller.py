@@ -147,7 +147,7 @@ class Distiller(Training):
         models = check_teachers(teacher, self.student)
         check_weights(self.teacher_weights, teachers=len(models))
         if self.compiled:
-            check_forms(self.loss, models, self.student, stacklevel=5)
+            check_forms(self.loss, models, self.student, stacklevel=4)
         self._hidden.teachers = tuple(models)
         # Read by `jit_compile="auto"`, which does not see the teacher.
         self.supports_jit = all(map(supports_jit, models))
