@@ -1,6 +1,6 @@
 """Keras's own training, with the outputs of frozen teachers as targets."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -22,6 +22,8 @@ from keras_ptloss.distiller._options import (
 )
 from keras_ptloss.distiller._teachers import (
     OutOfSight,
+    call_alone,
+    call_model,
     check_rows,
     check_shares_no_training,
     check_stands_still,
@@ -241,10 +243,10 @@ class Distiller(Training):
             for model in self._hidden.teachers:
                 if not model.built:
                     model(select(inputs, key, "teacher_inputs"), training=False)
-        return self.student(
-            select(inputs, self.student_inputs, "student_inputs"),
-            training=training,
-        )
+        inputs = select(inputs, self.student_inputs, "student_inputs")
+        if self._hidden.stateless:
+            return call_alone(self.student, inputs, training)
+        return self.student(inputs, training=training)
 
     def train_step(self, *step: Any) -> Any:
         """Make Keras's step, `(data)` or on JAX `(state, data)`."""
@@ -267,7 +269,7 @@ class Distiller(Training):
             values.extend(zip(self.trainable_variables, trainable, strict=True))
             values.extend(zip(variables, non_trainable, strict=True))
             with keras.StatelessScope(state_mapping=values) as scope:
-                y = self._targets(x, y)
+                y = self._targets(x, y, call_alone)
             seen = [scope.get_current_value(variable) for variable in variables]
             states = [(trainable, seen, *others)]
         else:
@@ -286,7 +288,9 @@ class Distiller(Training):
                     self.student(inputs, training=False)
                 check_stands_still(model, self.student, inputs, values)
 
-    def _targets(self, x: Any, labels: Any) -> Targets:
+    def _targets(
+        self, x: Any, labels: Any, call: Callable[..., Any] = call_model
+    ) -> Targets:
         """Return the labels, and the mean of what the teachers answer."""
         if self.hard_label_weight and labels is None:
             raise ValueError(
@@ -304,7 +308,7 @@ class Distiller(Training):
             )
         inputs = select(x, self.teacher_inputs, "teacher_inputs")
         target = mean_output(
-            [model(inputs, training=False) for model in models],
+            [call(model, inputs, False) for model in models],
             self.teacher_weights or [1.0] * len(models),
             getattr(self.loss, "teacher_from_logits", None),
         )

@@ -1,5 +1,6 @@
 """The frozen teachers: what may be one, and what they answer."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ class OutOfSight:
         self.given_metrics: list[keras.metrics.Metric] | None = None
         self.metrics: list[keras.metrics.Metric] = []
         self.compiled_metrics: Any = None
+        # Whether `stateless_call` is under way.
+        self.stateless = False
 
 
 def check_teachers(teacher: Any, student: keras.Model) -> list[keras.Model]:
@@ -102,6 +105,22 @@ def check_stands_still(
                 "BatchNormalization. Received: teacher="
                 f"{teacher.name!r}, which shares {weight.path!r}"
             )
+
+
+def call_model(model: keras.Model, inputs: Any, training: Any) -> Tensor:
+    """Call a model."""
+    return model(inputs, training=training)
+
+
+def call_alone(model: keras.Model, inputs: Any, training: Any) -> Tensor:
+    """Call a built model as Keras's own steps on JAX do, by `call` itself.
+
+    Nothing casts the inputs of a subclassed model then, nor tells its layers
+    whether it is trained; that is left to the model, as it is alone.
+    """
+    if "training" in inspect.signature(model.call).parameters:
+        return model.call(inputs, training=training)
+    return model.call(inputs)
 
 
 def mean_output(

@@ -27,6 +27,14 @@ class Training(keras.Model):
 
     _hidden: OutOfSight
 
+    def stateless_call(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the student as its own `stateless_call` would."""
+        self._hidden.stateless = True
+        try:
+            return super().stateless_call(*args, **kwargs)
+        finally:
+            self._hidden.stateless = False
+
     @property
     def metrics(self) -> list[Any]:
         """The compiled metrics, those of teacher and student the last."""
