@@ -97,10 +97,14 @@ class TestFileOfThePreviousVersion:
         loaded.teacher = keras.Sequential(
             [keras.Input((features,)), keras.layers.Dense(classes, "softmax")]
         )
-        logs = loaded.evaluate(inputs, verbose=0, return_dict=True)
-        expected = helpers.pt_loss_of_logits(
-            loaded.teacher.predict(inputs, verbose=0),
-            expected,
-            loaded.loss.epsilon,
+        labels = np.arange(len(inputs)) % classes
+        logs = loaded.evaluate(inputs, labels, verbose=0, return_dict=True)
+        soft = helpers.pt_loss_of_logits(
+            loaded.teacher.predict(inputs, verbose=0), expected, [0.5, 0.1]
         )
-        np.testing.assert_allclose(logs["loss"], expected.mean(), rtol=1e-5)
+        hard = helpers.nll(helpers.softmax(expected), labels)
+        np.testing.assert_allclose(
+            logs["loss"], 0.25 * hard + 0.75 * soft.mean(), rtol=1e-5
+        )
+        assert {"kl_to_teacher", "teacher_agreement"} <= set(logs)
+        loaded.fit(inputs, labels, verbose=0)  # the optimizer came along
