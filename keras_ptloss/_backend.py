@@ -5,6 +5,7 @@ both are needed by the proxy-teacher solver, which is called some ten thousand
 times in a search and whose result should not depend on the backend.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterator
@@ -162,21 +163,53 @@ def replicas() -> int:
     return 1
 
 
-@contextlib.contextmanager
-def weights_kept(model: keras.Model) -> Iterator[None]:
-    """Let a model predict, and keep its weights if that fails or is stopped.
+def outside_of_step(function: Callable[[], None]) -> None:
+    """Call a function that creates variables while a step may be traced.
 
-    On JAX `predict` takes the weights into a state of its own, and returns
-    them at its end only.
+    A compiled function of TensorFlow lets variables be created on its first
+    call only, `tf.init_scope` or not; a thread of its own is in no call. Under
+    a strategy Keras builds before it traces, and there is nothing to create.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        if tf.inside_function() and not tf.distribute.has_strategy():
+            with concurrent.futures.ThreadPoolExecutor(1) as threads:
+                threads.submit(function).result()
+            return
+    function()
+
+
+@contextlib.contextmanager
+def weights_given_back(model: keras.Model) -> Iterator[None]:
+    """Give a model's weights back to it when a run of JAX is interrupted.
+
+    A run takes the values out of their variables. Keras puts them back at the
+    end of an epoch; an error or an interruption before that would leave
+    variables without a value.
     """
     if keras.backend.backend() != "jax":
         yield
         return
-    kept = [(variable, variable.value) for variable in model.variables]
+    optimizer = getattr(model, "optimizer", None)
+    variables = [
+        *model.trainable_variables,
+        *model.non_trainable_variables,
+        *model.metrics_variables,
+        *(optimizer.variables if optimizer is not None else ()),
+    ]
+    before = [(v, v.value) for v in variables if _has_value(v)]
     try:
         yield
-    except BaseException:
-        for variable, value in kept:
-            if not value.is_deleted():
-                variable.assign(value)
-        raise
+    finally:
+        model.jax_state_sync()
+        for variable, value in before:
+            if not _has_value(variable):
+                variable.assign(value)  # not a step was made
+
+
+def _has_value(variable: keras.Variable) -> bool:
+    try:
+        return variable.value is not None
+    except TypeError:  # Keras asks the initializer, which is gone
+        return False

@@ -236,11 +236,13 @@ def _output_layer(model: Any) -> Any:
         if isinstance(model, keras.Sequential):
             model = model.layers[-1] if model.layers else None
             continue
-        outputs = getattr(model, "outputs", None)
-        if not outputs or len(outputs) != 1:
+        names = getattr(model, "output_names", None)
+        if not names or len(names) != 1:
             return None
-        history = getattr(outputs[0], "_keras_history", None)
-        model = getattr(history, "operation", None)
+        try:
+            model = model.get_layer(names[0])
+        except ValueError:
+            return None  # an operation, which is no layer
     return model
 
 

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ptloss._backend import weights_kept
+from keras_ptloss._backend import weights_given_back
 from keras_ptloss._binary import two_events
 from keras_ptloss._checks import (
     check_output_form,
@@ -158,7 +158,7 @@ def _predict(
                 "Keras model, unless the second argument is a data set of "
                 "(inputs, labels). Received: inputs=None"
             )
-        with weights_kept(teacher):
+        with weights_given_back(teacher):
             pairs = [
                 (teacher.predict_on_batch(x), _integers(y))
                 for x, y in _pairs(labels)
@@ -181,7 +181,7 @@ def _predict(
                 "`labels` must have one entry for each of the inputs, "
                 f"{len(leaf)}. Received: labels of length {len(labels)}"
             )
-    with weights_kept(teacher):
+    with weights_given_back(teacher):
         return np.asarray(teacher.predict(inputs, verbose=0)), labels
 
 

@@ -1,0 +1,65 @@
+"""Metrics of teacher and student, as Keras's training knows them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_ptloss._checks import fail
+from keras_ptloss.metrics._teacher import TEACHER_METRICS, TeacherAgreement
+
+
+def check_teacher_metrics(metrics: Any) -> list[keras.metrics.Metric] | None:
+    """Require Keras metrics, or None."""
+    if metrics is None:
+        return None
+    several = isinstance(metrics, (list, tuple))
+    if not several or not all(
+        isinstance(metric, keras.metrics.Metric) for metric in metrics
+    ):
+        fail("teacher_metrics", "a list of Keras metrics, or None", metrics)
+    return list(metrics)
+
+
+def check_label_metrics(*metrics: Any) -> None:
+    """Refuse metrics of a teacher where those of labels belong."""
+    for metric in keras.tree.flatten(metrics):
+        if isinstance(metric, TEACHER_METRICS):
+            fail(
+                "metrics",
+                "metrics of labels; those of teacher and student go to "
+                "Distiller(teacher_metrics=[...])",
+                [metric.name],
+            )
+
+
+def default_metrics(loss: Any) -> list[keras.metrics.Metric]:
+    """Return the metrics of a distiller that was given none.
+
+    Args:
+        loss: tells what one column is, a probability or a logit.
+    """
+    from_logits = getattr(loss, "from_logits", False)
+    # Keras's losses, which have no word for it, take probabilities.
+    teacher_from_logits = getattr(loss, "teacher_from_logits", False)
+    return [
+        TeacherAgreement(
+            from_logits=from_logits, teacher_from_logits=teacher_from_logits
+        )
+    ]
+
+
+def compiled(metrics: Sequence[keras.metrics.Metric]) -> Any:
+    """Return the metric of metrics that `compile` would make of these.
+
+    `mode="auto"` of Keras's callbacks looks for the direction of a metric in
+    such metrics alone, and has no public name for them.
+    """
+    model = keras.Model()
+    model.compile(None, weighted_metrics=list(metrics), jit_compile=False)
+    (container,) = (m for m in model.metrics if m.name == "compile_metrics")
+    # Nothing of these arrays but their number is looked at: all are metrics
+    # already, no names of metrics.
+    container.build(np.zeros((1, 2)), np.zeros((1, 2)))
+    return container

@@ -1,0 +1,71 @@
+"""What the arguments of a distiller, and its loss, must be."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_ptloss._checks import check_number, check_output_form, fail
+
+
+def check_weights(
+    weights: Any, *, teachers: int | None = None
+) -> list[float] | None:
+    """Require one non-negative number a teacher, or None.
+
+    Args:
+        weights: of the teachers.
+        teachers: how many there are; None where that is not known yet.
+    """
+    if weights is None:
+        return None
+    array = np.asarray(weights, dtype="float64")
+    if array.ndim != 1 or not np.all(array >= 0) or not array.sum() > 0:
+        fail("teacher_weights", "non-negative numbers, not all 0", weights)
+    if teachers is not None and len(array) != teachers:
+        raise ValueError(
+            "`teacher_weights` must have one number a teacher. Received: "
+            f"teacher_weights={weights} with {teachers} teachers"
+        )
+    return [float(weight) for weight in array]
+
+
+def check_hard_labels(loss: Any, weight: Any) -> float:
+    """Require a Keras loss where its weight is above 0; return the weight."""
+    if loss is not None and not isinstance(loss, keras.losses.Loss):
+        fail("hard_label_loss", "a keras.losses.Loss, or None", loss)
+    number = check_number("hard_label_weight", weight, at_least=0.0)
+    if number > 1.0:
+        fail("hard_label_weight", "at most 1", weight)
+    if number and loss is None:
+        raise ValueError(
+            "`hard_label_loss` must be a Keras loss when `hard_label_weight` "
+            "is above 0. Received: hard_label_loss=None, "
+            f"hard_label_weight={weight}"
+        )
+    return number
+
+
+def check_forms(
+    loss: Any,
+    teachers: Sequence[keras.Model],
+    student: keras.Model,
+    *,
+    stacklevel: int,
+) -> None:
+    """Compare what a loss was told with what the models give.
+
+    Args:
+        loss: of any kind; those of Keras were told nothing of a teacher.
+        teachers: the models that it takes for the teacher.
+        student: the model that it takes for the student.
+        stacklevel: of the warning; 3 is the caller's caller.
+    """
+    if not hasattr(loss, "teacher_from_logits"):
+        return
+    ends = [("teacher", model, "teacher_from_logits") for model in teachers]
+    for name, model, flag in [*ends, ("student", student, "from_logits")]:
+        check_output_form(
+            name, model, getattr(loss, flag), flag, stacklevel=stacklevel + 1
+        )

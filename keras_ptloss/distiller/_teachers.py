@@ -1,0 +1,207 @@
+"""The frozen teachers: what may be one, and what they answer."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_ptloss._binary import two_events
+from keras_ptloss._checks import check_classes, differ, fail
+
+Tensor = Any
+
+
+class OutOfSight:
+    """Holds what Keras would track, train or save if it saw it."""
+
+    def __init__(self) -> None:
+        self.teachers: tuple[keras.Model, ...] = ()
+        self.given_metrics: list[keras.metrics.Metric] | None = None
+        self.metrics: list[keras.metrics.Metric] = []
+        self.compiled_metrics: Any = None
+        # Whether `stateless_call` is under way.
+        self.stateless = False
+
+
+def check_teachers(teacher: Any, student: keras.Model) -> list[keras.Model]:
+    """Require a model or a list of them that `student` can learn from."""
+    models = teacher if isinstance(teacher, (list, tuple)) else [teacher]
+    if not models:
+        fail("teacher", "a Keras model or a list of them", teacher)
+    for model in models:
+        if not isinstance(model, keras.Model):
+            raise ValueError(
+                "`teacher` must be a Keras model or a list of them; for "
+                "a teacher behind an API, store its outputs (SoftLabels) "
+                "and fit the student on them. Received: "
+                f"teacher={teacher!r}"
+            )
+        if model is student:
+            raise ValueError(
+                "`teacher` must be another model than the student "
+                f"(keras.models.clone_model copies one). Received: teacher="
+                f"{model.name!r}, student={student.name!r}"
+            )
+        _check_class_counts(model, student)
+        check_shares_no_training(model, student)
+    return list(models)
+
+
+def check_shares_no_training(
+    teacher: keras.Model, student: keras.Model
+) -> list[Any]:
+    """Refuse weights of the teacher that the student's gradient would move.
+
+    Returns:
+        The weights that both have and no gradient moves. Training may move
+        them otherwise: see `check_stands_still`.
+    """
+    own = {id(weight) for weight in teacher.weights}
+    for weight in student.trainable_weights:
+        if id(weight) in own:
+            raise ValueError(
+                "`teacher` must share no trainable weight with the student, "
+                "which would move it: keras.models.clone_model copies a model, "
+                "and trainable=False freezes shared layers. Received: teacher="
+                f"{teacher.name!r}, which shares {weight.path!r}"
+            )
+    return [w for w in student.non_trainable_weights if id(w) in own]
+
+
+def check_stands_still(
+    teacher: keras.Model,
+    student: keras.Model,
+    inputs: Tensor,
+    values: Sequence[tuple[Any, Tensor]] = (),
+) -> None:
+    """Refuse shared weights that the student's training moves by itself.
+
+    As batch normalisation does, which averages what it sees, or spectral
+    normalisation. Which layers do, and whether `trainable=False` stops them,
+    only they know: the student is run as in training, without keeping what it
+    writes. Seeds that move are no weights: in inference none is drawn.
+
+    Args:
+        teacher: the teacher.
+        student: a student of built layers.
+        inputs: a batch of the student's, or its symbols.
+        values: pairs of a variable and its value, where the models do not hold
+            their values themselves (within a compiled step of JAX).
+    """
+    shared = check_shares_no_training(teacher, student)
+    if not shared:
+        return
+    with keras.StatelessScope(state_mapping=list(values)) as scope:
+        before = [scope.get_current_value(weight) for weight in shared]
+        student(inputs, training=True)
+    for weight, value in zip(shared, before, strict=True):
+        if scope.get_current_value(weight) is not value:
+            raise ValueError(
+                "`teacher` must share no state with the student that training "
+                "moves, as batch normalisation does: keras.models.clone_model "
+                "copies a model, and trainable=False stops a shared "
+                "BatchNormalization. Received: teacher="
+                f"{teacher.name!r}, which shares {weight.path!r}"
+            )
+
+
+def call_model(model: keras.Model, inputs: Any, training: Any) -> Tensor:
+    """Call a model."""
+    return model(inputs, training=training)
+
+
+def call_alone(model: keras.Model, inputs: Any, training: Any) -> Tensor:
+    """Call a built model as Keras's own steps on JAX do, by `call` itself.
+
+    Nothing casts the inputs of a subclassed model then, nor tells its layers
+    whether it is trained; that is left to the model, as it is alone.
+    """
+    if "training" in inspect.signature(model.call).parameters:
+        return model.call(inputs, training=training)
+    return model.call(inputs)
+
+
+def mean_output(
+    outputs: Sequence[Tensor],
+    weights: Sequence[float],
+    from_logits: bool | None,
+) -> Tensor:
+    """Return the weighted mean of the teachers' outputs, `(..., C)`.
+
+    One column, `p` or `z` of a binary head, and two, `[1 - p, p]` or `[0, z]`,
+    are affine in each other: the mean is the same in either form.
+
+    Args:
+        outputs: one tensor a teacher.
+        weights: one number a teacher.
+        from_logits: whether they are logits; None if that is not known, and
+            one column is not to be turned into two.
+    """
+    outputs = [
+        ops.cast(one_tensor("teacher", output), "float32") for output in outputs
+    ]
+    columns = {output.shape[-1] for output in outputs}
+    if columns == {1, 2} and from_logits is not None:
+        outputs = [two_events(o, from_logits=from_logits) for o in outputs]
+    mean = 0.0
+    for output, weight in zip(outputs, weights, strict=True):
+        check_classes("teacher", output, "teacher", outputs[0])
+        mean = mean + weight / sum(weights) * output
+    return ops.stop_gradient(mean)
+
+
+def check_rows(target: Tensor, y_pred: Tensor, *, binary: bool) -> None:
+    """Require outputs of teacher and student that can be compared.
+
+    Args:
+        target: the teachers'.
+        y_pred: the student's.
+        binary: whether the loss takes one column for two.
+    """
+    y_pred = one_tensor("student", y_pred)
+    if binary and {target.shape[-1], y_pred.shape[-1]} == {1, 2}:
+        target, y_pred = target[..., :1], y_pred[..., :1]
+    check_classes("teacher", target, "student", y_pred)
+
+
+def one_tensor(argument: str, outputs: Any) -> Any:
+    """Require one tensor, not several."""
+    if isinstance(outputs, (list, tuple, dict)):
+        raise ValueError(
+            f"`{argument}` must give one tensor, (..., classes); choose one by "
+            "keras.Model(model.inputs, model.outputs[0]). Received: outputs in "
+            f"a {type(outputs).__name__} of {len(outputs)}"
+        )
+    return outputs
+
+
+def select(inputs: Any, key: str | None, argument: str) -> Any:
+    """Return `inputs`, or what they have under `key`."""
+    if key is None:
+        return inputs
+    if not isinstance(inputs, dict) or key not in inputs:
+        keys = sorted(inputs) if isinstance(inputs, dict) else type(inputs)
+        fail(argument, f"a key of x, which has {keys}", key)
+    return inputs[key]
+
+
+def _check_class_counts(teacher: keras.Model, student: keras.Model) -> None:
+    """Compare class counts at once where both models know theirs."""
+    counts = []
+    for name, model in (("teacher", teacher), ("student", student)):
+        try:
+            shape = model.output_shape
+        except (AttributeError, ValueError):
+            return  # not built yet: seen on the first batch
+        if not isinstance(shape, tuple) or isinstance(shape[-1], tuple):
+            one_tensor(name, shape)
+        counts.append(shape[-1])
+    # One column and two can be the same two events; the loss decides.
+    if set(counts) != {1, 2} and differ(*counts):
+        raise ValueError(
+            "`teacher` and `student` must have the same number of classes. "
+            f"Received: teacher {teacher.name!r} with {counts[0]} outputs, "
+            f"student {student.name!r} with {counts[1]}"
+        )

@@ -1,0 +1,201 @@
+"""Errors and warnings of a distiller."""
+
+import keras
+import numpy as np
+import pytest
+from distillers import (
+    CLASSES,
+    FEATURES,
+    distil,
+    logits,
+    logits_loss,
+    make_linear,
+    make_model,
+    pt_losses,
+)
+
+from keras_ptloss import Distiller, PTLoss
+
+BACKEND = keras.backend.backend()
+
+
+class TestWrongInput:
+    @pytest.mark.parametrize("ending", ["softmax", "sigmoid"])
+    def test_probabilities_taken_for_logits(self, ending):
+        columns = 1 if ending == "sigmoid" else CLASSES
+        told = make_linear(columns, ending, seed=1)
+        with pytest.raises(
+            ValueError, match=f"`teacher_from_logits` must.*{ending}"
+        ):
+            distil(make_linear(columns), told)
+        inputs = keras.Input((FEATURES,))
+        dense = keras.layers.Dense(columns, name="head")(inputs)
+        if ending == "softmax":
+            student = keras.Model(inputs, keras.layers.Softmax()(dense))
+        else:
+            student = keras.Model(told.inputs, told.outputs)
+        with pytest.raises(ValueError, match="`from_logits` must be False"):
+            distil(student, make_linear(columns))
+
+    def test_probabilities_taken_for_logits_by_a_later_teacher(self):
+        distiller = distil(make_linear(), make_linear(seed=1))
+        with pytest.raises(ValueError, match="`teacher_from_logits` must be"):
+            distiller.teacher = make_linear(activation="softmax", seed=2)
+
+    def test_logits_taken_for_probabilities(self):
+        teacher = make_linear(activation="softmax")
+        distiller = Distiller(make_linear(seed=1), teacher)
+        with pytest.warns(UserWarning, match="`student`.*logits") as record:
+            distiller.compile("sgd", loss=PTLoss(0.5))
+        assert record[0].filename == __file__
+        distiller = Distiller(make_linear(activation="softmax"), teacher)
+        distiller.compile("sgd", loss=PTLoss(0.5))
+        with pytest.warns(UserWarning, match="`teacher`.*logits") as record:
+            distiller.teacher = make_linear()
+        assert record[0].filename == __file__
+
+    @pytest.mark.parametrize("data", ["array", "tf.data", "PyDataset", "batch"])
+    def test_class_weight_without_labels(self, x, data):
+        class Batches(keras.utils.PyDataset):
+            def __len__(self):
+                return 1
+
+            def __getitem__(self, index):
+                return (x,)
+
+        distiller = distil(make_linear(), make_linear(seed=1))
+        run, batches = distiller.fit, x
+        if data == "tf.data":
+            tf = pytest.importorskip("tensorflow")
+            batches = tf.data.Dataset.from_tensors((x,))
+        elif data == "PyDataset":
+            batches = Batches()
+        elif data == "batch":
+            run = distiller.train_on_batch
+        with pytest.raises(ValueError, match="`class_weight` must come with"):
+            run(batches, class_weight={0: 1.0, 1: 2.0})
+
+    def test_class_weight_with_labels(self, x, y):
+        """It weighs the teacher's rows by the labels, as Keras's does."""
+        student, teacher = make_linear(), make_linear(seed=1)
+        distiller = Distiller(student, teacher)
+        distiller.compile(keras.optimizers.SGD(0.0), loss=logits_loss())
+        weights = np.array([1.0, 3.0, 0.0])
+        history = distiller.fit(
+            x, y, class_weight=dict(enumerate(weights)), verbose=0
+        ).history
+        values = pt_losses(logits(teacher, x), logits(student, x)) * weights[y]
+        np.testing.assert_allclose(history["loss"], values.mean(), rtol=1e-5)
+
+    @pytest.mark.parametrize("built", [False, True])
+    def test_student_on_layers_of_the_teacher(self, x, built):
+        shared = keras.layers.Dense(8)
+        teacher = keras.Sequential(
+            [keras.Input((FEATURES,)), shared, keras.layers.Dense(CLASSES)]
+        )
+        student = keras.Sequential([shared, keras.layers.Dense(CLASSES)])
+        if built:
+            student.build((None, FEATURES))
+        with pytest.raises(ValueError, match="share no trainable weight"):
+            distil(student, teacher).fit(x, verbose=0)
+        shared.trainable = False
+        before = teacher.predict(x, verbose=0)
+        distil(student, teacher).fit(x, verbose=0)
+        np.testing.assert_array_equal(before, teacher.predict(x, verbose=0))
+
+    @pytest.mark.parametrize("several", ["dict", "list", "late list"])
+    def test_teacher_of_several_outputs(self, x, several):
+        inputs = keras.Input((FEATURES,))
+        outputs = [keras.layers.Dense(CLASSES)(inputs) for _ in range(2)]
+        if several == "dict":
+            outputs = {"a": outputs[0], "b": outputs[1]}
+        teacher = keras.Model(inputs, outputs)
+        late = keras.Sequential([keras.layers.Dense(CLASSES)])
+        student = late if several == "late list" else make_linear(seed=1)
+        with pytest.raises(ValueError, match="`teacher` must give one tensor"):
+            distil(student, teacher).fit(x, verbose=0)
+
+    def test_student_of_several_outputs(self, x):
+        inputs = keras.Input((FEATURES,))
+        outputs = [keras.layers.Dense(CLASSES)(inputs) for _ in range(2)]
+        with pytest.raises(ValueError, match="`student` must give one tensor"):
+            distil(keras.Model(inputs, outputs), make_model())
+
+    def test_student_as_its_own_teacher(self):
+        model = make_model()
+        with pytest.raises(ValueError, match="`teacher` must be another model"):
+            Distiller(model, model)
+
+    def test_class_counts_differ(self):
+        with pytest.raises(ValueError, match="same number of classes.*with 5"):
+            Distiller(make_model(), make_model(5))
+
+    def test_class_counts_differ_seen_on_the_first_batch(self, x):
+        late = keras.Sequential([keras.layers.Dense(5)])
+        distiller = Distiller(make_model(), late)
+        distiller.compile("sgd", loss=logits_loss())
+        with pytest.raises(ValueError, match="same number of classes"):
+            distiller.fit(x, verbose=0)
+
+    def test_teacher_that_is_no_model(self):
+        with pytest.raises(ValueError, match="behind an API"):
+            Distiller(make_model(), lambda x: x)
+
+    def test_student_that_is_no_model(self):
+        with pytest.raises(ValueError, match="`student` must be a Keras model"):
+            Distiller("bert", make_model())
+
+    def test_weights_of_another_length(self):
+        with pytest.raises(ValueError, match="`teacher_weights`.*1 teachers"):
+            Distiller(make_model(), make_model(seed=1), teacher_weights=[1, 2])
+
+    def test_negative_weights(self):
+        with pytest.raises(ValueError, match="`teacher_weights`.*-1"):
+            Distiller(make_model(), make_model(seed=1), teacher_weights=[-1])
+
+    @pytest.mark.parametrize("weight", [-0.1, 1.5, float("nan")])
+    def test_hard_label_weight_out_of_range(self, weight):
+        with pytest.raises(ValueError, match="`hard_label_weight`"):
+            Distiller(
+                make_model(),
+                make_model(seed=1),
+                hard_label_loss=keras.losses.MeanSquaredError(),
+                hard_label_weight=weight,
+            )
+
+    def test_hard_label_weight_without_a_loss(self):
+        with pytest.raises(ValueError, match="`hard_label_loss`"):
+            Distiller(make_model(), make_model(seed=1), hard_label_weight=0.5)
+
+    def test_hard_label_loss_that_is_no_loss(self):
+        with pytest.raises(ValueError, match="`hard_label_loss`.*'mse'"):
+            Distiller(
+                make_model(),
+                make_model(seed=1),
+                hard_label_loss="mse",
+                hard_label_weight=0.5,
+            )
+
+    def test_hard_labels_missing(self, x):
+        distiller = distil(
+            make_model(),
+            make_model(seed=1),
+            hard_label_loss=keras.losses.MeanSquaredError(),
+            hard_label_weight=0.5,
+        )
+        with pytest.raises(ValueError, match="`y` must hold labels"):
+            distiller.fit(x, verbose=0)
+
+    def test_inputs_without_the_key(self, x):
+        distiller = distil(
+            make_model(),
+            make_model(seed=1),
+            student_inputs="a",
+            teacher_inputs="b",
+        )
+        with pytest.raises(ValueError, match=r"`teacher_inputs`.*\['a'\]"):
+            distiller.fit({"a": x}, verbose=0)
+
+    def test_no_teacher(self, x):
+        with pytest.raises(ValueError, match="`teacher` must be set"):
+            distil(make_model(), None).fit(x, verbose=0)
