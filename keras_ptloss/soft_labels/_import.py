@@ -21,6 +21,7 @@ from keras_ptloss.soft_labels import _data as data
 from keras_ptloss.soft_labels import _store as store
 from keras_ptloss.soft_labels._soft_labels import SoftLabels
 from keras_ptloss.soft_labels._spec import SoftLabelSpec
+from keras_ptloss.soft_labels._writer import ShardWriter, with_num_examples
 
 # Decimals cut by the exporting tool change a sum by less than this.
 _ROUNDING = 1e-3
@@ -167,14 +168,14 @@ def import_soft_labels(
     spec = dataclasses.replace(spec, class_names=reader.names)
     if data.is_streamed(dataset) and spec.num_examples is None:
         spec = dataclasses.replace(spec, num_examples=len(table))
-    spec = store.with_num_examples(spec, dataset)
+    spec = with_num_examples(spec, dataset)
     if spec.num_examples != len(table):
         fail(
             "source",
             f"a file of {spec.num_examples} rows, one an example",
             f"{source}, {len(table)} rows",
         )
-    with store.ShardWriter(Path(path), spec, (0, 1)) as writer:
+    with ShardWriter(Path(path), spec, (0, 1)) as writer:
         for first, _, hashes in writer.missing(dataset, _BATCH):
             block = table[first : first + len(hashes)]
             writer.append(hashes, block.astype("float64"))

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from keras_ptloss.soft_labels._data import fingerprints
-from keras_ptloss.soft_labels._soft_labels import SoftLabels, with_retries
+from keras_ptloss.soft_labels._retries import with_retries
+from keras_ptloss.soft_labels._soft_labels import SoftLabels
 from keras_ptloss.soft_labels._spec import SoftLabelSpec
 
 N, C = 50, 4
@@ -607,8 +608,9 @@ def test_shards_are_read_as_one(path, tmp_path):
     np.testing.assert_array_equal(labels[:], expected[:])
     rows = np.random.default_rng(0).permutation(N)
     np.testing.assert_array_equal(labels[rows], expected[:][rows])
+    # The teacher's own rounding differs with the size of its batches.
     assert labels.mean_total_variation == pytest.approx(
-        expected.mean_total_variation
+        expected.mean_total_variation, abs=1e-7
     )
     with pytest.raises(ValueError, match="`shard` must be of the store's 3"):
         write(path)
