@@ -271,8 +271,8 @@ def _refuse_failed(failed: list[Row], source: str) -> NoReturn:
     names = shorten(row.custom_id or row.where for row in failed)
     raise ValueError(
         "`source` must hold an answer an example, unless"
-        f' empty_rows="uniform". Received: {source}, in which {len(failed)}'
-        f" requests failed: {names} (the first: {failed[0].failure})"
+        f' empty_rows="uniform". Received: {source}, with {len(failed)} failed'
+        f" of its requests: {names} (the first: {failed[0].failure})"
     )
 
 

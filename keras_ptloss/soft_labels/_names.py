@@ -4,11 +4,11 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 
-# What tokenizers write before a word for a space or a newline (byte-level BPE,
-# as in GPT-2), and before a word's rest (WordPiece).
-_PREFIXES = re.compile("^(?:##|[\\s\u0120\u010a])+")
-# SentencePiece writes it for every space.
-_SPACE_MARK = "\u2581"
+# Tokenizers write a space as U+2581 (SentencePiece) or U+0120, and a newline as
+# U+010A (byte-level BPE, as in GPT-2).
+_SPACES = re.compile("[\\s\u2581\u0120\u010a]+")
+# And this before a word's rest (WordPiece).
+_REST = "##"
 
 
 class ClassNames:
@@ -36,6 +36,12 @@ class ClassNames:
                 return index
         return None
 
+    def nested(self) -> bool:
+        """Whether a class's name is a part of another's."""
+        names = [_folded(name) for name in self.names]
+        joined = "\n".join(names)
+        return any(joined.count(name) > 1 for name in names)
+
     def _unique(self, fold: Callable[[str], str]) -> dict[str, int]:
         classes: dict[str, list[int]] = {}
         for index, name in enumerate(self.names):
@@ -50,8 +56,8 @@ class ClassNames:
 
 def _bare(text: str) -> str:
     """Without spaces at the ends and without marks."""
-    text = unicodedata.normalize("NFC", text).replace(_SPACE_MARK, " ")
-    return " ".join(_PREFIXES.sub("", text).split())
+    text = _SPACES.sub(" ", unicodedata.normalize("NFC", text)).strip()
+    return text.removeprefix(_REST).strip()
 
 
 def _folded(text: str) -> str:

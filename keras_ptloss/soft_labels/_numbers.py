@@ -16,12 +16,12 @@ class RowProblem(Exception):
 def number(value: Any) -> float:
     """Require a JSON number; NaN is none, since null means missing."""
     # Not isinstance: True and False are integers to Python.
-    if type(value) not in (int, float) or math.isnan(value):
+    if type(value) not in (int, float) or value != value:
         raise RowProblem(f"has {value!r}, not a number")
     try:
         return float(value)
     except OverflowError:
-        return math.inf
+        return math.inf if value > 0 else -math.inf
 
 
 def parse(cell: str) -> float:

@@ -69,6 +69,7 @@ class Reader:
         self.ignored: set[str] = set()
         self._log = log
         self._classes = ClassNames(names or ())
+        self._nested = self._classes.nested()
         self._where = ""
 
     def fail(self, where: str, problem: str) -> Any:
@@ -260,11 +261,29 @@ class Reader:
         # The model may begin with a space or a quotation mark, and end with a
         # full stop; an answer of one token may name no class at all.
         find = self._classes.find
-        named = (p for p in answer if p.token and find(p.token) is not None)
+        for index, position in enumerate(answer):
+            if position.token and find(position.token) is not None:
+                if self._nested:
+                    self._check_whole(answer, index)
+                return position
         possible = (
             p for p in answer if any(find(t) is not None for t, _ in p.listed)
         )
-        return next(named, None) or next(possible, None) or answer[0]
+        return next(possible, answer[0])
+
+    def _check_whole(self, answer: list[Position], index: int) -> None:
+        """Refuse "toxic" where the answer is "non", "-", "toxic"."""
+        tokens = [position.token or "" for position in answer]
+        found = self._classes.find(tokens[index])
+        # More tokens than that make no name of a class.
+        for start in range(max(index - 8, 0), index + 1):
+            for stop in range(index + 1, min(index + 9, len(tokens)) + 1):
+                text = "".join(tokens[start:stop])
+                if self._classes.find(text) not in (None, found):
+                    raise RowProblem(
+                        f"answers {text!r}, a class of several tokens, whose"
+                        " probability no token has (ask for one letter a class)"
+                    )
 
     def _find(self, name: str) -> int | None:
         index = self._classes.find(name)

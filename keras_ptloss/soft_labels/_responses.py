@@ -57,8 +57,8 @@ def unpack_batch(record: Any) -> tuple[str | None, Any, str | None]:
         failed = "response" in record and response is None
         return custom_id, held, "no response" if failed else None
     status, body = response.get("status_code", 200), response.get("body")
-    if status != 200 or not isinstance(body, dict):
-        error = body.get("error") if isinstance(body, dict) else None
+    error = body.get("error") if isinstance(body, dict) else "no body"
+    if status != 200 or error:
         return custom_id, None, f"status {status}, {_reason(error)}"
     return custom_id, body, None
 
@@ -91,7 +91,7 @@ def positions(record: Any) -> list[Position] | None:
         return [_content(record)]
     if any(
         isinstance(record.get(key), (list, dict))
-        for key in ("content", "top_logprobs")
+        for key in ("content", "top_logprobs", "token_logprobs")
     ):
         return _of_logprobs(record)
     if record and all(_is_logprob(value) for value in record.values()):
