@@ -24,17 +24,19 @@ class ClassNames:
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = tuple(names)
+        self._found: dict[str, int | None] = {}
         self._steps = [
             (fold, self._unique(fold)) for fold in (str, _bare, _folded)
         ]
 
     def find(self, text: str) -> int | None:
         """Return the index of the class; None if no class is meant."""
-        for fold, classes in self._steps:
-            index = classes.get(fold(text))
-            if index is not None:
-                return index
-        return None
+        # The same few texts are asked for on every row.
+        if text not in self._found:
+            steps = (classes.get(fold(text)) for fold, classes in self._steps)
+            known = (index for index in steps if index is not None)
+            self._found[text] = next(known, None)
+        return self._found[text]
 
     def nested(self) -> bool:
         """Whether a class's name is a part of another's."""

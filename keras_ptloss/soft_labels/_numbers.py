@@ -34,15 +34,19 @@ def parse(cell: str) -> float:
         raise RowProblem(f"has {cell!r}, not a number") from None
 
 
+def probability(logprob: float) -> float:
+    """Check the range of a log-probability, and undo the logarithm."""
+    if logprob > ROUNDING:
+        raise RowProblem(f"has a log-probability of {logprob:.6g}, above 0")
+    return math.exp(logprob)
+
+
 def probabilities(values: Any, *, log: bool) -> Any:
     """Check the range of numbers, NaN excepted, and undo the logarithm."""
     values = np.asarray(values, "float64")
     if log:
-        wrong = values > ROUNDING
-        if wrong.any():
-            raise RowProblem(
-                f"has a log-probability of {values[wrong][0]:.6g}, above 0"
-            )
+        if values.size:
+            probability(np.fmax.reduce(values))
         return np.exp(values)
     wrong = (values < 0) | (values > 1 + ROUNDING)
     if wrong.any():

@@ -18,6 +18,7 @@ from keras_ptloss.soft_labels._numbers import (
     number,
     parse,
     probabilities,
+    probability,
 )
 from keras_ptloss.soft_labels._responses import (
     Position,
@@ -228,7 +229,7 @@ class Reader:
                 keys[index], values[index] = key, _or_missing(value)
             elif self._log and type(value) in (int, float):
                 # Log-probabilities of tokens; texts are notes of the row.
-                other += float(probabilities(number(value), log=True))
+                other += probability(number(value))
         values = probabilities(values, log=self._log)
         return Row(values, other, found=tuple(record))
 
@@ -239,22 +240,22 @@ class Reader:
             return Row(values)
         position = self._decisive(answer)
         tokens, other = position.tokens(), 0.0
-        for token, logprob in tokens:
+        for token, share in tokens:
             index = self._find(token)
-            probability = float(probabilities(logprob, log=True))
             if index is None:
-                other += probability
+                other += share
+            elif np.isnan(values[index]):
+                values[index] = share
             else:
                 # " yes" and "Yes" are two tokens of one class.
-                values[index] = np.nansum([values[index], probability])
+                values[index] += share
         total = np.nansum(values) + other
         if total > 1 + SUM_TOLERANCE:
             raise RowProblem(
                 f"has tokens whose probabilities add up to {total:.6g}: they"
                 " are no alternatives of one another"
             )
-        listed = [logprob for _, logprob in position.listed]
-        most = float(np.exp(min(min(listed), 0.0))) if listed else 1.0
+        most = min([1.0, *(share for _, share in position.listed)])
         return Row(values, other, most, found=tuple(dict(tokens)))
 
     def _decisive(self, answer: list[Position]) -> Position:

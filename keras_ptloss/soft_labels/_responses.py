@@ -12,7 +12,7 @@ from typing import Any
 from keras_ptloss.soft_labels._numbers import (
     RowProblem,
     number,
-    probabilities,
+    probability,
 )
 
 
@@ -21,22 +21,21 @@ class Position:
     """The likeliest tokens at one position of an answer.
 
     Args:
-        listed: `(token, log-probability)` of each; no other token is likelier
+        listed: `(token, probability)` of each; no other token is likelier
             than the least of them.
         token: The token that the answer has here; None if unknown.
-        logprob: Its log-probability; None if unknown.
+        probability: Its probability.
     """
 
     listed: tuple[tuple[str, float], ...]
     token: str | None = None
-    logprob: float | None = None
+    probability: float = 0.0
 
     def tokens(self) -> tuple[tuple[str, float], ...]:
         """All tokens; the answer's own may be less likely than the listed."""
-        own = (self.token, self.logprob)
-        if own[0] is None or own[1] is None or own[0] in dict(self.listed):
+        if self.token is None or self.token in dict(self.listed):
             return self.listed
-        return (*self.listed, (own[0], own[1]))
+        return (*self.listed, (self.token, self.probability))
 
 
 def unpack_batch(record: Any) -> tuple[str | None, Any, str | None]:
@@ -221,9 +220,7 @@ def _pair_of(token: Any, value: Any) -> tuple[str, float]:
         raise RowProblem(f"has the token {token!r}, not a text")
     if value is None:
         raise RowProblem(f"has no log-probability of {token!r}")
-    logprob = number(value)
     try:
-        probabilities(logprob, log=True)
+        return token, probability(number(value))
     except RowProblem as problem:
         raise RowProblem(f"{problem} for {token!r}") from None
-    return token, logprob

@@ -73,7 +73,7 @@ def test_failed_requests_are_reported_by_id(tmp_path):
     kwargs = {"names": NAMES, "ids": list("abcde")}
     with pytest.raises(
         ValueError,
-        match="4 failed of its requests: 'b', 'c', 'd', 'e' .the first: no response",
+        match="4 failed .*: 'b', 'c', 'd', 'e' .the first: no response",
     ):
         run(tmp_path, "a.jsonl", content, **kwargs)
     with pytest.raises(ValueError, match="status 429, too many requests"):
@@ -88,9 +88,7 @@ def test_failed_requests_are_reported_by_id(tmp_path):
 
 def test_failed_requests_without_ids_are_reported_by_line(tmp_path):
     content = lines([0.5, 0.5], {"error": {"message": "overloaded"}})
-    with pytest.raises(
-        ValueError, match="1 failed of its requests: 'line 2' .*overl"
-    ):
+    with pytest.raises(ValueError, match="1 failed .*: 'line 2' .*overl"):
         run(tmp_path, "a.jsonl", content, names=NAMES)
     with pytest.raises(ValueError, match="1 failed of its requests: 'line 1'"):
         # A store of nothing but failures would be one of no teacher.
