@@ -115,7 +115,10 @@ class Reader:
         try:
             # Reads arrays of numbers only: no pickle, which could run code.
             table = np.lib.format.open_memmap(self.source, mode="r")
-        except ValueError as error:
+        except OSError:
+            raise
+        except Exception as error:
+            # A damaged header makes NumPy raise what its parser raises.
             fail("source", f"a readable .npy file ({error})", str(self.source))
         if table.ndim != 2 or table.dtype.kind != "f":
             fail(

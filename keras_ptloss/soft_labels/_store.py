@@ -56,9 +56,38 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         manifest: dict[str, Any] = json.loads(text)
     except ValueError:
         damaged(directory, "its manifest is no JSON")
-    if manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         damaged(directory, f"its manifest's format is not {FORMAT}")
+    try:
+        plausible = _plausible(manifest)
+    except (KeyError, TypeError, ValueError) as error:
+        damaged(directory, f"its manifest is wrong ({error!r})")
+    if not plausible:
+        damaged(directory, "its manifest contradicts itself")
     return manifest
+
+
+def _plausible(manifest: dict[str, Any]) -> bool:
+    """Whether the numbers of a manifest fit together."""
+    spec, (index, count) = spec_of(manifest), manifest["shard"]
+    rows, names = manifest["rows"], spec.class_names
+    error, checksums = manifest["total_variation"], manifest["checksums"]
+    classes = len(names) if names else max(manifest["num_classes"], 2)
+    return bool(
+        rows == shard_rows(spec, index, count)
+        and 0 <= index < count
+        and manifest["num_classes"] == classes
+        and 0 <= manifest["stored"] <= rows[1] - rows[0]
+        and 0 <= error["sum"] < float("inf")
+        and 0 <= error["max"] < float("inf")
+        and (checksums is None or set(checksums) == set(array_formats(spec, 2)))
+    )
+
+
+def shard_rows(spec: SoftLabelSpec, index: int, count: int) -> list[int]:
+    """First row of a shard and the row after its last."""
+    total = spec.num_examples or 0
+    return [total * index // count, total * (index + 1) // count]
 
 
 def progress(final: Path) -> str:
@@ -75,11 +104,18 @@ def damaged(directory: Path, why: str) -> NoReturn:
     )
 
 
+def load(directory: Path, name: str) -> Any:
+    """Map one of a shard's arrays; never a pickle, which could run code."""
+    try:
+        return np.load(directory / f"{name}.npy", mmap_mode="r")
+    except Exception as error:
+        # A damaged header makes NumPy raise what its parser raises: EOFError,
+        # SyntaxError, tokenize.TokenError.
+        damaged(directory, f"{name}.npy is unreadable ({error!r})")
+
+
 def spec_of(manifest: dict[str, Any]) -> SoftLabelSpec:
-    fields = dict(manifest["spec"])
-    if fields["class_names"] is not None:
-        fields["class_names"] = tuple(fields["class_names"])
-    return SoftLabelSpec(**fields)
+    return SoftLabelSpec(**manifest["spec"])
 
 
 def checksum(path: Path) -> str:
@@ -99,6 +135,8 @@ class Shard:
             damaged(directory, "it has no manifest")
         self.directory, self.manifest = directory, manifest
         self.start, self.stop = manifest["rows"]
+        if manifest["stored"] != self.stop - self.start:
+            damaged(directory, f"it has {manifest['stored']} rows only")
         spec = spec_of(manifest)
         arrays = array_formats(spec, manifest["num_classes"])
         self.arrays = {}
@@ -106,17 +144,15 @@ class Shard:
             path = directory / f"{name}.npy"
             shape: tuple[int, ...] = (self.stop - self.start,)
             shape += () if columns is None else (columns,)
-            try:
-                array = np.load(path, mmap_mode="r")
-            except (OSError, ValueError) as error:
-                damaged(directory, f"{name}.npy is unreadable ({error})")
+            array = load(directory, name)
             if array.shape != shape or array.dtype != np.dtype(dtype):
                 damaged(
                     directory,
                     f"{name}.npy holds {array.dtype}{array.shape} where"
                     f" {np.dtype(dtype)}{shape} was written",
                 )
-            if verify and checksum(path) != manifest["checksums"][name]:
+            known = manifest["checksums"] or {}
+            if verify and checksum(path) != known.get(name):
                 damaged(directory, f"the checksum of {name}.npy differs")
             self.arrays[name] = array
 

@@ -30,10 +30,12 @@ from keras_ptloss.soft_labels._spec import (
 from keras_ptloss.soft_labels._store import (
     FORMAT,
     checksum,
+    load,
     partial_path,
     read_manifest,
     shard_count,
     shard_path,
+    shard_rows,
     spec_of,
 )
 
@@ -102,8 +104,7 @@ class ShardWriter:
             )
         self.spec, self._shard = spec, (index, count)
         self._store, self._final = store, shard_path(store, self._shard)
-        self.start = total * index // count
-        self.stop = total * (index + 1) // count
+        self.start, self.stop = shard_rows(spec, index, count)
         self._manifest: dict[str, Any] | None = None
         self._files = contextlib.ExitStack()
         self._open: dict[str, tuple[int, int]] = {}
@@ -192,7 +193,7 @@ class ShardWriter:
                     " `path`)",
                     getattr(self.spec, field.name),
                 )
-        hashes = np.load(self._directory / "fingerprints.npy", mmap_mode="r")
+        hashes = load(self._directory, "fingerprints")
         self._fingerprints = np.array(hashes[: self.stored])
         if not complete:
             self._open_arrays()
@@ -288,6 +289,8 @@ class ShardWriter:
         with np.errstate(invalid="ignore"):
             decoded = decode(self.spec, encoded, num_classes)
         if not np.isfinite(decoded).all():
+            if self.spec.dtype == "float32":
+                fail("teacher", "one whose outputs float32 can hold", outputs)
             fail("dtype", "'float32' for outputs so extreme", self.spec.dtype)
         logits = self.spec.from_logits
         distance = 0.5 * np.abs(

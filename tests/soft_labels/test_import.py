@@ -156,6 +156,8 @@ def test_empty_rows(tmp_path):
         ("a.npy", np.zeros(3), "an array of floats of shape"),
         ("a.npy", np.full((2, 3), np.inf), "row 0 of .* probability of inf"),
         ("a.npy", np.array([[{}]]), "a readable .npy file"),
+        ("a.npy", b"", "a readable .npy file"),
+        ("a.npy", b"\x93NUMPY\x01\x00\x02\x00({", "a readable .npy file"),
         ("a.txt", "0.5", "`source` must be one of '.csv', '.jsonl', '.npy'"),
     ],
 )

@@ -292,37 +292,6 @@ def test_float16_overflow_is_an_error(path):
         write(path, lambda x: Teacher(True)(x) * 1e6, from_logits=True)
 
 
-# Integrity
-
-
-def test_damage_is_found(path):
-    write(path)
-    folder = path / "shard-00000-of-00001"
-    file = folder / "labels.npy"
-    good = file.read_bytes()
-    file.write_bytes(good[:-9] + b"\x01" + good[-8:])
-    with pytest.raises(ValueError, match="checksum of labels.npy differs"):
-        SoftLabels.open(path)
-    assert len(SoftLabels.open(path, verify=False)) == N
-    file.write_bytes(good[:-8])
-    with pytest.raises(ValueError, match="labels.npy is unreadable"):
-        SoftLabels.open(path)
-    np.save(file, np.zeros((N, C + 1), "float16"))
-    with pytest.raises(ValueError, match=r"holds float16\(50, 5\) where"):
-        SoftLabels.open(path)
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="manifest is no JSON"):
-        SoftLabels.open(path)
-    (folder / "manifest.json").write_text("{}")
-    with pytest.raises(ValueError, match="format is not"):
-        SoftLabels.open(path)
-    (folder / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="no manifest"):
-        SoftLabels.open(path)
-    with pytest.raises(FileNotFoundError, match="No soft labels at"):
-        SoftLabels.open(path / "elsewhere")
-
-
 # Shards
 
 
