@@ -251,13 +251,18 @@ def _ordered(reader: Reader, ids: list[str] | None) -> list[Row]:
     wanted = set(ids)
     missing = [name for name in ids if name not in by_id]
     foreign = [str(name) for name in by_id if name not in wanted]
-    if missing or foreign:
-        # A batch job writes requests that failed to a file of their own.
+    found = []
+    if missing:
+        found.append(
+            f"no row of {shorten(missing)} (requests that failed may be in an"
+            " error file of the batch job: append it)"
+        )
+    if foreign:
+        found.append(f"rows of {shorten(foreign)}, which are not among them")
+    if found:
         raise ValueError(
-            "`ids` must be those of the rows. Received:"
-            f" {reader.source} without {shorten(missing) or 'none of them'}"
-            f" (failed requests may be in an error file: append it), and with"
-            f" {shorten(foreign) or 'none'} beside them"
+            f"`ids` must be those of the rows. Received: {reader.source}, which"
+            f" has {' and '.join(found)}"
         )
     return [by_id[name] for name in ids]
 

@@ -123,7 +123,7 @@ def _of_logprobs(logprobs: Any) -> list[Position]:
         )
     if "content" in logprobs:
         # Null where the model refused to answer.
-        return [_content(item) for item in logprobs["content"] or ()]
+        return [_content(item) for item in _list(logprobs["content"])]
     top = logprobs.get("top_logprobs")
     if isinstance(top, dict):
         return [Position(_pairs(top))]
@@ -146,10 +146,11 @@ def _need(found: list[Position] | None, value: list[Any]) -> list[Position]:
 
 def _completion(logprobs: dict[str, Any]) -> list[Position]:
     """Read the older form: a list each of tokens, numbers, dictionaries."""
-    tokens = logprobs["tokens"]
-    own = logprobs.get("token_logprobs")
-    top = logprobs.get("top_logprobs") or [{}] * len(tokens)
-    if not isinstance(own, list) or not len(tokens) == len(own) == len(top):
+    tokens, own = (
+        _list(logprobs.get(key)) for key in ("tokens", "token_logprobs")
+    )
+    top = _list(logprobs.get("top_logprobs")) or [{}] * len(tokens)
+    if not len(tokens) == len(own) == len(top):
         raise RowProblem("has `tokens` and `token_logprobs` of two lengths")
     if None in own:
         # Class names in the prompt would be taken for the answer.
@@ -166,22 +167,20 @@ def _of_responses(output: list[Any]) -> list[Position]:
         part
         for item in output
         if isinstance(item, dict) and item.get("type") == "message"
-        for part in item.get("content") or ()
+        for part in _list(item.get("content"))
         if isinstance(part, dict) and part.get("type") == "output_text"
     ]
     if parts and not any(part.get("logprobs") for part in parts):
         return _of_logprobs(None)
     return [
-        _content(item) for part in parts for item in part.get("logprobs") or ()
+        _content(item) for part in parts for item in _list(part.get("logprobs"))
     ]
 
 
 def _content(item: Any) -> Position:
     """Read `{"token": ..., "logprob": ..., "top_logprobs": [...]}`."""
     top = item.get("top_logprobs") if isinstance(item, dict) else None
-    if top is not None and not isinstance(top, list):
-        raise RowProblem(f"has `top_logprobs` that are no list: {top!r}")
-    return Position(tuple(_pair(other) for other in top or ()), *_pair(item))
+    return Position(tuple(_pair(other) for other in _list(top)), *_pair(item))
 
 
 def _by_id(record: dict[str, Any]) -> Position:
@@ -197,6 +196,13 @@ def _by_id(record: dict[str, Any]) -> Position:
             for key, value in record.items()
         )
     )
+
+
+def _list(value: Any) -> list[Any]:
+    """Require a list; null is an empty one."""
+    if value is not None and not isinstance(value, list):
+        raise RowProblem(f"has {value!r} where a list was expected")
+    return value or []
 
 
 def _is_logprob(value: Any) -> bool:

@@ -101,10 +101,13 @@ def forker():
     assert forker.process.returncode == 0
 
 
-def test_killed_at_random_points_20_times(path, tmp_path, forker):
+@pytest.mark.parametrize(
+    "times", [20, pytest.param(100, marks=pytest.mark.slow)]
+)
+def test_killed_at_random_points(path, tmp_path, forker, times):
     random = np.random.default_rng()
     kills, stores = 0, 0
-    while kills < 20:
+    while kills < times:
         store = path.with_suffix(f".{stores}")
         log = tmp_path / f"asked-{stores}"
         killed_here, stored = 0, 0

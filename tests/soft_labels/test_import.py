@@ -208,7 +208,7 @@ def test_arguments(tmp_path):
         ({"top_logprobs": [3]}, "has 3 where tokens were expected"),
         (
             [{"token": "neutral", "logprob": -1, "top_logprobs": 3}],
-            "`top_logprobs` that are no list",
+            "has 3 where a list was expected",
         ),
         (
             # Positions of an answer, not alternatives to one token.

@@ -3,12 +3,16 @@
 The expected rows are written down from the probabilities that go in.
 """
 
+import copy
 import json
 import math
 
 import numpy as np
 import pytest
 from imports import lines, run, top, top_of
+
+from keras_ptloss.soft_labels._numbers import RowProblem
+from keras_ptloss.soft_labels._responses import positions
 
 NAMES = ("no", "yes")
 FIRST = top(Yes=0.6, No=0.3, Maybe=0.05)
@@ -76,30 +80,30 @@ RESPONSE = {
 }
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        chat(CONTENT),
-        chat(CONTENT)["choices"][0],
-        chat(CONTENT)["choices"][0]["logprobs"],
-        {"content": CONTENT},
-        CONTENT,
-        # The model begins with a quotation mark.
-        chat([item('"', 0.5, top_of({'"': 0.5, "No": 0.4})), *CONTENT]),
-        CONTENT[0],
-        {"top_logprobs": FIRST},
-        {"choices": [{"text": "\n yes.", "logprobs": COMPLETION}]},
-        {"logprobs": COMPLETION},
-        COMPLETION,
-        {"top_logprobs": COMPLETION["top_logprobs"][1:2]},
-        {"top_logprobs": COMPLETION["top_logprobs"][1]},
-        {"logprobs": COMPLETION["top_logprobs"][1]},
-        VLLM,
-        [VLLM, {"13": {"logprob": -0.1, "decoded_token": "."}}],
-        {"logprobs": [VLLM]},
-        RESPONSE,
-    ],
-)
+FORMS = [
+    chat(CONTENT),
+    chat(CONTENT)["choices"][0],
+    chat(CONTENT)["choices"][0]["logprobs"],
+    {"content": CONTENT},
+    CONTENT,
+    # The model begins with a quotation mark.
+    chat([item('"', 0.5, top_of({'"': 0.5, "No": 0.4})), *CONTENT]),
+    CONTENT[0],
+    {"top_logprobs": FIRST},
+    {"choices": [{"text": "\n yes.", "logprobs": COMPLETION}]},
+    {"logprobs": COMPLETION},
+    COMPLETION,
+    {"top_logprobs": COMPLETION["top_logprobs"][1:2]},
+    {"top_logprobs": COMPLETION["top_logprobs"][1]},
+    {"logprobs": COMPLETION["top_logprobs"][1]},
+    VLLM,
+    [VLLM, {"13": {"logprob": -0.1, "decoded_token": "."}}],
+    {"logprobs": [VLLM]},
+    RESPONSE,
+]
+
+
+@pytest.mark.parametrize("record", FORMS)
 def test_forms(tmp_path, record):
     report = run(tmp_path, "a.jsonl", lines(record), names=NAMES)
     np.testing.assert_allclose(report.labels[0], [1 / 3, 2 / 3], atol=1e-6)
@@ -226,6 +230,8 @@ def test_nested_classes_of_one_token(tmp_path):
             "holds its prompt too .ask without `echo`",
         ),
         ({**COMPLETION, "tokens": ["yes"]}, "of two lengths"),
+        ({**COMPLETION, "tokens": 3}, "has 3 where a list was expected"),
+        (chat(0.5), "has 0.5 where a list was expected"),
         ({"content": ["yes"]}, 'no "token" and "logprob" in yes'),
     ],
 )
@@ -237,3 +243,34 @@ def test_unreadable_answers(tmp_path, record, match):
 def test_class_names_are_needed(tmp_path):
     with pytest.raises(ValueError, match="`class_names` must be given"):
         run(tmp_path, "a.jsonl", lines(chat(CONTENT)), names=None)
+
+
+def parts(record, path=()):
+    """The path to every part of a JSON value."""
+    if path:
+        yield path
+    if isinstance(record, (dict, list)):
+        keys = record if isinstance(record, dict) else range(len(record))
+        for key in keys:
+            yield from parts(record[key], (*path, key))
+
+
+def changed(record, path, value):
+    record = copy.copy(record)
+    record[path[0]] = (
+        changed(record[path[0]], path[1:], value) if path[1:] else value
+    )
+    return record
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 3, -0.5, "x", [], {}, [None], {"yes": -1.0}]
+)
+def test_any_part_may_be_of_any_kind(value):
+    """Then the record is read or refused, and nothing else happens."""
+    for record in FORMS:
+        for path in parts(record):
+            try:
+                positions(changed(record, path, value))
+            except RowProblem as problem:
+                assert str(problem)

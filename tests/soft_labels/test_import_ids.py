@@ -102,8 +102,9 @@ def test_failed_requests_without_ids_are_reported_by_line(tmp_path):
     ("rows", "ids", "match"),
     [
         ("ab", None, "`ids` must be given, .*'a' on line 1.* any order"),
-        ("ab", ["a", "b", "c"], "without 'c' .*error file.*, and with none"),
-        ("abc", ["a", "b"], "without none of them .*, and with 'c' beside"),
+        ("ab", ["a", "b", "c"], "has no row of 'c' .*error file.*append it.$"),
+        ("abc", ["a", "b"], "has rows of 'c', which are not among them"),
+        ("ab", ["a", "c"], "no row of 'c' .* and rows of 'b', which are not"),
         ("aba", ["a", "b"], "line 1 and line 3 of .* custom_id 'a' both"),
         ("ab", ["a", "b", "a"], "`ids` must be different: 'a' stands twice"),
         ("ab", [1, "1"], "`ids` must be different: '1' stands twice"),

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import pathlib
 import tempfile
 
 import hypothesis
@@ -17,6 +18,7 @@ from keras_ptloss.soft_labels import (
     SoftLabelSpec,
     import_soft_labels,
 )
+from keras_ptloss.soft_labels._readers import Reader
 
 # Every example writes files, whose time the disk decides.
 settings = hypothesis.settings(
@@ -24,6 +26,14 @@ settings = hypothesis.settings(
     deadline=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder_of_stores(tmp_path_factory):
+    """Where `tempfile` makes them, so that pytest clears them away."""
+    tempfile.tempdir = str(tmp_path_factory.mktemp("stores"))
+    yield
+    tempfile.tempdir = None
 
 
 @st.composite
@@ -167,3 +177,40 @@ def test_imported_rows(rows, form, random):
         np.testing.assert_allclose(
             report.labels[index], expected, rtol=1e-5, atol=1e-6
         )
+
+
+KEYS = """choices logprobs content top_logprobs token logprob tokens type output
+token_logprobs custom_id response body status_code error yes no decoded_token
+message output_text""".split()
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 500)
+    | st.floats(-2, 2)
+    | st.sampled_from([*KEYS, "", float("nan"), float("-inf"), 200, 10**400])
+)
+anything = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@hypothesis.settings(settings, max_examples=300)
+@hypothesis.given(anything, st.booleans())
+def test_any_json_is_read_or_refused(record, log):
+    """With a `ValueError` that names the line, and with nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = pathlib.Path(folder, "a.jsonl")
+        source.write_text(json.dumps(record) + "\n")
+        try:
+            (row,) = Reader(source, ("yes", "no"), log=log).read()
+        except ValueError as error:
+            assert "line 1 of" in str(error)
+            return
+    assert row.failure or np.isnan(row.values[:]).sum() + np.sum(
+        (row.values >= 0) & (row.values <= 1.02)
+    ) == len(row.values)
