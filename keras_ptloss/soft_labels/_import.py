@@ -47,9 +47,9 @@ class ImportReport:
     Example:
         >>> import tempfile
         >>> from keras_ptloss.soft_labels import (
-        >>>     SoftLabelSpec,
-        >>>     import_soft_labels,
-        >>> )
+        ...     SoftLabelSpec,
+        ...     import_soft_labels,
+        ... )
         >>> folder = tempfile.mkdtemp()
         >>> with open(folder + "/api.jsonl", "w") as file:
         ...     _ = file.write('{"no": 0.75, "yes": 0.25}\n{"no": 0.9}\n')
@@ -144,9 +144,9 @@ def import_soft_labels(
     Example:
         >>> import tempfile
         >>> from keras_ptloss.soft_labels import (
-        >>>     SoftLabelSpec,
-        >>>     import_soft_labels,
-        >>> )
+        ...     SoftLabelSpec,
+        ...     import_soft_labels,
+        ... )
         >>> folder = tempfile.mkdtemp()
         >>> with open(folder + "/llm.jsonl", "w") as file:
         ...     _ = file.write('[{"token": " Yes", "logprob": -0.2231}]\n')
@@ -223,7 +223,8 @@ def _checked_ids(ids: Any) -> list[str] | None:
     found = [str(name) for name in ids]
     twice = _repeated(found)
     if twice:
-        fail("ids", f"different: {shorten(twice)} stands twice", ids)
+        wanted = f"different: {shorten(twice)} stands twice"
+        fail("ids", wanted, f"{len(found)} ids")
     return found
 
 

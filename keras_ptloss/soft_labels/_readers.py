@@ -187,7 +187,7 @@ class Reader:
                 values[key] = parse(cells[column])
         name = cells[columns["custom_id"]] if "custom_id" in columns else None
         values = probabilities(values, log=self._log)
-        return Row(values, found=tuple(map(str, columns)), custom_id=name)
+        return Row(values, custom_id=name)
 
     def _jsonl(self) -> Iterator[Row]:
         with self.source.open(encoding="utf-8-sig") as file:

@@ -103,6 +103,11 @@ def test_empty_rows(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
+        (
+            "a.csv",
+            "negative,note\n,x\n",
+            "line 2 of .* tells nothing of any class; the classes are 'neg",
+        ),
         ("a.csv", "negative\nx\n", "line 2 of .* has 'x', not a number"),
         ("a.csv", "negative,b\n1\n", "line 2 of .* has 1 of 2 cells"),
         ("a.csv", "x,y\n0,1\n", "`source` must be a table of"),
