@@ -1,7 +1,8 @@
 """Stored teacher outputs: written once, checked, attached to data."""
 
 from keras_ptloss.soft_labels._import import ImportReport, import_soft_labels
-from keras_ptloss.soft_labels._soft_labels import SoftLabels, with_retries
+from keras_ptloss.soft_labels._retries import with_retries
+from keras_ptloss.soft_labels._soft_labels import SoftLabels
 from keras_ptloss.soft_labels._spec import SoftLabelSpec
 
 __all__ = [

@@ -1,8 +1,9 @@
 """The pairing of a data set with its stored soft labels, checked."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
@@ -11,25 +12,21 @@ from keras_ptloss._checks import check_count, fail
 from keras_ptloss.soft_labels._data import (
     Batch,
     as_dataset,
-    check_differing,
     check_size,
-    fingerprints,
     is_streamed,
-    is_tf_dataset,
     length,
     numbered_batches,
     take,
     wrong_length,
 )
-
-if TYPE_CHECKING:
-    from keras_ptloss.soft_labels._soft_labels import SoftLabels
+from keras_ptloss.soft_labels._match import Matcher, Stored
+from keras_ptloss.soft_labels._tf_data import is_tf_dataset, with_targets
 
 Tensor = Any
 
 
 def attach(
-    labels: "SoftLabels",
+    labels: Stored,
     dataset: Any,
     *,
     ids: Any,
@@ -39,7 +36,7 @@ def attach(
     preprocessor: Callable[[Tensor], Tensor] | None,
 ) -> Any:
     """Pair the data set with `labels`; see `SoftLabels.attach`."""
-    match = _Matcher(labels, ids)
+    match = Matcher(labels, ids)
     dataset = as_dataset(dataset)
     if not is_streamed(dataset):
         return _AttachedArrays(
@@ -52,47 +49,19 @@ def attach(
     if shuffle:
         fail("shuffle", "False where the data set has its own order", shuffle)
     if is_tf_dataset(dataset):
-        return _attach_tf(match, dataset, preprocessor)
+        return with_targets(
+            dataset,
+            functools.partial(_pairs, match, dataset),
+            labels.shape[1],
+            preprocessor,
+        )
     return _AttachedBatches(match, dataset, preprocessor)
 
 
-class _Matcher:
-    """Finds the stored rows of examples and checks that they are theirs."""
-
-    def __init__(self, labels: "SoftLabels", ids: Any) -> None:
-        self.labels = labels
-        self.stored = labels.fingerprints
-        # Rows in the order of the data set; None: found by content.
-        self.rows: Any = None
-        if isinstance(ids, str):
-            if ids != "content":
-                fail("ids", "None, integers, or 'content'", ids)
-            self._sorter = np.argsort(self.stored, kind="stable")
-            self._sorted = self.stored[self._sorter]
-            return
-        self.rows = np.arange(len(labels)) if ids is None else np.asarray(ids)
-        if self.rows.ndim != 1 or self.rows.dtype.kind not in "iu":
-            fail("ids", "a list of integers", ids)
-        if np.any((self.rows < 0) | (self.rows >= len(labels))):
-            fail("ids", f"rows from 0 to {len(labels) - 1}", ids)
-
-    def __call__(self, x: Tensor, first: int) -> Any:
-        """Return the rows of the examples `x`, which begin at `first`."""
-        found = fingerprints(x)
-        if self.rows is not None:
-            if first + len(found) > len(self.rows):
-                wrong_length(f"at least {first + len(found)}", len(self.rows))
-            rows = self.rows[first : first + len(found)]
-        else:
-            place = np.searchsorted(self._sorted, found)
-            rows = self._sorter[np.minimum(place, len(self._sorter) - 1)]
-        check_differing(self.stored, found, rows, first)
-        return rows
-
-    def finish(self, end: int) -> None:
-        """Check that the data set ended where it should."""
-        if self.rows is not None and end != len(self.rows):
-            wrong_length(end, len(self.rows))
+def _check_index(index: int, count: int) -> None:
+    # Without it, `list()` of the batches never ends.
+    if not 0 <= index < count:
+        raise IndexError(f"Batch {index} of {count} batches")
 
 
 class _AttachedArrays(keras.utils.PyDataset):
@@ -100,7 +69,7 @@ class _AttachedArrays(keras.utils.PyDataset):
 
     def __init__(
         self,
-        match: _Matcher,
+        match: Matcher,
         x: Tensor,
         *,
         batch_size: int,
@@ -131,6 +100,7 @@ class _AttachedArrays(keras.utils.PyDataset):
         return math.ceil(len(self._rows) / self._batch_size)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        _check_index(index, len(self))
         low = index * self._batch_size
         chosen = self._order[low : low + self._batch_size]
         x = take(self._x, chosen)
@@ -144,7 +114,7 @@ class _AttachedBatches(keras.utils.PyDataset):
 
     def __init__(
         self,
-        match: _Matcher,
+        match: Matcher,
         dataset: keras.utils.PyDataset,
         preprocessor: Callable[[Tensor], Tensor] | None,
     ) -> None:
@@ -174,6 +144,7 @@ class _AttachedBatches(keras.utils.PyDataset):
         self._dataset.on_epoch_end()
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
+        _check_index(index, self.num_batches)
         element = self._dataset[index]
         return self._pair(index, keras.utils.unpack_x_y_sample_weight(element))
 
@@ -190,45 +161,11 @@ class _AttachedBatches(keras.utils.PyDataset):
         return x, targets, *(() if weight is None else (weight,))
 
 
-def _attach_tf(
-    match: _Matcher,
-    dataset: Any,
-    preprocessor: Callable[[Tensor], Tensor] | None,
-) -> Any:
-    # Only tf.data itself can build a tf.data.Dataset; its owner has already
-    # imported TensorFlow.
-    import tensorflow as tf
-
-    x_spec, _, weight_spec = keras.utils.unpack_x_y_sample_weight(
-        dataset.element_spec
-    )
-    for spec in keras.tree.flatten(x_spec):
-        if not isinstance(spec, tf.TensorSpec):
-            fail("dataset", "made of dense tensors", spec)
-    targets = tf.TensorSpec((None, match.labels.shape[1]), tf.float32)
-    signature = keras.utils.pack_x_y_sample_weight(x_spec, targets, weight_spec)
-
-    def pairs() -> Iterator[tuple[Any, ...]]:
-        end = 0
-        for first, (x, _, weight) in numbered_batches(
-            dataset.as_numpy_iterator()
-        ):
-            end = first + length(x)
-            rows = match(x, first)
-            yield keras.utils.pack_x_y_sample_weight(
-                x, match.labels[rows], weight
-            )
-        match.finish(end)
-
-    paired = tf.data.Dataset.from_generator(pairs, output_signature=signature)
-    # `fit` shows its progress by it; a negative number means unknown.
-    if (cardinality := int(dataset.cardinality())) >= 0:
-        paired = paired.apply(
-            tf.data.experimental.assert_cardinality(cardinality)
-        )
-    if preprocessor is not None:
-        paired = paired.map(
-            lambda x, *rest: (preprocessor(x), *rest),
-            num_parallel_calls=tf.data.AUTOTUNE,
-        )
-    return paired.prefetch(tf.data.AUTOTUNE)
+def _pairs(match: Matcher, dataset: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield the batches of a `tf.data.Dataset` with their stored rows."""
+    end = 0
+    for first, (x, _, weight) in numbered_batches(dataset.as_numpy_iterator()):
+        end = first + length(x)
+        targets = match.labels[match(x, first)]
+        yield keras.utils.pack_x_y_sample_weight(x, targets, weight)
+    match.finish(end)

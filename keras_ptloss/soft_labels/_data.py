@@ -6,7 +6,6 @@ stored row checks the second against the first.
 """
 
 import hashlib
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,22 +13,11 @@ import keras
 import numpy as np
 
 from keras_ptloss._checks import fail
+from keras_ptloss.soft_labels._tf_data import is_infinite, is_tf_dataset
 
 Tensor = Any
 # (inputs, targets, sample weights); the last two are None where absent.
 Batch = tuple[Tensor, Tensor, Tensor]
-
-
-def is_tf_dataset(dataset: Any) -> bool:
-    """Whether `dataset` is a `tf.data.Dataset`, without importing TensorFlow.
-
-    Such an object exists only where its owner has imported TensorFlow, which
-    JAX users need not wait for.
-    """
-    tensorflow = sys.modules.get("tensorflow")
-    return tensorflow is not None and isinstance(
-        dataset, tensorflow.data.Dataset
-    )
 
 
 def is_streamed(dataset: Any) -> bool:
@@ -44,10 +32,7 @@ def as_dataset(dataset: Any) -> Any:
             fail("dataset", "finite", dataset)
         return dataset
     if is_tf_dataset(dataset):
-        if (
-            dataset.cardinality()
-            == sys.modules["tensorflow"].data.INFINITE_CARDINALITY
-        ):
+        if is_infinite(dataset):
             fail("dataset", "finite (without `repeat()`)", dataset)
         return dataset
     if isinstance(dataset, list) and dataset and np.isscalar(dataset[0]):

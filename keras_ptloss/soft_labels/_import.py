@@ -5,25 +5,25 @@ returns the log-probabilities of its likeliest tokens only. Such rows are
 repaired, and a report tells how many.
 """
 
-import csv
+import collections
 import dataclasses
-import json
-import math
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from keras_ptloss._checks import check_choice, fail
 from keras_ptloss.soft_labels import _data as data
-from keras_ptloss.soft_labels import _store as store
+from keras_ptloss.soft_labels._names import shorten
+from keras_ptloss.soft_labels._numbers import ROUNDING
+from keras_ptloss.soft_labels._readers import Reader, Row
 from keras_ptloss.soft_labels._soft_labels import SoftLabels
 from keras_ptloss.soft_labels._spec import SoftLabelSpec
+from keras_ptloss.soft_labels._store import shard_count
+from keras_ptloss.soft_labels._writer import ShardWriter, with_num_examples
 
-# Decimals cut by the exporting tool change a sum by less than this.
-_ROUNDING = 1e-3
 _BATCH = 4096
 
 
@@ -38,14 +38,18 @@ class ImportReport:
             add up to 1 within 0.001 and was divided by its sum.
         empty: `(N,)` bool, whether the row told nothing of any class and
             became uniform (`empty_rows="uniform"` only).
+        other: `(N,)` probability that the row gives to tokens that are no
+            class. Rows in which it is large say little of the classes.
         ignored: Columns, keys or tokens that are no class, sorted.
+        failed: Ids (or lines) of requests that failed, in the order of the
+            data set (`empty_rows="uniform"` only); they are `empty` too.
 
     Example:
         >>> import tempfile
         >>> from keras_ptloss.soft_labels import (
-        >>>     SoftLabelSpec,
-        >>>     import_soft_labels,
-        >>> )
+        ...     SoftLabelSpec,
+        ...     import_soft_labels,
+        ... )
         >>> folder = tempfile.mkdtemp()
         >>> with open(folder + "/api.jsonl", "w") as file:
         ...     _ = file.write('{"no": 0.75, "yes": 0.25}\n{"no": 0.9}\n')
@@ -66,23 +70,15 @@ class ImportReport:
     filled: Any
     renormalised: Any
     empty: Any
+    other: Any
     ignored: tuple[str, ...]
+    failed: tuple[str, ...]
 
     @property
     def num_repaired(self) -> int:
         """How many rows are not as they were in the file."""
         repaired = self.filled | self.renormalised | self.empty
         return int(np.count_nonzero(repaired))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """Probabilities as read: NaN for missing classes."""
-
-    values: Any
-    # Probability of what is no class, and the most a missing class can have.
-    other: float = 0.0
-    most: float = 1.0
 
 
 def import_soft_labels(
@@ -93,46 +89,64 @@ def import_soft_labels(
     spec: SoftLabelSpec | None = None,
     values: str = "probabilities",
     empty_rows: str = "error",
+    ids: Sequence[str | int] | None = None,
 ) -> ImportReport:
     r"""Make a store from a file of teacher outputs, one row an example.
+
+    A `.jsonl` file has one of these on each line, and may mix them:
+
+    * a list of numbers, or an object from class name to number (null is
+      missing; texts and what else is beside the classes is ignored);
+    * what the API of a language model returned: a chat completion, a
+      completion or a response of OpenAI's form, its `choices[0]`, `logprobs`
+      or `content`, or vLLM's dictionary from token id to `Logprob`. Of several
+      tokens, the first that names a class is the answer;
+    * the alternatives to one token,
+      `[{"token": "yes", "logprob": -0.1}, ...]`, bare or as `"top_logprobs"`;
+    * a line of a batch job's output, `{"custom_id": ..., "response": ...}`.
+
+    Columns, keys and tokens name classes alike: letter case, spaces at the
+    ends and tokenizers' marks do not matter, unless two classes differ in them
+    only. Tokens of one class add up; two columns or keys of one are an error.
 
     A missing class gets an even share of the probability that its row leaves
     over; in a list of the likeliest tokens at most the smallest one listed,
     since the list would hold a larger one. Then rows are divided by their sum.
+    One number a row is a binary head, the probability of the second class.
     The whole table is read into memory, as float32.
 
     Args:
-        source: A `.csv` file whose header names the classes (empty cells are
-            missing); a `.jsonl` file whose lines are a list of numbers, an
-            object from class name to number, or top log-probabilities
-            `[{"token": "yes", "logprob": -0.1}, ...]`, bare or under the key
-            `"top_logprobs"`, where a token counts for the class of its name,
-            spaces and letter case aside; or a `.npy` file `(N, C)` (NaN is
-            missing).
+        source: A `.jsonl` file as above; a `.csv` file whose header names the
+            classes (empty cells are missing, other columns ignored); or a
+            `.npy` file of floats `(N, C)` (NaN is missing).
         dataset: The examples that the rows belong to, in their order; as in
             `SoftLabels.write`.
         path: Directory of the store, which must not hold one yet.
         spec: As in `SoftLabels.write`. `class_names` are needed for JSON
-            objects; a CSV file's columns serve if there are none.
+            objects and tokens; a CSV file's columns serve if there are none.
         values: `"probabilities"` or `"log_probabilities"` (natural), what the
-            numbers are. Top log-probabilities are always the latter.
-        empty_rows: `"error"`, or `"uniform"` to give rows in which no class
-            occurs equal probabilities.
+            numbers are. Those of tokens are always the latter.
+        empty_rows: `"error"`, or `"uniform"` to give equal probabilities to
+            rows in which no class occurs and to requests that failed.
+        ids: The `custom_id` of each example, in the order of `dataset`. Needed
+            where the rows have such a key or column, since batch jobs give
+            them in any order; each must occur exactly once.
 
     Returns:
         An `ImportReport` with the opened store.
 
     Raises:
         ValueError: If a line cannot be read, a number is no probability, a
-            row is empty, or the numbers of rows and examples differ; the
-            message names the line.
+            row is empty, a request failed, the numbers of rows and examples
+            differ, or ids are missing, repeated or unknown; the message names
+            the line or the ids.
 
     Example:
         >>> import tempfile
         >>> from keras_ptloss.soft_labels import (
-        >>>     SoftLabelSpec,
-        >>>     import_soft_labels,
-        >>> )
+        ...     SoftLabelSpec,
+        ...     import_soft_labels,
+        ... )
         >>> folder = tempfile.mkdtemp()
         >>> with open(folder + "/llm.jsonl", "w") as file:
         ...     _ = file.write('[{"token": " Yes", "logprob": -0.2231}]\n')
@@ -147,34 +161,32 @@ def import_soft_labels(
     """
     check_choice("values", values, ("probabilities", "log_probabilities"))
     check_choice("empty_rows", empty_rows, ("error", "uniform"))
-    if store.shard_count(Path(path)) is not None:
+    if shard_count(Path(path)) is not None:
         # A corrected file must not silently keep the rows of the first one.
         fail("path", "a new directory: imports do not resume", str(path))
     spec = spec or SoftLabelSpec()
     if spec.from_logits:
         fail("from_logits", "False: probabilities are imported", True)
-    reader = _Reader(Path(source), spec.class_names, values)
-    rows = list(reader.read())
+    reader = Reader(
+        Path(source), spec.class_names, log=values == "log_probabilities"
+    )
+    rows = _ordered(reader, _checked_ids(ids))
     if not rows:
         fail("source", "a file with at least one row", str(source))
-    table = np.stack([row.values for row in rows]).astype("float32")
-    other = np.array([row.other for row in rows])
-    most = np.array([row.most for row in rows])
-    table, filled, renormalised, empty = _repair(table, other, most)
+    failed = [row for row in rows if row.failure is not None]
+    if failed and (empty_rows == "error" or len(failed) == len(rows)):
+        _refuse_failed(failed, str(source))
+    table, filled, renormalised, empty = _repair(rows, reader.names)
     if empty_rows == "error" and empty.any():
-        reader.fail(int(np.argmax(empty)), "tells nothing of any class")
+        _refuse_empty(reader, rows[int(np.argmax(empty))])
     dataset = data.as_dataset(dataset)
     spec = dataclasses.replace(spec, class_names=reader.names)
     if data.is_streamed(dataset) and spec.num_examples is None:
         spec = dataclasses.replace(spec, num_examples=len(table))
-    spec = store.with_num_examples(spec, dataset)
+    spec = with_num_examples(spec, dataset)
     if spec.num_examples != len(table):
-        fail(
-            "source",
-            f"a file of {spec.num_examples} rows, one an example",
-            f"{source}, {len(table)} rows",
-        )
-    with store.ShardWriter(Path(path), spec, (0, 1)) as writer:
+        _refuse_length(spec.num_examples, len(table), str(source), ids)
+    with ShardWriter(Path(path), spec, (0, 1)) as writer:
         for first, _, hashes in writer.missing(dataset, _BATCH):
             block = table[first : first + len(hashes)]
             writer.append(hashes, block.astype("float64"))
@@ -184,167 +196,125 @@ def import_soft_labels(
         filled=filled,
         renormalised=renormalised,
         empty=empty,
+        other=np.array([row.other for row in rows]),
         ignored=tuple(sorted(reader.ignored)),
+        failed=tuple(row.custom_id or row.where for row in failed),
     )
 
 
-def _repair(table: Any, other: Any, most: Any) -> tuple[Any, Any, Any, Any]:
-    """Fill and renormalise rows; also say which were filled, which not."""
+def _refuse_length(
+    examples: int | None, rows: int, source: str, ids: Any
+) -> NoReturn:
+    if ids is not None:
+        fail("ids", f"{examples} ids, one an example", f"{rows} ids")
+    fail(
+        "source",
+        f"a file of {examples} rows, one an example",
+        f"{source}, {rows} rows",
+    )
+
+
+def _checked_ids(ids: Any) -> list[str] | None:
+    if ids is None:
+        return None
+    if isinstance(ids, str) or np.ndim(ids) != 1:
+        fail("ids", "a sequence of ids, one an example", ids)
+    # APIs give texts back, whatever the request had.
+    found = [str(name) for name in ids]
+    twice = _repeated(found)
+    if twice:
+        wanted = f"different: {shorten(twice)} stands twice"
+        fail("ids", wanted, f"{len(found)} ids")
+    return found
+
+
+def _ordered(reader: Reader, ids: list[str] | None) -> list[Row]:
+    """Read the rows in the order of the data set."""
+    rows = list(reader.read())
+    named = [row for row in rows if row.custom_id]
+    if ids is None:
+        if named:
+            fail(
+                "ids",
+                f"given, the custom_id of each example: {reader.source} has"
+                f" such names ({named[0].custom_id!r} on {named[0].where}), so"
+                " its rows may be in any order",
+                None,
+            )
+        return rows
+    by_id = {row.custom_id: row for row in named}
+    for row in rows:
+        if not row.custom_id:
+            reader.fail(row.where, "has no custom_id, and `ids` are given")
+        if by_id[row.custom_id] is not row:
+            where = f"{row.where} and {by_id[row.custom_id].where}"
+            reader.fail(where, f"have the custom_id {row.custom_id!r} both")
+    wanted = set(ids)
+    missing = [name for name in ids if name not in by_id]
+    foreign = [str(name) for name in by_id if name not in wanted]
+    found = []
+    if missing:
+        found.append(
+            f"no row of {shorten(missing)} (requests that failed may be in an"
+            " error file of the batch job: append it)"
+        )
+    if foreign:
+        found.append(f"rows of {shorten(foreign)}, which are not among them")
+    if found:
+        raise ValueError(
+            f"`ids` must be those of the rows. Received: {reader.source}, which"
+            f" has {' and '.join(found)}"
+        )
+    return [by_id[name] for name in ids]
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    counts = collections.Counter(names)
+    return [name for name, count in counts.items() if count > 1]
+
+
+def _refuse_failed(failed: list[Row], source: str) -> NoReturn:
+    names = shorten(row.custom_id or row.where for row in failed)
+    raise ValueError(
+        "`source` must hold an answer an example, unless"
+        f' empty_rows="uniform". Received: {source}, with {len(failed)} failed'
+        f" of its requests: {names} (the first: {failed[0].failure})"
+    )
+
+
+def _refuse_empty(reader: Reader, row: Row) -> None:
+    has = f", it has {shorten(row.found)}" if row.found else ""
+    wanted = f"; the classes are {shorten(reader.names or ())}"
+    reader.fail(
+        row.where,
+        f"tells nothing of any class{has}{wanted if reader.names else ''}",
+    )
+
+
+def _repair(
+    rows: list[Row], names: tuple[str, ...] | None
+) -> tuple[Any, Any, Any, Any]:
+    """Fill and renormalise rows; also say which were, and which are empty."""
+    table = _table(rows, names)
+    other = np.array([row.other for row in rows])
+    most = np.array([row.most for row in rows])
     missing = np.isnan(table)
     known = np.where(missing, 0, table)
     rest = np.maximum(1 - known.sum(-1, dtype="float64") - other, 0)
     share = np.minimum(rest / np.maximum(missing.sum(-1), 1), most)
-    rows = np.where(missing, share[:, None], known)
-    sums = rows.sum(-1, dtype="float64")
+    full = np.where(missing, share[:, None], known)
+    sums = full.sum(-1, dtype="float64")
     empty = missing.all(-1) | (sums == 0)
-    renormalised = ~empty & (np.abs(sums - 1) > _ROUNDING)
-    rows[empty], sums[empty] = 1, table.shape[1]
+    renormalised = ~empty & (np.abs(sums - 1) > ROUNDING)
+    full[empty], sums[empty] = 1, table.shape[1]
     filled = missing.any(-1) & ~empty
-    return rows / sums[:, None], filled, renormalised, empty
+    return full / sums[:, None], filled, renormalised, empty
 
 
-class _Reader:
-    """Reads a file row by row and keeps what is said in errors."""
-
-    def __init__(
-        self, source: Path, names: tuple[str, ...] | None, values: str
-    ) -> None:
-        self.source, self.names = source, names
-        self.ignored: set[str] = set()
-        self._log = values == "log_probabilities"
-        self._folded: dict[str, int] = {}
-        for index, name in enumerate(names or ()):
-            self._folded.setdefault(_fold(name), index)
-        # Line of each row, for errors; `.npy` has rows only.
-        self._lines: list[int] = []
-
-    def fail(self, row: int, problem: str) -> Any:
-        """Raise the error for a row."""
-        where = (
-            f"line {self._lines[row]}" if self._lines else f"row {row}"
-        ) + f" of {self.source}"
-        raise ValueError(
-            "`source` must hold one distribution over the classes a row."
-            f" Received: {where} {problem}"
-        )
-
-    def read(self) -> Iterator[_Row]:
-        kind = self.source.suffix
-        check_choice("source", kind, (".csv", ".jsonl", ".npy"))
-        rows = {".csv": self._csv, ".jsonl": self._jsonl, ".npy": self._npy}
-        width = len(self.names) if self.names else None
-        for number, row in enumerate(rows[kind]()):
-            width = width or len(row.values)
-            if len(row.values) != width:
-                self.fail(number, f"has {len(row.values)} classes, not {width}")
-            # NaN, for a missing class, passes.
-            wrong = (row.values < 0) | (row.values > 1 + _ROUNDING)
-            if wrong.any():
-                bad = row.values[np.argmax(wrong)]
-                self.fail(number, f"has a probability of {bad:.6g}")
-            yield row
-
-    def _npy(self) -> Iterator[_Row]:
-        table = np.load(self.source, mmap_mode="r", allow_pickle=False)
-        if table.ndim != 2 or table.dtype.kind != "f":
-            fail(
-                "source",
-                "an array of floats of shape (N, C)",
-                f"{table.dtype}{table.shape}",
-            )
-        for row in table:
-            yield _Row(self._linear(np.array(row, "float64")))
-
-    def _csv(self) -> Iterator[_Row]:
-        with self.source.open(newline="", encoding="utf-8-sig") as file:
-            lines = csv.reader(file)
-            header = next(lines, [])
-            self.names = self.names or tuple(header)
-            self.ignored = set(header) - set(self.names)
-            if set(self.names).isdisjoint(header):
-                fail("source", f"a table of {self.names}", header)
-            for cells in lines:
-                self._lines.append(lines.line_num)
-                if len(cells) != len(header):
-                    self._fail_here(f"has {len(cells)} of {len(header)} cells")
-                cell = dict(zip(header, cells, strict=True))
-                row = [self._number(cell.get(name)) for name in self.names]
-                yield _Row(self._linear(np.array(row)))
-
-    def _jsonl(self) -> Iterator[_Row]:
-        with self.source.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                self._lines.append(number)
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    self._fail_here("is no JSON")
-                if isinstance(record, dict) and "top_logprobs" in record:
-                    record = record["top_logprobs"]
-                if isinstance(record, dict):
-                    yield self._named(record)
-                elif not isinstance(record, list):
-                    self._fail_here("is no list or object")
-                elif any(isinstance(item, dict) for item in record):
-                    yield self._tokens(record)
-                else:
-                    row = [self._number(item) for item in record]
-                    yield _Row(self._linear(np.array(row, "float64")))
-
-    def _named(self, record: dict[str, Any]) -> _Row:
-        names = self._known_names()
-        self.ignored |= set(record) - set(names)
-        row = [self._number(record.get(name)) for name in names]
-        return _Row(self._linear(np.array(row)))
-
-    def _tokens(self, record: list[Any]) -> _Row:
-        row = np.full(len(self._known_names()), np.nan)
-        other, smallest = 0.0, 1.0
-        for item in record:
-            if not isinstance(item, dict) or not {"token", "logprob"} <= set(
-                item
-            ):
-                self._fail_here(f'has no "token" and "logprob" in {item}')
-            number = self._number(item["logprob"])
-            if math.isnan(number):
-                self._fail_here(f"has no log-probability in {item}")
-            probability = math.exp(min(number, 1.0))
-            smallest = min(smallest, probability)
-            index = self._folded.get(_fold(str(item["token"])))
-            if index is None:
-                other += probability
-                self.ignored.add(str(item["token"]))
-            else:
-                # " yes" and "Yes" are two tokens of one class.
-                row[index] = np.nansum([row[index], probability])
-        return _Row(row, other, smallest)
-
-    def _known_names(self) -> tuple[str, ...]:
-        if self.names is None:
-            fail(
-                "class_names",
-                "given, as spec=SoftLabelSpec(class_names=...), to read"
-                " records that name their classes",
-                None,
-            )
-        return self.names
-
-    def _number(self, cell: Any) -> float:
-        if cell is None or cell == "":
-            return math.nan
-        try:
-            return float(cell)
-        except (TypeError, ValueError):
-            return float(self._fail_here(f"has {cell!r}, not a number"))
-
-    def _linear(self, row: Any) -> Any:
-        return np.exp(np.minimum(row, 1.0)) if self._log else row
-
-    def _fail_here(self, problem: str) -> Any:
-        self.fail(len(self._lines) - 1, problem)
-
-
-def _fold(name: str) -> str:
-    return name.strip().casefold()
+def _table(rows: list[Row], names: tuple[str, ...] | None) -> Any:
+    """Stack the rows, NaN for those that failed."""
+    widths = [len(row.values) for row in rows if row.values is not None]
+    missing = np.full(len(names) if names else widths[0], np.nan)
+    return np.stack(
+        [missing if row.values is None else row.values for row in rows]
+    ).astype("float32")

@@ -2,8 +2,6 @@
 
 import functools
 import os
-import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +9,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_ptloss._checks import (
-    SUM_TOLERANCE,
-    check_choice,
-    check_count,
-    fail,
-)
+from keras_ptloss._checks import check_choice, check_count, fail
 from keras_ptloss.soft_labels import _data as data
 from keras_ptloss.soft_labels import _store as store
+from keras_ptloss.soft_labels._ask import ask
 from keras_ptloss.soft_labels._attach import attach
 from keras_ptloss.soft_labels._spec import SoftLabelSpec, decode
+from keras_ptloss.soft_labels._writer import ShardWriter, with_num_examples
 
 Tensor = Any
 # Rows decoded at a time. Linux maps 64 KiB around each row touched, so a chunk
@@ -38,6 +33,7 @@ class SoftLabels:
 
     Attributes:
         spec: The store's `SoftLabelSpec`.
+        from_logits: Whether the rows are logits, not probabilities.
         shape: `(N, C)`.
         dtype: float32, the dtype of what is read.
         fingerprints: `(N,)` uint64, a hash of each labelled example.
@@ -103,7 +99,9 @@ class SoftLabels:
         Args:
             teacher: A `keras.Model`, run frozen by `predict_on_batch`, or a
                 callable from a batch to a `(batch, C)` array; see
-                `with_retries` for one that may fail.
+                `with_retries` for one that may fail. One column, `(batch, 1)`,
+                is a binary head: `p` (or its logit `z`) of the second of two
+                classes, stored as `[1 - p, p]` (or `[0, z]`).
             dataset: Array, pytree of arrays or list of texts; or a batched,
                 finite `tf.data.Dataset` or `keras.utils.PyDataset`, of which
                 the inputs are used. Its order must be the same in each pass.
@@ -206,8 +204,8 @@ class SoftLabels:
         check_count("batch_size", batch_size)
         check_choice("verbose", str(verbose), ("0", "1", "2"))
         dataset = data.as_dataset(dataset)
-        spec = store.with_num_examples(spec or SoftLabelSpec(), dataset)
-        with store.ShardWriter(Path(path), spec, shard) as writer:
+        spec = with_num_examples(spec or SoftLabelSpec(), dataset)
+        with ShardWriter(Path(path), spec, shard) as writer:
             bar = keras.utils.Progbar(
                 writer.stop - writer.start - writer.stored,
                 unit_name="example",
@@ -215,7 +213,15 @@ class SoftLabels:
             )
             resumed = writer.stored
             for row, x, fingerprints in writer.missing(dataset, batch_size):
-                writer.append(fingerprints, _ask(run, x, row, writer))
+                outputs = ask(
+                    run,
+                    x,
+                    row,
+                    num_classes=writer.num_classes,
+                    stored=writer.stored,
+                    from_logits=spec.from_logits,
+                )
+                writer.append(fingerprints, outputs)
                 bar.update(writer.stored - resumed)
             writer.finish()
 
@@ -245,33 +251,7 @@ class SoftLabels:
                 ...
             FileNotFoundError: No soft labels at absent.softlabels
         """
-        count = store.shard_count(Path(path))
-        if count is None:
-            raise FileNotFoundError(f"No soft labels at {path}")
-        directories = [
-            store.shard_path(Path(path), (index, count))
-            for index in range(count)
-        ]
-        missing = [
-            f"shard {index} of {count} ({store.progress(directory)})"
-            for index, directory in enumerate(directories)
-            if not directory.is_dir()
-        ]
-        if missing:
-            fail(
-                "path",
-                f"a complete store, but {', '.join(missing)} must be written"
-                " first: call `write` (or `write_shard`) again as before, it"
-                " resumes",
-                str(path),
-            )
-        shards = [store.Shard(d, verify=verify) for d in directories]
-        for index, shard in enumerate(shards):
-            first, this = shards[0].manifest, shard.manifest
-            same = all(first[k] == this[k] for k in ("spec", "num_classes"))
-            if not same or this["shard"] != [index, count]:
-                store.damaged(shard.directory, "it contradicts shard 0")
-        return cls(path, shards)
+        return cls(path, store.open_shards(Path(path), verify=verify))
 
     def attach(
         self,
@@ -336,6 +316,11 @@ class SoftLabels:
             preprocessor=preprocessor,
         )
 
+    @property
+    def from_logits(self) -> bool:
+        """Whether the rows are logits; else they are probabilities."""
+        return self.spec.from_logits
+
     def __len__(self) -> int:
         """Return the number of examples."""
         return int(self.shape[0])
@@ -390,121 +375,3 @@ class SoftLabels:
                     self.spec, stored, self.shape[1]
                 )
         return out
-
-
-def with_retries(
-    teacher: Callable[[Tensor], Tensor],
-    *,
-    retry_on: tuple[type[BaseException], ...],
-    retries: int = 5,
-    first_delay: float = 1.0,
-    max_delay: float = 60.0,
-) -> Callable[[Tensor], Tensor]:
-    """Repeat the calls of an unreliable teacher, waiting longer each time.
-
-    The k-th wait is `first_delay * 2**k` seconds, at most `max_delay`, cut by
-    a random factor of up to 2 so that many processes do not return at once.
-
-    Args:
-        teacher: A callable from a batch to an array, such as an API client.
-        retry_on: The exceptions that are worth another call.
-        retries: How often a batch is tried again; then its exception passes.
-        first_delay: Seconds before the first repetition.
-        max_delay: Longest wait in seconds.
-
-    Returns:
-        A callable for `SoftLabels.write`.
-
-    Raises:
-        ValueError: If an argument is out of its range.
-
-    Example:
-        >>> import numpy as np
-        >>> from keras_ptloss.soft_labels import with_retries
-        >>> answers = [TimeoutError(), np.array([[0.5, 0.5]])]
-        >>> def client(batch):
-        ...     answer = answers.pop(0)
-        ...     if isinstance(answer, Exception):
-        ...         raise answer
-        ...     return answer
-        >>> teacher = with_retries(
-        ...     client, retry_on=(TimeoutError,), first_delay=0.01
-        ... )
-        >>> print(teacher(["a text"]))
-        [[0.5 0.5]]
-    """
-    if not callable(teacher):
-        fail("teacher", "a callable", teacher)
-    if not isinstance(retry_on, tuple) or not retry_on:
-        fail("retry_on", "a tuple of exception types", retry_on)
-    for kind in retry_on:
-        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
-            fail("retry_on", "a tuple of exception types", retry_on)
-    check_count("retries", retries, at_least=0)
-    if not 0 <= first_delay <= max_delay:
-        fail("first_delay", "between 0 and `max_delay`", first_delay)
-
-    def patient(batch: Tensor) -> Tensor:
-        for attempt in range(retries):
-            try:
-                return teacher(batch)
-            except retry_on:
-                delay = min(first_delay * 2**attempt, max_delay)
-                time.sleep(delay * random.uniform(0.5, 1.0))
-        return teacher(batch)
-
-    return patient
-
-
-def _ask(
-    run: Callable[[Tensor], Tensor],
-    x: Tensor,
-    row: int,
-    writer: "store.ShardWriter",
-) -> Any:
-    """Call the teacher and check what it returns."""
-    count = data.length(x)
-    where = (
-        f"on the examples {row} to {row + count - 1}. The"
-        f" {writer.stored} rows before are stored: call again to go on"
-    )
-    try:
-        outputs = run(x)
-        if keras.ops.is_tensor(outputs):
-            outputs = keras.ops.convert_to_numpy(outputs)
-        outputs = np.asarray(outputs)
-    except Exception as error:
-        raise RuntimeError(
-            f"The teacher failed {where}: {type(error).__name__}: {error}"
-        ) from error
-    columns = writer.num_classes or "2 or more"
-    if outputs.shape[:1] != (count,) or outputs.ndim != 2:
-        problem = f"shape {outputs.shape}, not ({count}, {columns})"
-    elif outputs.shape[1] < 2 or columns not in ("2 or more", outputs.shape[1]):
-        problem = f"{outputs.shape[1]} classes, not {columns}"
-    elif outputs.dtype.kind in "OSUc":
-        problem = f"dtype {outputs.dtype}, not numbers"
-    else:
-        outputs = outputs.astype("float64")
-        found = _invalid_row(outputs, writer.spec.from_logits)
-        if found is None:
-            return outputs
-        problem = f"{found[1]} for example {row + found[0]}"
-    raise ValueError(f"The teacher returned {problem}, {where}")
-
-
-def _invalid_row(outputs: Any, from_logits: bool) -> tuple[int, str] | None:
-    """Position and description of the first row that cannot be stored."""
-    checks = [(~np.isfinite(outputs), "NaN or infinity")]
-    if not from_logits:
-        off = np.abs(outputs.sum(-1, keepdims=True) - 1) > SUM_TOLERANCE
-        hint = " (are they logits? Then spec=SoftLabelSpec(from_logits=True))"
-        checks += [
-            (outputs < 0, "negative probabilities" + hint),
-            (off, "probabilities that do not add up to 1" + hint),
-        ]
-    for wrong, what in checks:
-        rows = np.flatnonzero(wrong.any(-1))
-        if len(rows):
-            return int(rows[0]), what
-    return None

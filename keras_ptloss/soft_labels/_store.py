@@ -1,4 +1,4 @@
-"""The files of a store of soft labels: what they hold, how they are written.
+"""The files of a store of soft labels: what they hold, how they are read.
 
 A store is a directory of NumPy arrays (`.npy`) and JSON, one subdirectory a
 shard. NumPy's memory map was chosen over Parquet, TFRecord and ArrayRecord
@@ -6,62 +6,19 @@ because it needs no new dependency, gives random access by row without an
 index, and is read by every tool: `np.load(file, mmap_mode="r")`.
 """
 
-import contextlib
-import dataclasses
-import errno
 import hashlib
 import json
 import mmap
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
 
-from keras_ptloss._checks import check_count, fail
-from keras_ptloss.soft_labels._data import (
-    batches,
-    check_differing,
-    fingerprints,
-    is_streamed,
-    length,
-    take,
-)
-from keras_ptloss.soft_labels._spec import (
-    SoftLabelSpec,
-    array_formats,
-    decode,
-    encode,
-)
+from keras_ptloss._checks import fail
+from keras_ptloss.soft_labels._spec import SoftLabelSpec, array_formats
 
-_FORMAT = "keras_ptloss.soft_labels/1"
-
-
-def with_num_examples(spec: SoftLabelSpec, dataset: Any) -> SoftLabelSpec:
-    """Complete `spec` by the length of the data set."""
-    if not is_streamed(dataset):
-        found = length(dataset)
-        if spec.num_examples not in (None, found):
-            fail("num_examples", f"the data set's {found}", spec.num_examples)
-        return dataclasses.replace(spec, num_examples=found)
-    if spec.num_examples is None:
-        fail(
-            "num_examples",
-            "given, as spec=SoftLabelSpec(num_examples=...), because such a"
-            " data set does not tell its length",
-            None,
-        )
-    return spec
-
-
-def _probabilities(rows: Any, from_logits: bool) -> Any:
-    rows = rows.astype("float64")
-    if from_logits:
-        rows = np.exp(rows - rows.max(-1, keepdims=True))
-    return rows / rows.sum(-1, keepdims=True)
+FORMAT = "keras_ptloss.soft_labels/1"
 
 
 def shard_path(store: Path, shard: tuple[int, int]) -> Path:
@@ -99,9 +56,38 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         manifest: dict[str, Any] = json.loads(text)
     except ValueError:
         damaged(directory, "its manifest is no JSON")
-    if manifest.get("format") != _FORMAT:
-        damaged(directory, f"its manifest's format is not {_FORMAT}")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        damaged(directory, f"its manifest's format is not {FORMAT}")
+    try:
+        plausible = _plausible(manifest)
+    except (KeyError, TypeError, ValueError) as error:
+        damaged(directory, f"its manifest is wrong ({error!r})")
+    if not plausible:
+        damaged(directory, "its manifest contradicts itself")
     return manifest
+
+
+def _plausible(manifest: dict[str, Any]) -> bool:
+    """Whether the numbers of a manifest fit together."""
+    spec, (index, count) = spec_of(manifest), manifest["shard"]
+    rows, names = manifest["rows"], spec.class_names
+    error, checksums = manifest["total_variation"], manifest["checksums"]
+    classes = len(names) if names else max(manifest["num_classes"], 2)
+    return bool(
+        rows == shard_rows(spec, index, count)
+        and 0 <= index < count
+        and manifest["num_classes"] == classes
+        and 0 <= manifest["stored"] <= rows[1] - rows[0]
+        and 0 <= error["sum"] < float("inf")
+        and 0 <= error["max"] < float("inf")
+        and (checksums is None or set(checksums) == set(array_formats(spec, 2)))
+    )
+
+
+def shard_rows(spec: SoftLabelSpec, index: int, count: int) -> list[int]:
+    """First row of a shard and the row after its last."""
+    total = spec.num_examples or 0
+    return [total * index // count, total * (index + 1) // count]
 
 
 def progress(final: Path) -> str:
@@ -118,34 +104,26 @@ def damaged(directory: Path, why: str) -> NoReturn:
     )
 
 
+def load(directory: Path, name: str) -> Any:
+    """Map one of a shard's arrays; never a pickle, which could run code."""
+    try:
+        return np.load(directory / f"{name}.npy", mmap_mode="r")
+    except Exception as error:
+        # A damaged header makes NumPy raise what its parser raises: EOFError,
+        # SyntaxError, tokenize.TokenError.
+        damaged(directory, f"{name}.npy is unreadable ({error!r})")
+
+
 def spec_of(manifest: dict[str, Any]) -> SoftLabelSpec:
-    fields = dict(manifest["spec"])
-    if fields["class_names"] is not None:
-        fields["class_names"] = tuple(fields["class_names"])
-    return SoftLabelSpec(**fields)
+    return SoftLabelSpec(**manifest["spec"])
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _write(descriptor: int, data: bytes, offset: int) -> None:
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or a directory's names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Shard:
@@ -157,6 +135,8 @@ class Shard:
             damaged(directory, "it has no manifest")
         self.directory, self.manifest = directory, manifest
         self.start, self.stop = manifest["rows"]
+        if manifest["stored"] != self.stop - self.start:
+            damaged(directory, f"it has {manifest['stored']} rows only")
         spec = spec_of(manifest)
         arrays = array_formats(spec, manifest["num_classes"])
         self.arrays = {}
@@ -164,17 +144,15 @@ class Shard:
             path = directory / f"{name}.npy"
             shape: tuple[int, ...] = (self.stop - self.start,)
             shape += () if columns is None else (columns,)
-            try:
-                array = np.load(path, mmap_mode="r")
-            except (OSError, ValueError) as error:
-                damaged(directory, f"{name}.npy is unreadable ({error})")
+            array = load(directory, name)
             if array.shape != shape or array.dtype != np.dtype(dtype):
                 damaged(
                     directory,
                     f"{name}.npy holds {array.dtype}{array.shape} where"
                     f" {np.dtype(dtype)}{shape} was written",
                 )
-            if verify and _checksum(path) != manifest["checksums"][name]:
+            known = manifest["checksums"] or {}
+            if verify and checksum(path) != known.get(name):
                 damaged(directory, f"the checksum of {name}.npy differs")
             self.arrays[name] = array
 
@@ -191,246 +169,29 @@ class Shard:
         return stored
 
 
-class ShardWriter:
-    """Writes one shard, in steps that may be cut anywhere.
-
-    Rows go to their place in preallocated files and reach the disk; then the
-    manifest, replaced in one step, counts them. Rows that it does not count
-    are never trusted. The finished directory gets its final name last.
-    """
-
-    def __init__(
-        self, store: Path, spec: SoftLabelSpec, shard: tuple[int, int]
-    ) -> None:
-        total = check_count("num_examples", spec.num_examples)
-        self._total = total
-        if not isinstance(shard, tuple) or len(shard) != 2:
-            fail("shard", "a tuple (index, count)", shard)
-        index = check_count("shard", shard[0], at_least=0)
-        count = check_count("shard", shard[1])
-        if index >= count or count > total:
-            fail(
-                "shard",
-                f"(index, count) with index < count <= {total} examples",
-                shard,
-            )
-        self.spec, self._shard = spec, (index, count)
-        self._store, self._final = store, shard_path(store, self._shard)
-        self.start = total * index // count
-        self.stop = total * (index + 1) // count
-        self._manifest: dict[str, Any] | None = None
-        self._files = contextlib.ExitStack()
-        self._open: dict[str, tuple[int, int]] = {}
-        self._fingerprints: Any = np.empty(0, "<u8")
-
-    def __enter__(self) -> "ShardWriter":
-        try:
-            self._store.mkdir(parents=True, exist_ok=True)
-            self._lock()
-            self._resume()
-        except BaseException:
-            self._files.close()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._files.close()
-
-    @contextlib.contextmanager
-    def _disk(self) -> Iterator[None]:
-        """Say in errors of the disk what became of the rows."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{error.strerror or error}, writing to {self._final}. The"
-                f" {self.stored} rows that are stored stay good: make room and"
-                " call again to go on",
-            ) from error
-
-    @property
-    def stored(self) -> int:
-        """How many rows of the shard are stored."""
-        return self._manifest["stored"] if self._manifest else 0
-
-    @property
-    def num_classes(self) -> int | None:
-        """The number of classes, as far as known."""
-        if self._manifest:
-            return int(self._manifest["num_classes"])
-        return len(self.spec.class_names) if self.spec.class_names else None
-
-    def _lock(self) -> None:
-        # A lock of the kernel's, which ends with its process however that
-        # ends. Here, so that stores can be read where fcntl is missing.
-        import fcntl
-
-        path = self._final.with_name(self._final.name + ".lock")
-        file = self._files.enter_context(path.open("a+", encoding="utf-8"))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise RuntimeError(
-                f"Shard {self._shard[0]} of {self._shard[1]} of {self._store}"
-                f" is being written by another process ({file.read()})"
-            ) from None
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {os.uname().nodename}")
-        file.flush()
-
-    def _resume(self) -> None:
-        count = shard_count(self._store)
-        if count not in (None, self._shard[1]):
-            fail("shard", f"of the store's {count} shards", self._shard)
-        complete = self._final.is_dir()
-        self._directory = self._final if complete else partial_path(self._final)
-        self._directory.mkdir(exist_ok=True)
-        _sync(self._store)
-        self._manifest = read_manifest(self._directory)
-        if self._manifest is None:
-            return
-        stored = spec_of(self._manifest)
-        for field in dataclasses.fields(SoftLabelSpec):
-            before = getattr(stored, field.name)
-            if getattr(self.spec, field.name) != before:
-                fail(
-                    field.name,
-                    f"{before!r} as in the stored rows (or choose another"
-                    " `path`)",
-                    getattr(self.spec, field.name),
-                )
-        hashes = np.load(self._directory / "fingerprints.npy", mmap_mode="r")
-        self._fingerprints = np.array(hashes[: self.stored])
-        if not complete:
-            self._open_arrays()
-
-    def _create(self, num_classes: int) -> dict[str, Any]:
-        """Preallocate the arrays; the manifest that counts them is last."""
-        rows = self.stop - self.start
-        arrays = array_formats(self.spec, num_classes)
-        for name, (dtype, columns) in arrays.items():
-            path = self._directory / f"{name}.npy"
-            np.lib.format.open_memmap(
-                path,
-                mode="w+",
-                dtype=np.dtype(dtype),
-                shape=(rows,) if columns is None else (rows, columns),
-            )
-            with path.open("r+b") as file:
-                # Sparse files would meet a full disk after the teacher has
-                # been paid; file systems without the call meet it in write().
-                try:
-                    size = path.stat().st_size
-                    os.posix_fallocate(file.fileno(), 0, size)
-                except AttributeError:
-                    pass
-                except OSError as error:
-                    if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                        raise
-            _sync(path)
-        manifest = {
-            "format": _FORMAT,
-            "spec": dataclasses.asdict(self.spec),
-            "num_classes": num_classes,
-            "shard": list(self._shard),
-            "rows": [self.start, self.stop],
-            "stored": 0,
-            "total_variation": {"sum": 0.0, "max": 0.0},
-            "checksums": None,
-        }
-        self._put_manifest(manifest)
-        self._open_arrays()
-        return manifest
-
-    def _open_arrays(self) -> None:
-        for name in array_formats(self.spec, self.num_classes or 0):
-            path = self._directory / f"{name}.npy"
-            offset = np.load(path, mmap_mode="r").offset
-            # Written to as a file: through a memory map, a full disk would be
-            # a SIGBUS instead of an OSError.
-            descriptor = os.open(path, os.O_RDWR)
-            self._files.callback(os.close, descriptor)
-            self._open[name] = (descriptor, offset)
-
-    def _put_manifest(self, manifest: dict[str, Any]) -> None:
-        path = self._directory / "manifest.json"
-        new = path.with_suffix(".json.new")
-        with new.open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-        _sync(self._directory)
-        self._manifest = manifest
-
-    def missing(
-        self, dataset: Any, batch_size: int
-    ) -> Iterator[tuple[int, Any, Any]]:
-        """Yield `(position, inputs, fingerprints)` of what is not stored.
-
-        The stored rows are compared with `dataset` on the way.
-        """
-        for row, x in batches(
-            dataset,
-            batch_size=batch_size,
-            start=self.start,
-            stop=self.stop,
-            total=self._total,
-        ):
-            found, first = fingerprints(x), row - self.start
-            known = max(0, min(len(found), self.stored - first))
-            if known:
-                rows = np.arange(first, first + known)
-                check_differing(self._fingerprints, found[:known], rows, row)
-            if known < len(found):
-                x = take(x, slice(known, None))
-                yield row + known, x, found[known:]
-
-    def append(self, hashes: Any, outputs: Any) -> None:
-        """Store the next rows."""
-        k, num_classes = self.spec.top_k, outputs.shape[1]
-        if k is not None and k >= num_classes:
-            fail("top_k", f"below the {num_classes} classes", k)
-        encoded = encode(self.spec, outputs)
-        with np.errstate(invalid="ignore"):
-            decoded = decode(self.spec, encoded, num_classes)
-        if not np.isfinite(decoded).all():
-            fail("dtype", "'float32' for outputs so extreme", self.spec.dtype)
-        logits = self.spec.from_logits
-        distance = 0.5 * np.abs(
-            _probabilities(decoded, logits) - _probabilities(outputs, logits)
-        ).sum(-1)
-        with self._disk():
-            manifest = dict(self._manifest or self._create(num_classes))
-            for name, rows in {**encoded, "fingerprints": hashes}.items():
-                descriptor, offset = self._open[name]
-                offset += self.stored * (rows.nbytes // len(rows))
-                _write(descriptor, rows.tobytes(), offset)
-                os.fsync(descriptor)
-            error = manifest["total_variation"]
-            manifest["total_variation"] = {
-                "sum": error["sum"] + float(distance.sum()),
-                "max": max(error["max"], float(distance.max())),
-            }
-            manifest["stored"] += len(outputs)
-            self._put_manifest(manifest)
-
-    def finish(self) -> None:
-        """Add the checksums and give the directory its final name."""
-        if self._directory == self._final or self._manifest is None:
-            return
-        with self._disk():
-            checksums = {
-                name: _checksum(self._directory / f"{name}.npy")
-                for name in self._open
-            }
-            self._put_manifest({**self._manifest, "checksums": checksums})
-            self._directory.rename(self._final)
-            _sync(self._store)
+def open_shards(path: Path, *, verify: bool) -> list[Shard]:
+    """Open all shards of a complete store; see `SoftLabels.open`."""
+    count = shard_count(path)
+    if count is None:
+        raise FileNotFoundError(f"No soft labels at {path}")
+    directories = [shard_path(path, (index, count)) for index in range(count)]
+    missing = [
+        f"shard {index} of {count} ({progress(directory)})"
+        for index, directory in enumerate(directories)
+        if not directory.is_dir()
+    ]
+    if missing:
+        fail(
+            "path",
+            f"a complete store, but {', '.join(missing)} must be written"
+            " first: call `write` (or `write_shard`) again as before, it"
+            " resumes",
+            str(path),
+        )
+    shards = [Shard(directory, verify=verify) for directory in directories]
+    for index, shard in enumerate(shards):
+        first, this = shards[0].manifest, shard.manifest
+        same = all(first[k] == this[k] for k in ("spec", "num_classes"))
+        if not same or this["shard"] != [index, count]:
+            damaged(shard.directory, "it contradicts shard 0")
+    return shards

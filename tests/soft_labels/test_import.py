@@ -1,37 +1,16 @@
 """Import of teacher outputs from CSV, JSONL and NumPy files."""
 
-import json
 import math
 
 import numpy as np
 import pytest
+from imports import NAMES, lines, run, top
 
-from keras_ptloss.soft_labels._import import import_soft_labels
-from keras_ptloss.soft_labels._soft_labels import SoftLabels
-from keras_ptloss.soft_labels._spec import SoftLabelSpec
-
-NAMES = ("negative", "neutral", "positive")
-
-
-def run(tmp_path, name, content, *, names=NAMES, n=None, **kwargs):
-    source = tmp_path / name
-    if isinstance(content, str):
-        source.write_text(content, encoding="utf-8")
-        n = n or len(content.strip().splitlines()) - name.endswith(".csv")
-    else:
-        np.save(source, content)
-        n = n or len(content)
-    return import_soft_labels(
-        source,
-        np.arange(n),
-        tmp_path / "out.softlabels",
-        spec=SoftLabelSpec(class_names=names, dtype="float32"),
-        **kwargs,
-    )
-
-
-def lines(*records):
-    return "".join(json.dumps(record) + "\n" for record in records)
+from keras_ptloss.soft_labels import (
+    SoftLabels,
+    SoftLabelSpec,
+    import_soft_labels,
+)
 
 
 def test_csv(tmp_path):
@@ -82,12 +61,6 @@ def test_jsonl_lists_and_objects(tmp_path, logs):
 
 
 def test_top_logprobs(tmp_path):
-    def top(**probabilities):
-        return [
-            {"token": token, "logprob": math.log(p)}
-            for token, p in probabilities.items()
-        ]
-
     report = run(
         tmp_path,
         "llm.jsonl",
@@ -107,6 +80,7 @@ def test_top_logprobs(tmp_path):
     np.testing.assert_array_equal(report.filled, [False, True, True])
     np.testing.assert_array_equal(report.renormalised, [False, True, True])
     assert report.ignored == ("The",)
+    np.testing.assert_allclose(report.other, [0, 0.2, 0], atol=1e-12)
 
 
 def test_npy(tmp_path):
@@ -129,15 +103,54 @@ def test_empty_rows(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
+        (
+            "a.csv",
+            "negative,note\n,x\n",
+            "line 2 of .* tells nothing of any class; the classes are 'neg",
+        ),
         ("a.csv", "negative\nx\n", "line 2 of .* has 'x', not a number"),
         ("a.csv", "negative,b\n1\n", "line 2 of .* has 1 of 2 cells"),
         ("a.csv", "x,y\n0,1\n", "`source` must be a table of"),
         ("a.csv", "", "`source` must be a table of"),
+        ("a.csv", "no,negative,no\n1,2,3\n", "'no' stands twice"),
+        (
+            "a.csv",
+            "Negative,negative\n0,1\n",
+            "'Negative' and 'negative' are one class",
+        ),
+        ("a.csv", "negative\nnan\n", "line 2 of .* has 'nan', not a number"),
+        ("a.csv", "negative\n-inf\n", "line 2 of .* probability of -inf"),
+        ("a.csv", 'negative\n"' + "1" * 200_000, "line 2 of .* is no CSV"),
+        ("a.csv", b"negative\n\xff\n", "`source` must be text in UTF-8"),
         ("a.csv", "negative\n", "at least one row"),
         ("a.jsonl", "[1, 0, 0]\n[1, 0]\n", "line 2 of .* has 2 classes, not 3"),
         ("a.jsonl", "\n[2, 0, 0]\n", "line 2 of .* a probability of 2"),
         ("a.jsonl", "[-0.1, 1, 0]\n", "line 1 of .* a probability of -0.1"),
         ("a.jsonl", "[\n", "line 1 of .* is no JSON"),
+        ("a.jsonl", "[" * 100_000, "line 1 of .* is no JSON"),
+        ("a.jsonl", "[true, 0, 0]\n", "line 1 of .* has True, not a number"),
+        ("a.jsonl", '["1", 0, 0]\n', "line 1 of .* has '1', not a number"),
+        ("a.jsonl", "[NaN, 0, 0]\n", "line 1 of .* has nan, not a number"),
+        ("a.jsonl", "[1e999, 0, 0]\n", "line 1 of .* a probability of inf"),
+        ("a.jsonl", f"[{10**400}, 0, 0]\n", "line 1 of .* probability of inf"),
+        (
+            "a.jsonl",
+            '{"neutral": 0.1, "neutral": 0.2}\n',
+            "line 1 of .* has 'neutral' twice",
+        ),
+        (
+            "a.jsonl",
+            '{"Neutral": 0.1, " neutral": 0.2}\n',
+            "has 'Neutral' and ' neutral', which are one class",
+        ),
+        ("a.jsonl", '{"neutral": false}\n', "has False, not a number"),
+        ("a.jsonl", '{"neutral": -0.5}\n', "values=.log_probabilities"),
+        (
+            "a.jsonl",
+            '{"neutre": 1, "negatif": 0}\n',
+            "tells nothing of any class, it has 'neutre', 'negatif'; the"
+            " classes are 'negative', 'neutral', 'positive'",
+        ),
         ("a.jsonl", "3\n", "line 1 of .* is no list or object"),
         ("a.jsonl", '[{"token": "x"}]\n', 'has no "token" and "logprob"'),
         (
@@ -147,6 +160,9 @@ def test_empty_rows(tmp_path):
         ),
         ("a.npy", np.zeros(3), "an array of floats of shape"),
         ("a.npy", np.full((2, 3), np.inf), "row 0 of .* probability of inf"),
+        ("a.npy", np.array([[{}]]), "a readable .npy file"),
+        ("a.npy", b"", "a readable .npy file"),
+        ("a.npy", b"\x93NUMPY\x01\x00\x02\x00({", "a readable .npy file"),
         ("a.txt", "0.5", "`source` must be one of '.csv', '.jsonl', '.npy'"),
     ],
 )
@@ -176,3 +192,96 @@ def test_arguments(tmp_path):
     run(tmp_path, "a.jsonl", content)
     with pytest.raises(ValueError, match="`path` must be a new directory"):
         run(tmp_path, "a.jsonl", content)
+
+
+@pytest.mark.parametrize(
+    ("record", "match"),
+    [
+        ([0.5, -1, -1], "has a log-probability of 0.5, above 0"),
+        ({"neutral": 0.5}, "has a log-probability of 0.5, above 0"),
+        ({"neutral": -1, "?": 0.5}, "has a log-probability of 0.5, above 0"),
+        ([{"token": "?", "logprob": 0.5}], "of 0.5, above 0 for '?'"),
+        ([{"token": "neutral", "logprob": 0.5}], "of 0.5, above 0 for 'neu"),
+        ([{"token": "neutral", "logprob": True}], "has True, not a number"),
+        ([{"token": "?", "logprob": float("nan")}], "has nan, not a number"),
+        ([{"token": "?", "logprob": "-1"}], "has '-1', not a number"),
+        ([{"token": 5, "logprob": -1}], "has the token 5, not a text"),
+        ({"top_logprobs": {"?": 0.5}}, "of 0.5, above 0 for '?'"),
+        ({"top_logprobs": [{"?": 0.5}]}, "of 0.5, above 0 for '?'"),
+        ({"1": {"logprob": 0.5}}, "of 0.5, above 0 for '1'"),
+        ({"logprobs": [-1, -2]}, r"has \[-1, -2\] where tokens were expected"),
+        ({"top_logprobs": [3]}, "has 3 where tokens were expected"),
+        (
+            [{"token": "neutral", "logprob": -1, "top_logprobs": 3}],
+            "has 3 where a list was expected",
+        ),
+        (
+            # Positions of an answer, not alternatives to one token.
+            [
+                {"token": "neutral", "logprob": -0.1},
+                {"token": ".", "logprob": -0.1},
+            ],
+            "add up to 1.80967: they are no alternatives",
+        ),
+    ],
+)
+def test_log_probabilities_are_checked(tmp_path, record, match):
+    with pytest.raises(ValueError, match=match):
+        run(
+            tmp_path,
+            "a.jsonl",
+            lines(record),
+            values="log_probabilities",
+            empty_rows="uniform",
+        )
+
+
+def test_impossible_tokens_have_probability_zero(tmp_path):
+    """As APIs write log(0): -9999, and -Infinity from Python's JSON."""
+    report = run(
+        tmp_path,
+        "a.jsonl",
+        lines([-9999.0, -math.inf, 0.0], {"negative": 0.0, "neutral": -9999}),
+        values="log_probabilities",
+    )
+    np.testing.assert_array_equal(report.labels[:], [[0, 0, 1], [1, 0, 0]])
+
+
+def test_an_object_of_log_probabilities_may_hold_other_tokens(tmp_path):
+    record = {"Positive": 0.5, "The": 0.3, "neutral": 0.1}
+    record = {token: math.log(p) for token, p in record.items()}
+    report = run(
+        tmp_path,
+        "a.jsonl",
+        lines({**record, "note": "x"}),
+        values="log_probabilities",
+    )
+    # What is left over, 0.1, is the third class's.
+    expected = np.array([0.1, 0.1, 0.5]) / 0.7
+    np.testing.assert_allclose(report.labels[0], expected, atol=1e-6)
+    assert report.other[0] == pytest.approx(0.3)
+    assert report.ignored == ("The", "note")
+
+
+@pytest.mark.parametrize("logs", [False, True])
+@pytest.mark.parametrize("name", ["a.npy", "a.jsonl"])
+def test_one_number_is_a_binary_head(tmp_path, name, logs):
+    p = np.array([[0.2], [1.0], [0.75]])
+    table = np.log(p) if logs else p
+    report = run(
+        tmp_path,
+        name,
+        table if name == "a.npy" else lines(*table.tolist()),
+        names=("no", "yes"),
+        values="log_probabilities" if logs else "probabilities",
+    )
+    expected = [[0.8, 0.2], [0.0, 1.0], [0.25, 0.75]]
+    np.testing.assert_allclose(report.labels[:], expected, atol=1e-6)
+    assert report.num_repaired == 0
+
+
+def test_one_number_among_rows_of_two(tmp_path):
+    with pytest.raises(ValueError, match="line 2 of .* has 1 classes, not 2"):
+        run(tmp_path, "a.jsonl", "[0.5, 0.5]\n[0.5]\n", names=("a", "b"))
+    with pytest.raises(ValueError, match="line 2 of .* has 2 classes, not 1"):
+        run(tmp_path, "b.jsonl", "[0.5]\n[0.5, 0.5]\n", names=None)

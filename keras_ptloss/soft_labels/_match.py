@@ -1,0 +1,64 @@
+"""The stored rows of the examples at hand, proven to be theirs."""
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from keras_ptloss._checks import fail
+from keras_ptloss.soft_labels._data import (
+    check_differing,
+    fingerprints,
+    wrong_length,
+)
+
+Tensor = Any
+
+
+class Stored(Protocol):
+    """What is read of `SoftLabels` here."""
+
+    fingerprints: Any
+    shape: tuple[int, int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any) -> Any: ...
+
+
+class Matcher:
+    """Finds the stored rows of examples and checks that they are theirs."""
+
+    def __init__(self, labels: Stored, ids: Any) -> None:
+        self.labels = labels
+        self.stored = labels.fingerprints
+        # Rows in the order of the data set; None: found by content.
+        self.rows: Any = None
+        if isinstance(ids, str):
+            if ids != "content":
+                fail("ids", "None, integers, or 'content'", ids)
+            self._sorter = np.argsort(self.stored, kind="stable")
+            self._sorted = self.stored[self._sorter]
+            return
+        self.rows = np.arange(len(labels)) if ids is None else np.asarray(ids)
+        if self.rows.ndim != 1 or self.rows.dtype.kind not in "iu":
+            fail("ids", "a list of integers", ids)
+        if np.any((self.rows < 0) | (self.rows >= len(labels))):
+            fail("ids", f"rows from 0 to {len(labels) - 1}", ids)
+
+    def __call__(self, x: Tensor, first: int) -> Any:
+        """Return the rows of the examples `x`, which begin at `first`."""
+        found = fingerprints(x)
+        if self.rows is not None:
+            if first + len(found) > len(self.rows):
+                wrong_length(f"at least {first + len(found)}", len(self.rows))
+            rows = self.rows[first : first + len(found)]
+        else:
+            place = np.searchsorted(self._sorted, found)
+            rows = self._sorter[np.minimum(place, len(self._sorter) - 1)]
+        check_differing(self.stored, found, rows, first)
+        return rows
+
+    def finish(self, end: int) -> None:
+        """Check that the data set ended where it should."""
+        if self.rows is not None and end != len(self.rows):
+            wrong_length(end, len(self.rows))

@@ -1,0 +1,135 @@
+"""Stores whose files have changed: an error, never other rows."""
+
+import json
+
+import numpy as np
+import pytest
+from stores import C, N, Teacher, features, write
+
+from keras_ptloss.soft_labels import SoftLabels
+
+
+def test_damage_is_found(path):
+    write(path)
+    folder = path / "shard-00000-of-00001"
+    file = folder / "labels.npy"
+    good = file.read_bytes()
+    file.write_bytes(good[:-9] + b"\x01" + good[-8:])
+    with pytest.raises(ValueError, match="checksum of labels.npy differs"):
+        SoftLabels.open(path)
+    assert len(SoftLabels.open(path, verify=False)) == N
+    file.write_bytes(good[:-8])
+    with pytest.raises(ValueError, match="labels.npy is unreadable"):
+        SoftLabels.open(path)
+    np.save(file, np.zeros((N, C + 1), "float16"))
+    with pytest.raises(ValueError, match=r"holds float16\(50, 5\) where"):
+        SoftLabels.open(path)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="manifest is no JSON"):
+        SoftLabels.open(path)
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="format is not"):
+        SoftLabels.open(path)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="no manifest"):
+        SoftLabels.open(path)
+    with pytest.raises(FileNotFoundError, match="No soft labels at"):
+        SoftLabels.open(path / "elsewhere")
+
+
+@pytest.mark.parametrize("name", ["labels.npy", "fingerprints.npy"])
+def test_any_flipped_bit_of_an_array_is_found(path, name):
+    write(path)
+    file = path / "shard-00000-of-00001" / name
+    good = file.read_bytes()
+    random = np.random.default_rng(0)
+    places = [*range(128), *random.integers(128, len(good), 40)]
+    for place in places:
+        bad = bytearray(good)
+        bad[place] ^= 1 << random.integers(8)
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match="`path` must be an intact store"):
+            SoftLabels.open(path)
+    for size in (0, 10, 127, len(good) - 1):
+        file.write_bytes(good[:size])
+        with pytest.raises(ValueError, match="`path` must be an intact store"):
+            SoftLabels.open(path)
+    file.write_bytes(good)
+    assert len(SoftLabels.open(path)) == N
+
+
+def test_a_flipped_bit_of_the_manifest_changes_no_row(path):
+    rows = write(path)[:]
+    file = path / "shard-00000-of-00001" / "manifest.json"
+    good = file.read_bytes()
+    for place in range(len(good)):
+        bad = bytearray(good)
+        bad[place] ^= 1 << (place % 7)
+        file.write_bytes(bad)
+        try:
+            found = SoftLabels.open(path)[:]
+        except ValueError as error:
+            assert "intact store" in str(error)
+        else:
+            np.testing.assert_array_equal(found, rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"format": "keras_ptloss.soft_labels/2"}, "format is not"),
+        ({"spec": None}, "manifest is wrong"),
+        ({"spec": {"num_examples": N, "colour": 1}}, "manifest is wrong"),
+        ({"spec": {"num_examples": N, "dtype": "../../x"}}, "is wrong"),
+        ({"num_classes": "4"}, "manifest is wrong"),
+        ({"num_classes": -4}, "contradicts itself"),
+        ({"rows": [0, N + 1]}, "contradicts itself"),
+        ({"shard": [1, 2]}, "contradicts itself"),
+        ({"stored": N + 1}, "contradicts itself"),
+        ({"stored": N - 1}, "has 49 rows only"),
+        ({"checksums": {"../../labels": "x"}}, "contradicts itself"),
+        ({"checksums": None}, "checksum of labels.npy differs"),
+        ({"total_variation": {"sum": -1, "max": 0}}, "contradicts itself"),
+    ],
+)
+def test_manifests_from_elsewhere(path, change, match):
+    write(path)
+    file = path / "shard-00000-of-00001" / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError, match=f"an intact store, but .*{match}"):
+        SoftLabels.open(path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was run",))
+
+
+def test_no_pickle_is_run(path):
+    write(path)
+    file = path / "shard-00000-of-00001" / "labels.npy"
+    np.save(file, np.array([[Bomb()] * C] * N, object), allow_pickle=True)
+    for verify in (True, False):
+        with pytest.raises(ValueError, match="labels.npy is unreadable"):
+            SoftLabels.open(path, verify=verify)
+
+
+def test_a_damaged_unfinished_shard_is_not_gone_on_with(path):
+    with pytest.raises(RuntimeError):
+        write(path, Teacher(fail_at=24))
+    folder = path / "shard-00000-of-00001.partial"
+    (folder / "fingerprints.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="fingerprints.npy is unreadable"):
+        write(path)
+    (folder / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match="manifest's format is not"):
+        write(path)
+
+
+def test_paths_with_spaces_and_letters_of_all_kinds(tmp_path):
+    path = tmp_path / "my teachers" / "\u017bubr\u00f3wka \U0001f43b.softlabels"
+    path.parent.mkdir()
+    labels = write(path, class_names=("\u00e4", "\u4e00", "c c", "\U0001f43b"))
+    again = SoftLabels.open(path)
+    assert again.spec == labels.spec
+    assert len(labels.attach(features())) == 2
