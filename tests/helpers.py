@@ -15,9 +15,7 @@ import scipy.special
 
 # Losses, proxy teachers and Eq. 11 scores in float64, by an implementation that
 # was written apart from the package.
-GOLDEN = json.loads(
-    (pathlib.Path(__file__).parent / "golden.json").read_text()
-)
+GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden.json").read_text())
 
 
 def golden_parameters():
