@@ -17,6 +17,7 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._checks import check_choice, check_count, fail
+from keras_ptloss._stablehlo import for_older_readers
 
 Tensor = Any
 
@@ -348,6 +349,8 @@ def _write_saved_model(
         archive.track(preprocessor)
     archive.add_endpoint("serve", serve)
     archive.write_out(os.fspath(path), verbose=False)
+    if keras.backend.backend() == "jax":
+        for_older_readers(path)
 
 
 def _tensorflow_function(student: Any, signature: Any) -> Any:

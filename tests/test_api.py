@@ -92,6 +92,7 @@ RECORDS = {"ImportReport", "ProxyTeacherResult", "SearchResult"}
 # A backend's own code, by file: why `keras.ops` does not serve.
 BACKEND_CODE = {
     "_backend.py": "what differs between backends stands here",
+    "_stablehlo.py": "what TensorFlow has to read of JAX's SavedModels",
     "serving.py": "SavedModels and LiteRT are TensorFlow's formats",
     "soft_labels/_attach.py": "tf.data pipelines are read on either backend",
 }
