@@ -1,7 +1,7 @@
 # On a fresh machine: python3, make and the package registries are enough.
 #   make demo   distil students from a biased teacher, on handwritten digits
 #   make test   the tests, on TensorFlow and on JAX
-#   make lint   ruff and mypy
+#   make lint   ruff, mypy, and the layers in pyproject.toml
 #   make slow   the tests that are left out of `make test`
 
 PYTHON ?= python3
@@ -27,6 +27,7 @@ lint: .venv/test.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 wheel: .venv/test.installed
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

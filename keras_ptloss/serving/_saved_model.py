@@ -10,6 +10,7 @@ import keras
 
 from keras_ptloss._checks import fail
 from keras_ptloss.serving._free_sizes import with_free_sizes
+from keras_ptloss.serving._stablehlo import for_older_readers
 
 
 def write_saved_model(
@@ -77,6 +78,8 @@ def write_saved_model(
         archive.track(preprocessor)
     archive.add_endpoint("serve", serve)
     archive.write_out(os.fspath(path), verbose=False)
+    if keras.backend.backend() == "jax":
+        for_older_readers(path)
 
 
 def _tensorflow_function(student: Any, signature: Any) -> Any:

@@ -164,7 +164,7 @@ class TestFit:
         scales = np.linspace(0.05, 3, 2951)
         labels = problem.labels
         scan = [
-            helpers.nll(helpers.softmax(s * logits), problem.labels)
+            helpers.nll(helpers.softmax(s * logits), labels)
             for s in scales
         ]
         np.testing.assert_allclose(
