@@ -1,6 +1,6 @@
 """Proxy teachers of real teachers: does the search bring them nearer to truth?
 
-    KERAS_BACKEND=jax python benchmarks/quality/proxy.py \
+    KERAS_BACKEND=jax python -m benchmarks.quality.proxy \
         --data ../shared/data --output benchmarks/results/proxy.md
 
 Each of 14 real teachers (13 ResNet-50 on CIFAR-10 with noisy labels, one
@@ -23,8 +23,9 @@ import warnings
 import keras
 import numpy as np
 
+from benchmarks.quality import rivals
 from keras_ptloss import ProxyTeacherSearch
-from keras_ptloss.search._fit import Form, Teacher, fit
+from keras_ptloss.search import CalibrationSearch, GradientSearch, RandomSearch
 from keras_ptloss.search._objectives import OBJECTIVES
 
 ROWS = 1000
@@ -32,26 +33,34 @@ BIASED = 0.02  # total variation above which a teacher counts as biased
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
 METRICS = ("accuracy", "nll", "brier", "ece", "l2")
 
-GRADIENT = {"penalty": 0.01}
-SEARCHES = {
-    "Algorithm 1, shared": {"method": "random"},
-    "Algorithm 1, per class": {"method": "random", "per_class": True},
-    "gradient NLL, shared": {**GRADIENT, "per_class": False},
-    "gradient NLL, per class": {**GRADIENT, "per_class": True},
-    "temperature + per class": {
-        **GRADIENT, "per_class": True, "calibration": "temperature",
-    },
-    "vector + per class": {
-        **GRADIENT, "per_class": True, "calibration": "vector",
-    },
-    "cross-validated": {},
-}  # fmt: skip
-# Calibration alone, epsilon = 0: the rivals.
+# Calibration alone, epsilon = 0. Structured matrix scaling is the package's
+# own matrix at its penalty of 1.
 CALIBRATIONS = {
-    "temperature scaling": Form("temperature", "zero", 1, 0.0),
-    "vector scaling": Form("vector", "zero", 1, 0.01),
+    "temperature scaling": CalibrationSearch("temperature"),
+    "vector scaling": CalibrationSearch("vector"),
+    "structured matrix scaling": CalibrationSearch("matrix"),
 }
-METHODS = ("teacher", *CALIBRATIONS, *SEARCHES)
+RIVALS = {
+    "Dirichlet, ODIR": rivals.dirichlet,
+    "confusion matrix": rivals.confusion_matrix,
+    "Gold Loss Correction": rivals.gold_loss_correction,
+}
+PENALTY = 0.01
+OURS = "cross-validated"
+SEARCHES = {
+    "Algorithm 1, shared": RandomSearch(),
+    "Algorithm 1, per class": RandomSearch(per_class=True),
+    "gradient, shared": GradientSearch(penalty=PENALTY),
+    "gradient, per class": GradientSearch(per_class=True, penalty=PENALTY),
+    "temperature + per class": GradientSearch(
+        per_class=True, calibration="temperature", penalty=PENALTY
+    ),
+    "vector + per class": GradientSearch(
+        per_class=True, calibration="vector", penalty=PENALTY
+    ),
+    OURS: "cross_validation",
+}
+METHODS = ("teacher", *CALIBRATIONS, *RIVALS, *SEARCHES)
 
 
 def load_teachers(data):
@@ -92,35 +101,24 @@ def bias_of(probabilities, labels):
     return 0.5 * np.abs(probabilities.mean(axis=0) - frequencies).sum()
 
 
-def calibrate(method, rows, labels):
-    """Fit one of `CALIBRATIONS` alone; return its parameters."""
-    form, teacher = CALIBRATIONS[method], Teacher(rows, None)
-    return fit(form, teacher, labels, OBJECTIVES["nll"], upper=10.0).parameters
-
-
 def choice(result):
     """Say what cross-validation chose; nothing where there was none."""
     if "chosen" not in result.trials:
         return ""
     chosen = result.trials["chosen"].index(True)
-    return "/".join(
-        str(result.trials[key][chosen])
-        for key in ("calibration", "shape", "penalty")
-    )
+    row = {key: values[chosen] for key, values in result.trials.items()}
+    return "{calibration}, epsilon {epsilon}, penalty {penalty:g}".format(**row)
 
 
 def run_method(method, rows, rows_labels, held_out, seed):
     """Search on `rows`; return the proxy teachers of `held_out`, and a note."""
     if method == "teacher":
         return held_out, ""
-    if method in CALIBRATIONS:
-        parameters = calibrate(method, rows, rows_labels)
-        return Teacher(held_out, None).calibrated(parameters), ""
-    result = ProxyTeacherSearch(seed=seed, **SEARCHES[method]).search(
-        rows, rows_labels
-    )
-    note = f"unconverged={result.unconverged} {choice(result)}".rstrip()
-    return result.proxy_teacher(held_out).probabilities, note
+    if method in RIVALS:
+        return RIVALS[method](rows, rows_labels, held_out, seed), ""
+    search = ProxyTeacherSearch((CALIBRATIONS | SEARCHES)[method], seed=seed)
+    result = search.search(rows, rows_labels, verbose=False)
+    return result.proxy_teacher(held_out).probabilities, choice(result)
 
 
 def run(arguments, path):
