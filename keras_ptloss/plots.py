@@ -253,6 +253,7 @@ def plot_search(result: SearchResult, *, ax: Axes = None) -> Axes:
         ImportError: if Matplotlib is absent.
 
     Example:
+        >>> from keras_ptloss.search import RandomSearch
         >>> search = ProxyTeacherSearch(RandomSearch(order=2, trials=10))
         >>> result = search.search([[0.7, 0.3], [0.4, 0.6]], [0, 1])
         >>> ax = plot_search(result)

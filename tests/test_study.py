@@ -135,7 +135,8 @@ class TestReport:
         rows = [
             *self.rows("KL", [0.50, 0.52, 0.51]),
             *self.rows("vector scaling", [0.60, 0.62, 0.615], "found"),
-            *self.rows("PTLoss, cross-validated", [0.51, 0.51, 0.51]),
+            *self.rows("searched", [0.51, 0.51, 0.51]),
+            *self.rows("true labels on all", [0.70, 0.72, 0.71]),
         ]
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, harness.COLUMNS)
@@ -143,11 +144,21 @@ class TestReport:
             writer.writerows(rows)
         report.write("small", path, methods.all_methods())
         text = path.with_suffix(".md").read_text()
-        assert r"| KL | - | 3 | 51.00 ± 1.00 | 51.00" in text
+        assert r"| KL | - | 3 | 51.00 ± 1.00 | 51.00 ± 1.00 | 0 |" in text
         assert r"| vector scaling | - | 3 | 61.17 ± 1.04 \*\* |" in text
-        assert r"| PTLoss, cross-validated | - | 3 | 51.00 ± 0.00 |" in text
+        assert r"| searched | - | 3 | 51.00 ± 0.00 | 51.00 ± 0.00 | 0 |" in text
         assert "* vector scaling, seed 0, 1, 2: found" in text
         assert "KL +0.00 (p = 1.0000)" in text
+
+    def test_share_of_the_way(self):
+        """Over common seeds: (0.65 - 0.55) / (0.75 - 0.55)."""
+        kl = self.rows("KL", [0.5, 0.6])
+        ceiling = self.rows("true", [0.7, 0.8, 0.1])
+        own = self.rows("own", [0.6, 0.7, 0.9])
+        assert report.share_of_the_way(own, kl, ceiling) == "50"
+        assert report.share_of_the_way(own, kl, []) == "-"
+        # True labels that bring nothing are no aim.
+        assert report.share_of_the_way(own, kl, kl) == "-"
 
     def test_paired_is_scipys(self):
         first = self.rows("a", [0.3, 0.5, 0.4])
