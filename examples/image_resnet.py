@@ -465,8 +465,7 @@ def distil(arguments):
         right = outputs.argmax(axis=1) == labels[few]
         rows = {"teacher, on the images of the search": np.mean(right)}
 
-    search = ProxyTeacherSearch()
-    result = search.search(outputs, labels[few], from_logits=live)
+    result = ProxyTeacherSearch().search(outputs, labels[few], from_logits=live)
     result.summary()
 
     for name, loss in {

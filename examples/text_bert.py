@@ -33,6 +33,7 @@ import numpy as np
 from sklearn.model_selection import train_test_split
 
 from keras_ptloss import ProxyTeacherSearch, PTLoss, SoftLabels
+from keras_ptloss.search import RandomSearch
 from keras_ptloss.soft_labels import SoftLabelSpec
 
 BATCH = 32
@@ -350,14 +351,12 @@ def distil(arguments):
     }
 
     losses = {"kl": PTLoss(0.0, from_logits=True, teacher_from_logits=asked)}
-    for name, search in {
+    for name, method in {
         # The space and the highest order of the paper's Table 5.
-        "ptloss_paper": ProxyTeacherSearch(
-            method="random", order=5, space=(-1.0, 10.0)
-        ),
-        "ptloss": ProxyTeacherSearch(),
+        "ptloss_paper": RandomSearch(order=5, space=(-1.0, 10.0)),
+        "ptloss": "cross_validation",
     }.items():
-        result = search.search(
+        result = ProxyTeacherSearch(method).search(
             outputs["search"], parts["search"][1], from_logits=asked
         )
         result.summary()

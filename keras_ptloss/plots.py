@@ -242,7 +242,7 @@ def plot_search(result: SearchResult, *, ax: Axes = None) -> Axes:
     It tells whether more trials, or a higher order, would still pay.
 
     Args:
-        result: of a `ProxyTeacherSearch` with `method="random"`.
+        result: of a `ProxyTeacherSearch(RandomSearch(...))`.
         ax: Matplotlib axes to draw on; None makes a figure.
 
     Returns:
@@ -253,7 +253,8 @@ def plot_search(result: SearchResult, *, ax: Axes = None) -> Axes:
         ImportError: if Matplotlib is absent.
 
     Example:
-        >>> search = ProxyTeacherSearch(order=2, trials=10, method="random")
+        >>> from keras_ptloss.search import RandomSearch
+        >>> search = ProxyTeacherSearch(RandomSearch(order=2, trials=10))
         >>> result = search.search([[0.7, 0.3], [0.4, 0.6]], [0, 1])
         >>> ax = plot_search(result)
         >>> [line.get_label() for line in ax.lines]
@@ -263,8 +264,11 @@ def plot_search(result: SearchResult, *, ax: Axes = None) -> Axes:
         Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), Algorithm 1 and
         Figure 4.
     """
-    if not isinstance(result, SearchResult) or result.method != "random":
-        fail("result", 'a SearchResult of method="random"', result)
+    if (
+        not isinstance(result, SearchResult)
+        or "best_of_order" not in result.trials
+    ):
+        fail("result", "a SearchResult of a RandomSearch", result)
     ax = _axes(ax)
     orders = np.asarray(result.trials["order"])
     scores = np.asarray(result.trials["score"])

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import keras_ptloss
+from keras_ptloss.search import CrossValidatedSearch
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
@@ -41,7 +42,12 @@ def test_digits(tmp_path):
     out = run(
         "digits.py", "--output", tmp_path, "--epochs", "1", "--seeds", "1"
     )
-    for line in ("(teacher)", "plain KL", "PTLoss, cross-validated"):
+    for line in (
+        "(teacher)",
+        "plain KL",
+        "the default search",
+        "(true labels on all 700)",
+    ):
         assert line in out
     assert (tmp_path / "digits.png").stat().st_size > 10_000
     assert (tmp_path / "student" / "1" / "saved_model.pb").exists()
@@ -56,8 +62,10 @@ def call(module, *arguments):
 def short_search(monkeypatch):
     """Make the searches short: they have tests of their own."""
 
-    def of_one_coefficient(**arguments):
-        return keras_ptloss.ProxyTeacherSearch(**(arguments | {"order": 1}))
+    def of_one_coefficient(method="cross_validation"):
+        if method == "cross_validation":
+            method = CrossValidatedSearch(order=1, calibrations=())
+        return keras_ptloss.ProxyTeacherSearch(method)
 
     return lambda module: monkeypatch.setattr(
         module, "ProxyTeacherSearch", of_one_coefficient

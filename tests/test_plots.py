@@ -17,6 +17,7 @@ from keras_ptloss.plots import (
     plot_reliability,
     plot_search,
 )
+from keras_ptloss.search import RandomSearch
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
@@ -44,7 +45,7 @@ def labels(truth):
 
 @pytest.fixture(scope="module")
 def random_search(truth, labels):
-    search = ProxyTeacherSearch(order=3, trials=20, method="random", seed=0)
+    search = ProxyTeacherSearch(RandomSearch(order=3, trials=20))
     return search.search(truth, labels)
 
 
@@ -203,17 +204,17 @@ class TestSearch:
             scores = random_search.trials["score"][20 * (order - 1) :]
             expected = [min(scores[:k]) for k in range(1, 21)]
             np.testing.assert_array_equal(best, expected)
-            best_of_order = random_search.best_per_order["score"][order - 1]
-            assert best[-1] == best_of_order
+        of_order = np.flatnonzero(random_search.trials["best_of_order"])
+        for order, index in enumerate(of_order, 1):
+            best = drawn[f"order {order}"][-1, 1]
+            assert best == random_search.trials["score"][index]
         assert np.all(drawn["plain KL"][:, 1] == random_search.score_at_zero)
         assert ax.get_ylabel() == "best risk so far"
 
     def test_other_results(self, truth, labels):
-        result = ProxyTeacherSearch(order=1, per_class=False).search(
-            truth, labels
-        )
+        result = ProxyTeacherSearch("gradient").search(truth, labels)
         for bad in (result, result.trials):
-            with pytest.raises(ValueError, match='`result`.*method="random"'):
+            with pytest.raises(ValueError, match="`result`.*a RandomSearch"):
                 plot_search(bad)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+from benchmarks.quality import choice, rivals
 from benchmarks.quality.study import __main__ as command
 from benchmarks.quality.study import harness, methods, report, tasks
 
@@ -135,7 +136,8 @@ class TestReport:
         rows = [
             *self.rows("KL", [0.50, 0.52, 0.51]),
             *self.rows("vector scaling", [0.60, 0.62, 0.615], "found"),
-            *self.rows("PTLoss, cross-validated", [0.51, 0.51, 0.51]),
+            *self.rows("searched", [0.51, 0.51, 0.51]),
+            *self.rows("true labels on all", [0.70, 0.72, 0.71]),
         ]
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, harness.COLUMNS)
@@ -143,11 +145,21 @@ class TestReport:
             writer.writerows(rows)
         report.write("small", path, methods.all_methods())
         text = path.with_suffix(".md").read_text()
-        assert r"| KL | - | 3 | 51.00 ± 1.00 | 51.00" in text
+        assert r"| KL | - | 3 | 51.00 ± 1.00 | 51.00 ± 1.00 | 0 |" in text
         assert r"| vector scaling | - | 3 | 61.17 ± 1.04 \*\* |" in text
-        assert r"| PTLoss, cross-validated | - | 3 | 51.00 ± 0.00 |" in text
+        assert r"| searched | - | 3 | 51.00 ± 0.00 | 51.00 ± 0.00 | 0 |" in text
         assert "* vector scaling, seed 0, 1, 2: found" in text
         assert "KL +0.00 (p = 1.0000)" in text
+
+    def test_share_of_the_way(self):
+        """Over common seeds: (0.65 - 0.55) / (0.75 - 0.55)."""
+        kl = self.rows("KL", [0.5, 0.6])
+        ceiling = self.rows("true", [0.7, 0.8, 0.1])
+        own = self.rows("own", [0.6, 0.7, 0.9])
+        assert report.share_of_the_way(own, kl, ceiling) == "50"
+        assert report.share_of_the_way(own, kl, []) == "-"
+        # True labels that bring nothing are no aim.
+        assert report.share_of_the_way(own, kl, kl) == "-"
 
     def test_paired_is_scipys(self):
         first = self.rows("a", [0.3, 0.5, 0.4])
@@ -158,6 +170,69 @@ class TestReport:
         assert difference == pytest.approx(0.5 / 3)
         assert p == pytest.approx(expected.pvalue)
         assert report.paired(first, first, "accuracy_last") is None
+
+
+class TestRivals:
+    """On 2,000 rows of a truth that is known."""
+
+    @pytest.fixture
+    def truth(self):
+        return helpers.dirichlet(0, rows=2000, classes=3)
+
+    @pytest.fixture
+    def labels(self, truth):
+        return helpers.draw_labels(truth, seed=1)
+
+    def test_gold_loss_correction_inverts_its_model(self, truth, labels):
+        """A teacher that is the truth through a known confusion."""
+        one_hot = np.eye(3)[labels]
+        confusion = np.array([[0.8, 0.2, 0.0], [0.1, 0.9, 0.0], [0, 0.3, 0.7]])
+        found = rivals.gold_loss_correction(
+            one_hot @ confusion, labels, truth @ confusion, 0
+        )
+        np.testing.assert_allclose(found, truth, atol=0.02)
+
+    def test_confusion_matrix(self, labels):
+        """Of a teacher that names one class: the labels behind the name."""
+        named = np.eye(3)[np.minimum(labels, 1)]
+        found = rivals.confusion_matrix(named, labels, np.eye(3)[:2], 0)
+        share = np.mean(labels[labels > 0] == 2)
+        expected = [[1.0, 0.0, 0.0], [0.0, 1.0 - share, share]]
+        np.testing.assert_allclose(found, expected)
+
+    def test_dirichlet_undoes_a_linear_map(self, truth, labels):
+        w = np.array([[1.5, 0.3, 0.0], [0.0, 0.7, 0.0], [0.2, 0.0, 1.0]])
+        teacher = harness.softmax(np.log(truth) @ w.T + [1.0, 0.0, 0.0])
+        found = rivals.dirichlet(teacher, labels, teacher, 0)
+        distance = np.abs(found - truth).sum(axis=1).mean()
+        assert distance < 0.2 * np.abs(teacher - truth).sum(axis=1).mean()
+
+
+class TestChoice:
+    @pytest.mark.parametrize("classes", [2, 10])
+    def test_nearly_perfect(self, classes):
+        rows, labels = choice.synthetic("nearly perfect", classes, seed=0)
+        right = np.mean(rows.argmax(axis=1) == labels)
+        assert right == pytest.approx(0.985, abs=0.002)
+        # Calibrated: as often right as it says.
+        assert right == pytest.approx(rows.max(axis=1).mean(), abs=0.005)
+
+    def test_stratified_folds(self):
+        labels = np.repeat([0, 1, 2], 10)
+        fold = choice.stratified_folds(labels, 5, seed=0)
+        counts = np.zeros((3, 5))
+        np.add.at(counts, (labels, fold), 1)
+        assert np.all(counts == 2)
+
+    def test_rules(self):
+        """Matrix scaling is far better: all choose it but those that cannot."""
+        rows, labels = choice.synthetic("confused", 3, seed=0)
+        case = choice.run_case("confused", rows, labels, 300, seed=0)
+        for name, rule in choice.RULES.items():
+            best, simple = choice.regrets([case], rule, "random")
+            assert (best[0] < 30.0) == (name != "always temperature")
+            assert best[0] >= 0.0
+            assert simple[0] < 0.001
 
 
 class TestTasks:

@@ -19,6 +19,7 @@ from keras_ptloss.plots import (
     plot_reliability,
     plot_search,
 )
+from keras_ptloss.search import RandomSearch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -59,8 +60,8 @@ def search_and_reliability(data, folder):
 
     figure, axes = row_of_two()
     for axis, per_class in zip(axes, (False, True), strict=True):
-        result = ProxyTeacherSearch(method="random", per_class=per_class)
-        found = result.search(probabilities[few], labels[few])
+        search = ProxyTeacherSearch(RandomSearch(per_class=per_class))
+        found = search.search(probabilities[few], labels[few])
         plot_search(found, ax=axis)
         axis.set_title("per class" if per_class else "shared by the classes")
     save(figure, folder / "search.png")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.proxy import calibrate, choice
+from benchmarks.quality.proxy import choice
 from benchmarks.quality.study.harness import (
     Method,
     Task,
@@ -24,11 +24,20 @@ from keras_ptloss.losses import (
     FocalLoss,
     LabelPerturbedLoss,
     LabelSmoothingLoss,
+    ProxyKLDivergence,
+)
+from keras_ptloss.search import (
+    CalibrationSearch,
+    CrossValidatedSearch,
+    GradientSearch,
+    RandomSearch,
+    SearchResult,
 )
 from keras_ptloss.search._objectives import OBJECTIVES
 
 PROBABILITIES = {"from_logits": True, "teacher_from_logits": False}
 KL = PTLoss(0.0, **PROBABILITIES)
+CEILING = "true labels on all"
 
 
 def one_hot(labels: np.ndarray, classes: int) -> np.ndarray:
@@ -56,7 +65,7 @@ def labels_alone(task: Task, setting: Any, seed: int) -> Training:
 
 
 def one_hot_labels(task: Task, setting: Any, seed: int) -> Training:
-    """All true labels of the distillation rows (OHT)."""
+    """All true labels of the distillation rows: OHT, and the ceiling."""
     rows = task.distill
     return Training(rows.x, one_hot(rows.labels, task.classes), KL)
 
@@ -123,50 +132,61 @@ def released_code(task: Task, setting: Any, seed: int) -> Training:
     return Training(task.distill.x, targets, loss)
 
 
-def search(name: str, targets: bool = False, **settings: Any) -> Method:
-    """PTLoss with the coefficients that a search finds, seeded as the run.
+def search(
+    name: str, method: Any, loss: Callable[..., Any] = SearchResult.loss
+) -> Method:
+    """A search, seeded as the run, and its loss on the teacher's outputs.
 
-    With `targets`, KL to the proxy teachers themselves: the same optimum by
-    another way.
+    Args:
+        name: the method's.
+        method: of `ProxyTeacherSearch`.
+        loss: makes the loss of the search's result.
     """
 
     def prepare(task: Task, setting: Any, seed: int) -> Training:
-        found = ProxyTeacherSearch(seed=seed, **settings).search(
+        found = ProxyTeacherSearch(method, seed=seed).search(
             task.search.teacher, task.search.labels, verbose=False
         )
-        note = f"score {found.score_at_zero:.4f} -> {found.score:.4f}"
-        if choice(found):
-            note += f"; {choice(found)}"
-        elif found.epsilon.ndim == 1:
-            note += f"; epsilon {np.round(found.epsilon, 3).tolist()}"
-        if targets:
-            teacher = task.distill.teacher.astype("float64")
-            teacher /= teacher.sum(axis=1, keepdims=True)  # may be float16's
-            q = found.proxy_teacher(teacher).probabilities
-            return Training(task.distill.x, q.astype("float32"), KL, note=note)
-        loss = found.loss(from_logits=True)
-        return Training(task.distill.x, task.distill.teacher, loss, note=note)
+        made = loss(found, from_logits=True)
+        note = describe(found)
+        if not found.correction.is_identity:
+            note += f"; {type(made).__name__}"
+        return Training(task.distill.x, task.distill.teacher, made, note=note)
 
     return Method(name, prepare)
 
 
-def calibrated(name: str) -> Method:
-    """The teacher's calibration alone, as `benchmarks/quality/proxy.py`."""
+def describe(found: SearchResult) -> str:
+    """Say what a search found, in a line."""
+    text = f"score {found.score_at_zero:.4f} -> {found.score:.4f}"
+    if choice(found):
+        return f"{text}; {choice(found)}"
+    for name in ("scale", "epsilon"):
+        values = getattr(found.correction, name)
+        if values.ndim < 2 and np.any(values != (name == "scale")):
+            text += f"; {name} {np.round(values, 3).tolist()}"
+    return text
 
-    def prepare(task: Task, setting: Any, seed: int) -> Training:
-        rows = task.search.teacher.astype("float64")
-        fitted = calibrate(name, rows, task.search.labels)
-        temperature = np.squeeze(1.0 / fitted.scale)
-        loss = PTLoss(
-            0.0,
-            **PROBABILITIES,
-            teacher_temperature=temperature,
-            teacher_bias=fitted.bias if temperature.ndim else None,
-        )
-        note = f"temperature {np.round(temperature, 2).tolist()}"
-        return Training(task.distill.x, task.distill.teacher, loss, note=note)
 
-    return Method(name, prepare)
+def kl_to_the_proxy(
+    found: SearchResult, *, from_logits: bool
+) -> ProxyKLDivergence:
+    """KL to the corrected teacher: the optimum of PTLoss by another way."""
+    return ProxyKLDivergence(found.correction, from_logits=from_logits)
+
+
+def both_ways(order: int) -> list[Method]:
+    """One correction by PTLoss and by KL to its proxy, to compare the two.
+
+    It has an epsilon, and nothing after it, whatever the default search finds.
+    """
+    method = GradientSearch(
+        order=order, per_class=True, calibration="vector", penalty=0.01
+    )
+    return [
+        search("vector + per class, PTLoss", method),
+        search("vector + per class, KL to the proxy", method, kl_to_the_proxy),
+    ]
 
 
 def random_proxies(count: int, order: int) -> list[Method]:
@@ -210,29 +230,27 @@ def all_methods(order: int = 5) -> list[Method]:
     """Return every method, the cheap and telling ones first."""
     return [
         distil("KL", lambda setting: KL),
-        calibrated("temperature scaling"),
+        search("temperature scaling", CalibrationSearch("temperature")),
         distil(
             "label smoothing",
             lambda delta: LabelSmoothingLoss(delta, **PROBABILITIES),
             (0.05, 0.1, 0.2),
         ),
-        calibrated("vector scaling"),
-        search("PTLoss, Algorithm 1", method="random", order=order),
+        search("vector scaling", CalibrationSearch("vector")),
+        search("matrix scaling", CalibrationSearch("matrix")),
+        search("searched", CrossValidatedSearch(order=order)),
+        *both_ways(order),
+        search("PTLoss, Algorithm 1", RandomSearch(order=order)),
         search(
             "PTLoss, gradient per class",
-            order=order,
-            per_class=True,
-            penalty=0.01,
+            GradientSearch(order=order, per_class=True, penalty=0.01),
         ),
-        search("PTLoss, cross-validated", order=order),
-        search("KL to the proxy, cross-validated", targets=True, order=order),
+        Method(CEILING, one_hot_labels),
         Method("labels alone", labels_alone),
         Method("hard-label mix", hard_label_mix, (0.1, 0.3, 0.5)),
         search(
             "PTLoss, Algorithm 1 per class",
-            method="random",
-            order=order,
-            per_class=True,
+            RandomSearch(order=order, per_class=True),
         ),
         distil(
             "focal",
@@ -255,7 +273,6 @@ def all_methods(order: int = 5) -> list[Method]:
             other_teacher("early-stopped"),
             fits=lambda task: "early-stopped" in task.teachers,
         ),
-        Method("OHT", one_hot_labels, fits=labelled),
         Method("LS", smoothed_labels, (0.03,), fits=labelled),
         Method("GT", true_distribution, fits=known_truth),
         Method("released code", released_code, fits=labelled),

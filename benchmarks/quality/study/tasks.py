@@ -208,6 +208,8 @@ def cifar10(name: str, teacher: str, data: pathlib.Path = DATA) -> Task:
     images = images[np.argsort(index)]
     file = np.load(folder / "teachers_train.npz")
     probabilities = file[f"{teacher}__probs"].astype("float32")
+    # Stored as float16, whose rows sum to 1 within 0.001.
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
     rows = Rows(images, file["labels"], probabilities)
     shuffled = np.random.default_rng(0).permutation(len(images))
     test_images, test_index = read_jpegs(folder / "test_jpeg.npz")
@@ -458,5 +460,8 @@ TASKS = {
     ),
     "cifar10_strong": functools.partial(
         cifar10, "cifar10_strong", "resnet50_symfrac0_6_noise0_4"
+    ),
+    "cifar10_noise60": functools.partial(
+        cifar10, "cifar10_noise60", "resnet50_symfrac0_6_noise0_6"
     ),
 }
