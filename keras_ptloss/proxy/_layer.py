@@ -13,9 +13,13 @@ from keras_ptloss._checks import (
     check_count,
     check_probabilities,
 )
-from keras_ptloss.proxy._proxy_teacher import newton, newton_step, stationarity
+from keras_ptloss.proxy._newton import newton
+from keras_ptloss.proxy._stationarity import derivative_step
 
 Tensor = Any
+
+# Of float32, class by class; the last step leaves less.
+TOLERANCE = 1e-5
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
@@ -110,15 +114,16 @@ class ProxyTeacher(keras.layers.Layer):
         teacher = teacher / ops.sum(teacher, axis=-1, keepdims=True)
         epsilon = ops.convert_to_tensor(self.epsilon)
         coefficients = ops.moveaxis(epsilon, -1, 0)  # (M,) or (M, C)
-        q, _, _, _ = newton(
+        q = newton(
             ops.stop_gradient(teacher),
             ops.stop_gradient(coefficients),
-            tolerance=1e-6,
+            tolerance=TOLERANCE,
             max_steps=self.max_steps,
-        )
+        ).q
         q = ops.stop_gradient(q)
-        w, b, _ = stationarity(teacher, q, ops.unstack(coefficients))
-        return q + newton_step(q, w, b)
+        step = derivative_step(teacher, q, ops.unstack(coefficients))
+        # Its derivative only: the value would add its rounding.
+        return q + (step - ops.stop_gradient(step))
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """Return `(..., C)`, with 2 classes for a binary head's one."""
