@@ -18,7 +18,7 @@ from keras_ptloss.proxy._stationarity import derivative_step
 
 Tensor = Any
 
-# Of float32, class by class; the last step leaves less.
+# Relative, class by class; the step after it leaves float32 digits.
 TOLERANCE = 1e-5
 
 
@@ -114,16 +114,19 @@ class ProxyTeacher(keras.layers.Layer):
         teacher = teacher / ops.sum(teacher, axis=-1, keepdims=True)
         epsilon = ops.convert_to_tensor(self.epsilon)
         coefficients = ops.moveaxis(epsilon, -1, 0)  # (M,) or (M, C)
-        q = newton(
+        solution = newton(
             ops.stop_gradient(teacher),
             ops.stop_gradient(coefficients),
             tolerance=TOLERANCE,
             max_steps=self.max_steps,
-        ).q
-        q = ops.stop_gradient(q)
+        )
+        q = ops.stop_gradient(solution.q)
         step = derivative_step(teacher, q, ops.unstack(coefficients))
-        # Its derivative only: the value would add its rounding.
-        return q + (step - ops.stop_gradient(step))
+        # Of a row that did not converge only the derivative is taken: the
+        # value of an undamped step may be far off.
+        done = ops.expand_dims(solution.residual <= TOLERANCE, -1)
+        off = ops.where(done, 0.0, ops.stop_gradient(step))
+        return q + (step - off)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """Return `(..., C)`, with 2 classes for a binary head's one."""

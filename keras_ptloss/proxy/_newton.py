@@ -1,8 +1,8 @@
 """Newton's method for proxy teachers, all rows together.
 
-The loss is separable, so that its Hessian is diagonal and a step on the simplex
-costs O(C). `init`, `step` and `unfinished` work on one record, `State`; `newton`
-loops over them, compiled.
+The loss is separable, so that its Hessian is diagonal and a step on the
+simplex costs O(C). `init`, `step` and `unfinished` work on one record, `State`;
+`newton` loops over them, compiled.
 """
 
 from collections.abc import Sequence
@@ -239,7 +239,7 @@ def leap(q: Tensor, terms: Terms, nu: Tensor, order: int) -> Tensor:
 
         log sum_c q_c(nu) = log s + (log nu - log(w/q)) / e,    e = d s / (w q)
 
-    which one Newton step in `log nu` solves from the `nu` given. Without a
+    which two Newton steps in `log nu` solve from the `nu` given. Without a
     class above one half the sum is over all and equals 1.
     """
     w, b, d = terms
@@ -273,14 +273,13 @@ def leap(q: Tensor, terms: Terms, nu: Tensor, order: int) -> Tensor:
     target = ops.where(exists, log_w - ops.log(q_large), 0.0)
     elasticity = ops.where(exists, elasticity, 1e20)
 
-    nu = ops.maximum(nu, tiny)
-    size, moving = classes(nu)
-    total = ops.maximum(row_sum(ops.where(large, 0.0, size)), tiny)
-    share = row_sum(ops.where(large, 0.0, moving)) / total
-    gap = ops.log(total) - log_s
-    log_nu = (target + elasticity * (gap + share * ops.log(nu))) / (
-        1.0 + elasticity * share
-    )
+    log_nu = ops.log(ops.maximum(nu, tiny))
+    for _ in range(2):
+        size, moving = classes(ops.exp(log_nu))
+        total = ops.maximum(row_sum(ops.where(large, 0.0, size)), tiny)
+        share = row_sum(ops.where(large, 0.0, moving)) / total
+        gap = ops.log(total) - log_s + share * log_nu
+        log_nu = (target + elasticity * gap) / (1.0 + elasticity * share)
     size, _ = classes(ops.exp(log_nu))
     total = row_sum(ops.where(large, 0.0, size))
     return ops.where(large, ops.maximum(1.0 - total, 0.05 * q), size)

@@ -1,8 +1,8 @@
 """The equation that a proxy teacher solves (Eq. 8-10), and its derivative.
 
 The proxy teacher `q` of a row `t` minimises PTLoss over the simplex. With
-`h(q)` the slope of the perturbation (`_perturbation.py`) it is stationary where,
-for a multiplier `nu`,
+`h(q)` the slope of the perturbation (`_perturbation.py`) it is stationary
+where, for a multiplier `nu`,
 
     w_c = t_c r_c(q_c) = nu q_c,    r_c(q) = 1 + q h_c(q),    nu = sum_c w_c.
 
@@ -83,9 +83,10 @@ def shares(coefficients: Sequence[Tensor]) -> list[Tensor]:
     for m, epsilon in enumerate(coefficients, start=1):
         a = 1.0 + m * epsilon
         rounding = ROUNDING * np.finfo(standardize_dtype(a.dtype)).eps
-        # The derivative is that of the line.
-        off = ops.where(ops.abs(a) <= float(rounding), a, 0.0)
-        values.append(a - ops.stop_gradient(off))
+        # 0, with the derivative of `a`: a compiler may round `a - a`, if it
+        # computes the two in different ways.
+        zero = m * (epsilon - ops.stop_gradient(epsilon))
+        values.append(ops.where(ops.abs(a) <= float(rounding), zero, a))
     return values
 
 
@@ -154,7 +155,7 @@ def derivative_step(
     """Return the Newton step at a solution `q` for its derivative, `(..., C)`.
 
     Its derivative with respect to `teacher` and `coefficients`, `q` held fixed,
-    is the solution's (implicit function theorem); its value is rounding.
+    is the solution's (implicit function theorem).
     """
     w, _, _ = terms = stationarity(teacher, q, coefficients)
     hessian = ops.stop_gradient(scaled_hessian(q, terms))
