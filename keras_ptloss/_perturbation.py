@@ -20,21 +20,21 @@ Tensor = Any
 
 def perturbation(s: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
     """Return `P(s) = sum_m eps_m s^m`, in the shape of `s`."""
-    return s * _horner(s, coefficients)
+    return s * horner(s, coefficients)
 
 
 def slope(s: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
     """Return `h(s) = sum_m m eps_m s^(m-1)`, in the shape of `s`."""
-    return _horner(s, [m * e for m, e in enumerate(coefficients, start=1)])
+    return horner(s, [m * e for m, e in enumerate(coefficients, start=1)])
 
 
 def curvature(s: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
     """Return `k(s) = sum_m m (m-1) eps_m s^(m-2)`, in the shape of `s`."""
     terms = [m * (m - 1) * e for m, e in enumerate(coefficients, start=1)]
-    return _horner(s, terms[1:])
+    return horner(s, terms[1:])
 
 
-def _horner(s: Tensor, terms: Sequence[Tensor]) -> Tensor:
+def horner(s: Tensor, terms: Sequence[Tensor]) -> Tensor:
     """Return `terms[0] + terms[1] s + ...` in the shape of `s`."""
     value = 0.0 * s
     for term in reversed(terms):

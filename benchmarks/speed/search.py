@@ -28,7 +28,8 @@ import numpy as np
 from keras_ptloss import ProxyTeacherSearch
 from keras_ptloss._backend import block_elements
 from keras_ptloss._perturbation import perturbation, slope
-from keras_ptloss.proxy._proxy_teacher import _fsolve_row, solve_newton
+from keras_ptloss.proxy._fsolve import _fsolve_row
+from keras_ptloss.proxy._newton import solve_newton
 
 matplotlib.use("Agg")
 

@@ -13,9 +13,13 @@ from keras_ptloss._checks import (
     check_count,
     check_probabilities,
 )
-from keras_ptloss.proxy._proxy_teacher import newton, newton_step, stationarity
+from keras_ptloss.proxy._newton import newton
+from keras_ptloss.proxy._stationarity import derivative_step
 
 Tensor = Any
+
+# Relative, class by class; the step after it leaves float32 digits.
+TOLERANCE = 1e-5
 
 
 def proxy_tensor(
@@ -31,15 +35,19 @@ def proxy_tensor(
     teacher = teacher / ops.sum(teacher, axis=-1, keepdims=True)
     epsilon = ops.cast(epsilon, teacher.dtype)
     coefficients = ops.moveaxis(epsilon, -1, 0)  # (M,) or (M, C)
-    q, _, _, _ = newton(
+    solution = newton(
         ops.stop_gradient(teacher),
         ops.stop_gradient(coefficients),
-        tolerance=1e-6,
+        tolerance=TOLERANCE,
         max_steps=max_steps,
     )
-    q = ops.stop_gradient(q)
-    w, b, _ = stationarity(teacher, q, ops.unstack(coefficients))
-    return q + newton_step(q, w, b)
+    q = ops.stop_gradient(solution.q)
+    step = derivative_step(teacher, q, ops.unstack(coefficients))
+    # Of a row that did not converge only the derivative is taken: the value of
+    # an undamped step may be far off.
+    done = ops.expand_dims(solution.residual <= TOLERANCE, -1)
+    off = ops.where(done, 0.0, ops.stop_gradient(step))
+    return q + (step - off)
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")

@@ -9,12 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_ptloss import proxy_teacher
-from keras_ptloss.proxy._proxy_teacher import (
-    _logit_equations,
-    numpy_adjoint,
-    orders,
-    solve_fsolve,
-)
+from keras_ptloss.proxy._fsolve import _logit_equations, solve_fsolve
+from keras_ptloss.proxy._stationarity import numpy_adjoint
 
 ORDER = 3
 LOWER = -1.0 / np.arange(1, ORDER + 1)  # where the loss is convex
@@ -85,12 +81,12 @@ class TestSolversAgree:
         teacher = helpers.dirichlet(0, 1, classes)[0]
         epsilon = random_epsilon(1, classes, shape="per_class")
         logits = np.random.default_rng(2).normal(size=classes)
-        _, jacobian = _logit_equations(logits, teacher, orders(epsilon))
+        _, jacobian = _logit_equations(logits, teacher, list(epsilon.T))
         step = 1e-6
         for c in range(classes):
             moved = step * np.eye(classes)[c]
             up, down = (
-                _logit_equations(z, teacher, orders(epsilon))[0]
+                _logit_equations(z, teacher, list(epsilon.T))[0]
                 for z in (logits + moved, logits - moved)
             )
             np.testing.assert_allclose(

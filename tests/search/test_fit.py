@@ -164,8 +164,7 @@ class TestFit:
         scales = np.linspace(0.05, 3, 2951)
         labels = problem.labels
         scan = [
-            helpers.nll(helpers.softmax(s * logits), labels)
-            for s in scales
+            helpers.nll(helpers.softmax(s * logits), labels) for s in scales
         ]
         np.testing.assert_allclose(
             fitted.point.scale, scales[np.argmin(scan)], atol=2e-3

@@ -1,0 +1,354 @@
+"""Newton's method for proxy teachers, all rows together.
+
+The loss is separable, so that its Hessian is diagonal and a step on the
+simplex costs O(C). `init`, `step` and `unfinished` work on one record, `State`;
+`newton` loops over them, compiled.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+from keras.backend import standardize_dtype
+
+from keras_ptloss._backend import block_elements, on_numpy
+from keras_ptloss.proxy._stationarity import (
+    Terms,
+    distance,
+    judged,
+    loss_of,
+    not_above,
+    row_sum,
+    smallest,
+    stationarity,
+)
+
+Tensor = Any
+
+# `newton`'s, wherever the caller does not ask for others.
+TOLERANCE = 1e-12
+MAX_STEPS = 100
+
+# Relative steps below which Newton's own step is the best there is.
+NEAR = 1e-3
+
+# How far above `w / nu` the tangent may carry a class in one step.
+REACH = 4.0
+
+
+class Problem(NamedTuple):
+    """What is to be solved, and when to stop."""
+
+    teacher: Tensor
+    coefficients: Sequence[Tensor]
+    tolerance: float
+    max_steps: int
+
+
+class Point(NamedTuple):
+    """Where each row is: `q` and `terms` are `(..., C)`, `loss` `(...)`."""
+
+    q: Tensor
+    loss: Tensor
+    terms: Terms
+
+
+class State(NamedTuple):
+    """What goes round the loop.
+
+    Attributes:
+        count: steps of the loop.
+        point: the best point so far.
+        trial: where to look next, `(..., C)`.
+        residual: relative distance of `point` from the solution, `(...)`.
+        damping: length of the next step; 1 unless the last failed, `(...)`.
+        steps: evaluations of each row, `(...)`.
+    """
+
+    count: Tensor
+    point: Point
+    trial: Tensor
+    residual: Tensor
+    damping: Tensor
+    steps: Tensor
+
+
+class Solution(NamedTuple):
+    """Proxy teachers and how each row went.
+
+    A row has converged where `residual <= tolerance`, and nowhere else.
+
+    Attributes:
+        q: the proxy teachers, `(..., C)`.
+        loss: `sum_c t_c (-log q_c + P_c(1 - q_c))`, `(...)`.
+        residual: relative Newton step of the class that is farthest off,
+            infinite where the loss is above the teacher's own, `(...)`.
+        steps: evaluations of the row's loss and derivatives, `(...)`.
+    """
+
+    q: Tensor
+    loss: Tensor
+    residual: Tensor
+    steps: Tensor
+
+
+def newton(
+    teacher: Tensor,
+    coefficients: Tensor,
+    *,
+    tolerance: float,
+    max_steps: int,
+) -> Solution:
+    """Solve for proxy teachers by a feasible, damped Newton method.
+
+    Args:
+        teacher: `(..., C)`, rows on the simplex.
+        coefficients: `(M, ...)`, each order broadcastable to `teacher`.
+        tolerance: residual at which a row is left alone.
+        max_steps: most steps a row.
+    """
+    problem = Problem(teacher, ops.unstack(coefficients), tolerance, max_steps)
+    own, state = init(problem)
+    (state,) = ops.while_loop(
+        lambda state: unfinished(problem, state),
+        lambda state: (step(problem, state),),
+        (state,),
+    )
+    _, point, _, residual, _, steps = state
+    return Solution(
+        point.q, point.loss, judged(residual, point.loss, own), steps
+    )
+
+
+def init(problem: Problem) -> tuple[Tensor, State]:
+    """Return the teacher's own loss and where to begin.
+
+    That is one step of the fixed-point map, `w / sum w` at the teacher, where
+    it lowers the loss: cheaper than a Newton step, it spares the slowest rows
+    several. Else, and where it would not move, the teacher itself.
+    """
+    teacher = problem.teacher
+    # Trials share the teacher's rows: broadcast `q` to all of them.
+    own = evaluate(problem, teacher + 0.0 * sum(problem.coefficients))
+    w = own.terms.w
+    # No class is lost: one at 0 would stay there.
+    trial = normalised(ops.maximum(w, 1e-3 * teacher))
+    there = evaluate(problem, trial)
+    gap = ops.abs(w - own.q * row_sum(w)) - problem.tolerance * w
+    moves = ops.any(gap > 0, axis=-1)
+    point = choose(moves & (there.loss <= own.loss), there, own)
+    damping = ops.ones_like(own.loss)
+    trial, residual = plan(problem, point, damping)
+    steps = ops.cast(moves, "int32")
+    return own.loss, State(1, point, trial, residual, damping, steps)
+
+
+def unfinished(problem: Problem, state: State) -> Tensor:
+    """Return whether a row may still be improved."""
+    open_rows = ~(state.residual <= problem.tolerance)
+    return (state.count < problem.max_steps) & ops.any(open_rows)
+
+
+def step(problem: Problem, state: State) -> State:
+    """Move unconverged rows whose loss is not higher at their trial."""
+    there = evaluate(problem, state.trial)
+    # Losses that differ by rounding count as equal.
+    dtype = standardize_dtype(problem.teacher.dtype)
+    slack = 100 * float(np.finfo(dtype).eps)
+    lower = not_above(there.loss, state.point.loss, slack)
+    open_rows = ~(state.residual <= problem.tolerance)
+    point = choose(lower & open_rows, there, state.point)
+    damping = ops.where(
+        lower, ops.ones_like(state.damping), 0.5 * state.damping
+    )
+    trial, residual = plan(problem, point, damping)
+    return State(
+        state.count + 1,
+        point,
+        trial,
+        residual,
+        damping,
+        state.steps + ops.cast(open_rows, "int32"),
+    )
+
+
+def evaluate(problem: Problem, q: Tensor) -> Point:
+    """Return the point at `q`."""
+    teacher, coefficients = problem.teacher, problem.coefficients
+    loss = loss_of(teacher, q, coefficients)
+    return Point(q, loss, stationarity(teacher, q, coefficients))
+
+
+def choose(rows: Tensor, there: Point, here: Point) -> Point:
+    """Take `there` in some rows, `here` in the others."""
+    by_class = ops.expand_dims(rows, -1)
+    return Point(
+        ops.where(by_class, there.q, here.q),
+        ops.where(rows, there.loss, here.loss),
+        Terms(
+            *(
+                ops.where(by_class, one, two)
+                for one, two in zip(there.terms, here.terms, strict=True)
+            )
+        ),
+    )
+
+
+def normalised(q: Tensor) -> Tensor:
+    """Divide rows by their sums."""
+    return q / row_sum(q)
+
+
+def plan(
+    problem: Problem, point: Point, damping: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the next trial `(..., C)`, and the residual `(...)` of `point`.
+
+    Far from the solution the trial is `leap`'s. Close to it, where the last
+    trial failed, and where the loss is not convex, it is Newton's own, a
+    direction of descent, cut before it leaves the simplex.
+    """
+    q, _, terms = point
+    rate, nu, residual = distance(q, terms)
+    # Each class keeps a twentieth at least.
+    most = ops.maximum(ops.max(-rate, axis=-1), 0.95)
+    length = ops.minimum(1.0, 2.0 * damping) * 0.95 / most
+    newton = q * (1.0 + ops.expand_dims(length, -1) * rate)
+    convex = ops.all((terms.d >= 0) & (terms.w >= 0), axis=-1)
+    far = convex & (damping == 1.0) & (residual > NEAR)
+    start = ops.where(ops.expand_dims(residual < 0.5, -1), nu, row_sum(terms.w))
+    trial = ops.where(
+        ops.expand_dims(far, -1),
+        leap(q, terms, start, len(problem.coefficients)),
+        newton,
+    )
+    return normalised(trial), residual
+
+
+def leap(q: Tensor, terms: Terms, nu: Tensor, order: int) -> Tensor:
+    """Return a step that may change classes by many magnitudes, `(..., C)`.
+
+    Given `nu`, the tangent of `w` at `q` solves a class alone:
+
+        q_c(nu) = d_c / (nu - b_c)
+
+    exactly where the class is small. A class above one half is followed by its
+    rest `s` instead, whose logarithm is nearly linear in that of `nu`: at
+    `epsilon_m = -1/m`, `nu = t s^M / q`. The two agree at
+
+        log sum_c q_c(nu) = log s + (log nu - log(w/q)) / e,    e = d s / (w q)
+
+    which two Newton steps in `log nu` solve from the `nu` given. Without a
+    class above one half the sum is over all and equals 1.
+    """
+    w, b, d = terms
+    tiny = smallest(q)
+    large = q > 0.5
+
+    def of_large(x: Tensor) -> Tensor:
+        return row_sum(ops.where(large, x, 0.0))
+
+    def classes(nu: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `q_c(nu)` and the share of it that moves with `nu`."""
+        free = nu - b
+        # Below 1, and within reach: the tangent has a pole.
+        least = ops.maximum(d, d / ops.maximum(w, tiny) * nu / REACH)
+        size = d / ops.maximum(ops.maximum(free, least), tiny)
+        return size, ops.where(free >= least, size * nu / free, 0.0)
+
+    s = row_sum(ops.where(large, 0.0, q))
+    exists = s < 0.75
+    q_large = ops.maximum(of_large(q), 0.5)
+    w_large = of_large(w)
+    log_s = ops.log(ops.maximum(s, tiny))
+    # s^M may be too small for a float, where the start is far too small.
+    lost = w_large < 1e3 * tiny
+    log_w = ops.where(lost, order * log_s, ops.log(ops.maximum(w_large, tiny)))
+    elasticity = ops.where(
+        lost,
+        order + s / q_large,
+        of_large(d) * s / ops.maximum(w_large * q_large, tiny),
+    )
+    target = ops.where(exists, log_w - ops.log(q_large), 0.0)
+    elasticity = ops.where(exists, elasticity, 1e20)
+
+    log_nu = ops.log(ops.maximum(nu, tiny))
+    for _ in range(2):
+        size, moving = classes(ops.exp(log_nu))
+        total = ops.maximum(row_sum(ops.where(large, 0.0, size)), tiny)
+        share = row_sum(ops.where(large, 0.0, moving)) / total
+        gap = ops.log(total) - log_s + share * log_nu
+        log_nu = (target + elasticity * gap) / (1.0 + elasticity * share)
+    size, _ = classes(ops.exp(log_nu))
+    total = row_sum(ops.where(large, 0.0, size))
+    return ops.where(large, ops.maximum(1.0 - total, 0.05 * q), size)
+
+
+numpy_newton = on_numpy(newton, rows=(0,))
+
+
+def solve_newton(
+    teacher: np.ndarray,
+    epsilon: np.ndarray,
+    *,
+    tolerance: float = TOLERANCE,
+    max_steps: int = MAX_STEPS,
+) -> Solution:
+    """Run `newton` on blocks of rows of one compiled shape.
+
+    Args:
+        teacher: `(N, C)`.
+        epsilon: `(M,)`, `(C, M)`, or several of them: `(K, 1, M)`,
+            `(K, C, M)`.
+        tolerance: as in `newton`.
+        max_steps: as in `newton`.
+
+    Returns:
+        A `Solution` of `(N, C)`, `(N,)`, `(N,)`, `(N,)`; with several epsilon
+        `(K, N, C)`, `(K, N)`, `(K, N)`, `(K, N)`.
+    """
+    coefficients = np.moveaxis(epsilon, -1, 0)  # (M,), (M, C), (M, K, 1 or C)
+    if coefficients.ndim == 3:
+        coefficients = coefficients[:, :, None, :]
+    else:
+        coefficients = coefficients.reshape(len(coefficients), 1, -1)
+    parts = [
+        numpy_newton(
+            rows, coefficients, tolerance=tolerance, max_steps=max_steps
+        )
+        for rows in row_blocks(teacher)
+    ]
+    axis = 1 if epsilon.ndim == 3 else 0
+    unfilled = (slice(None),) * axis + (slice(len(teacher)),)
+    return Solution(
+        *(
+            np.concatenate(part, axis=axis)[unfilled]
+            for part in zip(*parts, strict=True)
+        )
+    )
+
+
+def row_blocks(*arrays: np.ndarray) -> list[Any]:
+    """Cut arrays `(N, C)` into blocks of rows, all of one shape.
+
+    A compiled function serves one shape; sizes are therefore rounded up, and
+    the last block is filled with uniform rows, which are solved soon.
+
+    Returns:
+        One block a list entry: an array, or a tuple of them for several.
+    """
+    examples, classes = arrays[0].shape
+    size = min(
+        -(-examples // 64) * 64, max(64, block_elements() // classes // 64 * 64)
+    )
+    missing = -examples % size
+    filled = [
+        np.concatenate([a, np.full((missing, classes), 1.0 / classes)])
+        for a in arrays
+    ]
+    cuts = [
+        tuple(a[start : start + size] for a in filled)
+        for start in range(0, examples, size)
+    ]
+    return [cut[0] for cut in cuts] if len(arrays) == 1 else cuts

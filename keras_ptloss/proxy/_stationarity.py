@@ -1,0 +1,249 @@
+"""The equation that a proxy teacher solves (Eq. 8-10), and its derivative.
+
+The proxy teacher `q` of a row `t` minimises PTLoss over the simplex. With
+`h(q)` the slope of the perturbation (`_perturbation.py`) it is stationary
+where, for a multiplier `nu`,
+
+    w_c = t_c r_c(q_c) = nu q_c,    r_c(q) = 1 + q h_c(q),    nu = sum_c w_c.
+
+The classes of a row may span hundreds of magnitudes, and at the lower bound of
+the convex domain, `epsilon_m = -1/m`, `r(q) = (1 - q)^M`: `1 + q h` cancels.
+With `s = 1 - q` and `a_m = 1 + m epsilon_m` it is
+
+    r(q) = s^M + q A(s),    A(s) = sum_m a_m s^(m-1),
+    r - q r' = s^M + M q s^(M-1) + q^2 A'(s),
+
+sums of positive terms wherever the loss is convex (`a_m >= 0`), so that every
+class keeps its digits. `s` has its own where it is small: of a class above one
+half it is the sum of the others.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+from keras.backend import standardize_dtype
+
+from keras_ptloss._backend import on_numpy
+from keras_ptloss._perturbation import horner, perturbation
+
+Tensor = Any
+
+# Below this share of its terms, d is 0 but for rounding, where the loss is not
+# convex: there the Newton step is shortened.
+HESSIAN_FLOOR = 1e-3
+
+# An `a_m` of fewer than so many units of rounding is 0: -1/m has no exact
+# float, and t^(1/(M+1)) would feel the difference.
+ROUNDING = 8
+
+
+class Terms(NamedTuple):
+    """What the equation is made of at `q`, each `(..., C)`.
+
+    Attributes:
+        w: `t r(q)`.
+        b: `t r'(q) = dw/dq`.
+        d: `w - q b`; `d / q` is `q` times the Hessian `H = t (1/q^2 + k)`.
+    """
+
+    w: Tensor
+    b: Tensor
+    d: Tensor
+
+
+class Distance(NamedTuple):
+    """How far a point is from the solution, by the Newton step there.
+
+    Attributes:
+        rate: the step over `q`, class by class, `(..., C)`.
+        nu: the multiplier, `(..., 1)`.
+        residual: the largest relative step of a class, `(...)`.
+    """
+
+    rate: Tensor
+    nu: Tensor
+    residual: Tensor
+
+
+def smallest(x: Tensor) -> float:
+    """Return the smallest normal number of the tensor's dtype."""
+    return float(np.finfo(standardize_dtype(x.dtype)).tiny)
+
+
+def row_sum(x: Tensor) -> Tensor:
+    """Sum over the classes: `(..., C)` to `(..., 1)`."""
+    return ops.sum(x, axis=-1, keepdims=True)
+
+
+def shares(coefficients: Sequence[Tensor]) -> list[Tensor]:
+    """Return `a_m = 1 + m epsilon_m`, 0 where it is 0 but for rounding."""
+    values = []
+    for m, epsilon in enumerate(coefficients, start=1):
+        a = 1.0 + m * epsilon
+        rounding = ROUNDING * np.finfo(standardize_dtype(a.dtype)).eps
+        # 0, with the derivative of `a`: a compiler may round `a - a`, if it
+        # computes the two in different ways.
+        zero = m * (epsilon - ops.stop_gradient(epsilon))
+        values.append(ops.where(ops.abs(a) <= float(rounding), zero, a))
+    return values
+
+
+def complement(q: Tensor) -> Tensor:
+    """Return `1 - q` with all its digits: of a class above 1/2, the others."""
+    large = q > 0.5
+    rest = row_sum(ops.where(large, 0.0, q))
+    return ops.where(large, rest, 1.0 - q)
+
+
+def stationarity(
+    teacher: Tensor, q: Tensor, coefficients: Sequence[Tensor]
+) -> Terms:
+    """Return `w`, `b` and `d` at `q`, without cancellation in `w` and `d`.
+
+    Args:
+        teacher: `(..., C)`.
+        q: `(..., C)`, rows on the simplex.
+        coefficients: M arrays, each broadcastable to `q`.
+    """
+    s = complement(q)
+    order = len(coefficients)
+    a = shares(coefficients)
+    q_slope = q * horner(s, [m * a_m for m, a_m in enumerate(a)][1:])
+    value = horner(s, a)
+    power = ops.ones_like(s)  # s^(M-1), by products: XLA's power is slow
+    for _ in range(order - 1):
+        power = power * s
+    return Terms(
+        w=teacher * (s * power + q * value),
+        b=teacher * (value - order * power - q_slope),
+        d=teacher * (power * (s + order * q) + q * q_slope),
+    )
+
+
+def distance(q: Tensor, terms: Terms) -> Distance:
+    """Return the Newton step of `w = nu q` on the simplex, relative to `q`.
+
+    With gradient `-w / q` and Hessian `d / q^2`:
+
+        nu     = sum(w q / d) / sum(q^2 / d)
+        rate_c = (w_c - nu q_c) / d_c
+
+    A class above one half takes what the others leave: its own difference may
+    cancel (`d` is small there at `epsilon = (10, -1/2, -1/3, ..)`), and its
+    relative step is smaller than the largest of theirs.
+    """
+    w, _, d = terms
+    tiny = smallest(q)
+    convex = ops.all((d >= 0) & (w >= 0), axis=-1, keepdims=True)
+    floor = HESSIAN_FLOOR * row_sum(ops.abs(w)) * q
+    d = ops.where(convex, d, ops.maximum(ops.abs(d), floor))
+    weight = q / ops.maximum(d, 1e6 * tiny)
+    nu = row_sum(w * weight) / row_sum(q * weight)
+    large = q > 0.5
+    rate = ops.where(large, 0.0, (w - nu * q) / ops.maximum(d, tiny))
+    residual = ops.max(ops.abs(rate), axis=-1)
+    taken = row_sum(q * rate)
+    rate = ops.where(large, -taken / ops.maximum(q, 0.5), rate)
+    return Distance(rate, nu, residual)
+
+
+def derivative_step(
+    teacher: Tensor, q: Tensor, coefficients: Sequence[Tensor]
+) -> Tensor:
+    """Return the Newton step at a solution `q` for its derivative, `(..., C)`.
+
+    Its derivative with respect to `teacher` and `coefficients`, `q` held fixed,
+    is the solution's (implicit function theorem).
+    """
+    w, _, _ = terms = stationarity(teacher, q, coefficients)
+    hessian = ops.stop_gradient(scaled_hessian(q, terms))
+    nu = row_sum(w / hessian) / row_sum(q / hessian)
+    large = q > 0.5
+    step = ops.where(large, 0.0, (w - nu * q) / hessian)
+    return ops.where(large, -row_sum(step), step)
+
+
+def scaled_hessian(q: Tensor, terms: Terms) -> Tensor:
+    """Return `D = q H = d / q`, `(..., C)`; where `q` is 0, its limit `nu`."""
+    floor = 1e6 * smallest(q)
+    present = q > 0
+    d = ops.where(
+        present,
+        terms.d / ops.where(present, q, 1.0),
+        row_sum(terms.w),
+    )
+    # At epsilon_m = -1/m a one-hot row has D = 0.
+    return ops.where(ops.abs(d) < floor, floor, d)
+
+
+def adjoint(
+    teacher: Tensor, q: Tensor, coefficients: Tensor, upstream: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Differentiate through the proxy teacher by the implicit function theorem.
+
+    With `u = dJ/dq`, `D = q H` and `ubar = sum(u q / D) / sum(q / D)`:
+
+        dJ/depsilon_{c,m} = sum_n t_c m (1 - q_c)^(m-1) (u_c - ubar) q_c / D_c
+        dJ/dt_c           = (u_c - ubar) r_c / D_c
+
+    Args:
+        teacher: `(N, C)`.
+        q: the proxy teachers, converged, `(N, C)`.
+        coefficients: `(M, C)`.
+        upstream: `u`, `(N, C)`.
+
+    Returns:
+        `(dJ/depsilon, dJ/dt)`: `(M, C)` and `(N, C)`.
+    """
+    coefficients = ops.unstack(coefficients)
+    # r without the teacher: its derivative is wanted at t = 0, too.
+    r = stationarity(ops.ones_like(q), q, coefficients).w
+    d = scaled_hessian(q, stationarity(teacher, q, coefficients))
+    # Relative to a class above one half, whose own difference would cancel.
+    upstream = upstream - row_sum(ops.where(q > 0.5, upstream, 0.0))
+    ubar = row_sum(upstream * q / d) / row_sum(q / d)
+    v = (upstream - ubar) / d
+    s = complement(q)
+    power = teacher * q * v
+    by_epsilon = []
+    for m in range(1, len(coefficients) + 1):
+        by_epsilon.append(m * ops.sum(power, axis=0))
+        power = power * s
+    return ops.stack(by_epsilon), v * r
+
+
+def loss_of(
+    teacher: Tensor, q: Tensor, coefficients: Sequence[Tensor]
+) -> Tensor:
+    """Return `sum_c t_c (-log q_c + P_c(1 - q_c))`, `(...)`; `0 log 0 = 0`."""
+    terms = perturbation(complement(q), coefficients)
+    terms = terms - ops.log(ops.maximum(q, smallest(q)))
+    return ops.sum(teacher * terms, axis=-1)
+
+
+def not_above(loss: Tensor, own: Tensor, slack: float = 1e-9) -> Tensor:
+    """Return whether a loss is no higher than the teacher's own, `(...)`."""
+    return loss <= own + slack * (1.0 + ops.abs(own))
+
+
+def judged(residual: Tensor, loss: Tensor, own: Tensor) -> Tensor:
+    """Return the residual, infinite where the loss is above the teacher's.
+
+    So that "converged" is one comparison, `residual <= tolerance`.
+    """
+    return ops.where(not_above(loss, own), residual, np.inf)
+
+
+def judge(teacher: Tensor, q: Tensor, coefficients: Tensor) -> Any:
+    """Return loss and residual `(N,)` of any points `q`, as `newton` would."""
+    coefficients = ops.unstack(coefficients)
+    loss = loss_of(teacher, q, coefficients)
+    own = loss_of(teacher, teacher, coefficients)
+    residual = distance(q, stationarity(teacher, q, coefficients)).residual
+    return loss, judged(residual, loss, own)
+
+
+numpy_adjoint = on_numpy(adjoint, rows=(0, 1, 3))
+numpy_judge = on_numpy(judge, compile=False)
