@@ -44,7 +44,7 @@ def solve_fsolve(
     """
     coefficients = np.moveaxis(epsilon, -1, 0)
     rows = [
-        _fsolve_row(t, coefficients, 0.01 * tolerance, max_steps, fix_gauge)
+        _fsolve_row(t, list(coefficients), 0.01 * tolerance, max_steps, fix_gauge)
         for t in teacher
     ]
     solved = np.stack([q for q, _ in rows])
