@@ -298,7 +298,8 @@ def claims(nll, bias):
             if -gain > max(2 * error, NOISE)
         ]
         lines.append(
-            f"* {rival}: {saved.mean():+.4f} on average, ahead on "
+            f"* {rival}: {saved.mean():+.4f} on average (median "
+            f"{np.median(saved):+.4f}), ahead on "
             f"{np.sum(saved > 0)} of {len(saved)}; behind by more than two "
             f"standard errors and {NOISE}: {', '.join(behind) or 'nowhere'}."
         )
@@ -372,8 +373,9 @@ def main():
     head = [
         "# Proxy teachers of real teachers",
         "",
-        "`KERAS_BACKEND=jax python benchmarks/quality/proxy.py --data "
-        "../shared/data --output benchmarks/results/proxy.md`",
+        "`KERAS_BACKEND=jax python -m benchmarks.quality.proxy --data "
+        "../shared/data --output benchmarks/results/proxy.md --subsets "
+        f"{arguments.subsets}`",
         "",
         machine(),
         "",
