@@ -43,10 +43,8 @@ def solve_fsolve(
         A `Solution` of `(N, C)`, `(N,)`, `(N,)`, `(N,)`.
     """
     coefficients = np.moveaxis(epsilon, -1, 0)
-    rows = [
-        _fsolve_row(t, list(coefficients), 0.01 * tolerance, max_steps, fix_gauge)
-        for t in teacher
-    ]
+    terms, xtol = list(coefficients), 0.01 * tolerance
+    rows = [_fsolve_row(t, terms, xtol, max_steps, fix_gauge) for t in teacher]
     solved = np.stack([q for q, _ in rows])
     steps = np.array([count for _, count in rows], dtype="int32")
     loss, residual = numpy_judge(teacher, solved, coefficients)
