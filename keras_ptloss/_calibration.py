@@ -6,6 +6,7 @@ to NumPy arrays and to tensors alike.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import keras
@@ -93,7 +94,7 @@ class Calibration:
             Probabilities, of the kind that `outputs` is. Probabilities that
             need no calibration come back as they are; ones that do are held at
             or above `keras.config.epsilon()`, since a class at 0 could never
-            move.
+            move. So are, before a matrix, the logits -inf of masked classes.
         """
         if isinstance(outputs, np.ndarray):
             return self._apply(outputs, from_logits, np, scipy.special.softmax)
@@ -105,6 +106,8 @@ class Calibration:
         if self.is_identity:
             return softmax(outputs, axis=-1) if from_logits else outputs
         z = outputs if from_logits else log_probabilities(outputs, xp)
+        if from_logits and self.scale.ndim == 2:
+            z = _hold_masked(z, xp)
         scale = self.scale.astype(keras.backend.standardize_dtype(z.dtype))
         bias = self.bias.astype(scale.dtype)
         z = xp.matmul(z, scale.T) if scale.ndim == 2 else z * scale
@@ -118,6 +121,16 @@ def log_probabilities(probabilities: Tensor, xp: Any = np) -> Tensor:
     NumPy or `keras.ops`.
     """
     return xp.log(xp.maximum(probabilities, keras.config.epsilon()))
+
+
+def _hold_masked(logits: Tensor, xp: Any) -> Tensor:
+    """Return logits with -inf at the floor of probabilities, below the largest.
+
+    A matrix would take `0 * -inf`, which is NaN, into every class.
+    """
+    largest = xp.max(logits, axis=-1, keepdims=True)
+    floor = largest + math.log(keras.config.epsilon())
+    return xp.where(logits == -np.inf, floor, logits)
 
 
 def check_scale(argument: str, value: Any) -> np.ndarray:

@@ -57,6 +57,25 @@ class TeacherLoss(keras.losses.Loss):
         for name, value in own.items():
             setattr(self, name, value)
 
+    def __call__(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
+    ) -> Tensor:
+        """Return the loss, reduced.
+
+        Args:
+            y_true: the teacher, `(..., C)`. A row at weight 0 may hold
+                anything, as padding does: 0 * NaN is NaN, for every weight of
+                the student.
+            y_pred: the student, `(..., C)`.
+            sample_weight: one number an example, `(...)` or a leading part of
+                it; None is 1.
+        """
+        if sample_weight is not None:
+            y_true = ops.convert_to_tensor(y_true, dtype=self.dtype)
+            rank = len(y_pred.shape)
+            y_true = _weighted_rows(y_true, sample_weight, rank)
+        return super().__call__(y_true, y_pred, sample_weight)
+
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Return one loss an example, `(...)`."""
         values = self._function(
@@ -77,6 +96,24 @@ class TeacherLoss(keras.losses.Loss):
             "teacher_from_logits": self.teacher_from_logits,
             "dtype": self.dtype,  # which Keras leaves out
         }
+
+
+def _weighted_rows(y_true: Tensor, weight: Tensor, rank: int) -> Tensor:
+    """Return rows, constant ones in place of those at weight 0.
+
+    They are uniform as probabilities and as logits.
+
+    Args:
+        y_true: `(..., C)`.
+        weight: `(...)`, a leading part of it, or `(..., 1)`.
+        rank: how many axes the student's rows have.
+    """
+    seen = ops.not_equal(ops.convert_to_tensor(weight), 0)
+    if len(seen.shape) == rank and seen.shape[-1] == 1:
+        seen = ops.squeeze(seen, axis=-1)
+    for _ in range(len(y_true.shape) - len(seen.shape)):
+        seen = ops.expand_dims(seen, axis=-1)
+    return ops.where(seen, y_true, 1.0 / (y_true.shape[-1] or 1))
 
 
 def read_student(y_pred: Tensor, *, from_logits: bool) -> Tensor:
