@@ -53,7 +53,7 @@ class Correction:
         >>> correction.teacher(teacher).round(3)
         array([[0.875, 0.125]])
         >>> correction.proxy(teacher).probabilities.round(3)
-        array([[0.94, 0.06]])
+        array([[0.947, 0.053]])
 
     Reference:
         Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), §4.2; Guo et al.

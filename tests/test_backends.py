@@ -12,27 +12,31 @@ import pytest
 SCRIPT = """
 import json, numpy as np
 from keras_ptloss import ProxyTeacherSearch
+from keras_ptloss.search import (
+    CrossValidatedSearch,
+    GradientSearch,
+    RandomSearch,
+)
 
 rng = np.random.default_rng(0)
 truth = rng.dirichlet([1.0, 1.0, 1.0, 1.0], size=400)
 labels = np.array([rng.choice(4, p=row) for row in truth])
 teacher = truth * [4.0, 1.0, 0.5, 1.0]
 teacher /= teacher.sum(axis=1, keepdims=True)
-random = {"method": "random"}
-nll = {"method": "gradient", "objective": "nll"}
 found = []
-for arguments in (
-    {**random, "trials": 30},
-    {**random, "trials": 30, "per_class": True, "objective": "brier"},
-    {**nll, "per_class": True, "calibration": "vector", "penalty": 0.01},
-    {**nll, "starts": 3, "penalty": 0.001},
-    {"order": 2, "folds": 3},
+for method, objective in (
+    (RandomSearch(trials=30), None),
+    (RandomSearch(trials=30, per_class=True), "brier"),
+    (GradientSearch(per_class=True, calibration="vector", penalty=0.01), None),
+    (GradientSearch(starts=3, penalty=0.001), None),
+    (CrossValidatedSearch(order=2, folds=3), None),
 ):
-    result = ProxyTeacherSearch(seed=1, **arguments).search(teacher, labels)
+    search = ProxyTeacherSearch(method, objective=objective, seed=1)
+    result = search.search(teacher, labels)
     found.append(
         [
             result.epsilon.ravel().tolist(),
-            np.ravel(result.teacher_temperature).tolist(),
+            np.ravel(result.correction.scale).tolist(),
             [result.score],
             result.trials["score"],
         ]

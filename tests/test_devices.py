@@ -21,14 +21,13 @@ TWO_DEVICES = {
 DATA_PARALLEL = """
 import keras, numpy as np
 from keras_ptloss import Distiller, PTLoss, ProxyTeacherSearch
+from keras_ptloss.search import GradientSearch, RandomSearch
 
 rng = np.random.default_rng(0)
 teacher, labels = rng.dirichlet([1, 1, 1], size=500), rng.integers(0, 3, 500)
 searches = [
-    ProxyTeacherSearch(trials=20, method="random", seed=0),
-    ProxyTeacherSearch(
-        method="gradient", objective="nll", per_class=True, penalty=0.01
-    ),
+    ProxyTeacherSearch(RandomSearch(trials=20)),
+    ProxyTeacherSearch(GradientSearch(per_class=True, penalty=0.01)),
 ]
 x = rng.normal(size=(64, 4)).astype("float32")
 
@@ -98,7 +97,10 @@ student = linear(1)
 distiller = Distiller(linear(1), linear(2))
 found = [fit(student, x, stored), fit(distiller, x)]
 weights = student.get_weights() + distiller.student.get_weights()
-search = ProxyTeacherSearch(order=2, per_class=True, penalty=0.01)
+from keras_ptloss.search import GradientSearch
+search = ProxyTeacherSearch(
+    GradientSearch(order=2, per_class=True, penalty=0.01)
+)
 result = search.search(stored, np.arange(64) % 3)
 found.append([w.tolist() for w in [*weights, result.epsilon]])
 print(json.dumps({"devices": devices, "found": found}))

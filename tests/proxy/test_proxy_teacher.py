@@ -274,14 +274,23 @@ class TestResult:
         expected = losses(teacher, result.probabilities, epsilon) - negentropy
         np.testing.assert_allclose(result.loss, expected, rtol=1e-9)
 
-    def test_residual_is_the_distance_from_the_fixed_point(self):
-        teacher, epsilon = helpers.dirichlet(0, 5, 3), np.array([1.0, 2.0])
-        result = proxy_teacher(teacher, epsilon, max_steps=1)
-        q = result.probabilities
-        w = teacher * (1 + q * (epsilon[0] + 2 * epsilon[1] * (1 - q)))
-        gap = np.abs(w - q * w.sum(axis=1, keepdims=True)).max(axis=1)
+    def test_residual_is_the_relative_distance_of_a_class(self):
+        """After one step, the largest of all classes, to first order."""
+        teacher, epsilon = helpers.dirichlet(0, 5, 3), np.array([0.1, 0.02])
+        early = proxy_teacher(teacher, epsilon, max_steps=1)
+        solved = proxy_teacher(teacher, epsilon).probabilities
+        off = np.abs(solved / early.probabilities - 1.0).max(axis=1)
+        np.testing.assert_allclose(early.residual, off, rtol=0.05)
+
+    def test_small_classes_by_closed_form(self):
+        """At epsilon_m = -1/m, two classes: q2 / q1 = (t2 / t1)^(1/6)."""
+        small = 10.0 ** -np.arange(1.0, 16.0)
+        teacher = np.stack([1 - small, small], axis=1)
+        result = proxy_teacher(teacher, -1.0 / np.arange(1, 6))
+        ratio = (small / (1 - small)) ** (1 / 6)
+        assert result.converged.all()
         np.testing.assert_allclose(
-            result.residual, gap / np.abs(w).sum(axis=1), rtol=1e-9
+            result.probabilities[:, 1], ratio / (1 + ratio), rtol=1e-10
         )
 
     def test_frozen(self):
@@ -386,10 +395,10 @@ class TestErrors:
 
     @pytest.mark.parametrize(
         "rows",
-        [[0.5, 0.5], np.ones((0, 3)), np.ones((3, 1)), np.ones((1, 2, 2))],
+        [[0.5, 0.5], np.ones((0, 3))],
     )
     def test_shape(self, rows):
-        match = "`teacher_probs` must be of shape.*two classes or more.*=.*"
+        match = "`teacher_probs` must be of shape.*none of them empty.*=.*"
         with pytest.raises(ValueError, match=match):
             proxy_teacher(rows, 1.0)
 

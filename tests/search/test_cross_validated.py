@@ -8,7 +8,6 @@ import pytest
 import scipy.special
 
 from keras_ptloss import ProxyTeacherSearch
-from keras_ptloss.losses import ProxyKLDivergence
 from keras_ptloss.search import (
     CalibrationSearch,
     CrossValidatedSearch,
@@ -65,19 +64,6 @@ def perfect():
     return teacher, labels, search(teacher[:ROWS], labels[:ROWS], order=1)
 
 
-@pytest.fixture(scope="module")
-def bent():
-    """The truth, confused, then bent as epsilon = (2, 1) unbends."""
-    truth = helpers.dirichlet(2, 3000 + FRESH, CLASSES, 0.5)
-    logits = np.log(truth) @ [[1.0, 0.0, 0.0], [-0.5, 1.0, 0.0], [0, 0.5, 1]]
-    q = scipy.special.softmax(logits, axis=1)
-    # What PTLoss at epsilon = (2, 1) would lead to `q`: Eq. 8, inverted.
-    teacher = q / (1.0 + q * (2.0 + 2.0 * (1.0 - q)))
-    teacher /= teacher.sum(axis=1, keepdims=True)
-    labels = helpers.draw_labels(truth, 102)
-    return teacher, labels, search(teacher[:3000], labels[:3000], order=5)
-
-
 class TestChoice:
     def test_planted_bias_is_repaired(self, biased):
         teacher, labels, result = biased
@@ -97,26 +83,13 @@ class TestChoice:
         gain, error = fresh_gain(result, teacher, labels)
         assert gain >= -2 * error
 
-    @pytest.mark.parametrize("kind", ["biased", "perfect", "bent"])
+    @pytest.mark.parametrize("kind", ["biased", "perfect"])
     def test_rule_of_one_standard_error(self, request, kind):
         """No kind with fewer parameters is within an error of the best."""
         trials = request.getfixturevalue(kind)[2].trials
         chosen = trials["chosen"].index(True)
         best = int(np.argmin(trials["score"]))
         assert trials["parameters"][chosen] <= trials["parameters"][best]
-
-    def test_epsilon_before_the_matrix(self, bent):
-        teacher, labels, result = bent
-        correction = result.correction
-        assert correction.proxy_scale.shape == (CLASSES, CLASSES)
-        assert np.any(correction.epsilon)
-        assert isinstance(result.loss(), ProxyKLDivergence)
-        matrix = ProxyTeacherSearch(CalibrationSearch("matrix", 0.01)).search(
-            teacher[:3000], labels[:3000]
-        )
-        both = fresh_gain(result, teacher, labels, 3000)[0]
-        alone = fresh_gain(matrix, teacher, labels, 3000)[0]
-        assert both > alone > 0.05
 
     def test_deterministic(self):
         teacher, labels = make(0, [1.0, 0.3, 0.1])
@@ -278,7 +251,9 @@ LADDERS = ("temperature", "vector", "matrix")
 def test_a_matrix_too_large_is_left_out():
     teacher = helpers.dirichlet(0, 40, 60)
     labels = helpers.draw_labels(teacher, 1)
-    result = search(teacher, labels, order=1, folds=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = search(teacher, labels, order=1, folds=2)
     assert "matrix" not in result.trials["calibration"]
     assert any("60 x 60" in note for note in result.notes)
     assert "40 examples are too few" in str(result)

@@ -205,7 +205,7 @@ class TestGradient:
         )
         assert found.score < found.score_at_zero
         assert found.method == "gradient"
-        assert found.trials["score"] == [found.score]
+        assert found.trials["score"] == pytest.approx([found.score])
         assert found.unconverged == 0
         assert found.solves % ROWS == 0
 
