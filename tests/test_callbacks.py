@@ -106,7 +106,8 @@ class TestFilteredTeacher:
         self.fit(make_model(), data, labels, [filtered])
         student = make_model(seed=1)
         student.compile(
-            "adam", PTLoss(0.0, from_logits=True, teacher_from_logits=False)
+            keras.optimizers.Adam(0.05),
+            PTLoss(0.0, from_logits=True, teacher_from_logits=False),
         )
         student.fit(data[0], filtered.probabilities, epochs=20, verbose=0)
 
@@ -115,7 +116,7 @@ class TestFilteredTeacher:
                 filtered.probabilities, model.predict(data[0], verbose=0), 0.0
             ).mean()
 
-        assert distance(student) < 0.9 * distance(make_model(seed=1))
+        assert distance(student) < 0.5 * distance(make_model(seed=1))
 
     @pytest.mark.parametrize("rate", [0.0, -0.1, 1.5, np.nan])
     def test_rate(self, data, rate):
