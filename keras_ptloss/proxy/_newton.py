@@ -16,7 +16,6 @@ from keras_ptloss._backend import block_elements, on_numpy
 from keras_ptloss.proxy._stationarity import (
     Terms,
     distance,
-    judged,
     loss_of,
     not_above,
     row_sum,
@@ -83,7 +82,8 @@ class Solution(NamedTuple):
         q: the proxy teachers, `(..., C)`.
         loss: `sum_c t_c (-log q_c + P_c(1 - q_c))`, `(...)`.
         residual: relative Newton step of the class that is farthest off,
-            infinite where the loss is above the teacher's own, `(...)`.
+            `(...)`; of fsolve's, infinite where the loss is above the teacher's
+            own, as that of `newton` never is.
         steps: evaluations of the row's loss and derivatives, `(...)`.
     """
 
@@ -109,20 +109,18 @@ def newton(
         max_steps: most steps a row.
     """
     problem = Problem(teacher, ops.unstack(coefficients), tolerance, max_steps)
-    own, state = init(problem)
+    state = init(problem)
     (state,) = ops.while_loop(
         lambda state: unfinished(problem, state),
         lambda state: (step(problem, state),),
         (state,),
     )
     _, point, _, residual, _, steps = state
-    return Solution(
-        point.q, point.loss, judged(residual, point.loss, own), steps
-    )
+    return Solution(point.q, point.loss, residual, steps)
 
 
-def init(problem: Problem) -> tuple[Tensor, State]:
-    """Return the teacher's own loss and where to begin.
+def init(problem: Problem) -> State:
+    """Return where to begin.
 
     That is one step of the fixed-point map, `w / sum w` at the teacher, where
     it lowers the loss: cheaper than a Newton step, it spares the slowest rows
@@ -141,7 +139,7 @@ def init(problem: Problem) -> tuple[Tensor, State]:
     damping = ops.ones_like(own.loss)
     trial, residual = plan(problem, point, damping)
     steps = ops.cast(moves, "int32")
-    return own.loss, State(1, point, trial, residual, damping, steps)
+    return State(1, point, trial, residual, damping, steps)
 
 
 def unfinished(problem: Problem, state: State) -> Tensor:

@@ -144,6 +144,49 @@ def test_a_thousand_classes():
         )
 
 
+class TestSafeguards:
+    """Inputs outside the convex region that need each of them."""
+
+    def test_steps_stay_inside_the_simplex(self):
+        """A class too small for its loss to count would go below 0."""
+        teacher = [[1.0 - 2.5e-13, 8.2e-14, 1.7e-13]]
+        epsilon = [[-3.7, 2.0], [1.8, -2.8], [-2.9, 4.2]]
+        q = proxy_teacher(teacher, epsilon).probabilities
+        assert np.all(q >= 0)
+        np.testing.assert_allclose(q.sum(axis=1), 1.0)
+
+    def test_no_loss_is_above_the_teacher_s(self):
+        """The line search: Newton's own step may climb to a saddle."""
+        rng = np.random.default_rng(0)
+        for _ in range(10):
+            teacher = hard_rows(3, 64, 4, seed=int(rng.integers(100)))
+            epsilon = rng.uniform(-4, 10, (3, 3))
+            result = proxy_teacher(teacher, epsilon)
+
+            def loss(q, epsilon=epsilon, teacher=teacher):
+                p = np.maximum(q, 1e-300)
+                terms = helpers.perturbation(p, epsilon) - np.log(p)
+                return np.sum(teacher * terms, axis=1)
+
+            own = loss(teacher)
+            assert np.all(
+                loss(result.probabilities) <= own + 1e-9 * (1 + np.abs(own))
+            )
+
+    def test_fsolve_may_end_above_the_teacher(self):
+        """A stationary point that is no minimum is not called converged."""
+        teacher, epsilon = np.array([[0.394, 0.606]]), [1.6, -3.9]
+        result = proxy_teacher(teacher, epsilon, solver="fsolve")
+        q = result.probabilities
+        np.testing.assert_allclose(
+            helpers.fixed_point(teacher, q, epsilon), q, atol=1e-9
+        )
+        assert result.loss[0] > np.sum(
+            teacher * (helpers.perturbation(teacher, epsilon) - np.log(teacher))
+        )
+        assert not result.converged[0]
+
+
 class TestFloat32:
     """The layer, and with it `proxy_model` and `ProxyKLDivergence`."""
 
