@@ -1,6 +1,6 @@
 """Figures of the paper, from the user's own data; they need Matplotlib."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from keras import ops
@@ -15,9 +15,40 @@ from keras_ptloss._checks import (
 from keras_ptloss.losses._pt_loss import pt_loss
 from keras_ptloss.metrics._calibration import confidence_bins
 from keras_ptloss.proxy._proxy_teacher import proxy_teacher
-from keras_ptloss.search import SearchResult
+
+__all__ = [
+    "plot_classes",
+    "plot_distance_accuracy",
+    "plot_loss_curve",
+    "plot_proxy_teacher",
+    "plot_reliability",
+    "plot_search",
+]
 
 Axes = Any  # matplotlib.axes.Axes
+
+# More classes than this are drawn as lines, and not as bars.
+BARS = 30
+
+
+class Searched(Protocol):
+    """What is drawn of a `SearchResult`."""
+
+    @property
+    def trials(self) -> dict[str, list[Any]]:
+        """What was tried, column by column."""
+
+    @property
+    def classes(self) -> dict[str, np.ndarray]:
+        """Mean probabilities of each class."""
+
+    @property
+    def score_at_zero(self) -> float:
+        """The score of plain KL."""
+
+    @property
+    def objective(self) -> str:
+        """The name of the score."""
 
 
 def plot_loss_curve(
@@ -236,7 +267,7 @@ def plot_distance_accuracy(
     return ax
 
 
-def plot_search(result: SearchResult, *, ax: Axes = None) -> Axes:
+def plot_search(result: Searched, *, ax: Axes = None) -> Axes:
     """Plot the best score so far against trials, one line an order (Figure 4).
 
     It tells whether more trials, or a higher order, would still pay.
@@ -264,10 +295,7 @@ def plot_search(result: SearchResult, *, ax: Axes = None) -> Axes:
         Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), Algorithm 1 and
         Figure 4.
     """
-    if (
-        not isinstance(result, SearchResult)
-        or "best_of_order" not in result.trials
-    ):
+    if "best_of_order" not in getattr(result, "trials", ()):
         fail("result", "a SearchResult of a RandomSearch", result)
     ax = _axes(ax)
     orders = np.asarray(result.trials["order"])
@@ -284,6 +312,48 @@ def plot_search(result: SearchResult, *, ax: Axes = None) -> Axes:
         result.score_at_zero, linestyle="--", color="gray", label="plain KL"
     )
     ax.set(xlabel="trials", ylabel=f"best {result.objective} so far")
+    ax.legend()
+    return ax
+
+
+def plot_classes(result: Searched, *, ax: Axes = None) -> Axes:
+    """Plot how often each class occurs: labels, teacher, corrected teacher.
+
+    Of the teachers it is the mean probability over the search's examples. It
+    shows which classes a teacher neglects, and what the correction does to it.
+
+    Args:
+        result: of a `ProxyTeacherSearch`.
+        ax: Matplotlib axes to draw on; None makes a figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: if `result` is no result of a search.
+        ImportError: if Matplotlib is absent.
+
+    Example:
+        >>> result = ProxyTeacherSearch("random").search(
+        ...     [[0.7, 0.3], [0.4, 0.6]], [0, 1]
+        ... )
+        >>> ax = plot_classes(result)
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['labels', 'teacher', 'corrected']
+
+    Reference:
+        Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), §4.2.
+    """
+    if not isinstance(getattr(result, "classes", None), dict):
+        fail("result", "a SearchResult", result)
+    ax = _axes(ax)
+    for index, (name, shares) in enumerate(result.classes.items()):
+        position = np.arange(len(shares))
+        if len(shares) > BARS:
+            ax.plot(position, shares, label=name)
+        else:
+            ax.bar(position + 0.27 * (index - 1), shares, 0.27, label=name)
+    ax.set(xlabel="class", ylabel="share")
     ax.legend()
     return ax
 

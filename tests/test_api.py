@@ -67,6 +67,7 @@ SURFACE = {
         "TotalVariationDistance",
     ],
     "keras_ptloss.plots": [
+        "plot_classes",
         "plot_distance_accuracy",
         "plot_loss_curve",
         "plot_proxy_teacher",

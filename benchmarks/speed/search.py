@@ -30,6 +30,7 @@ from keras_ptloss._backend import block_elements
 from keras_ptloss._perturbation import perturbation, slope
 from keras_ptloss.proxy._fsolve import _fsolve_row
 from keras_ptloss.proxy._newton import solve_newton
+from keras_ptloss.search import RandomSearch
 
 matplotlib.use("Agg")
 
@@ -338,7 +339,7 @@ def end_to_end(results, arguments):
         "",
         "## Algorithm 1, end to end",
         "",
-        f'`ProxyTeacherSearch(method="random", order={ORDER})` on '
+        f"`ProxyTeacherSearch(RandomSearch(order={ORDER}))` on "
         f'{arguments.rows} rows, 500 trials; "later calls" is the median of '
         f"{arguments.repeats}. fsolve (gauge fixed) is the solves times its "
         "time above, not run.",
@@ -352,7 +353,7 @@ def end_to_end(results, arguments):
             continue
         teacher = teachers(arguments.rows, classes, arguments.seed)
         labels = np.argmax(teacher, axis=1)
-        search = ProxyTeacherSearch(method="random", order=ORDER, seed=0)
+        search = ProxyTeacherSearch(RandomSearch(order=ORDER))
         found = [
             search.search(teacher, labels, verbose=False)
             for _ in range(arguments.repeats + 1)
@@ -382,8 +383,8 @@ def peak_memory():
 
 # Of the searches by gradient: the arguments, by the name in the table.
 FORMS = {
-    "per class": {"per_class": True, "penalty": 0.01},
-    "cross-validated": {},
+    "per class": GradientSearch(per_class=True, penalty=0.01),
+    "cross-validated": "cross_validation",
 }
 
 
@@ -399,11 +400,7 @@ def gradient_search(form, classes, rows, seed):
     teacher /= teacher.sum(axis=1, keepdims=True)
     before = peak_memory()
     warnings.filterwarnings("ignore", message=".*labelled examples")
-    result = ProxyTeacherSearch(
-        order=ORDER,
-        seed=0,
-        **FORMS[form],
-    ).search(teacher, labels)
+    result = ProxyTeacherSearch(FORMS[form]).search(teacher, labels)
     peak = peak_memory()
     print(
         json.dumps(
@@ -426,10 +423,10 @@ def gradient_table(arguments):
         "",
         "## Searches by gradient",
         "",
-        "Per class is `ProxyTeacherSearch(per_class=True, penalty=0.01)`, "
-        "cross-validated `ProxyTeacherSearch()`, which fits 23 forms on 5 "
-        f"folds. M = {ORDER}; teachers are the truth (Dirichlet(0.3)) times a "
-        "weight a class, exp(normal); compilation included. Memory is the peak "
+        "Per class is `GradientSearch(per_class=True, penalty=0.01)`, "
+        "cross-validated `ProxyTeacherSearch()`, with all its candidates "
+        f"on 5 folds. M = {ORDER}; teachers are the truth (Dirichlet(0.3)) times "
+        "a weight a class, exp(normal); compilation included. Memory is the peak "
         "of the resident set of the process (VmHWM), and what it was with the "
         "data made, before the search.",
         "",

@@ -1,6 +1,10 @@
 """What a search found."""
 
+import base64
 import dataclasses
+import html
+import importlib.util
+import io
 from typing import Any
 
 import keras
@@ -10,6 +14,7 @@ from keras_ptloss._checks import check_output_form
 from keras_ptloss._correction import Correction
 from keras_ptloss.layers import CorrectedTeacher
 from keras_ptloss.losses import ProxyKLDivergence, PTLoss
+from keras_ptloss.plots import plot_classes
 from keras_ptloss.proxy import ProxyTeacherResult
 
 # A summary prints coefficients and scales of so many classes in full.
@@ -34,6 +39,8 @@ class SearchResult:
             together.
         solves: proxy teachers computed, one a row and trial.
         seconds: time of the search, compilation included.
+        classes: the share of each class among the search's examples, `(C,)`
+            each: `labels`, `teacher` and `corrected` (mean probabilities).
         notes: what the user should know of teacher and result.
     """
 
@@ -46,6 +53,7 @@ class SearchResult:
     unconverged: int
     solves: int
     seconds: float
+    classes: dict[str, np.ndarray]
     notes: tuple[str, ...] = ()
 
     @property
@@ -116,6 +124,44 @@ class SearchResult:
         layer = CorrectedTeacher(self.correction)
         return keras.Sequential([teacher, layer], name="proxy_teacher")
 
+    def plot(self, *, ax: Any = None) -> Any:
+        """Plot the share of each class: labels, teacher, corrected teacher.
+
+        Args:
+            ax: Matplotlib axes to draw on; None makes a figure.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: if Matplotlib is absent.
+        """
+        return plot_classes(self, ax=ax)
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the summary, and `plot` if it can."""
+        rows = "".join(
+            f"<tr><td>{html.escape(line[2:10].strip())}</td>"
+            f"<td>{html.escape(line[10:].strip())}</td></tr>"
+            for line in str(self).splitlines()[1:]
+        )
+        title = html.escape(str(self).splitlines()[0])
+        table = f"<table><caption>{title}</caption>{rows}</table>"
+        return table + self._picture()
+
+    def _picture(self) -> str:
+        """Return `plot` as an image, or nothing without Matplotlib."""
+        if importlib.util.find_spec("matplotlib") is None:
+            return ""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6.0, 2.5), layout="constrained")
+        self.plot(ax=figure.subplots())
+        file = io.BytesIO()
+        figure.savefig(file, format="png")
+        image = base64.b64encode(file.getvalue()).decode()
+        return f'<img src="data:image/png;base64,{image}">'
+
     def summary(self) -> None:
         """Print what was found and what it cost."""
         print(self)
@@ -138,6 +184,7 @@ class SearchResult:
             lines.append(
                 "  epsilon = 0: this is KL from the teacher, calibrated"
             )
+        lines += self._of_classes()
         lines += self._of_trials()
         lines += [f"  note     {note}" for note in self.notes]
         lines.append(
@@ -146,6 +193,20 @@ class SearchResult:
             f"{self.seconds:.3g} s"
         )
         return "\n".join(lines)
+
+    def _of_classes(self) -> list[str]:
+        """Say which classes gain and lose most."""
+        change = self.classes["corrected"] - self.classes["teacher"]
+        if not np.any(np.abs(change) > 5e-4):
+            return []
+        order = np.argsort(change)
+        lose = [c for c in order[:3] if change[c] < 0]
+        gain = [c for c in order[::-1][:3] if change[c] > 0]
+
+        def text(classes: list[Any]) -> str:
+            return ", ".join(f"{c} ({100 * change[c]:+.1f} %)" for c in classes)
+
+        return [f"  classes  {text(gain)} gain; {text(lose)} lose"]
 
     def _of_trials(self) -> list[str]:
         trials = self.trials

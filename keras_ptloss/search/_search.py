@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from threadpoolctl import threadpool_limits
 
 from keras_ptloss._checks import check_choice, check_count, fail
@@ -186,5 +187,11 @@ class ProxyTeacherSearch:
             unconverged=found.unconverged,
             solves=found.solves,
             seconds=time.perf_counter() - begin,
+            classes={
+                "labels": np.bincount(read.labels, minlength=q.shape[1])
+                / len(q),
+                "teacher": examples.probabilities.mean(axis=0),
+                "corrected": q.mean(axis=0),
+            },
             notes=(*notes, *notes_on_bounds(found.correction), *found.notes),
         )

@@ -465,6 +465,42 @@ class TestResult:
         assert "60 trials" in text
         assert f"{result.unconverged} rows not converged" in text
 
+    def test_classes(self, data, vector):
+        q = vector.proxy_teacher(data[0]).probabilities
+        counts = [np.mean(data[1] == c) for c in range(CLASSES)]
+        np.testing.assert_allclose(vector.classes["labels"], counts)
+        np.testing.assert_allclose(vector.classes["teacher"], data[0].mean(0))
+        np.testing.assert_allclose(vector.classes["corrected"], q.mean(0))
+        change = q.mean(0) - data[0].mean(0)
+        gains = f"{np.argmax(change)} ({100 * change.max():+.1f} %)"
+        assert f"  classes  {gains}" in str(vector)
+
+    def test_plot(self, vector):
+        pytest.importorskip("matplotlib").use("Agg")
+        ax = vector.plot()
+        heights = [bar.get_height() for bar in ax.patches]
+        np.testing.assert_allclose(
+            heights, np.concatenate(list(vector.classes.values()))
+        )
+
+    def test_notebook(self, vector):
+        page = vector._repr_html_()
+        assert page.startswith("<table>")
+        assert f"{vector.score:.5g}" in page
+        assert '<img src="data:image/png;base64,' in page
+
+    def test_summary_fits_a_screen(self):
+        """At many classes it says what stands out, and not every number."""
+        teacher = helpers.dirichlet(0, 400, 20)
+        labels = helpers.draw_labels(teacher, 1)
+        search = ProxyTeacherSearch(
+            GradientSearch(per_class=True, calibration="vector", penalty=0.1)
+        )
+        lines = str(search.search(teacher, labels)).splitlines()
+        assert len(lines) < 15
+        assert max(map(len, lines)) < 200
+        assert any("per class, (20, 5), from" in line for line in lines)
+
     def test_summary_shows_the_calibration(self, vector):
         assert "  scale " in str(vector)
         assert "  bias " in str(vector)
