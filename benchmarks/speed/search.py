@@ -30,7 +30,7 @@ from keras_ptloss._backend import block_elements
 from keras_ptloss._perturbation import perturbation, slope
 from keras_ptloss.proxy._fsolve import _fsolve_row
 from keras_ptloss.proxy._newton import solve_newton
-from keras_ptloss.search import RandomSearch
+from keras_ptloss.search import GradientSearch, RandomSearch
 
 matplotlib.use("Agg")
 
@@ -424,11 +424,11 @@ def gradient_table(arguments):
         "## Searches by gradient",
         "",
         "Per class is `GradientSearch(per_class=True, penalty=0.01)`, "
-        "cross-validated `ProxyTeacherSearch()`, with all its candidates "
-        f"on 5 folds. M = {ORDER}; teachers are the truth (Dirichlet(0.3)) times "
-        "a weight a class, exp(normal); compilation included. Memory is the peak "
-        "of the resident set of the process (VmHWM), and what it was with the "
-        "data made, before the search.",
+        "cross-validated `ProxyTeacherSearch()`, on 5 folds. "
+        f"M = {ORDER}; teachers are the truth (Dirichlet(0.3)) times a weight "
+        "a class, exp(normal); compilation included. Memory is the peak of the "
+        "resident set of the process (VmHWM), and what it was with the data "
+        "made, before the search.",
         "",
         "| search | C | N | seconds | evaluations | peak GiB | before GiB "
         "| rows not converged | NLL, plain KL -> found |",
