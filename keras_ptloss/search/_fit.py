@@ -49,6 +49,16 @@ class Form:
     order: int
     penalty: float
 
+    @property
+    def free(self) -> list[str]:
+        """The names of what is fitted."""
+        free = {
+            "scale": self.calibration != "none",
+            "bias": self.calibration == "vector",
+            "epsilon": self.shape != "zero",
+        }
+        return [name for name, is_free in free.items() if is_free]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Point:
@@ -77,6 +87,35 @@ class Point:
     def calibration(self) -> Calibration:
         """The calibration ahead of epsilon."""
         return Calibration(self.scale, self.bias)
+
+    def bounds(self) -> "Point":
+        """Return the least values: those of epsilon keep the loss convex."""
+        lower = -1.0 / np.arange(1, self.epsilon.shape[-1] + 1)
+        return Point(
+            np.full_like(self.scale, SCALES[0]),
+            np.full_like(self.bias, -np.inf),
+            np.broadcast_to(lower, self.epsilon.shape),
+        )
+
+    def pack(self, names: list[str]) -> np.ndarray:
+        """Return these values as one vector."""
+        return np.concatenate([getattr(self, name).ravel() for name in names])
+
+    def unpack(self, names: list[str], vector: np.ndarray) -> "Point":
+        """Return the point with these values taken from a vector."""
+        sizes = [getattr(self, name).size for name in names]
+        parts = np.split(vector, np.cumsum(sizes)[:-1])
+        return dataclasses.replace(
+            self,
+            **{
+                name: part.reshape(getattr(self, name).shape)
+                for name, part in zip(names, parts, strict=True)
+            },
+        )
+
+
+# Above them, epsilon's end and the scales'; biases have none.
+HIGHEST = {"scale": SCALES[1], "bias": np.inf, "epsilon": UPPER}
 
 
 def proxy(teacher: np.ndarray, epsilon: np.ndarray) -> tuple[np.ndarray, int]:
@@ -191,60 +230,47 @@ def fit(
         The best `Fit`, with the cost of all.
     """
     initial = Point.start(form, examples.logits.shape[1])
-    names = _free(form)
-    if not names:
+    if not form.free:
         value = objective.score(examples.probabilities, examples.targets)
         return Fit(initial, float(value), 0, 0)
-    lower = np.broadcast_to(
-        -1.0 / np.arange(1, form.order + 1), initial.epsilon.shape
-    )
     cost = {"evaluations": 0, "unconverged": 0}
 
-    def pack(point: Point) -> np.ndarray:
-        return np.concatenate([getattr(point, n).ravel() for n in names])
-
-    def unpack(vector: np.ndarray) -> Point:
-        values, start = {}, 0
-        for name in names:
-            old = getattr(initial, name)
-            part = vector[start : start + old.size]
-            values[name] = part.reshape(old.shape)
-            start += old.size
-        return dataclasses.replace(initial, **values)
-
     def function(vector: np.ndarray) -> tuple[float, np.ndarray]:
-        point = unpack(vector)
+        point = initial.unpack(form.free, vector)
         value, gradient, unconverged = value_and_gradient(
             examples, objective, point
         )
         added, its_gradient = penalty_of(point, form.penalty)
         cost["evaluations"] += 1
         cost["unconverged"] += unconverged
-        return value + added, pack(gradient) + pack(its_gradient)
+        slope = gradient.pack(form.free) + its_gradient.pack(form.free)
+        return value + added, slope
 
     options = (
         {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-14, "gtol": 1e-8}
         if precise
         else {"maxiter": 200, "ftol": 1e-8, "gtol": 1e-5}
     )
-    bounds: dict[str, list[Any]] = {
-        "scale": [SCALES] * initial.scale.size,
-        "bias": [(-np.inf, np.inf)] * initial.bias.size,
-        "epsilon": [(low, UPPER) for low in lower.ravel()],
-    }
+    lowest = initial.bounds()
+    highest = [
+        np.full(getattr(initial, name).size, HIGHEST[name])
+        for name in form.free
+    ]
     generator = np.random.default_rng(seed)
     best: Any = None
     for index in range(starts):
         point = begin or initial
         if index:
-            random = generator.uniform(lower, 1.0)
+            random = generator.uniform(lowest.epsilon, 1.0)
             point = dataclasses.replace(initial, epsilon=random)
         found = scipy.optimize.minimize(
             function,
-            pack(point),
+            point.pack(form.free),
             jac=True,
             method="L-BFGS-B",
-            bounds=[pair for name in names for pair in bounds[name]],
+            bounds=scipy.optimize.Bounds(
+                lowest.pack(form.free), np.concatenate(highest)
+            ),
             options=options,
         )
         if best is None or found.fun < best.fun:
@@ -254,14 +280,4 @@ def fit(
             "`objective` must return finite scores. Received: "
             f"{objective.name} = {best.fun}, at the end of the descent"
         )
-    return Fit(unpack(best.x), float(best.fun), **cost)
-
-
-def _free(form: Form) -> list[str]:
-    """Return the names of what is fitted."""
-    free = {
-        "scale": form.calibration != "none",
-        "bias": form.calibration == "vector",
-        "epsilon": form.shape != "zero",
-    }
-    return [name for name, is_free in free.items() if is_free]
+    return Fit(initial.unpack(form.free, best.x), float(best.fun), **cost)

@@ -16,7 +16,10 @@ def random_folds(examples: int, folds: int, seed: int) -> np.ndarray:
 
 
 def choose(
-    losses: np.ndarray, kinds: np.ndarray, parameters: np.ndarray
+    losses: np.ndarray,
+    kinds: np.ndarray,
+    parameters: np.ndarray,
+    errors: float = 1.0,
 ) -> int:
     """Choose a candidate: the simplest kind that may as well be the best.
 
@@ -30,6 +33,7 @@ def choose(
         losses: held-out losses, `(candidates, N)`.
         kinds: the kind of each candidate, `(candidates,)`.
         parameters: numbers fitted by each candidate, `(candidates,)`.
+        errors: how many standard errors count as no difference.
 
     Returns:
         The candidate.
@@ -41,7 +45,9 @@ def choose(
     ]
     best = int(np.argmin(mean))
     behind = standard_error(losses - losses[best])
-    within = [i for i in best_of_kind if mean[i] - mean[best] <= behind[i]]
+    within = [
+        i for i in best_of_kind if mean[i] - mean[best] <= errors * behind[i]
+    ]
     return int(min(within, key=lambda i: parameters[i]))
 
 

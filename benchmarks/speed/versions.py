@@ -1,0 +1,121 @@
+"""Two versions of the package: the solver's time, and what searches find.
+
+    git worktree add /tmp/before 660a0d8
+    KERAS_BACKEND=jax python benchmarks/speed/versions.py /tmp/before . \
+        --data ../shared/data
+
+Each version runs in processes of its own, by turns. Times are of the
+processor, so that other jobs of the machine count little.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+CLASSES = (3, 100)
+SHARPENED = (1, 10, 20)  # the factors of the teachers' logits
+
+
+def solve_times(repeats):
+    """Yield `(C, "shared" | "per class", processor seconds of a solve)`."""
+    try:
+        from keras_ptloss.proxy._newton import solve_newton
+    except ImportError:
+        from keras_ptloss._proxy_teacher import solve_newton
+
+    random = np.random.default_rng(0)
+    for classes in CLASSES:
+        teacher = random.dirichlet(np.full(classes, 0.3), size=1000)
+        count = 30 if classes < 100 else 5
+        for name, width in (("shared", 1), ("per class", classes)):
+            epsilon = random.uniform(-0.2, 10.0, (count, width, 5))
+            solve_newton(teacher, epsilon)
+            for _ in range(repeats):
+                begin = time.process_time()
+                solve_newton(teacher, epsilon)
+                seconds = time.process_time() - begin
+                yield classes, name, seconds / (count * len(teacher))
+
+
+def found(data):
+    """Yield `(teacher, factor, held-out NLL)` of searches by gradient."""
+    import keras_ptloss
+
+    file = np.load(data / "cifar10" / "teachers_train.npz")
+    labels = file["labels"]
+    few, rest = np.split(
+        np.random.default_rng(0).permutation(len(labels)), [1000]
+    )
+    for key in sorted(k for k in file.files if k.endswith("__probs"))[::3]:
+        logits = np.log(np.maximum(file[key].astype("float64"), 1e-8))
+        for factor in SHARPENED:
+            rows = np.exp(factor * (logits - logits.max(1, keepdims=True)))
+            rows /= rows.sum(1, keepdims=True)
+            try:
+                method = keras_ptloss.search.GradientSearch(
+                    order=5, per_class=True, penalty=0.01
+                )
+                search = keras_ptloss.ProxyTeacherSearch(method)
+            except AttributeError:
+                search = keras_ptloss.ProxyTeacherSearch(
+                    method="gradient", order=5, per_class=True, penalty=0.01
+                )
+            result = search.search(rows[few], labels[few])
+            q = result.proxy_teacher(rows[rest]).probabilities
+            right = q[np.arange(len(rest)), labels[rest]]
+            nll = -np.log(np.maximum(right, 1e-300)).mean()
+            yield key.removesuffix("__probs"), factor, float(nll)
+
+
+def child(checkout, job, data):
+    """Run this file on a checkout; return what it printed."""
+    run = subprocess.run(
+        [sys.executable, __file__, "--job", job, "--data", str(data)],
+        env=os.environ | {"PYTHONPATH": str(checkout.resolve())},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def main():
+    """Compare, and print Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkouts", nargs="*", type=pathlib.Path)
+    parser.add_argument("--data", type=pathlib.Path)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--job", choices=("time", "found"))
+    arguments = parser.parse_args()
+    if arguments.job:
+        results = (
+            solve_times(3) if arguments.job == "time" else found(arguments.data)
+        )
+        print(json.dumps(list(results)))
+        return
+    before, now = arguments.checkouts
+    ratios = {}
+    for _ in range(arguments.turns):
+        times = [child(c, "time", arguments.data) for c in (before, now)]
+        for old, new in zip(*times, strict=True):
+            ratios.setdefault(tuple(old[:2]), []).append(new[2] / old[2])
+    print("| C | epsilon | processor time, now / before [quartiles] |")
+    print("|---|---|---|")
+    for (classes, name), values in ratios.items():
+        low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+        print(f"| {classes} | {name} | {middle:.2f} [{low:.2f}, {high:.2f}] |")
+    if arguments.data:
+        print("\n| teacher | logits times | NLL before | NLL now |")
+        print("|---|---|---|---|")
+        both = [child(c, "found", arguments.data) for c in (before, now)]
+        for old, new in zip(*both, strict=True):
+            print(f"| {old[0]} | {old[1]} | {old[2]:.4f} | {new[2]:.4f} |")
+
+
+if __name__ == "__main__":
+    main()
