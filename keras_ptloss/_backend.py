@@ -127,11 +127,11 @@ def row_sum(x: Tensor) -> Tensor:
 def block_elements() -> int:
     """Return how many float64 elements one compiled call should work on.
 
-    A block of 1 MiB that stays in the cache on a CPU (measured best at C = 100
-    and 1000); enough to fill an accelerator, whose arrays then take some 32 MiB
-    each.
+    A block of 128 KiB on a CPU: the solver's arrays, some ten of them, then
+    stay in a core's cache (measured best at C = 100 and 1000). Enough to fill
+    an accelerator, whose arrays then take some 32 MiB each.
     """
-    return 2**17 if _on_cpu() else 2**22
+    return 2**14 if _on_cpu() else 2**22
 
 
 @functools.cache

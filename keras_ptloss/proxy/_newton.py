@@ -29,8 +29,8 @@ Tensor = Any
 TOLERANCE = 1e-12
 MAX_STEPS = 100
 
-# Relative steps below which Newton's own step is the best there is.
-NEAR = 1e-3
+# Relative steps below which Newton's own step is worth what it costs.
+NEAR = 0.05
 
 # How far above `w / nu` the tangent may carry a class in one step.
 REACH = 4.0
@@ -216,10 +216,15 @@ def plan(
     convex = ops.all((terms.d >= 0) & (terms.w >= 0), axis=-1)
     far = convex & (damping == 1.0) & (residual > NEAR)
     start = ops.where(ops.expand_dims(residual < 0.5, -1), nu, row_sum(terms.w))
-    trial = ops.where(
-        ops.expand_dims(far, -1),
-        leap(q, terms, start, len(problem.coefficients)),
-        newton,
+    # The last steps of a block, where no row needs it, are half as long.
+    trial = ops.cond(
+        ops.any(far),
+        lambda: ops.where(
+            ops.expand_dims(far, -1),
+            leap(q, terms, start, len(problem.coefficients)),
+            newton,
+        ),
+        lambda: newton,
     )
     return normalised(trial), residual
 
