@@ -54,10 +54,12 @@ SURFACE = {
         "LabelSmoothingLoss",
         "PTLoss",
         "ProxyKLDivergence",
+        "TopKPTLoss",
         "focal_epsilon",
         "label_smoothing_epsilon",
         "pt_loss",
         "temperature_epsilon",
+        "top_k_pt_loss",
     ],
     "keras_ptloss.metrics": [
         "BrierScore",

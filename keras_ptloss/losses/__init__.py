@@ -31,6 +31,7 @@ from keras_ptloss.losses._label_perturbed import LabelPerturbedLoss
 from keras_ptloss.losses._label_smoothing import LabelSmoothingLoss
 from keras_ptloss.losses._proxy_kl import ProxyKLDivergence
 from keras_ptloss.losses._pt_loss import PTLoss, pt_loss
+from keras_ptloss.losses._top_k import TopKPTLoss, top_k_pt_loss
 
 __all__ = [
     "Flooding",
@@ -39,8 +40,10 @@ __all__ = [
     "LabelSmoothingLoss",
     "PTLoss",
     "ProxyKLDivergence",
+    "TopKPTLoss",
     "focal_epsilon",
     "label_smoothing_epsilon",
     "pt_loss",
     "temperature_epsilon",
+    "top_k_pt_loss",
 ]

@@ -38,6 +38,10 @@ class TeacherLoss(keras.losses.Loss):
         **kwargs: `name`, `reduction` and `dtype` of `keras.losses.Loss`.
     """
 
+    # What stands in rows of weight 0; None is uniform, as probabilities and as
+    # logits.
+    _padding: float | None = None
+
     def __init__(
         self,
         function: Callable[..., Tensor],
@@ -73,7 +77,7 @@ class TeacherLoss(keras.losses.Loss):
         if sample_weight is not None:
             y_true = ops.convert_to_tensor(y_true, dtype=self.dtype)
             rank = len(y_pred.shape)
-            y_true = _weighted_rows(y_true, sample_weight, rank)
+            y_true = _weighted_rows(y_true, sample_weight, rank, self._padding)
         return super().__call__(y_true, y_pred, sample_weight)
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
@@ -98,22 +102,25 @@ class TeacherLoss(keras.losses.Loss):
         }
 
 
-def _weighted_rows(y_true: Tensor, weight: Tensor, rank: int) -> Tensor:
+def _weighted_rows(
+    y_true: Tensor, weight: Tensor, rank: int, padding: float | None
+) -> Tensor:
     """Return rows, constant ones in place of those at weight 0.
-
-    They are uniform as probabilities and as logits.
 
     Args:
         y_true: `(..., C)`.
         weight: `(...)`, a leading part of it, or `(..., 1)`.
         rank: how many axes the student's rows have.
+        padding: the constant; None is uniform rows.
     """
+    if padding is None:
+        padding = 1.0 / (y_true.shape[-1] or 1)
     seen = ops.not_equal(ops.convert_to_tensor(weight), 0)
     if len(seen.shape) == rank and seen.shape[-1] == 1:
         seen = ops.squeeze(seen, axis=-1)
     for _ in range(len(y_true.shape) - len(seen.shape)):
         seen = ops.expand_dims(seen, axis=-1)
-    return ops.where(seen, y_true, 1.0 / (y_true.shape[-1] or 1))
+    return ops.where(seen, y_true, padding)
 
 
 def read_student(y_pred: Tensor, *, from_logits: bool) -> Tensor:
