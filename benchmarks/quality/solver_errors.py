@@ -55,7 +55,7 @@ def draw(path, now, before):
         ylabel="relative error of the proxy teacher's",
         title=r"$\epsilon_m = -1/m$, M = 5, two classes",
     )
-    ax.legend(loc="center left", fontsize="small")
+    ax.legend(loc="center left", bbox_to_anchor=(0, 0.66), fontsize="small")
     plt.tight_layout()
     plt.savefig(path, dpi=110)
 
