@@ -162,16 +162,7 @@ class ProxyTeacherSearch:
                 seed=self.seed,
                 progress=Progress(verbose),
             )
-        notes = notes_on_teacher(examples)
-        if found.per_class:
-            notes += notes_on_few(
-                read.labels,
-                examples.probabilities.shape[1],
-                "Label more."
-                if isinstance(self.method, CrossValidatedSearch)
-                else "Label more, raise `penalty`, or choose by "
-                "CrossValidatedSearch().",
-            )
+        notes = self._notes(examples, read.labels, found.per_class)
         for note in notes:
             warnings.warn(note, stacklevel=2)
         q = found.correction.proxy(read.outputs).probabilities
@@ -195,3 +186,19 @@ class ProxyTeacherSearch:
             },
             notes=(*notes, *notes_on_bounds(found.correction), *found.notes),
         )
+
+    def _notes(
+        self, examples: Examples, labels: np.ndarray, per_class: bool
+    ) -> list[str]:
+        """Return what a user should know of the teacher and the labels."""
+        notes = notes_on_teacher(examples)
+        if per_class:
+            notes += notes_on_few(
+                labels,
+                examples.probabilities.shape[1],
+                "Label more."
+                if isinstance(self.method, CrossValidatedSearch)
+                else "Label more, raise `penalty`, or choose by "
+                "CrossValidatedSearch().",
+            )
+        return notes
