@@ -16,10 +16,7 @@ def random_folds(examples: int, folds: int, seed: int) -> np.ndarray:
 
 
 def choose(
-    losses: np.ndarray,
-    kinds: np.ndarray,
-    parameters: np.ndarray,
-    errors: float = 1.0,
+    losses: np.ndarray, kinds: np.ndarray, parameters: np.ndarray
 ) -> int:
     """Choose a candidate: the simplest kind that may as well be the best.
 
@@ -33,7 +30,6 @@ def choose(
         losses: held-out losses, `(candidates, N)`.
         kinds: the kind of each candidate, `(candidates,)`.
         parameters: numbers fitted by each candidate, `(candidates,)`.
-        errors: how many standard errors count as no difference.
 
     Returns:
         The candidate.
@@ -45,9 +41,7 @@ def choose(
     ]
     best = int(np.argmin(mean))
     behind = standard_error(losses - losses[best])
-    within = [
-        i for i in best_of_kind if mean[i] - mean[best] <= errors * behind[i]
-    ]
+    within = [i for i in best_of_kind if mean[i] - mean[best] <= behind[i]]
     return int(min(within, key=lambda i: parameters[i]))
 
 
