@@ -18,6 +18,8 @@ from keras_ptloss.proxy._stationarity import (
     distance,
     loss_of,
     not_above,
+    row_all,
+    row_max,
     row_sum,
     smallest,
     stationarity,
@@ -134,7 +136,7 @@ def init(problem: Problem) -> State:
     trial = normalised(ops.maximum(w, 1e-3 * teacher))
     there = evaluate(problem, trial)
     gap = ops.abs(w - own.q * row_sum(w)) - problem.tolerance * w
-    moves = ops.any(gap > 0, axis=-1)
+    moves = ~row_all(gap <= 0)[..., 0]
     point = choose(moves & (there.loss <= own.loss), there, own)
     damping = ops.ones_like(own.loss)
     trial, residual = plan(problem, point, damping)
@@ -210,10 +212,10 @@ def plan(
     q, _, terms = point
     rate, nu, residual = distance(q, terms)
     # Each class keeps a twentieth at least.
-    most = ops.maximum(ops.max(-rate, axis=-1), 0.95)
-    length = ops.minimum(1.0, 2.0 * damping) * 0.95 / most
-    newton = q * (1.0 + ops.expand_dims(length, -1) * rate)
-    convex = ops.all((terms.d >= 0) & (terms.w >= 0), axis=-1)
+    most = ops.maximum(row_max(-rate), 0.95)
+    length = ops.minimum(1.0, 2.0 * ops.expand_dims(damping, -1)) * 0.95 / most
+    newton = q * (1.0 + length * rate)
+    convex = row_all((terms.d >= 0) & (terms.w >= 0))[..., 0]
     far = convex & (damping == 1.0) & (residual > NEAR)
     start = ops.where(ops.expand_dims(residual < 0.5, -1), nu, row_sum(terms.w))
     # The last steps of a block, where no row needs it, are half as long.
@@ -316,13 +318,14 @@ def solve_newton(
         coefficients = coefficients[:, :, None, :]
     else:
         coefficients = coefficients.reshape(len(coefficients), 1, -1)
+    several = epsilon.ndim == 3
     parts = [
         numpy_newton(
             rows, coefficients, tolerance=tolerance, max_steps=max_steps
         )
-        for rows in row_blocks(teacher)
+        for rows in row_blocks(teacher, times=len(epsilon) if several else 1)
     ]
-    axis = 1 if epsilon.ndim == 3 else 0
+    axis = 1 if several else 0
     unfilled = (slice(None),) * axis + (slice(len(teacher)),)
     return Solution(
         *(
@@ -332,19 +335,22 @@ def solve_newton(
     )
 
 
-def row_blocks(*arrays: np.ndarray) -> list[Any]:
+def row_blocks(*arrays: np.ndarray, times: int = 1) -> list[Any]:
     """Cut arrays `(N, C)` into blocks of rows, all of one shape.
 
     A compiled function serves one shape; sizes are therefore rounded up, and
     the last block is filled with uniform rows, which are solved soon.
 
+    Args:
+        *arrays: `(N, C)` each.
+        times: of how many epsilon each row is worked on at once.
+
     Returns:
         One block a list entry: an array, or a tuple of them for several.
     """
     examples, classes = arrays[0].shape
-    size = min(
-        -(-examples // 64) * 64, max(64, block_elements() // classes // 64 * 64)
-    )
+    most = block_elements() // (classes * times)
+    size = min(-(-examples // 64) * 64, max(64, most // 64 * 64))
     missing = -examples % size
     filled = [
         np.concatenate([a, np.full((missing, classes), 1.0 / classes)])
