@@ -56,6 +56,7 @@ SURFACE = {
         "ProxyKLDivergence",
         "TopKPTLoss",
         "focal_epsilon",
+        "fused_top_k_pt_loss",
         "label_smoothing_epsilon",
         "pt_loss",
         "temperature_epsilon",
