@@ -305,4 +305,4 @@ def _within(events: Events, first: Any, size: int) -> Events:
     """Return the events with ids counted from `first`, known in the chunk."""
     ids = events.ids - first
     known = events.known & (ids >= 0) & (ids < size)
-    return events._replace(ids=ids, known=known)
+    return Events(ids, known, events.log_t, events.log_rest)

@@ -141,7 +141,7 @@ class TestValue:
 
 
 class TestGradient:
-    @pytest.mark.parametrize("chunk", CHUNKS)
+    @pytest.mark.parametrize("chunk", [7, 23])
     @pytest.mark.parametrize("argument", [1, 2, 3])
     def test_differences(self, argument, chunk):
         rows = draw()
@@ -156,9 +156,11 @@ class TestGradient:
         expected = helpers.numerical_gradient(total, rows[argument])
         np.testing.assert_allclose(gradient, expected, atol=1e-4, rtol=1e-4)
 
-    @pytest.mark.parametrize("tail", TAILS)
-    @pytest.mark.parametrize("argument", [1, 2, 3])
-    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize("argument", [1, 2])
+    @pytest.mark.parametrize(
+        "tail, tied",
+        [("event", True), ("renormalize", False), ("teacher_only", True)],
+    )
     def test_is_that_of_the_plain_loss(self, tail, argument, tied):
         """Each position with a factor of its own, as weights make it."""
         factors = np.arange(TOKENS, dtype="float32")
@@ -283,7 +285,12 @@ def test_fit_is_that_of_the_plain_loss(jit_compile):
             keras.optimizers.SGD(0.5), loss=None, jit_compile=jit_compile
         )
         history = model.fit(
-            *(x, y_true, weight), batch_size=4, epochs=3, verbose=0
+            x,
+            y_true,
+            sample_weight=weight,
+            batch_size=4,
+            epochs=3,
+            verbose=0,
         )
         losses.append(history.history["loss"])
         embeddings.append(np.asarray(model.embed.embeddings))
