@@ -90,6 +90,7 @@ SURFACE = {
         "ProxyTeacherSearch",
         "RandomSearch",
         "SearchResult",
+        "top_k_events",
     ],
     "keras_ptloss.serving": ["export_student"],
     "keras_ptloss.soft_labels": [

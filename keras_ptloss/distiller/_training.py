@@ -102,7 +102,12 @@ class Training(keras.Model):
             return super().fit(x, y, *args, **kwargs)
 
     def train_on_batch(
-        self, x: Any, y: Any = None, sample_weight: Any = None, **kwargs: Any
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Train on one batch; arguments as in `keras.Model.train_on_batch`.
 
@@ -112,7 +117,7 @@ class Training(keras.Model):
         """
         _check_class_weight(kwargs.get("class_weight"), x, y)
         _check_sample_weight(sample_weight, y)
-        return super().train_on_batch(x, y, sample_weight, **kwargs)
+        return super().train_on_batch(x, y, sample_weight, *args, **kwargs)
 
     def evaluate(
         self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any
@@ -127,7 +132,12 @@ class Training(keras.Model):
             return super().evaluate(x, y, *args, **kwargs)
 
     def test_on_batch(
-        self, x: Any, y: Any = None, sample_weight: Any = None, **kwargs: Any
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Judge one batch; arguments as in `keras.Model.test_on_batch`.
 
@@ -135,7 +145,7 @@ class Training(keras.Model):
             ValueError: if there is `sample_weight`, and no labels.
         """
         _check_sample_weight(sample_weight, y)
-        return super().test_on_batch(x, y, sample_weight, **kwargs)
+        return super().test_on_batch(x, y, sample_weight, *args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the student's outputs, as `keras.Model.predict`."""
