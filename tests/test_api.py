@@ -56,6 +56,7 @@ SURFACE = {
         "ProxyKLDivergence",
         "TopKPTLoss",
         "focal_epsilon",
+        "fused_top_k_pt_loss",
         "label_smoothing_epsilon",
         "pt_loss",
         "temperature_epsilon",
@@ -89,6 +90,7 @@ SURFACE = {
         "ProxyTeacherSearch",
         "RandomSearch",
         "SearchResult",
+        "top_k_events",
     ],
     "keras_ptloss.serving": ["export_student"],
     "keras_ptloss.soft_labels": [

@@ -411,3 +411,109 @@ class TestText:
         data = helpers.write_tsv(tmp_path / "data", ("train", "test"), 2)
         with pytest.raises(ValueError, match="--labelled 1000 of 120"):
             call(text_bert, *teacher, "--data", data, "--output", tmp_path)
+
+
+class TestGeneration:
+    @pytest.fixture
+    def generation(self, monkeypatch):
+        pytest.importorskip("keras_hub")
+        module = example("text_generation", monkeypatch)
+        shape = {"num_layers": 1, "num_heads": 2, "hidden_dim": 8}
+        monkeypatch.setattr(
+            module, "SHAPES", dict.fromkeys(module.SHAPES, shape)
+        )
+        monkeypatch.setattr(module, "VOCABULARY", 280)
+        return module
+
+    @pytest.fixture
+    def texts(self, tmp_path):
+        """Forty documents of four words."""
+        rng = np.random.default_rng(0)
+        folder = tmp_path / "texts"
+        folder.mkdir()
+        for number in range(40):
+            words = rng.choice(["good", "bad", "film", "book"], 30)
+            (folder / f"{number}.txt").write_text(" ".join(words))
+        return folder
+
+    @few_rows
+    def test_from_nothing_and_from_presets(
+        self, generation, texts, tmp_path, capsys
+    ):
+        """The student of the first run is teacher and student of the second."""
+        from keras_hub.models import CausalLM
+
+        output = tmp_path / "output"
+        command = ("--data", texts, "--sequence-length", 8, "--epochs", 1)
+        call(generation, *command, "--output", output, "--teacher-epochs", 1)
+        first = capsys.readouterr().out
+        methods = ("the teacher", "cross-entropy alone", "full KL")
+        kinds = ("the rest an event", "no tail", "PTLoss searched")
+        for name in (*methods, *(f"top 16, {kind}" for kind in kinds)):
+            assert f"| {name} | " in first
+        stored = np.load(output / "student_top_k.npz")
+        assert stored["ids"].shape[1:] == stored["logs"].shape[1:] == (8, 16)
+        assert (np.diff(stored["logs"]) <= 0).all()
+
+        preset = output / "student"
+        student = CausalLM.from_preset(str(preset))
+        student.compile(sampler="greedy")
+        written = student.generate("good film", max_length=8)
+        assert written.startswith("good film")
+        table = tmp_path / "table.md"
+        call(
+            generation,
+            *(*command, "--output", tmp_path / "again", "--table", table),
+            *("--teacher", preset, "--student", preset),
+        )
+        assert table.read_text().strip() in capsys.readouterr().out
+
+    def test_targets_are_the_largest(self, generation, texts, tmp_path):
+        parts = generation.split_documents(generation.load_documents(texts))
+        found = [set(part) for part in parts.values()]
+        assert sum(map(len, found)) == len(set.union(*found)) == 40
+        preprocessor = generation.make_preprocessor(None, parts["teacher"], 8)
+        x, labels = generation.cut(parts["test"], preprocessor)
+        np.testing.assert_array_equal(
+            x["token_ids"].ravel()[1:], labels.ravel()[:-1]
+        )
+        teacher = generation.plain(
+            generation.make_writer("teacher", None, preprocessor)
+        )
+        y_true = generation.store_top_k(teacher, x, tmp_path / "stored.npz")
+        probabilities = helpers.softmax(teacher.predict(x, verbose=0))
+        order = np.sort(probabilities, axis=-1)[..., ::-1]
+        np.testing.assert_allclose(
+            np.exp(y_true[..., 1]), order[..., :16], rtol=4e-3
+        )
+        np.testing.assert_allclose(
+            np.take_along_axis(
+                probabilities, y_true[..., 0].astype(int), axis=-1
+            ),
+            order[..., :16],
+            rtol=1e-5,
+        )
+
+    def test_docstrings(self, generation, tmp_path):
+        path = tmp_path / "module.py"
+        path.write_text('"""One.\n\nMore."""\ndef f():\n    """Short."""\n')
+        assert generation._docstrings(path) == "One.\n\nMore."
+        path.write_text("print 1")
+        assert generation._docstrings(path) == ""
+
+    def test_wrong_command_lines(self, generation, texts, tmp_path, capsys):
+        for message, arguments in (
+            ("both, or neither", ("--teacher", "gpt2_base_en")),
+            ("Received: absent", ("--data", "absent")),
+            ("--seeds must be at least 1", ("--seeds", 0)),
+        ):
+            refuses(generation, message, capsys, *arguments)
+        output = ("--output", tmp_path / "output")
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ValueError, match="Received: 0 in .*empty"):
+            call(generation, "--data", tmp_path / "empty", *output)
+        with pytest.raises(ValueError, match="--sequence-length 9999"):
+            call(
+                generation,
+                *("--data", texts, "--sequence-length", 9999, *output),
+            )

@@ -93,27 +93,59 @@ class Training(keras.Model):
         """Train the student; arguments as in `keras.Model.fit`.
 
         Raises:
-            ValueError: if there is `class_weight`, and no labels.
+            ValueError: if there is `class_weight` or `sample_weight`, and no
+                labels.
         """
         _check_class_weight(kwargs.get("class_weight"), x, y)
+        _check_sample_weight(kwargs.get("sample_weight"), y)
         with weights_given_back(self):
             return super().fit(x, y, *args, **kwargs)
 
     def train_on_batch(
-        self, x: Any, y: Any = None, *args: Any, **kwargs: Any
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Train on one batch; arguments as in `keras.Model.train_on_batch`.
 
         Raises:
-            ValueError: if there is `class_weight`, and no labels.
+            ValueError: if there is `class_weight` or `sample_weight`, and no
+                labels.
         """
         _check_class_weight(kwargs.get("class_weight"), x, y)
-        return super().train_on_batch(x, y, *args, **kwargs)
+        _check_sample_weight(sample_weight, y)
+        return super().train_on_batch(x, y, sample_weight, *args, **kwargs)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Judge the student; arguments as in `keras.Model.evaluate`."""
+    def evaluate(
+        self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Judge the student; arguments as in `keras.Model.evaluate`.
+
+        Raises:
+            ValueError: if there is `sample_weight`, and no labels.
+        """
+        _check_sample_weight(kwargs.get("sample_weight"), y)
         with weights_given_back(self):
-            return super().evaluate(*args, **kwargs)
+            return super().evaluate(x, y, *args, **kwargs)
+
+    def test_on_batch(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Judge one batch; arguments as in `keras.Model.test_on_batch`.
+
+        Raises:
+            ValueError: if there is `sample_weight`, and no labels.
+        """
+        _check_sample_weight(sample_weight, y)
+        return super().test_on_batch(x, y, sample_weight, *args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the student's outputs, as `keras.Model.predict`."""
@@ -132,4 +164,15 @@ def _check_class_weight(class_weight: Any, x: Any, y: Any) -> None:
         raise ValueError(
             "`class_weight` must come with labels, whose classes it weighs. "
             f"Received: class_weight={class_weight}, y=None"
+        )
+
+
+def _check_sample_weight(sample_weight: Any, y: Any) -> None:
+    """Require labels beside weights, which Keras drops without them."""
+    if sample_weight is not None and y is None:
+        raise ValueError(
+            "`sample_weight` must come with `y`; Keras drops it otherwise. "
+            "Labels that are not known may be any, zeros for example, where "
+            "no metric and no `hard_label_weight` looks at them. Received: "
+            "y=None"
         )

@@ -27,6 +27,7 @@ from keras_ptloss.losses._equivalents import (
 )
 from keras_ptloss.losses._flooding import Flooding
 from keras_ptloss.losses._focal import FocalLoss
+from keras_ptloss.losses._fused_top_k import fused_top_k_pt_loss
 from keras_ptloss.losses._label_perturbed import LabelPerturbedLoss
 from keras_ptloss.losses._label_smoothing import LabelSmoothingLoss
 from keras_ptloss.losses._proxy_kl import ProxyKLDivergence
@@ -42,6 +43,7 @@ __all__ = [
     "ProxyKLDivergence",
     "TopKPTLoss",
     "focal_epsilon",
+    "fused_top_k_pt_loss",
     "label_smoothing_epsilon",
     "pt_loss",
     "temperature_epsilon",

@@ -70,7 +70,7 @@ def top_k_pt_loss(
     Reference:
         Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), Eq. 7.
     """
-    own = _check(epsilon, tail, teacher_temperature)
+    own = check_arguments(epsilon, tail, teacher_temperature)
     student = read_student(y_pred, from_logits=from_logits)
     if not from_logits:
         student = ops.log(ops.maximum(student, TINY))
@@ -101,7 +101,9 @@ def top_k_pt_loss(
     return ops.reshape(loss, leading)
 
 
-def _check(epsilon: Any, tail: str, temperature: Any) -> dict[str, Any]:
+def check_arguments(
+    epsilon: Any, tail: str, temperature: Any
+) -> dict[str, Any]:
     """Return the loss's own arguments, checked."""
     values = check_constant_epsilon(epsilon)
     if values.ndim > 1:
@@ -273,7 +275,7 @@ class TopKPTLoss(TeacherLoss):
     ) -> None:
         super().__init__(
             self._of_targets,
-            _check(epsilon, tail, teacher_temperature),
+            check_arguments(epsilon, tail, teacher_temperature),
             from_logits=from_logits,
             teacher_from_logits=False,
             name=name,
