@@ -35,7 +35,7 @@ def attach(
     seed: int | None,
     preprocessor: Callable[[Tensor], Tensor] | None,
 ) -> Any:
-    """Pair the data set with `labels`; see `SoftLabels.attach`."""
+    """Pair the data set with rows; see `SoftLabels.attach`."""
     match = Matcher(labels, ids)
     dataset = as_dataset(dataset)
     if not is_streamed(dataset):
@@ -52,7 +52,7 @@ def attach(
         return with_targets(
             dataset,
             functools.partial(_pairs, match, dataset),
-            labels.shape[1],
+            labels.shape[1:],
             preprocessor,
         )
     return _AttachedBatches(match, dataset, preprocessor)

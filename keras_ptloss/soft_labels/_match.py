@@ -18,7 +18,8 @@ class Stored(Protocol):
     """What is read of `SoftLabels` here."""
 
     fingerprints: Any
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
+    ordered: bool
 
     def __len__(self) -> int: ...
 
@@ -33,6 +34,8 @@ class Matcher:
         self.stored = labels.fingerprints
         # Rows in the order of the data set; None: found by content.
         self.rows: Any = None
+        if ids is None and not labels.ordered:
+            ids = "content"
         if isinstance(ids, str):
             if ids != "content":
                 fail("ids", "None, integers, or 'content'", ids)

@@ -7,23 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_ptloss._checks import check_choice, check_count, fail
 from keras_ptloss.soft_labels import _data as data
 from keras_ptloss.soft_labels import _store as store
 from keras_ptloss.soft_labels._ask import ask
 from keras_ptloss.soft_labels._attach import attach
-from keras_ptloss.soft_labels._spec import SoftLabelSpec, decode
+from keras_ptloss.soft_labels._rows import StoredRows
+from keras_ptloss.soft_labels._spec import SoftLabelSpec
 from keras_ptloss.soft_labels._writer import ShardWriter, with_num_examples
 
 Tensor = Any
-# Rows decoded at a time. Linux maps 64 KiB around each row touched, so a chunk
-# of scattered rows takes up to 32 MiB.
-_CHUNK = 512
 
 
-class SoftLabels:
+class SoftLabels(StoredRows):
     """Teacher outputs on disk, read like an array of shape `(N, C)`.
 
     `labels[i]`, `labels[i:j]`, `labels[rows]` and `np.asarray(labels)` give
@@ -37,6 +34,8 @@ class SoftLabels:
         shape: `(N, C)`.
         dtype: float32, the dtype of what is read.
         fingerprints: `(N,)` uint64, a hash of each labelled example.
+        top_k_targets: Of stores with `top_k`: the k classes and the remaining
+            mass, `(N, k + 1, 2)`, for `TopKPTLoss`, also read like an array.
         mean_total_variation: Mean over the rows of the error of storing.
         max_total_variation: The largest error of storing of a row.
 
@@ -58,25 +57,6 @@ class SoftLabels:
         Zhang et al., "Do Not Blindly Imitate the Teacher: Using Perturbed Loss
         for Knowledge Distillation", arXiv:2305.05010.
     """
-
-    def __init__(self, path: str | os.PathLike[str], shards: list[Any]):
-        """Use `SoftLabels.open`."""
-        self.path = Path(path)
-        self._shards = shards
-        first = shards[0].manifest
-        self.spec = store.spec_of(first)
-        self.shape = (shards[-1].stop, first["num_classes"])
-        self.dtype = np.dtype("float32")
-        self.mean_total_variation = (
-            sum(s.manifest["total_variation"]["sum"] for s in shards)
-            / self.shape[0]
-        )
-        self.max_total_variation = max(
-            s.manifest["total_variation"]["max"] for s in shards
-        )
-        self.fingerprints = np.concatenate(
-            [s.arrays["fingerprints"] for s in shards]
-        )
 
     @classmethod
     def write(
@@ -262,6 +242,7 @@ class SoftLabels:
         shuffle: bool = False,
         seed: int | None = None,
         preprocessor: Callable[[Tensor], Tensor] | None = None,
+        targets: str = "rows",
     ) -> Any:
         """Pair the labelled data set with its stored rows, for `fit`.
 
@@ -282,6 +263,9 @@ class SoftLabels:
             preprocessor: Called on the inputs of a batch, after the check, for
                 students that need other inputs than the teacher. On `tf.data`
                 it is applied by `map`, so it must consist of TensorFlow ops.
+            targets: `"rows"`, `(batch, C)`; or, of stores with `top_k`,
+                `"top_k"`, `(batch, k + 1, 2)`: ids and log-probabilities, for
+                `TopKPTLoss`. Its last entry, of id -1, is the remaining mass.
 
         Returns:
             `(inputs, soft labels)` batches, with the sample weights of
@@ -306,8 +290,9 @@ class SoftLabels:
             >>> print(soft[:, 0])
             [0.5  0.25 0.  ]
         """
+        check_choice("targets", targets, ("rows", "top_k"))
         return attach(
-            self,
+            self.top_k_targets if targets == "top_k" else self,
             dataset,
             ids=ids,
             batch_size=batch_size,
@@ -316,62 +301,6 @@ class SoftLabels:
             preprocessor=preprocessor,
         )
 
-    @property
-    def from_logits(self) -> bool:
-        """Whether the rows are logits; else they are probabilities."""
-        return self.spec.from_logits
-
-    def __len__(self) -> int:
-        """Return the number of examples."""
-        return int(self.shape[0])
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return the float32 rows of an int, a slice, or an array of rows."""
-        if isinstance(index, slice):
-            rows = np.arange(*index.indices(len(self)))
-        else:
-            rows = np.asarray(index)
-            if rows.dtype == bool and rows.shape == (len(self),):
-                rows = np.flatnonzero(rows)
-            elif not rows.size:
-                rows = rows.astype(int)
-            if rows.dtype.kind not in "iu" or rows.ndim > 1:
-                raise IndexError(
-                    "Soft labels are indexed by one int, slice, or 1-D array"
-                    f" of rows. Received: index={index!r}"
-                )
-        outside = (rows < -len(self)) | (rows >= len(self))
-        if np.any(outside):
-            bad = np.atleast_1d(rows)[np.atleast_1d(outside)][0]
-            raise IndexError(f"Row {bad} of {len(self)} soft labels")
-        rows = np.where(rows < 0, rows + len(self), rows)
-        read = self._read(np.atleast_1d(rows))
-        return read if rows.ndim else read[0]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        """Return all rows; `np.asarray(labels)`."""
-        if copy is False:
-            raise ValueError("Soft labels are decoded, hence always copied.")
-        return self[:].astype(dtype or self.dtype, copy=False)
-
-    def __repr__(self) -> str:
-        """Return path, shape and spec."""
-        return f"SoftLabels({str(self.path)!r}, {self.shape}, {self.spec})"
-
     def __reduce__(self) -> Any:
         """Pickle as a path, not as the rows: for worker processes."""
         return functools.partial(SoftLabels.open, verify=False), (self.path,)
-
-    def _read(self, rows: Any) -> Any:
-        out = np.empty((len(rows), self.shape[1]), self.dtype)
-        starts = [shard.start for shard in self._shards]
-        for low in range(0, len(rows), _CHUNK):
-            chunk = rows[low : low + _CHUNK]
-            owner = np.searchsorted(starts, chunk, side="right") - 1
-            for number in np.unique(owner):
-                shard, mine = self._shards[number], owner == number
-                stored = shard.read(chunk[mine])
-                out[low : low + _CHUNK][mine] = decode(
-                    self.spec, stored, self.shape[1]
-                )
-        return out

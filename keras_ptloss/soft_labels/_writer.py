@@ -28,8 +28,10 @@ from keras_ptloss.soft_labels._spec import (
     encode,
 )
 from keras_ptloss.soft_labels._store import (
-    FORMAT,
+    FORMATS,
     checksum,
+    formats_of,
+    has_logs,
     load,
     partial_path,
     read_manifest,
@@ -223,7 +225,7 @@ class ShardWriter:
                         raise
             _sync(path)
         manifest = {
-            "format": FORMAT,
+            "format": FORMATS[-1],
             "spec": dataclasses.asdict(self.spec),
             "num_classes": num_classes,
             "shard": list(self._shard),
@@ -237,7 +239,7 @@ class ShardWriter:
         return manifest
 
     def _open_arrays(self) -> None:
-        for name in array_formats(self.spec, self.num_classes or 0):
+        for name in formats_of(self._manifest or {}):
             path = self._directory / f"{name}.npy"
             offset = np.load(path, mmap_mode="r").offset
             # Written to as a file: through a memory map, a full disk would be
@@ -281,11 +283,11 @@ class ShardWriter:
                 yield row + known, x, found[known:]
 
     def append(self, hashes: Any, outputs: Any) -> None:
-        """Store the next rows."""
-        k, num_classes = self.spec.top_k, outputs.shape[1]
-        if k is not None and k >= num_classes:
-            fail("top_k", f"below the {num_classes} classes", k)
-        encoded = encode(self.spec, outputs)
+        """Store the next rows, `(n, C)` float64."""
+        num_classes = outputs.shape[1]
+        self._check_top_k(num_classes)
+        logs = self._manifest is None or has_logs(self._manifest)
+        encoded = encode(self.spec, outputs, logs=logs)
         with np.errstate(invalid="ignore"):
             decoded = decode(self.spec, encoded, num_classes)
         if not np.isfinite(decoded).all():
@@ -296,6 +298,24 @@ class ShardWriter:
         distance = 0.5 * np.abs(
             _probabilities(decoded, logits) - _probabilities(outputs, logits)
         ).sum(-1)
+        self.append_encoded(hashes, encoded, num_classes, distance)
+
+    def append_encoded(
+        self,
+        hashes: Any,
+        encoded: dict[str, Any],
+        num_classes: int,
+        distance: Any,
+    ) -> None:
+        """Store the next rows, as `encode` gives them.
+
+        Args:
+            hashes: Their fingerprints, `(n,)`.
+            encoded: Their arrays.
+            num_classes: C.
+            distance: Their total variation from the teacher's rows, `(n,)`.
+        """
+        self._check_top_k(num_classes)
         with self._disk():
             manifest = dict(self._manifest or self._create(num_classes))
             for name, rows in {**encoded, "fingerprints": hashes}.items():
@@ -308,8 +328,13 @@ class ShardWriter:
                 "sum": error["sum"] + float(distance.sum()),
                 "max": max(error["max"], float(distance.max())),
             }
-            manifest["stored"] += len(outputs)
+            manifest["stored"] += len(hashes)
             self._put_manifest(manifest)
+
+    def _check_top_k(self, num_classes: int) -> None:
+        k = self.spec.top_k
+        if k is not None and k >= num_classes:
+            fail("top_k", f"below the {num_classes} classes", k)
 
     def finish(self) -> None:
         """Add the checksums and give the directory its final name."""
