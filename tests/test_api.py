@@ -95,6 +95,7 @@ SURFACE = {
         "ImportReport",
         "SoftLabelSpec",
         "SoftLabels",
+        "fingerprint",
         "import_soft_labels",
         "with_retries",
     ],

@@ -7,7 +7,7 @@ import numpy as np
 from keras_ptloss._checks import fail
 from keras_ptloss.soft_labels._data import (
     check_differing,
-    fingerprints,
+    fingerprint,
     wrong_length,
 )
 
@@ -50,7 +50,7 @@ class Matcher:
 
     def __call__(self, x: Tensor, first: int) -> Any:
         """Return the rows of the examples `x`, which begin at `first`."""
-        found = fingerprints(x)
+        found = fingerprint(x)
         if self.rows is not None:
             if first + len(found) > len(self.rows):
                 wrong_length(f"at least {first + len(found)}", len(self.rows))

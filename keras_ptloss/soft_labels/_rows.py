@@ -1,6 +1,7 @@
 """Stored rows, read like arrays: whole, or as the k classes kept of them."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,21 +74,31 @@ class Rows:
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         for low in range(0, len(rows), _CHUNK):
             chunk = rows[low : low + _CHUNK]
-            for mine, stored in stored_rows(self._shards, chunk):
+            for mine, stored in self._by_shard(chunk):
                 out[low : low + _CHUNK][mine] = self._decode(stored)
         return out
 
+    def stored(self, rows: Any) -> dict[str, Any]:
+        """The arrays of an array of rows, as they are stored."""
+        out: dict[str, Any] = {}
+        for mine, arrays in self._by_shard(rows):
+            for name, part in arrays.items():
+                if name not in out:
+                    shape = (len(rows), *part.shape[1:])
+                    out[name] = np.empty(shape, part.dtype)
+                out[name][mine] = part
+        return out
+
+    def _by_shard(self, rows: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Yield `(mask, arrays)`, what each shard holds of the rows."""
+        starts = [shard.start for shard in self._shards]
+        owner = np.searchsorted(starts, rows, side="right") - 1
+        for number in np.unique(owner):
+            mine = owner == number
+            yield mine, self._shards[number].read(rows[mine])
+
     def _decode(self, stored: dict[str, Any]) -> Any:
         raise NotImplementedError
-
-
-def stored_rows(shards: list[Any], rows: Any) -> Any:
-    """Yield `(mask, arrays)`, what each shard holds of the rows, as stored."""
-    starts = [shard.start for shard in shards]
-    owner = np.searchsorted(starts, rows, side="right") - 1
-    for number in np.unique(owner):
-        mine = owner == number
-        yield mine, shards[number].read(rows[mine])
 
 
 class TopKTargets(Rows):

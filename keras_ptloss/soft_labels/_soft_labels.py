@@ -13,6 +13,8 @@ from keras_ptloss.soft_labels import _data as data
 from keras_ptloss.soft_labels import _store as store
 from keras_ptloss.soft_labels._ask import ask
 from keras_ptloss.soft_labels._attach import attach
+from keras_ptloss.soft_labels._parquet import write_parquet
+from keras_ptloss.soft_labels._parquet_table import find_files, open_table
 from keras_ptloss.soft_labels._rows import StoredRows
 from keras_ptloss.soft_labels._spec import SoftLabelSpec
 from keras_ptloss.soft_labels._writer import ShardWriter, with_num_examples
@@ -207,22 +209,35 @@ class SoftLabels(StoredRows):
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], *, verify: bool = True
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        verify: bool = True,
+        spec: SoftLabelSpec | None = None,
     ) -> "SoftLabels":
-        """Open a complete store, all shards as one.
+        """Open a complete store, all shards as one, or Parquet files.
+
+        Parquet files, of `to_parquet` or of another tool, are read into
+        memory. Their rows have no order: `attach` finds each example's by its
+        fingerprint. Rows of one example count once if they are equal, and a
+        warning tells how many.
 
         Args:
-            path: Directory of the store.
-            verify: Whether to compare each file's checksum, which reads the
-                whole store once. Lengths and dtypes are always compared.
+            path: Directory of the store, or of `*.parquet` files with a column
+                `fingerprint`; docs/storage.md lists the others.
+            verify: Whether to compare the checksums: of each file, which reads
+                the whole store once, or of Parquet's pages. Lengths and dtypes
+                are always compared.
+            spec: Of Parquet files only: what the rows are, where the files'
+                metadata do not say.
 
         Returns:
-            The store, memory-mapped.
+            The store, memory-mapped if it is one.
 
         Raises:
             FileNotFoundError: If there is no store at `path`.
-            ValueError: If shards are missing, unfinished or damaged. The
-                message says which, and what to do.
+            ValueError: If shards are missing, unfinished or damaged, or rows
+                of one example differ. The message says which, and what to do.
 
         Example:
             >>> from keras_ptloss import SoftLabels
@@ -231,7 +246,62 @@ class SoftLabels(StoredRows):
                 ...
             FileNotFoundError: No soft labels at absent.softlabels
         """
+        files = find_files(path) if Path(path).is_dir() else None
+        if files is not None and store.shard_count(Path(path)) is None:
+            return cls(path, [open_table(files, spec=spec, verify=verify)])
+        if spec is not None:
+            fail("spec", "None: a store has its own", spec)
         return cls(path, store.open_shards(Path(path), verify=verify))
+
+    def to_parquet(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        ids: Any = None,
+        rows_per_file: int = 1_000_000,
+    ) -> int:
+        """Write the rows to Parquet files, for other tools and for `open`.
+
+        The columns are `fingerprint` and `probabilities` or `logits`, lists
+        of C float32; or, with `top_k`, `top_ids`, `top_log_probabilities` and
+        `log_tail`. The spec is in the files' metadata.
+
+        Args:
+            directory: A new directory. It gets its name once it is whole.
+            ids: A name of each example, text or integer, in the order of the
+                rows, for a column `id`. Without, examples that are the same
+                are written once.
+            rows_per_file: Rows in a file, at most.
+
+        Returns:
+            How many rows were written.
+
+        Raises:
+            ValueError: If `directory` exists, `ids` are not one name a row, or
+                without them the rows of one example differ.
+            ImportError: If pyarrow is not installed (the extra `parquet`).
+
+        Example:
+            >>> import tempfile
+            >>> import numpy as np
+            >>> from keras_ptloss import SoftLabels
+            >>> def teacher(batch):
+            ...     return np.stack([batch / 4, 1 - batch / 4], axis=-1)
+            >>> x, folder = np.array([0.0, 1.0, 2.0]), tempfile.mkdtemp()
+            >>> labels = SoftLabels.write(
+            ...     teacher, x, folder + "/store", verbose=0
+            ... )
+            >>> labels.to_parquet(folder + "/parquet")
+            3
+            >>> again = SoftLabels.open(folder + "/parquet")
+            >>> inputs, soft = again.attach(x)[0]
+            >>> print(soft[:, 0])
+            [0.   0.25 0.5 ]
+        """
+        check_count("rows_per_file", rows_per_file)
+        return write_parquet(
+            self, Path(directory), ids=ids, rows_per_file=rows_per_file
+        )
 
     def attach(
         self,
@@ -256,7 +326,8 @@ class SoftLabels(StoredRows):
             ids: Which stored row belongs to each example, in the order of
                 `dataset`: None for all rows in order, integers, or `"content"`
                 to find each example by its fingerprint, which suits a data
-                set that is shuffled or a part of the whole.
+                set that is shuffled or a part of the whole, and is the default
+                for Parquet.
             batch_size: Examples in a batch; arrays only.
             shuffle: Whether to draw a new order in every epoch; arrays only.
             seed: Seed of that order.
@@ -303,4 +374,6 @@ class SoftLabels(StoredRows):
 
     def __reduce__(self) -> Any:
         """Pickle as a path, not as the rows: for worker processes."""
-        return functools.partial(SoftLabels.open, verify=False), (self.path,)
+        spec = None if self.ordered else self.spec
+        reopen = functools.partial(SoftLabels.open, verify=False, spec=spec)
+        return reopen, (self.path,)

@@ -36,6 +36,8 @@ class SoftLabelSpec:
             and the logarithm of the remaining mass, which is read spread
             evenly over the other classes, or as it is by `attach(...,
             targets="top_k")`. The teacher must give probabilities.
+        num_classes: Number of classes; needed only where neither names nor
+            rows tell it, as in Parquet files of the k largest.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -53,6 +55,7 @@ class SoftLabelSpec:
     teacher_name: str | None = None
     dtype: str = "float16"
     top_k: int | None = None
+    num_classes: int | None = None
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -66,6 +69,11 @@ class SoftLabelSpec:
             if not valid or len(names) < 2 or len(set(names)) != len(names):
                 fail("class_names", "at least two different strings", names)
             object.__setattr__(self, "class_names", tuple(names))
+        count = self.num_classes
+        if count is not None:
+            check_count("num_classes", count, at_least=2)
+            if names is not None and len(names) != count:
+                fail("num_classes", f"the {len(names)} class names'", count)
         if not isinstance(self.from_logits, bool):
             fail("from_logits", "True or False", self.from_logits)
         if not 0 < self.temperature < float("inf"):
@@ -131,6 +139,39 @@ def encode(
         }
 
 
+def encode_top_k(
+    spec: SoftLabelSpec,
+    num_classes: int,
+    classes: Any,
+    log_values: Any,
+    log_tail: Any,
+) -> tuple[dict[str, Any], Any]:
+    """The arrays of the k largest, without their full rows.
+
+    Args:
+        spec: Of the store.
+        num_classes: C.
+        classes: `(n, k)` ints.
+        log_values: `(n, k)` float64, their log-probabilities.
+        log_tail: `(n,)` float64, log of the mass of the others.
+
+    Returns:
+        The arrays, and the total variation of their rows, `(n,)`.
+    """
+    formats = array_formats(spec, num_classes)
+    given = {"log_values": log_values, "log_tail": log_tail}
+    arrays = {n: a.astype(formats[n][0]) for n, a in given.items()}
+    arrays["classes"] = classes.astype(formats["classes"][0])
+    before, after = (
+        np.exp(
+            np.column_stack([logs["log_values"], logs["log_tail"]]), dtype=float
+        )
+        for logs in (given, arrays)
+    )
+    before, after = (m / m.sum(-1, keepdims=True) for m in (before, after))
+    return arrays, 0.5 * np.abs(before - after).sum(-1)
+
+
 def decode(
     spec: SoftLabelSpec, arrays: dict[str, Any], num_classes: int
 ) -> Any:
@@ -158,3 +199,11 @@ def top_k_of(arrays: dict[str, Any]) -> tuple[Any, Any, Any]:
     tail = np.maximum(1 - values.sum(-1), 0)
     with np.errstate(divide="ignore"):
         return classes, np.log(values), np.log(tail)
+
+
+def probabilities_of(rows: Any, from_logits: bool) -> Any:
+    """Probabilities in float64, of rows of either kind."""
+    rows = rows.astype("float64")
+    if from_logits:
+        rows = np.exp(rows - rows.max(-1, keepdims=True))
+    return rows / rows.sum(-1, keepdims=True)

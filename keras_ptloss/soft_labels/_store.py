@@ -74,7 +74,8 @@ def _plausible(manifest: dict[str, Any]) -> bool:
     spec, (index, count) = spec_of(manifest), manifest["shard"]
     rows, names = manifest["rows"], spec.class_names
     error, checksums = manifest["total_variation"], manifest["checksums"]
-    classes = len(names) if names else max(manifest["num_classes"], 2)
+    known = len(names) if names else spec.num_classes
+    classes = known or max(manifest["num_classes"], 2)
     return bool(
         rows == shard_rows(spec, index, count)
         and 0 <= index < count

@@ -16,7 +16,7 @@ from keras_ptloss._checks import check_count, fail
 from keras_ptloss.soft_labels._data import (
     batches,
     check_differing,
-    fingerprints,
+    fingerprint,
     is_streamed,
     length,
     take,
@@ -26,6 +26,7 @@ from keras_ptloss.soft_labels._spec import (
     array_formats,
     decode,
     encode,
+    probabilities_of,
 )
 from keras_ptloss.soft_labels._store import (
     FORMATS,
@@ -57,13 +58,6 @@ def with_num_examples(spec: SoftLabelSpec, dataset: Any) -> SoftLabelSpec:
             None,
         )
     return spec
-
-
-def _probabilities(rows: Any, from_logits: bool) -> Any:
-    rows = rows.astype("float64")
-    if from_logits:
-        rows = np.exp(rows - rows.max(-1, keepdims=True))
-    return rows / rows.sum(-1, keepdims=True)
 
 
 def _write(descriptor: int, data: bytes, offset: int) -> None:
@@ -153,7 +147,8 @@ class ShardWriter:
         """The number of classes, as far as known."""
         if self._manifest:
             return int(self._manifest["num_classes"])
-        return len(self.spec.class_names) if self.spec.class_names else None
+        names = self.spec.class_names
+        return len(names) if names else self.spec.num_classes
 
     def _lock(self) -> None:
         # A lock of the kernel's, which ends with its process however that
@@ -273,7 +268,7 @@ class ShardWriter:
             stop=self.stop,
             total=self._total,
         ):
-            found, first = fingerprints(x), row - self.start
+            found, first = fingerprint(x), row - self.start
             known = max(0, min(len(found), self.stored - first))
             if known:
                 rows = np.arange(first, first + known)
@@ -296,7 +291,8 @@ class ShardWriter:
             fail("dtype", "'float32' for outputs so extreme", self.spec.dtype)
         logits = self.spec.from_logits
         distance = 0.5 * np.abs(
-            _probabilities(decoded, logits) - _probabilities(outputs, logits)
+            probabilities_of(decoded, logits)
+            - probabilities_of(outputs, logits)
         ).sum(-1)
         self.append_encoded(hashes, encoded, num_classes, distance)
 
