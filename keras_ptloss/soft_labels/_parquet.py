@@ -8,12 +8,12 @@
                             lists of k classes; log of the mass of the others
 
 Each file's schema carries the store's spec as JSON. Rows have no order: they
-are found by what names their example.
+are found by what names their example. Pages have checksums; those of whole
+files, whose footers Parquet leaves without, are in `_checksums.json`.
 """
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -32,10 +32,12 @@ from keras_ptloss.soft_labels._spec import (
     probabilities_of,
     top_k_of,
 )
+from keras_ptloss.soft_labels._store import checksum
 
 # Key of the spec in a file's metadata, and its format.
 KEY = b"keras_ptloss.soft_labels"
 FORMAT = "keras_ptloss.soft_labels.parquet/1"
+CHECKSUMS = "_checksums.json"
 DENSE = ("probabilities", "log_probabilities", "logits")
 TOP = ("top_ids", "top_log_probabilities")
 # Rows in a row group, which are also read and written at a time; fewer where
@@ -57,30 +59,45 @@ def import_pyarrow() -> Any:
     return pyarrow
 
 
-def metadata_of(values: dict[str, Any]) -> bytes:
-    """JSON with its own checksum: footers of Parquet files have none."""
-    text = json.dumps(values, sort_keys=True)
-    check = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    return json.dumps({"checksum": check, "values": text}).encode()
-
-
 def read_metadata(stored: bytes | None) -> dict[str, Any] | None:
-    """Undo `metadata_of`; None if there is none.
+    """The JSON record of a file of ours; None of others.
 
     Raises:
         ValueError: If it is damaged or of another format.
     """
     if stored is None:
         return None
-    record = json.loads(stored)
-    text = record["values"]
-    found = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    if found != record["checksum"]:
-        raise ValueError("the checksum of its soft labels' metadata differs")
-    values: dict[str, Any] = json.loads(text)
+    values: dict[str, Any] = json.loads(stored)
     if values["format"] != FORMAT:
         raise ValueError(f"its format is {values['format']}, not {FORMAT}")
     return values
+
+
+def check_files(files: list[Path]) -> None:
+    """Compare the checksums of whole files, where the directory has them.
+
+    Raises:
+        ValueError: If a file differs; names it.
+    """
+    for folder in {path.parent for path in files}:
+        record = folder / CHECKSUMS
+        if not record.exists():
+            continue
+        try:
+            known = dict(json.loads(record.read_text("utf-8")))
+        except ValueError as error:
+            fail("path", f"JSON ({error})", str(record))
+        for path in files:
+            if path.parent != folder:
+                continue
+            if known.get(path.name) != checksum(path):
+                fail(
+                    "path",
+                    "an intact file, but its checksum is not that in"
+                    f" {CHECKSUMS} (delete that if the file is meant to"
+                    " differ)",
+                    str(path),
+                )
 
 
 def group_rows(width: int) -> int:
@@ -164,10 +181,12 @@ def write_parquet(
                     table = _table(pa, labels, group, names)
                     if writer is None:
                         schema = table.schema.with_metadata(
-                            {KEY: metadata_of(values)}
+                            {KEY: json.dumps(values).encode()}
                         )
                         writer = stack.enter_context(_writer(pa, path, schema))
                     writer.write_table(table.cast(schema))
+        record = {path.name: checksum(path) for path in folder.iterdir()}
+        (folder / CHECKSUMS).write_text(json.dumps(record, indent=1), "utf-8")
     return len(rows)
 
 

@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 
 from keras_ptloss._checks import fail
-from keras_ptloss.soft_labels._parquet import first_of_each, import_pyarrow
+from keras_ptloss.soft_labels._parquet import (
+    check_files,
+    first_of_each,
+    import_pyarrow,
+)
 from keras_ptloss.soft_labels._parquet_file import ParquetFile
 from keras_ptloss.soft_labels._spec import SoftLabelSpec
 
@@ -98,13 +102,15 @@ def read_table(
         files: The files, in any order.
         by: `"fingerprint"`, or `"id"` for a user's ids.
         spec: What the rows are to be stored as; by default that of the files.
-        verify: Whether to compare the checksums of pages, where there are any.
+        verify: Whether to compare checksums, where there are any.
 
     Raises:
         ValueError: If a file is damaged, has other columns, or a row that is
             none; the message names the file and the row.
     """
     pa = import_pyarrow()
+    if verify:
+        check_files(files)
     opened = [ParquetFile(pa, path, verify) for path in files]
     first = opened[0]
     for file in opened[1:]:

@@ -71,7 +71,8 @@ def test_there_and_back(path, tmp_path, spec):
     labels = write(path, **spec)
     assert labels.to_parquet(tmp_path / "rows", rows_per_file=20) == N
     files = sorted(file.name for file in (tmp_path / "rows").iterdir())
-    assert files == [f"part-0000{i}.parquet" for i in range(3)]
+    parts = [f"part-0000{i}.parquet" for i in range(3)]
+    assert files == ["_checksums.json", *parts]
     again = SoftLabels.open(tmp_path / "rows")
     np.testing.assert_array_equal(again[:], labels[:])
     np.testing.assert_array_equal(again.fingerprints, labels.fingerprints)
@@ -314,30 +315,60 @@ def test_arguments(path, tmp_path):
         labels.to_parquet(tmp_path / "rows")
 
 
-def test_any_flipped_byte_is_found(path, tmp_path):
-    """An error that names the file; or, in a footer, nothing changed."""
-    labels = write(path, class_names=("a", "b", "c", "d"))
-    labels.to_parquet(tmp_path / "rows")
-    file = tmp_path / "rows" / "part-00000.parquet"
-    good, expected = file.read_bytes(), labels[:]
-    footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
-    random, unnoticed = np.random.default_rng(0), 0
-    places = [*random.integers(0, footer, 60)]
-    places += [*random.integers(footer, len(good), 60)]
+def flipped(file, places):
+    """Flip a bit in each of the places, one at a time."""
+    good = file.read_bytes()
     for place in places:
         bad = bytearray(good)
-        bad[place] ^= 1 << random.integers(8)
+        bad[place] ^= 1 << place % 8
         file.write_bytes(bad)
+        yield place
+    file.write_bytes(good)
+
+
+def test_any_flipped_byte_is_found(path, tmp_path):
+    write(path).to_parquet(tmp_path / "rows", rows_per_file=30)
+    for name in ("part-00000.parquet", "part-00001.parquet"):
+        file = tmp_path / "rows" / name
+        for _ in flipped(file, range(0, file.stat().st_size, 7)):
+            with pytest.raises(ValueError, match=f"Received: .*{name}"):
+                SoftLabels.open(tmp_path / "rows")
+    record = tmp_path / "rows" / "_checksums.json"
+    for _ in flipped(record, range(record.stat().st_size)):
         try:
-            found = SoftLabels.open(tmp_path / "rows")
+            labels = SoftLabels.open(tmp_path / "rows")
         except ValueError as error:
-            assert str(file) in str(error) or str(file.parent) in str(error)
-            continue
-        unnoticed += place < footer
-        np.testing.assert_array_equal(found[:], expected)
-        np.testing.assert_array_equal(found.fingerprints, labels.fingerprints)
-        assert found.spec == labels.spec
-    assert unnoticed <= 10  # of 60, in headers of pages, not in rows
+            assert str(tmp_path) in str(error)
+        else:  # a space became another one
+            np.testing.assert_array_equal(labels[:], SoftLabels.open(path)[:])
+
+
+def test_flipped_bytes_of_rows_without_our_record(path, tmp_path):
+    """By the checksums of pages, which other tools write and read too."""
+    labels = write(path)
+    labels.to_parquet(tmp_path / "rows")
+    file = tmp_path / "rows" / "part-00000.parquet"
+    (file.parent / "_checksums.json").unlink()
+    footer = file.stat().st_size - 8
+    footer -= int.from_bytes(file.read_bytes()[-8:-4], "little")
+    noticed = 0
+    for _ in flipped(file, range(4, footer)):
+        try:
+            found = SoftLabels.open(file.parent)
+        except ValueError as error:
+            assert str(file) in str(error)
+            noticed += 1
+        else:  # of a page's header, and without effect
+            np.testing.assert_array_equal(found[:], labels[:])
+            prints = labels.fingerprints
+            np.testing.assert_array_equal(found.fingerprints, prints)
+    assert noticed > 0.9 * (footer - 4)
+    foreign = columns()
+    put(tmp_path, foreign, write_page_checksum=True)
+    file = tmp_path / "a.parquet"
+    for _ in flipped(file, [100]):
+        with pytest.raises(ValueError, match="a.parquet, which is damaged"):
+            SoftLabels.open(tmp_path)
 
 
 KILLED = textwrap.dedent(
