@@ -13,6 +13,13 @@ import keras
 import numpy as np
 
 from keras_ptloss._checks import fail
+from keras_ptloss.soft_labels._loaders import (
+    Source,
+    check_finite,
+    elements,
+    is_loader,
+    is_source,
+)
 from keras_ptloss.soft_labels._tf_data import is_infinite, is_tf_dataset
 
 Tensor = Any
@@ -24,7 +31,11 @@ _PIECE = 4096
 
 def is_streamed(dataset: Any) -> bool:
     """Whether `dataset` comes in batches of its own, not as arrays."""
-    return isinstance(dataset, keras.utils.PyDataset) or is_tf_dataset(dataset)
+    return (
+        isinstance(dataset, keras.utils.PyDataset)
+        or is_tf_dataset(dataset)
+        or is_loader(dataset)
+    )
 
 
 def as_dataset(dataset: Any) -> Any:
@@ -37,6 +48,11 @@ def as_dataset(dataset: Any) -> Any:
         if is_infinite(dataset):
             fail("dataset", "finite (without `repeat()`)", dataset)
         return dataset
+    if is_loader(dataset):
+        check_finite(dataset)
+        return dataset
+    if is_source(dataset):
+        dataset = Source(dataset)
     if isinstance(dataset, list) and dataset and np.isscalar(dataset[0]):
         dataset = np.asarray(dataset, dtype=_list_dtype(dataset))
     arrays = keras.tree.map_structure(_as_array, dataset)
@@ -47,8 +63,8 @@ def as_dataset(dataset: Any) -> Any:
     if len(lengths) != 1 or lengths <= {None, 0}:
         fail(
             "dataset",
-            "a tf.data.Dataset, a keras.utils.PyDataset, or arrays of one"
-            " length",
+            "a tf.data.Dataset, a keras.utils.PyDataset, a loader of Grain or"
+            " PyTorch, or arrays of one length",
             f"{type(dataset).__name__} of lengths {lengths}",
         )
     return arrays
@@ -59,7 +75,7 @@ def _list_dtype(items: list[Any]) -> Any:
 
 
 def _as_array(leaf: Tensor) -> Any:
-    if isinstance(leaf, np.ndarray):
+    if isinstance(leaf, (np.ndarray, Source)):
         return leaf
     if keras.ops.is_tensor(leaf):
         return keras.ops.convert_to_numpy(leaf)
@@ -217,7 +233,9 @@ def streamed(dataset: Any, start: int = 0) -> Iterator[tuple[int, Batch]]:
     """
     if isinstance(dataset, keras.utils.PyDataset):
         return _numbered_pydataset(dataset, start)
-    return numbered_batches(dataset.as_numpy_iterator())
+    if is_tf_dataset(dataset):
+        return numbered_batches(dataset.as_numpy_iterator())
+    return numbered_batches(elements(dataset))
 
 
 def all_fingerprints(dataset: Any) -> Any:
@@ -254,12 +272,12 @@ def _numbered_pydataset(
     size = length(keras.utils.unpack_x_y_sample_weight(dataset[0])[0])
     for index in range(start // size, dataset.num_batches):
         batch = keras.utils.unpack_x_y_sample_weight(dataset[index])
-        check_size(length(batch[0]), size, index, dataset)
+        check_size(length(batch[0]), size, index, dataset.num_batches)
         yield index * size, batch
 
 
-def check_size(found: int, size: int, index: int, dataset: Any) -> None:
-    last = index == dataset.num_batches - 1
+def check_size(found: int, size: int, index: int, count: int) -> None:
+    last = index == count - 1
     if found != size and not (last and found < size):
         raise ValueError(
             "`dataset` must give batches of one size, the last one excepted,"

@@ -13,6 +13,7 @@ from keras_ptloss.soft_labels import _data as data
 from keras_ptloss.soft_labels import _store as store
 from keras_ptloss.soft_labels._ask import ask
 from keras_ptloss.soft_labels._attach import attach
+from keras_ptloss.soft_labels._loaders import check_order
 from keras_ptloss.soft_labels._parquet import write_parquet
 from keras_ptloss.soft_labels._parquet_table import find_files, open_table
 from keras_ptloss.soft_labels._rows import StoredRows
@@ -84,9 +85,11 @@ class SoftLabels(StoredRows):
                 `with_retries` for one that may fail. One column, `(batch, 1)`,
                 is a binary head: `p` (or its logit `z`) of the second of two
                 classes, stored as `[1 - p, p]` (or `[0, z]`).
-            dataset: Array, pytree of arrays or list of texts; or a batched,
-                finite `tf.data.Dataset` or `keras.utils.PyDataset`, of which
-                the inputs are used. Its order must be the same in each pass.
+            dataset: Array, pytree of arrays, list of texts, or what gives
+                single examples by number, as a Grain `RandomAccessDataSource`;
+                or a batched, finite `tf.data.Dataset`, `keras.utils.PyDataset`
+                or loader of Grain or PyTorch. Of `(inputs, targets)` the
+                inputs are used. Its order must be the same in each pass.
             path: Directory of the store. It is made if absent.
             spec: What is stored. Defaults to float16 probabilities.
             batch_size: Examples per call of the teacher; arrays only.
@@ -186,6 +189,7 @@ class SoftLabels(StoredRows):
         check_count("batch_size", batch_size)
         check_choice("verbose", str(verbose), ("0", "1", "2"))
         dataset = data.as_dataset(dataset)
+        check_order(dataset)
         spec = with_num_examples(spec or SoftLabelSpec(), dataset)
         with ShardWriter(Path(path), spec, shard) as writer:
             bar = keras.utils.Progbar(
@@ -340,8 +344,11 @@ class SoftLabels(StoredRows):
 
         Returns:
             `(inputs, soft labels)` batches, with the sample weights of
-            `dataset` if it has any; its own targets are replaced. A
-            `tf.data.Dataset` for one, else a `keras.utils.PyDataset`.
+            batches if it has any; its own targets are replaced. What `fit`
+            takes: a `tf.data.Dataset` or loader of the same library for one
+            (its workers load; rows are read in this process, but of a
+            `grain.MapDataset` in the workers that follow), else a
+            `keras.utils.PyDataset`.
 
         Raises:
             ValueError: If an example is not the one that was labelled, or the
