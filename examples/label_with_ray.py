@@ -146,15 +146,26 @@ def read_done(folder):
     return np.concatenate(done)
 
 
+def start(arguments):
+    """Start a cluster on this machine, or join one.
+
+    Before Keras is imported: Ray starts processes by forking.
+    """
+    import ray
+
+    if arguments.address:
+        ray.init(arguments.address)
+    else:
+        # A core an actor, and two for reading and writing.
+        ray.init(num_cpus=arguments.workers + 2, include_dashboard=False)
+
+
 def label(inputs, teacher, labels, arguments):
     """Label what is not labelled."""
     import ray
 
     done = read_done(labels)
     print(f"labelled before: {len(done)} rows", flush=True)
-    # The processes of a new cluster, each with one core; or a running one.
-    new = {} if arguments.address else {"num_cpus": arguments.workers + 2}
-    ray.init(arguments.address, include_dashboard=False, **new)
     images = ray.data.read_parquet(str(inputs))
     rows = images.map_batches(
         Unlabelled(np.unique(done)).__call__, batch_format="pyarrow"
@@ -171,7 +182,6 @@ def label(inputs, teacher, labels, arguments):
     rows.write_parquet(
         str(labels), mode=ray.data.SaveMode.APPEND, write_page_checksum=True
     )
-    ray.shutdown()
 
 
 def distil(images, truth, labels):
@@ -210,6 +220,7 @@ def main():
     output = arguments.output.resolve()
     labels = output / "labels"
     labels.mkdir(parents=True, exist_ok=True)
+    start(arguments)
     images, truth = write_inputs(output / "inputs", arguments.files)
     train_teacher(images, truth, output / "teacher.keras")
     label(output / "inputs", output / "teacher.keras", labels, arguments)
