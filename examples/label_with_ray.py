@@ -179,9 +179,7 @@ def label(inputs, teacher, labels, arguments):
         num_cpus=1,
     )
     # Appended to what is there: a file a block, checksums in its pages.
-    rows.write_parquet(
-        str(labels), mode=ray.data.SaveMode.APPEND, write_page_checksum=True
-    )
+    rows.write_parquet(str(labels), write_page_checksum=True)
 
 
 def distil(images, truth, labels):

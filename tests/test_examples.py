@@ -442,7 +442,7 @@ class TestLabelWithRay:
         raise AssertionError("".join(said))
 
     def wait_for_files(self, folder, count):
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while len(list(folder.glob("*.parquet"))) < count:
             assert time.monotonic() < deadline
             time.sleep(0.05)

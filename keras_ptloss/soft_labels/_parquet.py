@@ -43,7 +43,7 @@ TOP = ("top_ids", "top_log_probabilities")
 # Rows in a row group, which are also read and written at a time; fewer where
 # there are many classes.
 _GROUP = 1 << 16
-_GROUP_NUMBERS = 1 << 23
+_GROUP_NUMBERS = 1 << 21
 
 
 def import_pyarrow() -> Any:
