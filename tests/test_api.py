@@ -97,6 +97,7 @@ SURFACE = {
         "ImportReport",
         "SoftLabelSpec",
         "SoftLabels",
+        "fingerprint",
         "import_soft_labels",
         "with_retries",
     ],

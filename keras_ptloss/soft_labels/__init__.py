@@ -1,6 +1,8 @@
 """Stored teacher outputs: written once, checked, attached to data."""
 
-from keras_ptloss.soft_labels._import import ImportReport, import_soft_labels
+from keras_ptloss.soft_labels._data import fingerprint
+from keras_ptloss.soft_labels._import import import_soft_labels
+from keras_ptloss.soft_labels._report import ImportReport
 from keras_ptloss.soft_labels._retries import with_retries
 from keras_ptloss.soft_labels._soft_labels import SoftLabels
 from keras_ptloss.soft_labels._spec import SoftLabelSpec
@@ -9,6 +11,7 @@ __all__ = [
     "ImportReport",
     "SoftLabelSpec",
     "SoftLabels",
+    "fingerprint",
     "import_soft_labels",
     "with_retries",
 ]

@@ -56,7 +56,7 @@ def ask(
     problem = _problem(outputs, count, num_classes)
     if problem is None:
         rows = two_events(outputs.astype("float64"), from_logits=from_logits)
-        found = _invalid_row(rows, from_logits)
+        found = invalid_row(rows, from_logits)
         if found is None:
             return rows
         problem = f"{found[1]} for example {row + found[0]}"
@@ -77,7 +77,7 @@ def _problem(outputs: Any, count: int, num_classes: int | None) -> str | None:
     return None
 
 
-def _invalid_row(outputs: Any, from_logits: bool) -> tuple[int, str] | None:
+def invalid_row(outputs: Any, from_logits: bool) -> tuple[int, str] | None:
     """Position and description of the first row that cannot be stored."""
     checks = [(~np.isfinite(outputs), "NaN or infinity")]
     if not from_logits:

@@ -10,14 +10,19 @@ import numpy as np
 
 from keras_ptloss._checks import check_count, fail
 from keras_ptloss.soft_labels._data import (
-    Batch,
     as_dataset,
     check_size,
     is_streamed,
     length,
-    numbered_batches,
+    streamed,
     take,
     wrong_length,
+)
+from keras_ptloss.soft_labels._loaders import (
+    grain_pairs,
+    is_grain_map,
+    is_torch_loader,
+    torch_pairs,
 )
 from keras_ptloss.soft_labels._match import Matcher, Stored
 from keras_ptloss.soft_labels._tf_data import is_tf_dataset, with_targets
@@ -35,7 +40,7 @@ def attach(
     seed: int | None,
     preprocessor: Callable[[Tensor], Tensor] | None,
 ) -> Any:
-    """Pair the data set with `labels`; see `SoftLabels.attach`."""
+    """Pair the data set with rows; see `SoftLabels.attach`."""
     match = Matcher(labels, ids)
     dataset = as_dataset(dataset)
     if not is_streamed(dataset):
@@ -52,10 +57,19 @@ def attach(
         return with_targets(
             dataset,
             functools.partial(_pairs, match, dataset),
-            labels.shape[1],
+            labels.shape[1:],
             preprocessor,
         )
-    return _AttachedBatches(match, dataset, preprocessor)
+    if isinstance(dataset, keras.utils.PyDataset):
+        return _AttachedBatches(match, dataset, preprocessor)
+    if is_grain_map(dataset):
+        pairs = _Pairs(match, len(dataset), dataset[0], preprocessor)
+        return dataset.map_with_index(pairs)
+    batches = functools.partial(_pairs, match, dataset, preprocessor)
+    if is_torch_loader(dataset):
+        pinned = dataset.pin_memory
+        return torch_pairs(dataset, batches, pin_memory=pinned)
+    return grain_pairs(batches)
 
 
 def _check_index(index: int, count: int) -> None:
@@ -109,6 +123,46 @@ class _AttachedArrays(keras.utils.PyDataset):
         return x, self._labels[self._rows[chosen]]
 
 
+class _Pairs:
+    """Pairs a batch that is known by its number with its stored rows.
+
+    Args:
+        match: Finds the rows.
+        count: How many batches there are.
+        first: The first of them.
+        preprocessor: Called on the inputs, after the check.
+    """
+
+    def __init__(
+        self,
+        match: Matcher,
+        count: int,
+        first: Any,
+        preprocessor: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        self._match, self._preprocessor = match, preprocessor
+        self.num_batches = count
+        batch = keras.utils.unpack_x_y_sample_weight(first)
+        self._size = length(batch[0])
+        if match.rows is not None:
+            total = len(match.rows)
+            if count != math.ceil(total / self._size):
+                wrong_length(f"{count} batches of {self._size}", total)
+        self(0, first)
+
+    def __call__(self, index: int, element: Any) -> tuple[Any, ...]:
+        x, _, weight = keras.utils.unpack_x_y_sample_weight(element)
+        first = index * self._size
+        if self._match.rows is not None:
+            check_size(length(x), self._size, index, self.num_batches)
+            if index == self.num_batches - 1:
+                self._match.finish(first + length(x))
+        targets = self._match.labels[self._match(x, first)]
+        if self._preprocessor is not None:
+            x = self._preprocessor(x)
+        return x, targets, *(() if weight is None else (weight,))
+
+
 class _AttachedBatches(keras.utils.PyDataset):
     """A `PyDataset` with its targets replaced by the stored rows."""
 
@@ -123,15 +177,10 @@ class _AttachedBatches(keras.utils.PyDataset):
             use_multiprocessing=dataset.use_multiprocessing,
             max_queue_size=dataset.max_queue_size,
         )
-        self._match, self._dataset = match, dataset
-        self._preprocessor = preprocessor
-        first = keras.utils.unpack_x_y_sample_weight(dataset[0])
-        self._size = length(first[0])
-        if match.rows is not None:
-            total, number = len(match.rows), dataset.num_batches
-            if number != math.ceil(total / self._size):
-                wrong_length(f"{number} batches of {self._size}", total)
-        self._pair(0, first)
+        self._dataset = dataset
+        self._pair = _Pairs(
+            match, dataset.num_batches, dataset[0], preprocessor
+        )
 
     @property
     def num_batches(self) -> int:
@@ -145,27 +194,20 @@ class _AttachedBatches(keras.utils.PyDataset):
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         _check_index(index, self.num_batches)
-        element = self._dataset[index]
-        return self._pair(index, keras.utils.unpack_x_y_sample_weight(element))
-
-    def _pair(self, index: int, batch: Batch) -> tuple[Any, ...]:
-        x, _, weight = batch
-        first = index * self._size
-        if self._match.rows is not None:
-            check_size(length(x), self._size, index, self._dataset)
-            if index == self.num_batches - 1:
-                self._match.finish(first + length(x))
-        targets = self._match.labels[self._match(x, first)]
-        if self._preprocessor is not None:
-            x = self._preprocessor(x)
-        return x, targets, *(() if weight is None else (weight,))
+        return self._pair(index, self._dataset[index])
 
 
-def _pairs(match: Matcher, dataset: Any) -> Iterator[tuple[Any, ...]]:
-    """Yield the batches of a `tf.data.Dataset` with their stored rows."""
+def _pairs(
+    match: Matcher,
+    dataset: Any,
+    preprocessor: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[tuple[Any, ...]]:
+    """Yield the batches of a stream with their stored rows."""
     end = 0
-    for first, (x, _, weight) in numbered_batches(dataset.as_numpy_iterator()):
+    for first, (x, _, weight) in streamed(dataset):
         end = first + length(x)
         targets = match.labels[match(x, first)]
+        if preprocessor is not None:
+            x = preprocessor(x)
         yield keras.utils.pack_x_y_sample_weight(x, targets, weight)
     match.finish(end)

@@ -13,16 +13,29 @@ import keras
 import numpy as np
 
 from keras_ptloss._checks import fail
+from keras_ptloss.soft_labels._loaders import (
+    Source,
+    check_finite,
+    elements,
+    is_loader,
+    is_source,
+)
 from keras_ptloss.soft_labels._tf_data import is_infinite, is_tf_dataset
 
 Tensor = Any
 # (inputs, targets, sample weights); the last two are None where absent.
 Batch = tuple[Tensor, Tensor, Tensor]
+# Examples hashed at a time.
+_PIECE = 4096
 
 
 def is_streamed(dataset: Any) -> bool:
     """Whether `dataset` comes in batches of its own, not as arrays."""
-    return isinstance(dataset, keras.utils.PyDataset) or is_tf_dataset(dataset)
+    return (
+        isinstance(dataset, keras.utils.PyDataset)
+        or is_tf_dataset(dataset)
+        or is_loader(dataset)
+    )
 
 
 def as_dataset(dataset: Any) -> Any:
@@ -35,9 +48,13 @@ def as_dataset(dataset: Any) -> Any:
         if is_infinite(dataset):
             fail("dataset", "finite (without `repeat()`)", dataset)
         return dataset
+    if is_loader(dataset):
+        check_finite(dataset)
+        return dataset
+    if is_source(dataset):
+        dataset = Source(dataset)
     if isinstance(dataset, list) and dataset and np.isscalar(dataset[0]):
-        texts = isinstance(dataset[0], (str, bytes))
-        dataset = np.asarray(dataset, dtype=object if texts else None)
+        dataset = np.asarray(dataset, dtype=_list_dtype(dataset))
     arrays = keras.tree.map_structure(_as_array, dataset)
     lengths = {
         len(array) if np.ndim(array) else None
@@ -46,15 +63,19 @@ def as_dataset(dataset: Any) -> Any:
     if len(lengths) != 1 or lengths <= {None, 0}:
         fail(
             "dataset",
-            "a tf.data.Dataset, a keras.utils.PyDataset, or arrays of one"
-            " length",
+            "a tf.data.Dataset, a keras.utils.PyDataset, a loader of Grain or"
+            " PyTorch, or arrays of one length",
             f"{type(dataset).__name__} of lengths {lengths}",
         )
     return arrays
 
 
+def _list_dtype(items: list[Any]) -> Any:
+    return object if isinstance(items[0], (str, bytes)) else None
+
+
 def _as_array(leaf: Tensor) -> Any:
-    if isinstance(leaf, np.ndarray):
+    if isinstance(leaf, (np.ndarray, Source)):
         return leaf
     if keras.ops.is_tensor(leaf):
         return keras.ops.convert_to_numpy(leaf)
@@ -74,14 +95,40 @@ def take(x: Tensor, index: Any) -> Tensor:
     return keras.tree.map_structure(lambda leaf: leaf[index], x)
 
 
-def fingerprints(x: Tensor) -> Any:
+def fingerprint(batch: Tensor) -> Any:
     """Hash every example: 8 bytes of BLAKE2b of its values, dtype and shape.
+
+    By it soft labels find the examples that they belong to. Store it beside
+    teacher outputs that are made elsewhere, in a column `fingerprint`.
 
     Two different examples share a fingerprint with probability 2^-64; among
     a million examples some pair does with probability 3e-8.
+
+    Args:
+        batch: The inputs of the teacher, as they will be when labels are
+            attached: an array `(n, ...)`, a list of texts, or a pytree of
+            arrays (dictionaries in the order of their keys). The dtype counts.
+
+    Returns:
+        `(n,)` uint64, the same on every machine.
+
+    Raises:
+        ValueError: If an array is of neither numbers nor texts, or the
+            batch is a single example.
+
+    Example:
+        >>> import numpy as np
+        >>> from keras_ptloss.soft_labels import fingerprint
+        >>> x = np.array([[0.0, 1.0], [2.0, 3.0], [0.0, 1.0]])
+        >>> prints = fingerprint(x)
+        >>> bool(prints[0] == prints[2]), bool(prints[0] == prints[1])
+        (True, False)
     """
+    if isinstance(batch, list) and batch and np.isscalar(batch[0]):
+        batch = np.asarray(batch, dtype=_list_dtype(batch))
+    length(batch)
     header, rows = b"", list[Any]()
-    for leaf in keras.tree.flatten(x):
+    for leaf in keras.tree.flatten(batch):
         array = _as_array(leaf)
         if array.dtype.kind in "OUS":
             # Texts count as UTF-8: tf.data gives bytes where NumPy has str.
@@ -158,18 +205,14 @@ def batches(
         ValueError: If the data set ends before `stop`, or goes on after
             `total` where `stop` is `total`.
     """
-    if isinstance(dataset, keras.utils.PyDataset):
-        numbered = _numbered_pydataset(dataset, start)
-    elif is_tf_dataset(dataset):
-        numbered = numbered_batches(dataset.as_numpy_iterator())
-    else:
+    if not is_streamed(dataset):
         if length(dataset) != total:
             wrong_length(length(dataset), total)
         for row in range(start, stop, batch_size):
             yield row, take(dataset, slice(row, min(row + batch_size, stop)))
         return
     end = start
-    for row, batch in numbered:
+    for row, batch in streamed(dataset, start):
         end = row + length(batch[0])
         if end > total:
             wrong_length(f"at least {end}", total)
@@ -180,6 +223,32 @@ def batches(
             return
     if end < stop:
         wrong_length(end, total)
+
+
+def streamed(dataset: Any, start: int = 0) -> Iterator[tuple[int, Batch]]:
+    """Yield `(first position, batch)` of what comes in batches of its own.
+
+    Batches before the one of `start` are left out where that saves loading
+    them.
+    """
+    if isinstance(dataset, keras.utils.PyDataset):
+        return _numbered_pydataset(dataset, start)
+    if is_tf_dataset(dataset):
+        return numbered_batches(dataset.as_numpy_iterator())
+    return numbered_batches(elements(dataset))
+
+
+def all_fingerprints(dataset: Any) -> Any:
+    """The fingerprint of each example of what `as_dataset` returned."""
+    if is_streamed(dataset):
+        found = [fingerprint(batch[0]) for _, batch in streamed(dataset)]
+    else:
+        # Piece by piece: texts and copies of views stay small.
+        found = [
+            fingerprint(take(dataset, slice(low, low + _PIECE)))
+            for low in range(0, length(dataset), _PIECE)
+        ]
+    return np.concatenate(found)
 
 
 def wrong_length(found: int | str, expected: int) -> None:
@@ -203,12 +272,12 @@ def _numbered_pydataset(
     size = length(keras.utils.unpack_x_y_sample_weight(dataset[0])[0])
     for index in range(start // size, dataset.num_batches):
         batch = keras.utils.unpack_x_y_sample_weight(dataset[index])
-        check_size(length(batch[0]), size, index, dataset)
+        check_size(length(batch[0]), size, index, dataset.num_batches)
         yield index * size, batch
 
 
-def check_size(found: int, size: int, index: int, dataset: Any) -> None:
-    last = index == dataset.num_batches - 1
+def check_size(found: int, size: int, index: int, count: int) -> None:
+    last = index == count - 1
     if found != size and not (last and found < size):
         raise ValueError(
             "`dataset` must give batches of one size, the last one excepted,"

@@ -1,4 +1,4 @@
-"""Import of teacher outputs that others have written to CSV, JSONL or `.npy`.
+"""Import of teacher outputs that others have written to files.
 
 What an API or an annotation tool gives is seldom a full row: a language model
 returns the log-probabilities of its likeliest tokens only. Such rows are
@@ -16,69 +16,18 @@ import numpy as np
 
 from keras_ptloss._checks import check_choice, fail
 from keras_ptloss.soft_labels import _data as data
+from keras_ptloss.soft_labels._import_parquet import import_parquet
 from keras_ptloss.soft_labels._names import shorten
 from keras_ptloss.soft_labels._numbers import ROUNDING
+from keras_ptloss.soft_labels._parquet_table import find_files
 from keras_ptloss.soft_labels._readers import Reader, Row
+from keras_ptloss.soft_labels._report import ImportReport
 from keras_ptloss.soft_labels._soft_labels import SoftLabels
 from keras_ptloss.soft_labels._spec import SoftLabelSpec
 from keras_ptloss.soft_labels._store import shard_count
 from keras_ptloss.soft_labels._writer import ShardWriter, with_num_examples
 
 _BATCH = 4096
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ImportReport:
-    r"""The imported store, and what was done to each row.
-
-    Args:
-        labels: The store, opened.
-        filled: `(N,)` bool, whether classes were missing and filled.
-        renormalised: `(N,)` bool, whether the row, filled if need be, did not
-            add up to 1 within 0.001 and was divided by its sum.
-        empty: `(N,)` bool, whether the row told nothing of any class and
-            became uniform (`empty_rows="uniform"` only).
-        other: `(N,)` probability that the row gives to tokens that are no
-            class. Rows in which it is large say little of the classes.
-        ignored: Columns, keys or tokens that are no class, sorted.
-        failed: Ids (or lines) of requests that failed, in the order of the
-            data set (`empty_rows="uniform"` only); they are `empty` too.
-
-    Example:
-        >>> import tempfile
-        >>> from keras_ptloss.soft_labels import (
-        ...     SoftLabelSpec,
-        ...     import_soft_labels,
-        ... )
-        >>> folder = tempfile.mkdtemp()
-        >>> with open(folder + "/api.jsonl", "w") as file:
-        ...     _ = file.write('{"no": 0.75, "yes": 0.25}\n{"no": 0.9}\n')
-        >>> report = import_soft_labels(
-        ...     folder + "/api.jsonl",
-        ...     ["a bore", "a flop"],
-        ...     folder + "/api.softlabels",
-        ...     spec=SoftLabelSpec(class_names=("no", "yes"), dtype="float32"),
-        ... )
-        >>> report.num_repaired
-        1
-        >>> print(report.labels[:].round(2))
-        [[0.75 0.25]
-         [0.9  0.1 ]]
-    """
-
-    labels: SoftLabels
-    filled: Any
-    renormalised: Any
-    empty: Any
-    other: Any
-    ignored: tuple[str, ...]
-    failed: tuple[str, ...]
-
-    @property
-    def num_repaired(self) -> int:
-        """How many rows are not as they were in the file."""
-        repaired = self.filled | self.renormalised | self.empty
-        return int(np.count_nonzero(repaired))
 
 
 def import_soft_labels(
@@ -115,19 +64,29 @@ def import_soft_labels(
     One number a row is a binary head, the probability of the second class.
     The whole table is read into memory, as float32.
 
+    Rows of Parquet files are found by a column `fingerprint`, of
+    `soft_labels.fingerprint`, or with `ids` by a column `id` (or `custom_id`),
+    never by position. They have lists `probabilities`, `log_probabilities` or
+    `logits`, or `top_ids` and `top_log_probabilities`, with or without
+    `log_tail`. Rows of one example that are equal count once; if they differ
+    it is an error. Rows of no example are left out. The report tells both.
+
     Args:
         source: A `.jsonl` file as above; a `.csv` file whose header names the
-            classes (empty cells are missing, other columns ignored); or a
-            `.npy` file of floats `(N, C)` (NaN is missing).
+            classes (empty cells are missing, other columns ignored); a
+            `.npy` file of floats `(N, C)` (NaN is missing); or a `.parquet`
+            file, a pattern (`"part-*.parquet"`) or a directory of them.
         dataset: The examples that the rows belong to, in their order; as in
             `SoftLabels.write`.
         path: Directory of the store, which must not hold one yet.
         spec: As in `SoftLabels.write`. `class_names` are needed for JSON
             objects and tokens; a CSV file's columns serve if there are none.
         values: `"probabilities"` or `"log_probabilities"` (natural), what the
-            numbers are. Those of tokens are always the latter.
+            numbers are. Those of tokens are always the latter; of Parquet a
+            column's name says it.
         empty_rows: `"error"`, or `"uniform"` to give equal probabilities to
-            rows in which no class occurs and to requests that failed.
+            rows in which no class occurs, to requests that failed, and to
+            examples that Parquet files lack.
         ids: The `custom_id` of each example, in the order of `dataset`. Needed
             where the rows have such a key or column, since batch jobs give
             them in any order; each must occur exactly once.
@@ -164,6 +123,16 @@ def import_soft_labels(
     if shard_count(Path(path)) is not None:
         # A corrected file must not silently keep the rows of the first one.
         fail("path", "a new directory: imports do not resume", str(path))
+    files = find_files(source)
+    if files is not None:
+        return import_parquet(
+            files,
+            data.as_dataset(dataset),
+            Path(path),
+            spec=spec,
+            uniform=empty_rows == "uniform",
+            ids=_checked_ids(ids),
+        )
     spec = spec or SoftLabelSpec()
     if spec.from_logits:
         fail("from_logits", "False: probabilities are imported", True)

@@ -7,7 +7,7 @@ import numpy as np
 from keras_ptloss._checks import fail
 from keras_ptloss.soft_labels._data import (
     check_differing,
-    fingerprints,
+    fingerprint,
     wrong_length,
 )
 
@@ -18,7 +18,8 @@ class Stored(Protocol):
     """What is read of `SoftLabels` here."""
 
     fingerprints: Any
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
+    ordered: bool
 
     def __len__(self) -> int: ...
 
@@ -33,6 +34,8 @@ class Matcher:
         self.stored = labels.fingerprints
         # Rows in the order of the data set; None: found by content.
         self.rows: Any = None
+        if ids is None and not labels.ordered:
+            ids = "content"
         if isinstance(ids, str):
             if ids != "content":
                 fail("ids", "None, integers, or 'content'", ids)
@@ -47,7 +50,7 @@ class Matcher:
 
     def __call__(self, x: Tensor, first: int) -> Any:
         """Return the rows of the examples `x`, which begin at `first`."""
-        found = fingerprints(x)
+        found = fingerprint(x)
         if self.rows is not None:
             if first + len(found) > len(self.rows):
                 wrong_length(f"at least {first + len(found)}", len(self.rows))

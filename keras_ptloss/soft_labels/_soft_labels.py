@@ -7,23 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_ptloss._checks import check_choice, check_count, fail
 from keras_ptloss.soft_labels import _data as data
 from keras_ptloss.soft_labels import _store as store
 from keras_ptloss.soft_labels._ask import ask
 from keras_ptloss.soft_labels._attach import attach
-from keras_ptloss.soft_labels._spec import SoftLabelSpec, decode
+from keras_ptloss.soft_labels._loaders import check_order
+from keras_ptloss.soft_labels._parquet import write_parquet
+from keras_ptloss.soft_labels._parquet_table import find_files, open_table
+from keras_ptloss.soft_labels._rows import StoredRows
+from keras_ptloss.soft_labels._spec import SoftLabelSpec
 from keras_ptloss.soft_labels._writer import ShardWriter, with_num_examples
 
 Tensor = Any
-# Rows decoded at a time. Linux maps 64 KiB around each row touched, so a chunk
-# of scattered rows takes up to 32 MiB.
-_CHUNK = 512
 
 
-class SoftLabels:
+class SoftLabels(StoredRows):
     """Teacher outputs on disk, read like an array of shape `(N, C)`.
 
     `labels[i]`, `labels[i:j]`, `labels[rows]` and `np.asarray(labels)` give
@@ -37,6 +37,8 @@ class SoftLabels:
         shape: `(N, C)`.
         dtype: float32, the dtype of what is read.
         fingerprints: `(N,)` uint64, a hash of each labelled example.
+        top_k_targets: Of stores with `top_k`: the k classes and the remaining
+            mass, `(N, k + 1, 2)`, for `TopKPTLoss`, also read like an array.
         mean_total_variation: Mean over the rows of the error of storing.
         max_total_variation: The largest error of storing of a row.
 
@@ -58,25 +60,6 @@ class SoftLabels:
         Zhang et al., "Do Not Blindly Imitate the Teacher: Using Perturbed Loss
         for Knowledge Distillation", arXiv:2305.05010.
     """
-
-    def __init__(self, path: str | os.PathLike[str], shards: list[Any]):
-        """Use `SoftLabels.open`."""
-        self.path = Path(path)
-        self._shards = shards
-        first = shards[0].manifest
-        self.spec = store.spec_of(first)
-        self.shape = (shards[-1].stop, first["num_classes"])
-        self.dtype = np.dtype("float32")
-        self.mean_total_variation = (
-            sum(s.manifest["total_variation"]["sum"] for s in shards)
-            / self.shape[0]
-        )
-        self.max_total_variation = max(
-            s.manifest["total_variation"]["max"] for s in shards
-        )
-        self.fingerprints = np.concatenate(
-            [s.arrays["fingerprints"] for s in shards]
-        )
 
     @classmethod
     def write(
@@ -102,9 +85,11 @@ class SoftLabels:
                 `with_retries` for one that may fail. One column, `(batch, 1)`,
                 is a binary head: `p` (or its logit `z`) of the second of two
                 classes, stored as `[1 - p, p]` (or `[0, z]`).
-            dataset: Array, pytree of arrays or list of texts; or a batched,
-                finite `tf.data.Dataset` or `keras.utils.PyDataset`, of which
-                the inputs are used. Its order must be the same in each pass.
+            dataset: Array, pytree of arrays, list of texts, or what gives
+                single examples by number, as a Grain `RandomAccessDataSource`;
+                or a batched, finite `tf.data.Dataset`, `keras.utils.PyDataset`
+                or loader of Grain or PyTorch. Of `(inputs, targets)` the
+                inputs are used. Its order must be the same in each pass.
             path: Directory of the store. It is made if absent.
             spec: What is stored. Defaults to float16 probabilities.
             batch_size: Examples per call of the teacher; arrays only.
@@ -204,6 +189,7 @@ class SoftLabels:
         check_count("batch_size", batch_size)
         check_choice("verbose", str(verbose), ("0", "1", "2"))
         dataset = data.as_dataset(dataset)
+        check_order(dataset)
         spec = with_num_examples(spec or SoftLabelSpec(), dataset)
         with ShardWriter(Path(path), spec, shard) as writer:
             bar = keras.utils.Progbar(
@@ -227,22 +213,35 @@ class SoftLabels:
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], *, verify: bool = True
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        verify: bool = True,
+        spec: SoftLabelSpec | None = None,
     ) -> "SoftLabels":
-        """Open a complete store, all shards as one.
+        """Open a complete store, all shards as one, or Parquet files.
+
+        Parquet files, of `to_parquet` or of another tool, are read into
+        memory. Their rows have no order: `attach` finds each example's by its
+        fingerprint. Rows of one example count once if they are equal, and a
+        warning tells how many.
 
         Args:
-            path: Directory of the store.
-            verify: Whether to compare each file's checksum, which reads the
-                whole store once. Lengths and dtypes are always compared.
+            path: Directory of the store, or of `*.parquet` files with a column
+                `fingerprint`; docs/storage.md lists the others.
+            verify: Whether to compare the checksums: of each file, which reads
+                the whole store once, or of Parquet's pages. Lengths and dtypes
+                are always compared.
+            spec: Of Parquet files only: what the rows are, where the files'
+                metadata do not say.
 
         Returns:
-            The store, memory-mapped.
+            The store, memory-mapped if it is one.
 
         Raises:
             FileNotFoundError: If there is no store at `path`.
-            ValueError: If shards are missing, unfinished or damaged. The
-                message says which, and what to do.
+            ValueError: If shards are missing, unfinished or damaged, or rows
+                of one example differ. The message says which, and what to do.
 
         Example:
             >>> from keras_ptloss import SoftLabels
@@ -251,7 +250,62 @@ class SoftLabels:
                 ...
             FileNotFoundError: No soft labels at absent.softlabels
         """
+        files = find_files(path) if Path(path).is_dir() else None
+        if files is not None and store.shard_count(Path(path)) is None:
+            return cls(path, [open_table(files, spec=spec, verify=verify)])
+        if spec is not None:
+            fail("spec", "None: a store has its own", spec)
         return cls(path, store.open_shards(Path(path), verify=verify))
+
+    def to_parquet(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        ids: Any = None,
+        rows_per_file: int = 1_000_000,
+    ) -> int:
+        """Write the rows to Parquet files, for other tools and for `open`.
+
+        The columns are `fingerprint` and `probabilities` or `logits`, lists
+        of C float32; or, with `top_k`, `top_ids`, `top_log_probabilities` and
+        `log_tail`. The spec is in the files' metadata.
+
+        Args:
+            directory: A new directory. It gets its name once it is whole.
+            ids: A name of each example, text or integer, in the order of the
+                rows, for a column `id`. Without, examples that are the same
+                are written once.
+            rows_per_file: Rows in a file, at most.
+
+        Returns:
+            How many rows were written.
+
+        Raises:
+            ValueError: If `directory` exists, `ids` are not one name a row, or
+                without them the rows of one example differ.
+            ImportError: If pyarrow is not installed (the extra `parquet`).
+
+        Example:
+            >>> import tempfile
+            >>> import numpy as np
+            >>> from keras_ptloss import SoftLabels
+            >>> def teacher(batch):
+            ...     return np.stack([batch / 4, 1 - batch / 4], axis=-1)
+            >>> x, folder = np.array([0.0, 1.0, 2.0]), tempfile.mkdtemp()
+            >>> labels = SoftLabels.write(
+            ...     teacher, x, folder + "/store", verbose=0
+            ... )
+            >>> labels.to_parquet(folder + "/parquet")
+            3
+            >>> again = SoftLabels.open(folder + "/parquet")
+            >>> inputs, soft = again.attach(x)[0]
+            >>> print(soft[:, 0])
+            [0.   0.25 0.5 ]
+        """
+        check_count("rows_per_file", rows_per_file)
+        return write_parquet(
+            self, Path(directory), ids=ids, rows_per_file=rows_per_file
+        )
 
     def attach(
         self,
@@ -262,6 +316,7 @@ class SoftLabels:
         shuffle: bool = False,
         seed: int | None = None,
         preprocessor: Callable[[Tensor], Tensor] | None = None,
+        targets: str = "rows",
     ) -> Any:
         """Pair the labelled data set with its stored rows, for `fit`.
 
@@ -275,18 +330,25 @@ class SoftLabels:
             ids: Which stored row belongs to each example, in the order of
                 `dataset`: None for all rows in order, integers, or `"content"`
                 to find each example by its fingerprint, which suits a data
-                set that is shuffled or a part of the whole.
+                set that is shuffled or a part of the whole, and is the default
+                for Parquet.
             batch_size: Examples in a batch; arrays only.
             shuffle: Whether to draw a new order in every epoch; arrays only.
             seed: Seed of that order.
             preprocessor: Called on the inputs of a batch, after the check, for
                 students that need other inputs than the teacher. On `tf.data`
                 it is applied by `map`, so it must consist of TensorFlow ops.
+            targets: `"rows"`, `(batch, C)`; or, of stores with `top_k`,
+                `"top_k"`, `(batch, k + 1, 2)`: ids and log-probabilities, for
+                `TopKPTLoss`. Its last entry, of id -1, is the remaining mass.
 
         Returns:
             `(inputs, soft labels)` batches, with the sample weights of
-            `dataset` if it has any; its own targets are replaced. A
-            `tf.data.Dataset` for one, else a `keras.utils.PyDataset`.
+            batches if it has any; its own targets are replaced. What `fit`
+            takes: a `tf.data.Dataset` or loader of the same library for one
+            (its workers load; rows are read in this process, but of a
+            `grain.MapDataset` in the workers that follow), else a
+            `keras.utils.PyDataset`.
 
         Raises:
             ValueError: If an example is not the one that was labelled, or the
@@ -306,8 +368,9 @@ class SoftLabels:
             >>> print(soft[:, 0])
             [0.5  0.25 0.  ]
         """
+        check_choice("targets", targets, ("rows", "top_k"))
         return attach(
-            self,
+            self.top_k_targets if targets == "top_k" else self,
             dataset,
             ids=ids,
             batch_size=batch_size,
@@ -316,62 +379,8 @@ class SoftLabels:
             preprocessor=preprocessor,
         )
 
-    @property
-    def from_logits(self) -> bool:
-        """Whether the rows are logits; else they are probabilities."""
-        return self.spec.from_logits
-
-    def __len__(self) -> int:
-        """Return the number of examples."""
-        return int(self.shape[0])
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return the float32 rows of an int, a slice, or an array of rows."""
-        if isinstance(index, slice):
-            rows = np.arange(*index.indices(len(self)))
-        else:
-            rows = np.asarray(index)
-            if rows.dtype == bool and rows.shape == (len(self),):
-                rows = np.flatnonzero(rows)
-            elif not rows.size:
-                rows = rows.astype(int)
-            if rows.dtype.kind not in "iu" or rows.ndim > 1:
-                raise IndexError(
-                    "Soft labels are indexed by one int, slice, or 1-D array"
-                    f" of rows. Received: index={index!r}"
-                )
-        outside = (rows < -len(self)) | (rows >= len(self))
-        if np.any(outside):
-            bad = np.atleast_1d(rows)[np.atleast_1d(outside)][0]
-            raise IndexError(f"Row {bad} of {len(self)} soft labels")
-        rows = np.where(rows < 0, rows + len(self), rows)
-        read = self._read(np.atleast_1d(rows))
-        return read if rows.ndim else read[0]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        """Return all rows; `np.asarray(labels)`."""
-        if copy is False:
-            raise ValueError("Soft labels are decoded, hence always copied.")
-        return self[:].astype(dtype or self.dtype, copy=False)
-
-    def __repr__(self) -> str:
-        """Return path, shape and spec."""
-        return f"SoftLabels({str(self.path)!r}, {self.shape}, {self.spec})"
-
     def __reduce__(self) -> Any:
         """Pickle as a path, not as the rows: for worker processes."""
-        return functools.partial(SoftLabels.open, verify=False), (self.path,)
-
-    def _read(self, rows: Any) -> Any:
-        out = np.empty((len(rows), self.shape[1]), self.dtype)
-        starts = [shard.start for shard in self._shards]
-        for low in range(0, len(rows), _CHUNK):
-            chunk = rows[low : low + _CHUNK]
-            owner = np.searchsorted(starts, chunk, side="right") - 1
-            for number in np.unique(owner):
-                shard, mine = self._shards[number], owner == number
-                stored = shard.read(chunk[mine])
-                out[low : low + _CHUNK][mine] = decode(
-                    self.spec, stored, self.shape[1]
-                )
-        return out
+        spec = None if self.ordered else self.spec
+        reopen = functools.partial(SoftLabels.open, verify=False, spec=spec)
+        return reopen, (self.path,)

@@ -18,7 +18,9 @@ class SoftLabelSpec:
     distance from the teacher's row, `0.5 * sum_c |stored_c - teacher_c|`, and
     kept in the manifest. Bounds: `"float32"` 1e-6; `"float16"` 5e-4 for
     probabilities of up to 1,000 classes, and for logits the largest
-    `|logit| / 4096`; `top_k` adds the mass outside of the k largest classes.
+    `|logit| / 4096`. `top_k` stores log-probabilities, in which float16 loses
+    5e-4 times the row's entropy (nats) at most, and adds the mass outside of
+    the k largest classes.
 
     Args:
         num_examples: Length of the data set; needed for `tf.data` and
@@ -30,8 +32,12 @@ class SoftLabelSpec:
             A note for the reader; nothing is rescaled.
         teacher_name: A name for the teacher, checked on resuming.
         dtype: `"float16"` or `"float32"`, on disk. Rows are read as float32.
-        top_k: Store only the k most probable classes; the remaining mass is
-            read spread evenly over the other classes. Probabilities only.
+        top_k: Store only the k most probable classes, as log-probabilities,
+            and the logarithm of the remaining mass, which is read spread
+            evenly over the other classes, or as it is by `attach(...,
+            targets="top_k")`. The teacher must give probabilities.
+        num_classes: Number of classes; needed only where neither names nor
+            rows tell it, as in Parquet files of the k largest.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -49,6 +55,7 @@ class SoftLabelSpec:
     teacher_name: str | None = None
     dtype: str = "float16"
     top_k: int | None = None
+    num_classes: int | None = None
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -62,6 +69,11 @@ class SoftLabelSpec:
             if not valid or len(names) < 2 or len(set(names)) != len(names):
                 fail("class_names", "at least two different strings", names)
             object.__setattr__(self, "class_names", tuple(names))
+        count = self.num_classes
+        if count is not None:
+            check_count("num_classes", count, at_least=2)
+            if names is not None and len(names) != count:
+                fail("num_classes", f"the {len(names)} class names'", count)
         if not isinstance(self.from_logits, bool):
             fail("from_logits", "True or False", self.from_logits)
         if not 0 < self.temperature < float("inf"):
@@ -79,44 +91,119 @@ class SoftLabelSpec:
 
 
 def array_formats(
-    spec: SoftLabelSpec, num_classes: int
+    spec: SoftLabelSpec, num_classes: int, *, logs: bool = True
 ) -> dict[str, tuple[str, int | None]]:
-    """Name, dtype and columns of each array on disk."""
+    """Name, dtype and columns of each array on disk.
+
+    Args:
+        spec: What is stored.
+        num_classes: C.
+        logs: Whether the k largest are stored as logarithms, of which float16
+            holds all that are above exp(-65504), and the mass outside of them
+            too; stores of format 1 have probabilities.
+    """
     dtype, k = _DTYPES[spec.dtype], spec.top_k
     if k is None:
-        arrays = {"labels": (dtype, num_classes)}
-    else:
-        classes = np.min_scalar_type(num_classes - 1).newbyteorder("<")
-        arrays = {"classes": (classes.str, k), "values": (dtype, k)}
-    return {**arrays, "fingerprints": ("<u8", None)}
+        return {"labels": (dtype, num_classes), "fingerprints": ("<u8", None)}
+    least = np.min_scalar_type(num_classes - 1).newbyteorder("<")
+    classes = {"classes": (least.str, k)}
+    values = (
+        {"log_values": (dtype, k), "log_tail": (dtype, None)}
+        if logs
+        else {"values": (dtype, k)}
+    )
+    return {**classes, **values, "fingerprints": ("<u8", None)}
 
 
-def encode(spec: SoftLabelSpec, outputs: Any) -> dict[str, Any]:
+def encode(
+    spec: SoftLabelSpec, outputs: Any, *, logs: bool = True
+) -> dict[str, Any]:
+    """The arrays of rows `(n, C)`, float64, as they are put on disk."""
     dtype = _DTYPES[spec.dtype]
-    # A logit that overflows float16 is reported by the caller.
-    with np.errstate(over="ignore"):
+    # A logit that overflows float16 is reported by the caller; log(0) is -inf.
+    with np.errstate(over="ignore", divide="ignore"):
         if spec.top_k is None:
             return {"labels": outputs.astype(dtype)}
         order = np.argsort(-outputs, axis=-1, kind="stable")
         top = order[:, : spec.top_k]
-        values = np.take_along_axis(outputs, top, axis=-1).astype(dtype)
-    classes, _ = array_formats(spec, outputs.shape[1])["classes"]
-    return {"classes": top.astype(classes), "values": values}
+        values = np.take_along_axis(outputs, top, axis=-1)
+        formats = array_formats(spec, outputs.shape[1])
+        classes = top.astype(formats["classes"][0])
+        if not logs:
+            return {"classes": classes, "values": values.astype(dtype)}
+        rest = np.take_along_axis(outputs, order[:, spec.top_k :], axis=-1)
+        return {
+            "classes": classes,
+            "log_values": np.log(values).astype(dtype),
+            "log_tail": np.log(rest.sum(-1)).astype(dtype),
+        }
+
+
+def encode_top_k(
+    spec: SoftLabelSpec,
+    num_classes: int,
+    classes: Any,
+    log_values: Any,
+    log_tail: Any,
+) -> tuple[dict[str, Any], Any]:
+    """The arrays of the k largest, without their full rows.
+
+    Args:
+        spec: Of the store.
+        num_classes: C.
+        classes: `(n, k)` ints.
+        log_values: `(n, k)` float64, their log-probabilities.
+        log_tail: `(n,)` float64, log of the mass of the others.
+
+    Returns:
+        The arrays, and the total variation of their rows, `(n,)`.
+    """
+    formats = array_formats(spec, num_classes)
+    given = {"log_values": log_values, "log_tail": log_tail}
+    arrays = {n: a.astype(formats[n][0]) for n, a in given.items()}
+    arrays["classes"] = classes.astype(formats["classes"][0])
+    before, after = (
+        np.exp(
+            np.column_stack([logs["log_values"], logs["log_tail"]]), dtype=float
+        )
+        for logs in (given, arrays)
+    )
+    before, after = (m / m.sum(-1, keepdims=True) for m in (before, after))
+    return arrays, 0.5 * np.abs(before - after).sum(-1)
 
 
 def decode(
     spec: SoftLabelSpec, arrays: dict[str, Any], num_classes: int
 ) -> Any:
+    """Rows `(n, C)` float32 of what is on disk."""
     if spec.top_k is None:
         rows = arrays["labels"].astype("float32")
     else:
-        values = arrays["values"].astype("float32")
-        rest = np.maximum(1 - values.sum(-1, keepdims=True), 0)
-        rest = rest / (num_classes - spec.top_k)
-        rows = np.repeat(rest, num_classes, axis=-1)
-        classes = arrays["classes"].astype("int64")
-        np.put_along_axis(rows, classes, values, axis=-1)
+        classes, log_values, log_tail = top_k_of(arrays)
+        rest = np.exp(log_tail) / (num_classes - spec.top_k)
+        rows = np.repeat(rest[:, None], num_classes, axis=-1)
+        np.put_along_axis(rows, classes, np.exp(log_values), axis=-1)
     if not spec.from_logits:
         # Rounded to float16, a row adds up to 1 within 5e-4 only.
         rows /= rows.sum(-1, keepdims=True)
     return rows
+
+
+def top_k_of(arrays: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Classes int64, log-probabilities `(n, k)` and of the tail `(n,)`."""
+    classes = arrays["classes"].astype("int64")
+    if "log_values" in arrays:
+        log_values = arrays["log_values"].astype("float32")
+        return classes, log_values, arrays["log_tail"].astype("float32")
+    values = arrays["values"].astype("float32")
+    tail = np.maximum(1 - values.sum(-1), 0)
+    with np.errstate(divide="ignore"):
+        return classes, np.log(values), np.log(tail)
+
+
+def probabilities_of(rows: Any, from_logits: bool) -> Any:
+    """Probabilities in float64, of rows of either kind."""
+    rows = rows.astype("float64")
+    if from_logits:
+        rows = np.exp(rows - rows.max(-1, keepdims=True))
+    return rows / rows.sum(-1, keepdims=True)

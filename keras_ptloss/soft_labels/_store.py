@@ -18,7 +18,8 @@ import numpy as np
 from keras_ptloss._checks import fail
 from keras_ptloss.soft_labels._spec import SoftLabelSpec, array_formats
 
-FORMAT = "keras_ptloss.soft_labels/1"
+# Format 1 stored the k largest as probabilities, not as their logarithms.
+FORMATS = ("keras_ptloss.soft_labels/1", "keras_ptloss.soft_labels/2")
 
 
 def shard_path(store: Path, shard: tuple[int, int]) -> Path:
@@ -56,8 +57,9 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         manifest: dict[str, Any] = json.loads(text)
     except ValueError:
         damaged(directory, "its manifest is no JSON")
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        damaged(directory, f"its manifest's format is not {FORMAT}")
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found not in FORMATS:
+        damaged(directory, f"its manifest's format is not {FORMATS[-1]}")
     try:
         plausible = _plausible(manifest)
     except (KeyError, TypeError, ValueError) as error:
@@ -72,7 +74,8 @@ def _plausible(manifest: dict[str, Any]) -> bool:
     spec, (index, count) = spec_of(manifest), manifest["shard"]
     rows, names = manifest["rows"], spec.class_names
     error, checksums = manifest["total_variation"], manifest["checksums"]
-    classes = len(names) if names else max(manifest["num_classes"], 2)
+    known = len(names) if names else spec.num_classes
+    classes = known or max(manifest["num_classes"], 2)
     return bool(
         rows == shard_rows(spec, index, count)
         and 0 <= index < count
@@ -80,7 +83,7 @@ def _plausible(manifest: dict[str, Any]) -> bool:
         and 0 <= manifest["stored"] <= rows[1] - rows[0]
         and 0 <= error["sum"] < float("inf")
         and 0 <= error["max"] < float("inf")
-        and (checksums is None or set(checksums) == set(array_formats(spec, 2)))
+        and (checksums is None or set(checksums) == set(formats_of(manifest)))
     )
 
 
@@ -118,6 +121,18 @@ def spec_of(manifest: dict[str, Any]) -> SoftLabelSpec:
     return SoftLabelSpec(**manifest["spec"])
 
 
+def has_logs(manifest: dict[str, Any]) -> bool:
+    """Whether the k largest are stored as logarithms."""
+    return bool(manifest["format"] != FORMATS[0])
+
+
+def formats_of(manifest: dict[str, Any]) -> dict[str, tuple[str, int | None]]:
+    """Name, dtype and columns of each of a shard's arrays."""
+    return array_formats(
+        spec_of(manifest), manifest["num_classes"], logs=has_logs(manifest)
+    )
+
+
 def checksum(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
@@ -129,6 +144,8 @@ def checksum(path: Path) -> str:
 class Shard:
     """The arrays of a shard's directory, mapped and compared."""
 
+    ordered = True
+
     def __init__(self, directory: Path, *, verify: bool) -> None:
         manifest = read_manifest(directory)
         if manifest is None:
@@ -137,10 +154,8 @@ class Shard:
         self.start, self.stop = manifest["rows"]
         if manifest["stored"] != self.stop - self.start:
             damaged(directory, f"it has {manifest['stored']} rows only")
-        spec = spec_of(manifest)
-        arrays = array_formats(spec, manifest["num_classes"])
         self.arrays = {}
-        for name, (dtype, columns) in arrays.items():
+        for name, (dtype, columns) in formats_of(manifest).items():
             path = directory / f"{name}.npy"
             shape: tuple[int, ...] = (self.stop - self.start,)
             shape += () if columns is None else (columns,)

@@ -16,7 +16,7 @@ from keras_ptloss._checks import check_count, fail
 from keras_ptloss.soft_labels._data import (
     batches,
     check_differing,
-    fingerprints,
+    fingerprint,
     is_streamed,
     length,
     take,
@@ -26,10 +26,13 @@ from keras_ptloss.soft_labels._spec import (
     array_formats,
     decode,
     encode,
+    probabilities_of,
 )
 from keras_ptloss.soft_labels._store import (
-    FORMAT,
+    FORMATS,
     checksum,
+    formats_of,
+    has_logs,
     load,
     partial_path,
     read_manifest,
@@ -55,13 +58,6 @@ def with_num_examples(spec: SoftLabelSpec, dataset: Any) -> SoftLabelSpec:
             None,
         )
     return spec
-
-
-def _probabilities(rows: Any, from_logits: bool) -> Any:
-    rows = rows.astype("float64")
-    if from_logits:
-        rows = np.exp(rows - rows.max(-1, keepdims=True))
-    return rows / rows.sum(-1, keepdims=True)
 
 
 def _write(descriptor: int, data: bytes, offset: int) -> None:
@@ -151,7 +147,8 @@ class ShardWriter:
         """The number of classes, as far as known."""
         if self._manifest:
             return int(self._manifest["num_classes"])
-        return len(self.spec.class_names) if self.spec.class_names else None
+        names = self.spec.class_names
+        return len(names) if names else self.spec.num_classes
 
     def _lock(self) -> None:
         # A lock of the kernel's, which ends with its process however that
@@ -223,7 +220,7 @@ class ShardWriter:
                         raise
             _sync(path)
         manifest = {
-            "format": FORMAT,
+            "format": FORMATS[-1],
             "spec": dataclasses.asdict(self.spec),
             "num_classes": num_classes,
             "shard": list(self._shard),
@@ -237,7 +234,7 @@ class ShardWriter:
         return manifest
 
     def _open_arrays(self) -> None:
-        for name in array_formats(self.spec, self.num_classes or 0):
+        for name in formats_of(self._manifest or {}):
             path = self._directory / f"{name}.npy"
             offset = np.load(path, mmap_mode="r").offset
             # Written to as a file: through a memory map, a full disk would be
@@ -271,7 +268,7 @@ class ShardWriter:
             stop=self.stop,
             total=self._total,
         ):
-            found, first = fingerprints(x), row - self.start
+            found, first = fingerprint(x), row - self.start
             known = max(0, min(len(found), self.stored - first))
             if known:
                 rows = np.arange(first, first + known)
@@ -281,11 +278,11 @@ class ShardWriter:
                 yield row + known, x, found[known:]
 
     def append(self, hashes: Any, outputs: Any) -> None:
-        """Store the next rows."""
-        k, num_classes = self.spec.top_k, outputs.shape[1]
-        if k is not None and k >= num_classes:
-            fail("top_k", f"below the {num_classes} classes", k)
-        encoded = encode(self.spec, outputs)
+        """Store the next rows, `(n, C)` float64."""
+        num_classes = outputs.shape[1]
+        self._check_top_k(num_classes)
+        logs = self._manifest is None or has_logs(self._manifest)
+        encoded = encode(self.spec, outputs, logs=logs)
         with np.errstate(invalid="ignore"):
             decoded = decode(self.spec, encoded, num_classes)
         if not np.isfinite(decoded).all():
@@ -294,8 +291,27 @@ class ShardWriter:
             fail("dtype", "'float32' for outputs so extreme", self.spec.dtype)
         logits = self.spec.from_logits
         distance = 0.5 * np.abs(
-            _probabilities(decoded, logits) - _probabilities(outputs, logits)
+            probabilities_of(decoded, logits)
+            - probabilities_of(outputs, logits)
         ).sum(-1)
+        self.append_encoded(hashes, encoded, num_classes, distance)
+
+    def append_encoded(
+        self,
+        hashes: Any,
+        encoded: dict[str, Any],
+        num_classes: int,
+        distance: Any,
+    ) -> None:
+        """Store the next rows, as `encode` gives them.
+
+        Args:
+            hashes: Their fingerprints, `(n,)`.
+            encoded: Their arrays.
+            num_classes: C.
+            distance: Their total variation from the teacher's rows, `(n,)`.
+        """
+        self._check_top_k(num_classes)
         with self._disk():
             manifest = dict(self._manifest or self._create(num_classes))
             for name, rows in {**encoded, "fingerprints": hashes}.items():
@@ -308,8 +324,13 @@ class ShardWriter:
                 "sum": error["sum"] + float(distance.sum()),
                 "max": max(error["max"], float(distance.max())),
             }
-            manifest["stored"] += len(outputs)
+            manifest["stored"] += len(hashes)
             self._put_manifest(manifest)
+
+    def _check_top_k(self, num_classes: int) -> None:
+        k = self.spec.top_k
+        if k is not None and k >= num_classes:
+            fail("top_k", f"below the {num_classes} classes", k)
 
     def finish(self) -> None:
         """Add the checksums and give the directory its final name."""

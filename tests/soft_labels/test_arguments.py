@@ -26,6 +26,11 @@ from keras_ptloss.soft_labels import SoftLabels, SoftLabelSpec
         ({"temperature": 0}, "`temperature` must be a positive number"),
         ({"dtype": "int8"}, "`dtype` must be one of 'float16', 'float32'"),
         ({"top_k": 0}, "`top_k` must be an integer"),
+        ({"num_classes": 1}, "`num_classes` must be an integer of at least 2"),
+        (
+            {"num_classes": 3, "class_names": ("a", "b")},
+            "`num_classes` must be the 2 class names'",
+        ),
         ({"top_k": 2, "from_logits": True}, "`top_k` must be None for logits"),
     ],
 )

@@ -77,7 +77,7 @@ def test_a_flipped_bit_of_the_manifest_changes_no_row(path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"format": "keras_ptloss.soft_labels/2"}, "format is not"),
+        ({"format": "keras_ptloss.soft_labels/3"}, "format is not"),
         ({"spec": None}, "manifest is wrong"),
         ({"spec": {"num_examples": N, "colour": 1}}, "manifest is wrong"),
         ({"spec": {"num_examples": N, "dtype": "../../x"}}, "is wrong"),

@@ -19,8 +19,7 @@ from stores import (
     write,
 )
 
-from keras_ptloss.soft_labels import SoftLabels, SoftLabelSpec
-from keras_ptloss.soft_labels._data import fingerprints
+from keras_ptloss.soft_labels import SoftLabels, SoftLabelSpec, fingerprint
 
 # Storing and reading
 
@@ -87,7 +86,7 @@ def test_numpy_reads_the_files_without_us(path):
     rows = np.load(folder / "labels.npy", mmap_mode="r")
     np.testing.assert_allclose(rows, labels[:], atol=1e-6)
     hashes = np.load(folder / "fingerprints.npy")
-    np.testing.assert_array_equal(hashes, fingerprints(features()))
+    np.testing.assert_array_equal(hashes, fingerprint(features()))
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["stored"] == N
 

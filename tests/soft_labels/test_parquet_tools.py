@@ -1,0 +1,176 @@
+"""Parquet files written and read by the tools that people have."""
+
+import numpy as np
+import pytest
+from stores import C, N, Teacher, features, softmax, write
+
+from keras_ptloss.soft_labels import (
+    SoftLabels,
+    fingerprint,
+    import_soft_labels,
+)
+
+pa = pytest.importorskip("pyarrow")
+
+
+def pandas(folder, prints, rows, ids):
+    tool = pytest.importorskip("pandas")
+    frame = tool.DataFrame({"fingerprint": prints, "id": ids})
+    frame["probabilities"] = list(rows)
+    frame.to_parquet(folder / "a.parquet")
+
+
+def pandas_reads(file):
+    tool = pytest.importorskip("pandas")
+    frame = tool.read_parquet(file)
+    return frame["fingerprint"], np.stack(frame["probabilities"])
+
+
+def polars(folder, prints, rows, ids):
+    tool = pytest.importorskip("polars")
+    frame = tool.DataFrame(
+        {"fingerprint": prints, "id": ids, "probabilities": rows}
+    )
+    frame.write_parquet(folder / "a.parquet")
+
+
+def polars_reads(file):
+    tool = pytest.importorskip("polars")
+    frame = tool.read_parquet(file)
+    return frame["fingerprint"], np.stack(frame["probabilities"].to_list())
+
+
+def polars_lists(folder, prints, rows, ids):
+    tool = pytest.importorskip("polars")
+    frame = tool.DataFrame(
+        {"fingerprint": prints, "id": ids, "probabilities": rows.tolist()}
+    )
+    frame.write_parquet(folder / "a.parquet", use_pyarrow=False)
+
+
+def duckdb(folder, prints, rows, ids):
+    tool = pytest.importorskip("duckdb")
+    with tool.connect() as connection:
+        connection.execute(
+            "create table t (fingerprint ubigint, id varchar,"
+            " probabilities float[])"
+        )
+        for low in range(0, len(prints), 20):
+            some = slice(low, low + 20)
+            connection.executemany(
+                "insert into t values (?, ?, ?)",
+                list(
+                    zip(
+                        prints[some].tolist(),
+                        ids[some],
+                        rows[some].tolist(),
+                        strict=True,
+                    )
+                ),
+            )
+        connection.execute(
+            f"copy (from t order by id desc) to '{folder}/a.parquet'"
+        )
+
+
+def duckdb_reads(file):
+    tool = pytest.importorskip("duckdb")
+    with tool.connect() as connection:
+        found = connection.execute(
+            f"select fingerprint, probabilities from '{file}'"
+        ).fetchall()
+    prints, rows = zip(*found, strict=True)
+    return prints, np.array(rows)
+
+
+def hf_datasets(folder, prints, rows, ids):
+    tool = pytest.importorskip("datasets")
+    data = tool.Dataset.from_dict(
+        {"fingerprint": prints, "id": ids, "probabilities": rows}
+    )
+    data.shuffle(seed=0).to_parquet(str(folder / "a.parquet"))
+
+
+def hf_datasets_reads(file):
+    tool = pytest.importorskip("datasets")
+    cache = str(file.parent / "cache")
+    data = tool.Dataset.from_parquet(str(file), cache_dir=cache)
+    data = data.with_format("numpy")[:]
+    return data["fingerprint"], np.stack(data["probabilities"])
+
+
+WRITERS = (pandas, polars, polars_lists, duckdb, hf_datasets)
+READERS = (pandas_reads, polars_reads, duckdb_reads, hf_datasets_reads)
+
+
+@pytest.mark.filterwarnings("default")  # of the tools
+@pytest.mark.parametrize("tool", WRITERS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_they_write_is_attached(tmp_path, tool, dtype):
+    x = features()
+    rows = Teacher().rows(x).astype(dtype)
+    ids = [f"film {i}" for i in range(N)]
+    (tmp_path / "rows").mkdir()
+    tool(tmp_path / "rows", fingerprint(x), rows, ids)
+    labels = SoftLabels.open(tmp_path / "rows")
+    assert labels.shape == (N, C)
+    inputs, soft = labels.attach(x, batch_size=N)[0]
+    np.testing.assert_array_equal(inputs, x)
+    np.testing.assert_allclose(soft, rows, atol=1e-6)
+    report = import_soft_labels(
+        tmp_path / "rows", x, tmp_path / "store", ids=ids
+    )
+    np.testing.assert_allclose(report.labels[:], rows, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("tool", READERS)
+def test_they_read_what_is_written(path, tmp_path, tool):
+    labels = write(path)
+    labels.to_parquet(tmp_path / "rows")
+    prints, rows = tool(tmp_path / "rows" / "part-00000.parquet")
+    np.testing.assert_array_equal(
+        np.asarray(prints, "uint64"), labels.fingerprints
+    )
+    # Stored as float16, which is why they are divided by their sum when read.
+    np.testing.assert_allclose(
+        rows / rows.sum(-1, keepdims=True), labels[:], atol=1e-6
+    )
+
+
+def ray_tensors(rows):
+    """What Ray Data writes of arrays, as a machine without Ray sees it."""
+    storage = pa.array(rows.tolist(), pa.large_list(pa.float32()))
+
+    class Tensors(pa.ExtensionType):
+        def __init__(self):
+            super().__init__(storage.type, "tests.tensors")
+
+        def __arrow_ext_serialize__(self):
+            return b"[4]"
+
+        @classmethod
+        def __arrow_ext_deserialize__(cls, storage_type, serialized):
+            return cls()
+
+    return Tensors, pa.ExtensionArray.from_storage(Tensors(), storage)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_extension_types(tmp_path, known):
+    rows = softmax(features() @ Teacher().weights)
+    kind, column = ray_tensors(rows)
+    table = pa.table(
+        {"fingerprint": fingerprint(features()), "probabilities": column}
+    )
+    import pyarrow.parquet as pq
+
+    pq.write_table(table, tmp_path / "a.parquet")
+    if known:
+        pa.register_extension_type(kind())
+    try:
+        labels = SoftLabels.open(tmp_path)
+    finally:
+        if known:
+            pa.unregister_extension_type("tests.tensors")
+    np.testing.assert_allclose(labels[:], rows, atol=1e-6)
