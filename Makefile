@@ -3,13 +3,14 @@
 #   make test   the tests, on TensorFlow and on JAX
 #   make lint   ruff, mypy, and the layers in pyproject.toml
 #   make slow   the tests that are left out of `make test`
+#   make test-dist   the wheel, built and tested as it would be installed
 #   make test-rest   a student served by KServe, in an environment of its own
 
 PYTHON ?= python3
 BIN = .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test slow test-rest lint wheel clean
+.PHONY: demo test slow test-rest dist test-dist lint clean
 # Nothing is left half-installed by an interrupted run.
 .DELETE_ON_ERROR:
 
@@ -34,8 +35,22 @@ lint: .venv/test.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
 
-wheel: .venv/test.installed
-	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+# What would be published: complete, and readable where it is shown.
+dist: .venv/release.installed
+	rm -rf dist
+	$(BIN)/check-manifest
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+# The wheel in an environment of its own, the tests from the source
+# distribution: pytest, without `python -m`, sees no other copy of the package.
+test-dist: dist
+	$(PYTHON) -m venv --clear .venv-dist
+	.venv-dist/bin/pip install --quiet pytest matplotlib scikit-learn \
+	  "$$(echo dist/*.whl)[tensorflow,jax]"
+	tar -xzf dist/*.tar.gz -C .venv-dist --strip-components 1 --one-top-level=source
+	rm -r .venv-dist/source/keras_ptloss
+	cd .venv-dist/source && KERAS_BACKEND=jax ../bin/pytest tests/test_api.py
 
 # Installing one extra leaves the other in place.
 .venv/%.installed: setup.cfg pyproject.toml | .venv/bin/pip
@@ -52,4 +67,4 @@ wheel: .venv/test.installed
 	$(PYTHON) -m venv .venv
 
 clean:
-	rm -rf .venv .venv-rest build dist *.egg-info demo-output
+	rm -rf .venv .venv-* build dist *.egg-info demo-output
