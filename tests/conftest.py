@@ -2,6 +2,8 @@
 
 import keras
 
+pytest_plugins = ["required_packages"]
+
 
 def pytest_report_header():
     return f"keras {keras.__version__} on {keras.config.backend()}"

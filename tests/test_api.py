@@ -16,7 +16,7 @@ import pytest
 import keras_ptloss
 
 ROOT = pathlib.Path(__file__).parent.parent
-PACKAGE = ROOT / "keras_ptloss"
+PACKAGE = pathlib.Path(keras_ptloss.__file__).parent  # installed, or here
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = sorted(
     m.name
@@ -256,7 +256,7 @@ def test_import_needs_no_tensorflow_on_jax(tmp_path):
     code = "import sys, keras_ptloss; print('tensorflow' in sys.modules)"
     out = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=ROOT,
+        cwd=PACKAGE.parent,
         env={"KERAS_BACKEND": "jax", "PATH": "", "HOME": str(tmp_path)},
         capture_output=True,
         text=True,

@@ -11,6 +11,9 @@ from KServe, which wants an environment of its own:
     python -m venv /tmp/kserve && /tmp/kserve/bin/pip install kserve tensorflow
     ... serving.py --rest-python /tmp/kserve/bin/python
 
+With `--clients 8 --seconds 120` that many clients send requests without a
+pause, check every answer, and the server's memory is read on the way.
+
 TensorFlow Serving's own program is on no package index; both servers here
 load the SavedModel by `tf.saved_model.load` and call its signature
 `serving_default`, as that program does. The tests use them too.
@@ -266,6 +269,64 @@ def latency(predict, requests):
     return np.array(milliseconds), answers
 
 
+def resident_mib(process):
+    """Return the memory that a process holds, as Linux counts it."""
+    pages = pathlib.Path(f"/proc/{process.pid}/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def load(process, port, images, expected, *, clients, seconds):
+    """Send requests from all clients at once, and print what came of them.
+
+    A client is a thread with a channel of its own: it waits for the server
+    with Python's lock released. A tenth of the time is warm-up, not counted.
+    """
+    start = time.perf_counter()
+    begin, stop = start + seconds / 10, start + seconds
+
+    def run(client):
+        rng = np.random.default_rng(client)
+        times, errors, difference = [], [], 0.0
+        with grpc_client(port) as predict:
+            while (before := time.perf_counter()) < stop:
+                rows = rng.integers(0, len(images), 1)
+                try:
+                    answer = predict({"image": images[rows]})
+                except Exception as error:  # counted and shown, whatever it is
+                    errors.append(repr(error))
+                    continue
+                if before > begin:
+                    times.append(1000 * (time.perf_counter() - before))
+                found = np.abs(answer["probabilities"] - expected[rows]).max()
+                difference = max(difference, float(found))
+        return times, errors, difference
+
+    memory = []
+    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+        futures = [pool.submit(run, client) for client in range(clients)]
+        while (now := time.perf_counter()) < stop:
+            if now > begin:
+                memory.append(resident_mib(process))
+            time.sleep(seconds / 120)
+        results = [future.result() for future in futures]
+    times = np.concatenate([times for times, _, _ in results])
+    errors = [error for _, errors, _ in results for error in errors]
+    print(f"{clients} clients, {stop - begin:.0f} s after warm-up")
+    print(f"  requests             {len(times)}")
+    print(f"  a second             {len(times) / (stop - begin):.0f}")
+    print(f"  errors               {len(errors)} {errors[:1] or ''}")
+    print(f"  largest difference   {max(d for _, _, d in results):.1e}")
+    for percent in (50, 95, 99, 100):
+        value = np.percentile(times, percent)
+        print(f"  p{percent:<4} ms             {value:.2f}")
+    quarter = len(memory) // 4
+    for name, part in (
+        ("first quarter", memory[:quarter]),
+        ("last quarter", memory[-quarter:]),
+    ):
+        print(f"  MiB, {name:<15} {np.mean(part):.1f}")
+
+
 def show(name, milliseconds, difference):
     """Print one line of the table."""
     warm = milliseconds[1:]
@@ -278,7 +339,7 @@ def show(name, milliseconds, difference):
     )
 
 
-def main(requests, rest_python):
+def main(requests, rest_python, clients, seconds):
     """Export a student, serve it, and print latencies."""
     import keras
 
@@ -307,9 +368,18 @@ def main(requests, rest_python):
         export_student(student, directory, from_logits=True)
         print(f"exported in {time.perf_counter() - start:.1f} s")
         with (
-            server("grpc", directory) as (_, port),
+            server("grpc", directory) as (process, port),
             grpc_client(port) as predict,
         ):
+            if clients:
+                return load(
+                    process,
+                    port,
+                    images,
+                    expected,
+                    clients=clients,
+                    seconds=seconds,
+                )
             for batch in (1, 32):
                 groups = np.array_split(
                     np.arange(requests * batch) % requests, requests
@@ -340,6 +410,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--rest-python", help="python that has KServe")
+    parser.add_argument("--clients", type=int, help="so many at once")
+    parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--serve", choices=("grpc", "rest"))
     parser.add_argument("--directory", help="what to serve")
     parser.add_argument("--port", type=int)
@@ -349,4 +421,9 @@ if __name__ == "__main__":
     elif arguments.serve == "rest":
         serve_rest(arguments.directory, arguments.port)
     else:
-        main(arguments.requests, arguments.rest_python)
+        main(
+            arguments.requests,
+            arguments.rest_python,
+            arguments.clients,
+            arguments.seconds,
+        )

@@ -167,6 +167,9 @@ def normalised_teacher(teacher_probs: Any) -> np.ndarray:
             "of shape (examples, ..., classes), none of them empty",
             teacher_probs,
         )
+    if teacher.shape[-1] == 1:
+        # Before 1 - t is taken: in float16 it loses what a small t has.
+        teacher = teacher.astype("float64")
     teacher = two_events(teacher, from_logits=False)
     check_probabilities("teacher_probs", teacher, "take their softmax")
     teacher = teacher.astype("float64")

@@ -7,6 +7,7 @@ index, and is read by every tool: `np.load(file, mmap_mode="r")`.
 """
 
 import hashlib
+import itertools
 import json
 import mmap
 import re
@@ -50,12 +51,12 @@ def shard_count(store: Path) -> int | None:
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """The JSON record of a shard; None if there is none yet."""
     try:
-        text = (directory / "manifest.json").read_text("utf-8")
+        text = (directory / "manifest.json").read_bytes()
     except FileNotFoundError:
         return None
     try:
-        manifest: dict[str, Any] = json.loads(text)
-    except ValueError:
+        manifest: dict[str, Any] = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError):
         damaged(directory, "its manifest is no JSON")
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found not in FORMATS:
@@ -66,7 +67,17 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         damaged(directory, f"its manifest is wrong ({error!r})")
     if not plausible:
         damaged(directory, "its manifest contradicts itself")
+    # Stores of version 0.1.0 have none.
+    known = manifest.pop("checksum", None)
+    if known not in (None, manifest_checksum(manifest)):
+        damaged(directory, "the checksum of its manifest differs")
     return manifest
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """Digest of a manifest without its own; JSON gives numbers back exactly."""
+    text = json.dumps(manifest, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _plausible(manifest: dict[str, Any]) -> bool:
@@ -76,10 +87,13 @@ def _plausible(manifest: dict[str, Any]) -> bool:
     error, checksums = manifest["total_variation"], manifest["checksums"]
     known = len(names) if names else spec.num_classes
     classes = known or max(manifest["num_classes"], 2)
+    counts = [index, count, *rows, manifest["num_classes"], manifest["stored"]]
     return bool(
-        rows == shard_rows(spec, index, count)
+        # 4.0 and True are equal to whole numbers, and serve as such nowhere.
+        all(type(number) is int for number in counts)
+        and rows == shard_rows(spec, index, count)
         and 0 <= index < count
-        and manifest["num_classes"] == classes
+        and manifest["num_classes"] == classes > (spec.top_k or 0)
         and 0 <= manifest["stored"] <= rows[1] - rows[0]
         and 0 <= error["sum"] < float("inf")
         and 0 <= error["max"] < float("inf")
@@ -189,21 +203,31 @@ def open_shards(path: Path, *, verify: bool) -> list[Shard]:
     count = shard_count(path)
     if count is None:
         raise FileNotFoundError(f"No soft labels at {path}")
-    directories = [shard_path(path, (index, count)) for index in range(count)]
+    if not count:
+        fail("path", "a store of at least one shard", str(path))
+    # Few are looked for: a name alone can promise billions.
+    absent = (
+        (index, directory)
+        for index in range(count)
+        if not (directory := shard_path(path, (index, count))).is_dir()
+    )
     missing = [
         f"shard {index} of {count} ({progress(directory)})"
-        for index, directory in enumerate(directories)
-        if not directory.is_dir()
+        for index, directory in itertools.islice(absent, 8)
     ]
     if missing:
+        more = " and others" if next(absent, None) else ""
         fail(
             "path",
-            f"a complete store, but {', '.join(missing)} must be written"
+            f"a complete store, but {', '.join(missing)}{more} must be written"
             " first: call `write` (or `write_shard`) again as before, it"
             " resumes",
             str(path),
         )
-    shards = [Shard(directory, verify=verify) for directory in directories]
+    shards = [
+        Shard(shard_path(path, (index, count)), verify=verify)
+        for index in range(count)
+    ]
     for index, shard in enumerate(shards):
         first, this = shards[0].manifest, shard.manifest
         same = all(first[k] == this[k] for k in ("spec", "num_classes"))

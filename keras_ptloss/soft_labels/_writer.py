@@ -34,6 +34,7 @@ from keras_ptloss.soft_labels._store import (
     formats_of,
     has_logs,
     load,
+    manifest_checksum,
     partial_path,
     read_manifest,
     shard_count,
@@ -247,7 +248,8 @@ class ShardWriter:
         path = self._directory / "manifest.json"
         new = path.with_suffix(".json.new")
         with new.open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
+            signed = {**manifest, "checksum": manifest_checksum(manifest)}
+            json.dump(signed, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)

@@ -58,13 +58,14 @@ def test_any_flipped_bit_of_an_array_is_found(path, name):
     assert len(SoftLabels.open(path)) == N
 
 
-def test_a_flipped_bit_of_the_manifest_changes_no_row(path):
-    rows = write(path)[:]
+@pytest.mark.parametrize("k", [None, 2])
+def test_a_flipped_bit_of_the_manifest_changes_no_row(path, k):
+    rows = write(path, top_k=k)[:]
     file = path / "shard-00000-of-00001" / "manifest.json"
     good = file.read_bytes()
     for place in range(len(good)):
         bad = bytearray(good)
-        bad[place] ^= 1 << (place % 7)
+        bad[place] ^= 1 << (place % 8)
         file.write_bytes(bad)
         try:
             found = SoftLabels.open(path)[:]
@@ -83,6 +84,8 @@ def test_a_flipped_bit_of_the_manifest_changes_no_row(path):
         ({"spec": {"num_examples": N, "dtype": "../../x"}}, "is wrong"),
         ({"num_classes": "4"}, "manifest is wrong"),
         ({"num_classes": -4}, "contradicts itself"),
+        ({"num_classes": 4.0}, "contradicts itself"),
+        ({"stored": float(N)}, "contradicts itself"),
         ({"rows": [0, N + 1]}, "contradicts itself"),
         ({"shard": [1, 2]}, "contradicts itself"),
         ({"stored": N + 1}, "contradicts itself"),
@@ -95,8 +98,32 @@ def test_a_flipped_bit_of_the_manifest_changes_no_row(path):
 def test_manifests_from_elsewhere(path, change, match):
     write(path)
     file = path / "shard-00000-of-00001" / "manifest.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    manifest = {**json.loads(file.read_text()), **change}
+    # Who writes a manifest writes no checksum, as version 0.1.0 did, or his.
+    del manifest["checksum"]
+    file.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=f"an intact store, but .*{match}"):
+        SoftLabels.open(path)
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"format": "\xff"}'])
+def test_manifests_that_no_parser_reads(path, text):
+    write(path)
+    (path / "shard-00000-of-00001" / "manifest.json").write_bytes(text)
+    with pytest.raises(ValueError, match="intact store.*manifest is no JSON"):
+        SoftLabels.open(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("shard-00000-of-00000", "at least one shard"),
+        ("shard-00000-of-99999999999", r"shard 8 of \d+ \(not begun\) and oth"),
+    ],
+)
+def test_names_that_promise_no_or_billions_of_shards(path, name, match):
+    (path / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=match):
         SoftLabels.open(path)
 
 

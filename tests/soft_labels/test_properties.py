@@ -214,3 +214,45 @@ def test_any_json_is_read_or_refused(record, log):
     assert row.failure or np.isnan(row.values[:]).sum() + np.sum(
         (row.values >= 0) & (row.values <= 1.02)
     ) == len(row.values)
+
+
+@pytest.fixture(scope="module")
+def stored():
+    rows = np.array([[0.5, 0.3, 0.2], [0.1, 0.0, 0.9]])
+    return store(rows, top_k=2, dtype="float32")
+
+
+def fields(manifest):
+    """The places of a manifest where a value stands."""
+    for key, value in manifest.items():
+        yield (key,)
+        if isinstance(value, dict):
+            yield from ((key, inner) for inner in value)
+
+
+numbers = st.sampled_from([0, 1, 2, 2.0, 3.0, -1, 10**30, 1e308, float("nan")])
+scalars = leaves | numbers | st.sampled_from(["float32", "../../x", "2"])
+values = (
+    scalars
+    | st.lists(scalars, max_size=3)
+    | st.dictionaries(st.sampled_from(["sum", "max", "../x"]), scalars)
+)
+
+
+@hypothesis.settings(settings, max_examples=200)
+@hypothesis.given(st.data(), values)
+def test_any_manifest_is_refused_or_changes_no_row(stored, data, value):
+    file = stored.path / "shard-00000-of-00001" / "manifest.json"
+    good = file.read_text()
+    manifest = json.loads(good)
+    *outer, key = data.draw(st.sampled_from(list(fields(manifest))))
+    (manifest[outer[0]] if outer else manifest)[key] = value
+    file.write_text(json.dumps(manifest))
+    try:
+        found = SoftLabels.open(stored.path)[:]
+    except ValueError as error:
+        assert "intact store" in str(error)
+    else:
+        np.testing.assert_array_equal(found, stored[:])
+    finally:
+        file.write_text(good)
