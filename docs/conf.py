@@ -52,6 +52,7 @@ nb_execution_cache_path = str(HERE / "_build" / "jupyter_cache")
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_output_stderr = "remove"  # what TensorFlow says of the machine
 
 # Reference -----------------------------------------------------------------
 
@@ -87,7 +88,7 @@ html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {
     "navbar_end": ["theme-switcher"],
-    "header_links_before_dropdown": 6,
+    "header_links_before_dropdown": 7,
     "secondary_sidebar_items": {"**": ["page-toc"], "index": []},
     "footer_start": ["copyright"],
     "footer_end": [],
@@ -95,7 +96,18 @@ html_theme_options = {
     "pygments_dark_style": "a11y-high-contrast-dark",
     "show_toc_level": 2,
 }
-html_sidebars = {"index": [], "interactive": []}
+html_sidebars = {
+    page: []
+    for page in (
+        "index",
+        "get_started",
+        "method",
+        "interactive",
+        "results",
+        "changelog",
+        "contributing",
+    )
+}
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
