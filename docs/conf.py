@@ -52,6 +52,7 @@ nb_execution_cache_path = str(HERE / "_build" / "jupyter_cache")
 nb_execution_in_temp = True  # pages write files
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
+nb_execution_show_tb = True
 nb_merge_streams = True
 nb_output_stderr = "remove"  # what TensorFlow says of the machine
 
