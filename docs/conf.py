@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import re
 import shutil
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from sphinx.ext import autosummary
 import keras_ptloss
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE / "_extensions"))
 
 project = "keras_ptloss"
 author = "The keras_ptloss authors"
@@ -20,6 +22,7 @@ version = release = keras_ptloss.__version__
 
 extensions = [
     "myst_nb",
+    "notebooks",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
@@ -29,7 +32,7 @@ extensions = [
     "sphinx_design",
 ]
 templates_path = ["_templates"]
-exclude_patterns = ["_build", "_templates", "browser"]
+exclude_patterns = ["_build", "_extensions", "_templates", "browser"]
 
 # Every reference must lead somewhere, but for two kinds. Docstrings mark code
 # by single backticks: a link where it names something public, else code. And
@@ -51,7 +54,7 @@ nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE / "_build" / "jupyter_cache")
 nb_execution_in_temp = True  # pages write files
 nb_execution_raise_on_error = True
-nb_execution_timeout = 300
+nb_execution_timeout = 600
 nb_execution_show_tb = True
 nb_merge_streams = True
 nb_output_stderr = "remove"  # what TensorFlow says of the machine

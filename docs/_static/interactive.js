@@ -109,7 +109,7 @@ const ptloss = (() => {
       "loss above its minimum, nats");
     const clip = draw(svg, "clipPath", { id: "ptloss-plot" });
     draw(clip, "rect",
-      { x: left, y: top - 4, width: right - left, height: bottom - top + 8 });
+      { x: left, y: top - 4, width: right - left, height: bottom - top + 12 });
     const plot = draw(svg, "g", { "clip-path": "url(#ptloss-plot)" });
     const kl = draw(plot, "path", { class: "teacher line" });
     const pt = draw(plot, "path", { class: "proxy line" });
