@@ -5,12 +5,15 @@
 #   make slow   the tests that are left out of `make test`
 #   make test-dist   the wheel, built and tested as it would be installed
 #   make test-rest   a student served by KServe, in an environment of its own
+#   make docs   the site, in docs/_build/html; INTERSPHINX=0: without links to
+#               other projects, which are looked up where there is a network
+#   make docs-test   the site in a browser: Debian's chromium, or CHROMIUM=path
 
 PYTHON ?= python3
 BIN = .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test slow test-rest dist test-dist lint clean
+.PHONY: demo test slow test-rest dist test-dist lint docs docs-test clean
 # Nothing is left half-installed by an interrupted run.
 .DELETE_ON_ERROR:
 
@@ -52,6 +55,12 @@ test-dist: dist
 	rm -r .venv-dist/source/keras_ptloss
 	cd .venv-dist/source && KERAS_BACKEND=jax ../bin/pytest tests/test_api.py
 
+docs: .venv/docs.installed
+	KERAS_BACKEND=jax $(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
+
+docs-test: .venv/docs_test.installed docs
+	KERAS_BACKEND=jax $(BIN)/python -m pytest docs/browser
+
 # Installing one extra leaves the other in place.
 .venv/%.installed: setup.cfg pyproject.toml | .venv/bin/pip
 	$(BIN)/pip install --quiet --editable ".[$*]"
@@ -67,4 +76,5 @@ test-dist: dist
 	$(PYTHON) -m venv .venv
 
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info demo-output
+	rm -rf .venv .venv-* build dist *.egg-info demo-output docs/_build \
+		docs/api/generated docs/benchmarks

@@ -160,7 +160,7 @@ def _predict(
             )
         with weights_given_back(teacher):
             pairs = [
-                (teacher.predict_on_batch(x), _integers(y))
+                (teacher.predict_on_batch(_as_own(x)), _integers(y))
                 for x, y in _pairs(labels)
             ]
         if not pairs:
@@ -221,6 +221,18 @@ def _pairs(data: Any) -> Iterator[tuple[Any, Any]]:
                 f"Received: a batch of type {type(batch).__name__}"
             )
         yield x, y
+
+
+def _as_own(x: Any) -> Any:
+    """Return inputs as the backend takes them: on JAX no `tf.Tensor`."""
+    return keras.tree.map_structure(
+        lambda leaf: (
+            leaf.numpy()
+            if hasattr(leaf, "numpy") and not ops.is_tensor(leaf)
+            else leaf
+        ),
+        x,
+    )
 
 
 def _integers(labels: Any) -> np.ndarray:

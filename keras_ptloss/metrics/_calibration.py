@@ -238,7 +238,7 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         ECE = sum_B (|B| / N) |accuracy(B) - confidence(B)|
 
     The sums of each bin are kept, so that batches give what the whole data
-    would. With weights, |B| and N are sums of weights. It is 0 before the
+    would. With weights, `|B|` and `N` are sums of weights. It is 0 before the
     first example.
 
     `y_true` holds class indices, `(...)` or `(..., 1)`, or one-hot rows,

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import scipy.special
+import tensorflow as tf
 
 from keras_ptloss import ProxyTeacherSearch
 from keras_ptloss.search import CalibrationSearch, GradientSearch
@@ -65,6 +66,14 @@ class TestDataSets:
         teacher, x, labels, outputs = live
         batches = ((x[i : i + 30], labels[i : i + 30]) for i in (0, 30, 60))
         found = TEMPERATURE.search(teacher, batches)
+        assert found.score_at_zero == pytest.approx(
+            helpers.nll(outputs, labels), rel=1e-5
+        )
+
+    def test_tf_data(self, live):
+        teacher, x, labels, outputs = live
+        data = tf.data.Dataset.from_tensor_slices((x, labels)).batch(32)
+        found = TEMPERATURE.search(teacher, data)
         assert found.score_at_zero == pytest.approx(
             helpers.nll(outputs, labels), rel=1e-5
         )

@@ -1,0 +1,60 @@
+"""Each executed page is a notebook too, of the same source."""
+
+import re
+import sys
+
+import nbformat
+import pytest
+from conftest import DOCS, SITE
+
+sys.path.append(str(DOCS / "_extensions"))
+import notebooks
+
+PAGES = sorted(
+    path.relative_to(DOCS).with_suffix("").as_posix()
+    for path in DOCS.rglob("*.md")
+    if "_build" not in path.parts and notebooks.is_executed(path.read_text())
+)
+TUTORIALS = {
+    "get_started",
+    "tutorials/images",
+    "tutorials/serving",
+    "tutorials/text_teacher",
+}
+
+
+def test_tutorials_are_executed():
+    assert set(PAGES) >= TUTORIALS
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_notebook(name):
+    notebook = nbformat.read(SITE / "notebooks" / f"{name}.ipynb", 4)
+    nbformat.validate(notebook)
+    first, *cells = notebook.cells
+    assert first.source.startswith("%pip install")
+    source = (DOCS / f"{name}.md").read_text()
+    code = re.findall(
+        r"```\{code-cell\} ipython3\n((?::.*\n)*)(.*?)```", source, re.S
+    )
+    assert [c.source.strip() for c in cells if c.cell_type == "code"] == [
+        body.strip() for _, body in code
+    ]
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            assert not re.search(r"\{[\w:]+\}`|\]\((?!https?:)", cell.source)
+    page = (SITE / f"{name}.html").read_text()
+    assert f'notebooks/{name}.ipynb" download' in page
+
+
+def test_colab():
+    """Where the repository is known, pages link to it and cells install it."""
+    line = notebooks.links("tutorials/serving", "owner/name")
+    assert (
+        "colab.research.google.com/github/owner/name/blob/gh-pages/"
+        "notebooks/tutorials/serving.ipynb" in line
+    )
+    source = (DOCS / "tutorials" / "serving.md").read_text()
+    cell = notebooks.make_notebook(source, "owner/name").cells[0].source
+    assert "git+https://github.com/owner/name" in cell
+    assert "tensorflow-serving-api" in cell

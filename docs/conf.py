@@ -1,0 +1,231 @@
+"""How the site is built: `make docs`."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import sys
+import urllib.request
+from pathlib import Path
+
+from sphinx.ext import autosummary
+
+import keras_ptloss
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE / "_extensions"))
+
+project = "keras_ptloss"
+author = "The keras_ptloss authors"
+copyright = author
+version = release = keras_ptloss.__version__
+
+extensions = [
+    "myst_nb",
+    "notebooks",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+templates_path = ["_templates"]
+exclude_patterns = ["_build", "_extensions", "_templates", "browser"]
+
+# Every reference must lead somewhere, but for two kinds. Docstrings mark code
+# by single backticks: a link where it names something public, else code. And
+# annotations name what other projects, or no one, documents.
+nitpicky = True
+default_role = "py:obj"
+nitpick_ignore_regex = [
+    ("py:obj", "(?s).*"),
+    ("py:.*", r"(?!keras_ptloss\b).*"),
+    ("py:class", r"keras_ptloss\.(.*\._|_|plots\.Searched).*"),
+]
+
+# Pages ---------------------------------------------------------------------
+
+source_suffix = {".rst": "restructuredtext", ".md": "myst-nb"}
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(HERE / "_build" / "jupyter_cache")
+nb_execution_in_temp = True  # pages write files
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600
+nb_execution_show_tb = True
+nb_merge_streams = True
+nb_output_stderr = "remove"  # what TensorFlow says of the machine
+
+# Reference -----------------------------------------------------------------
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autosummary_generate = True
+python_maximum_signature_line_length = 72
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+napoleon_attr_annotations = False
+napoleon_custom_sections = [("Reference", "notes_style")]
+# Where a summary does not end.
+autosummary.WELL_KNOWN_ABBREVIATIONS += ("Eq.",)
+
+INVENTORIES = {
+    "python": "https://docs.python.org/3",
+    "keras": "https://keras.io/api",
+    "numpy": "https://numpy.org/doc/stable",
+    "scipy": "https://docs.scipy.org/doc/scipy",
+    "jax": "https://docs.jax.dev/en/latest",
+}
+
+# HTML ----------------------------------------------------------------------
+
+html_theme = "pydata_sphinx_theme"
+html_title = "keras_ptloss"
+html_favicon = "_static/favicon.svg"
+html_context = {"default_mode": "auto"}
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_theme_options = {
+    "navbar_end": ["theme-switcher"],
+    "header_links_before_dropdown": 7,
+    "secondary_sidebar_items": {"**": ["page-toc"], "index": []},
+    "footer_start": ["copyright"],
+    "footer_end": [],
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
+    "show_toc_level": 2,
+}
+html_sidebars = {
+    page: []
+    for page in (
+        "index",
+        "get_started",
+        "method",
+        "interactive",
+        "results",
+        "changelog",
+        "contributing",
+    )
+}
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+
+# One file from the package `django-static-mathjax`, beside the pages: they
+# show formulas without a network, and ask no other host.
+MATHJAX = "mathjax/static/mathjax/es5/tex-svg.js"
+mathjax_path = "mathjax/tex-svg.js"
+# Without the menu nothing else of MathJax is ever loaded.
+mathjax3_config = {"options": {"enableMenu": False}}
+
+
+def reachable(inventories):
+    """Return those that can be read now: a build needs no network.
+
+    Links to the other projects become code where theirs cannot be.
+    """
+    mapping = {}
+    for name, address in inventories.items():
+        request = urllib.request.Request(
+            f"{address}/objects.inv", headers={"User-Agent": "Sphinx"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                if answer.read(9) == b"# Sphinx ":
+                    mapping[name] = (address, None)
+        except OSError:
+            continue
+    return mapping
+
+
+# "0" builds as on a machine without a network.
+intersphinx_mapping = (
+    reachable(INVENTORIES) if os.environ.get("INTERSPHINX") != "0" else {}
+)
+
+
+def mark_formulas(app, what, name, thing, options, lines):
+    """Make blocks that are set off by four spaces literal, as Markdown does."""
+    marked = []
+    section = "\n"
+    for line in lines:
+        if line and not line.startswith(" "):
+            section = line
+        elif (
+            line.startswith("    ")
+            and len(marked) > 1
+            and not marked[-1].strip()
+            and section
+        ):
+            marked += ["::", ""]
+            section = ""
+        marked.append(line)
+        if re.fullmatch(r"[A-Z]\w+:", line):
+            section = ""  # Args, Returns, ...: its lines are indented anyway
+    lines[:] = marked
+
+
+def leave_out_any(app, what, name, thing, options, signature, returns):
+    """Leave out annotations that tell nothing, as of tensors."""
+    if signature is None:
+        return None
+    return signature.replace(": Any", ""), None if returns == "Any" else returns
+
+
+def copy_tables(app):
+    """Copy the results' tables beside the pages that link to them."""
+    shutil.copytree(
+        HERE.parent / "benchmarks" / "results",
+        HERE / "benchmarks" / "results",
+        dirs_exist_ok=True,
+    )
+
+
+def link_tables(app, name, source):
+    """Make links out of `docs/` lead to these copies."""
+    text = source[0].replace("](../benchmarks/results)", "](tables.md)")
+    source[0] = text.replace("](../benchmarks/", "](benchmarks/")
+
+
+def find_public(app, env, node, contnode):
+    """Link a public name to its page, whatever module it is reached by.
+
+    Docstrings write `SoftLabels.write`, annotations
+    `keras_ptloss.soft_labels._soft_labels.SoftLabels`.
+    """
+    path = re.fullmatch(r"(keras_ptloss\.)?((?:\w+\.)*\w+)", node["reftarget"])
+    if node.get("refdomain") != "py" or path is None:
+        return None
+    name = re.sub(r"^([a-z_]\w*\.)+(?=\w)", "", path[2])
+    domain = env.get_domain("py")
+    for known in domain.objects:
+        if re.fullmatch(rf"keras_ptloss\.([a-z_]+\.)?{name}", known):
+            return domain.resolve_xref(
+                env, node["refdoc"], app.builder, "obj", known, node, contnode
+            )
+    return None
+
+
+def copy_mathjax(app, exception):
+    """Put MathJax where `mathjax_path` says."""
+    if exception is None and app.builder.format == "html":
+        package = importlib.metadata.distribution("django-static-mathjax")
+        target = Path(app.outdir) / "_static" / mathjax_path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(package.locate_file(MATHJAX), target)
+
+
+def setup(app):
+    """Connect the above to the build."""
+    # Before napoleon's, which takes Google's sections apart.
+    app.connect("autodoc-process-docstring", mark_formulas, priority=400)
+    app.connect("autodoc-process-signature", leave_out_any)
+    app.connect("builder-inited", copy_tables, priority=100)
+    app.connect("source-read", link_tables)
+    app.connect("missing-reference", find_public)
+    app.connect("build-finished", copy_mathjax)
