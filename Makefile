@@ -2,19 +2,24 @@
 #   make demo         distil students from a biased teacher, on handwritten digits
 #   make test         the tests, on TensorFlow and on JAX
 #   make test-floor   the core's, on the lowest versions that setup.cfg allows
+#   make test-torch   the core's, on PyTorch
 #   make lint         ruff, mypy, and the layers in pyproject.toml
 #   make slow         the tests that are left out of `make test`
 # PYTHON=python3.13 takes another interpreter; `make clean` first.
 
 PYTHON ?= python3
-# Of the lowest versions TensorFlow has wheels for 3.11 and 3.12, JAX for more.
-FLOOR_PYTHON ?= python3.11
+# For test-floor and test-torch, whose wheels need not be there for later ones.
+OLDEST_PYTHON ?= python3.11
+# The CPU's. An index that lacks it: PIP_EXTRA_INDEX_URL=
+# https://download.pytorch.org/whl/cpu, or TORCH=torch, with CUDA's libraries.
+TORCH ?= torch==2.13.0+cpu
 BIN = .venv/bin
 CORE = tests/losses tests/proxy tests/search tests/distiller tests/soft_labels \
-	tests/test_calibration.py tests/test_correction.py tests/test_metrics.py
+	tests/test_binary.py tests/test_calibration.py tests/test_checks.py \
+	tests/test_correction.py tests/test_metrics.py
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test test-floor slow lint wheel clean
+.PHONY: demo test test-floor test-torch slow lint wheel clean
 # Nothing is left half-installed by an interrupted run.
 .DELETE_ON_ERROR:
 
@@ -30,6 +35,12 @@ test-floor: .venv-floor-tensorflow/installed .venv-floor-jax/installed
 		-m "not slow" $(CORE)
 	KERAS_BACKEND=jax .venv-floor-jax/bin/python -m pytest -n 2 \
 		-m "not slow" $(CORE)
+
+# With JAX beside it, to compare with.
+test-torch: .venv-torch/installed
+	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest -n 2 \
+		-m "not slow" $(CORE) tests/test_backends.py \
+		tests/test_no_torch_support.py
 
 slow: .venv/test.installed
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m slow
@@ -54,10 +65,17 @@ wheel: .venv/test.installed
 	$(PYTHON) -m venv .venv
 
 .venv-floor-%/installed: tests/floor-%.txt setup.cfg pyproject.toml
-	$(call require_python,$(FLOOR_PYTHON))
-	$(FLOOR_PYTHON) -m venv --clear .venv-floor-$*
+	$(call require_python,$(OLDEST_PYTHON))
+	$(OLDEST_PYTHON) -m venv --clear .venv-floor-$*
 	.venv-floor-$*/bin/pip install --quiet --constraint $< \
 		--editable ".[$*,core_tests]"
+	touch $@
+
+.venv-torch/installed: setup.cfg pyproject.toml
+	$(call require_python,$(OLDEST_PYTHON))
+	$(OLDEST_PYTHON) -m venv --clear .venv-torch
+	.venv-torch/bin/pip install --quiet "$(TORCH)" \
+		--editable ".[torch,jax,core_tests]"
 	touch $@
 
 # Before an environment is made of it, which the next run would take.

@@ -26,6 +26,10 @@ def gradient(function, *arrays):
         grads = jax.jit(jax.grad(function, argnums=range(len(arrays))))(
             *tensors
         )
+    elif BACKEND == "torch":
+        tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+        function(*tensors).backward()
+        grads = [tensor.grad for tensor in tensors]
     else:
         import tensorflow as tf
 
