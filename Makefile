@@ -40,7 +40,8 @@ test-floor: .venv-floor-tensorflow/installed .venv-floor-jax/installed
 test-torch: .venv-torch/installed
 	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest -n 2 \
 		-m "not slow" $(CORE) tests/test_backends.py \
-		tests/test_no_torch_support.py
+		tests/test_pytorch.py \
+		tests/test_without_tensorflow.py
 
 slow: .venv/test.installed
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m slow

@@ -182,18 +182,29 @@ def _spread(rows: Tensor) -> Tensor:
     distribution = keras.distribution.distribution()
     if not isinstance(distribution, keras.distribution.DataParallel):
         return rows
-    if keras.backend.backend() != "jax":
-        raise ValueError(
-            "`keras.distribution` must be left unset with another backend than "
-            "JAX. Received: a DataParallel with the "
-            f"{keras.backend.backend()} backend"
-        )
+    check_distribution()
     import jax
 
     if jax.process_count() > 1:
         return rows
     layout = distribution.get_data_layout(rows.shape)
     return keras.distribution.distribute_tensor(rows, layout)
+
+
+def check_distribution() -> None:
+    """Refuse a `keras.distribution` where it would be passed over in silence.
+
+    Raises:
+        ValueError: if one is set, on another backend than JAX.
+    """
+    distribution = keras.distribution.distribution()
+    backend = keras.backend.backend()
+    if distribution is not None and backend != "jax":
+        raise ValueError(
+            "`keras.distribution` must be left unset with another backend than "
+            "JAX: keras.distribution.set_distribution(None). Received: a "
+            f"{type(distribution).__name__} with the {backend} backend"
+        )
 
 
 def row_sum(x: Tensor) -> Tensor:

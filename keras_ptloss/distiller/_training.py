@@ -8,7 +8,11 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_ptloss._backend import outside_of_step, weights_given_back
+from keras_ptloss._backend import (
+    check_distribution,
+    outside_of_step,
+    weights_given_back,
+)
 from keras_ptloss.distiller._teachers import OutOfSight
 
 
@@ -93,8 +97,10 @@ class Training(keras.Model):
         """Train the student; arguments as in `keras.Model.fit`.
 
         Raises:
-            ValueError: if there is `class_weight`, and no labels.
+            ValueError: if there is `class_weight`, and no labels; if a
+                `keras.distribution` is set, on another backend than JAX.
         """
+        check_distribution()
         _check_class_weight(kwargs.get("class_weight"), x, y)
         with weights_given_back(self):
             return super().fit(x, y, *args, **kwargs)
