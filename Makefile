@@ -1,19 +1,31 @@
 # On a fresh machine: python3, make and the package registries are enough.
-#   make demo   distil students from a biased teacher, on handwritten digits
-#   make test   the tests, on TensorFlow and on JAX
-#   make lint   ruff, mypy, and the layers in pyproject.toml
-#   make slow   the tests that are left out of `make test`
-#   make test-dist   the wheel, built and tested as it would be installed
-#   make test-rest   a student served by KServe, in an environment of its own
-#   make docs   the site, in docs/_build/html; INTERSPHINX=0: without links to
-#               other projects, which are looked up where there is a network
-#   make docs-test   the site in a browser: Debian's chromium, or CHROMIUM=path
+#   make demo         distil students from a biased teacher, on handwritten digits
+#   make test         the tests, on TensorFlow and on JAX
+#   make test-floor   the core's, on the lowest versions that setup.cfg allows
+#   make test-torch   the core's, on PyTorch
+#   make test-dist    the wheel, built and tested as it would be installed
+#   make test-rest    a student served by KServe, in an environment of its own
+#   make lint         ruff, mypy, and the layers in pyproject.toml
+#   make slow         the tests that are left out of `make test`
+#   make docs         the site, in docs/_build/html; INTERSPHINX=0: without links
+#                     to other projects, looked up where there is a network
+#   make docs-test    the site in a browser: Debian's chromium, or CHROMIUM=path
+# PYTHON=python3.13 takes another interpreter; `make clean` first.
 
 PYTHON ?= python3
+# For test-floor and test-torch, whose wheels need not be there for later ones.
+OLDEST_PYTHON ?= python3.11
+# The CPU's. An index that lacks it: PIP_EXTRA_INDEX_URL=
+# https://download.pytorch.org/whl/cpu, or TORCH=torch, with CUDA's libraries.
+TORCH ?= torch==2.13.0+cpu
 BIN = .venv/bin
+CORE = tests/losses tests/proxy tests/search tests/distiller tests/soft_labels \
+	tests/test_binary.py tests/test_calibration.py tests/test_checks.py \
+	tests/test_correction.py tests/test_metrics.py
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test slow test-rest dist test-dist lint docs docs-test clean
+.PHONY: demo test test-floor test-torch test-rest slow lint dist test-dist docs \
+	docs-test clean
 # Nothing is left half-installed by an interrupted run.
 .DELETE_ON_ERROR:
 
@@ -23,6 +35,19 @@ demo: .venv/demo.installed
 test: .venv/test.installed
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n 2 -m "not slow and not rest"
 	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 -m "not slow and not rest"
+
+test-floor: .venv-floor-tensorflow/installed .venv-floor-jax/installed
+	KERAS_BACKEND=tensorflow .venv-floor-tensorflow/bin/python -m pytest -n 2 \
+		-m "not slow" $(CORE)
+	KERAS_BACKEND=jax .venv-floor-jax/bin/python -m pytest -n 2 \
+		-m "not slow" $(CORE)
+
+# With JAX beside it, to compare with.
+test-torch: .venv-torch/installed
+	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest -n 2 \
+		-m "not slow" $(CORE) tests/test_backends.py \
+		tests/test_pytorch.py \
+		tests/test_without_tensorflow.py
 
 slow: .venv/test.installed
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m "slow and not rest"
@@ -73,7 +98,27 @@ docs-test: .venv/docs_test.installed docs
 	touch $@
 
 .venv/bin/pip:
+	$(call require_python,$(PYTHON))
 	$(PYTHON) -m venv .venv
+
+.venv-floor-%/installed: tests/floor-%.txt setup.cfg pyproject.toml
+	$(call require_python,$(OLDEST_PYTHON))
+	$(OLDEST_PYTHON) -m venv --clear .venv-floor-$*
+	.venv-floor-$*/bin/pip install --quiet --constraint $< \
+		--editable ".[$*,core_tests]"
+	touch $@
+
+.venv-torch/installed: setup.cfg pyproject.toml
+	$(call require_python,$(OLDEST_PYTHON))
+	$(OLDEST_PYTHON) -m venv --clear .venv-torch
+	.venv-torch/bin/pip install --quiet "$(TORCH)" \
+		--editable ".[torch,jax,core_tests]"
+	touch $@
+
+# Before an environment is made of it, which the next run would take.
+require_python = @$(1) -c "import sys; sys.exit( \
+	sys.version_info < (3, 11) and '$(1) is Python %d.%d; 3.11 or later is \
+	needed: make PYTHON=python3.11' % sys.version_info[:2])"
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info demo-output docs/_build \

@@ -18,22 +18,101 @@ Tensor = Any
 
 
 def visible_values(x: Tensor) -> np.ndarray | None:
-    """Return the values of `x`, or None while `x` is being traced.
+    """Return the values of `x`, or None while it has none.
 
     Checks of values run where values exist (eager calls, NumPy input) and cost
-    nothing inside compiled functions. The three errors are those of a JAX
-    tracer, of a TensorFlow graph tensor and of a Keras symbolic tensor.
+    nothing inside compiled functions, nor where Keras infers shapes by tensors
+    that are but symbols (`keras.KerasTensor`, PyTorch's device "meta").
     """
-    try:
-        return np.asarray(x)
-    except (TypeError, NotImplementedError, ValueError):
+    if isinstance(x, keras.KerasTensor):
         return None
+    backend = keras.backend.backend()
+    if keras.ops.is_tensor(x):
+        if backend == "jax":
+            import jax
+
+            symbol = isinstance(x, jax.core.Tracer)
+        elif backend == "tensorflow":
+            import tensorflow as tf
+
+            symbol = tf.is_symbolic_tensor(x)
+        else:
+            symbol = _stands_for_a_shape(x)
+        if symbol:
+            return None
+    return as_array(x)
+
+
+def has_no_values(x: Tensor) -> bool:
+    """Return whether a tensor is on PyTorch's device "meta": a shape alone.
+
+    Keras infers shapes by such tensors. Code that asks for a value, as loops
+    do, cannot run on them.
+    """
+    return keras.backend.backend() == "torch" and bool(x.is_meta)
+
+
+def _stands_for_a_shape(x: Tensor) -> bool:
+    """Return whether a tensor of PyTorch has values that mean nothing.
+
+    Where code fails on the device "meta", were it by an error of the user,
+    Keras tries again with ones, which are no probabilities; without gradients,
+    and without a public sign of it.
+    """
+    import torch
+
+    if has_no_values(x) or torch.compiler.is_compiling():
+        return True
+    return not torch.is_grad_enabled() and bool((x == 1).all())
+
+
+def as_array(x: Any) -> np.ndarray:
+    """Return numbers or a tensor of any backend as a NumPy array.
+
+    NumPy itself refuses PyTorch's tensors that are recorded for a gradient.
+    """
+    if keras.ops.is_tensor(x) or isinstance(x, keras.Variable):
+        return keras.ops.convert_to_numpy(x)
+    return np.asarray(x)
+
+
+def maximum(x: Tensor, least: Any) -> Tensor:
+    """Return the larger of two, in the dtype of `x`.
+
+    On PyTorch `keras.ops.maximum` makes float32 of float64 (Keras 3.15).
+
+    Args:
+        x: a tensor.
+        least: a number, or a tensor of its dtype.
+    """
+    if keras.backend.backend() == "torch":
+        return x.clamp(min=least)
+    return keras.ops.maximum(x, least)
+
+
+def minimum(x: Tensor, most: Any) -> Tensor:
+    """Return the smaller of two, in the dtype of `x`; as `maximum`."""
+    if keras.backend.backend() == "torch":
+        return x.clamp(max=most)
+    return keras.ops.minimum(x, most)
+
+
+def no_gradient() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which PyTorch records nothing for a gradient.
+
+    The other backends record what they are asked to, where they are asked.
+    """
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.no_grad()
+    return contextlib.nullcontext()
 
 
 def float64() -> contextlib.AbstractContextManager[Any]:
     """Return a context in which `keras.ops` computes in float64.
 
-    TensorFlow always can; JAX has to be told.
+    TensorFlow and PyTorch always can; JAX has to be told.
     """
     if keras.backend.backend() == "jax":
         import jax
@@ -57,7 +136,7 @@ def on_numpy(
             `keras.distribution.DataParallel` (JAX) they are spread over its
             devices.
         compile: whether to compile it by XLA, once for each set of shapes and
-            settings.
+            settings. PyTorch runs it as it is.
 
     Returns:
         A function of NumPy arrays that returns NumPy arrays.
@@ -103,6 +182,7 @@ def _spread(rows: Tensor) -> Tensor:
     distribution = keras.distribution.distribution()
     if not isinstance(distribution, keras.distribution.DataParallel):
         return rows
+    check_distribution()
     import jax
 
     if jax.process_count() > 1:
@@ -111,15 +191,32 @@ def _spread(rows: Tensor) -> Tensor:
     return keras.distribution.distribute_tensor(rows, layout)
 
 
+def check_distribution() -> None:
+    """Refuse a `keras.distribution` where it would be passed over in silence.
+
+    Raises:
+        ValueError: if one is set, on another backend than JAX.
+    """
+    distribution = keras.distribution.distribution()
+    backend = keras.backend.backend()
+    if distribution is not None and backend != "jax":
+        raise ValueError(
+            "`keras.distribution` must be left unset with another backend than "
+            "JAX: keras.distribution.set_distribution(None). Received: a "
+            f"{type(distribution).__name__} with the {backend} backend"
+        )
+
+
 def row_sum(x: Tensor) -> Tensor:
     """Sum over the last axis: `(..., C)` to `(..., 1)`.
 
     XLA's CPU compiler fuses neighbouring row sums into one loop that is
     neither vectorised nor parallel (JAX 0.10: 3 to 6 times slower); a product
     with a vector of ones stays out of it. Not on accelerators, whose matrix
-    units round float32.
+    units round float32; and not on PyTorch, where there is no XLA.
     """
-    if _on_cpu() and x.shape[-1] is not None:
+    xla = keras.backend.backend() != "torch"
+    if xla and _on_cpu() and x.shape[-1] is not None:
         return keras.ops.matmul(x, keras.ops.ones((x.shape[-1], 1), x.dtype))
     return keras.ops.sum(x, axis=-1, keepdims=True)
 
@@ -148,7 +245,9 @@ def _on_cpu() -> bool:
         return len(tf.config.list_physical_devices()) == len(
             tf.config.list_physical_devices("CPU")
         )
-    return False
+    import torch
+
+    return not torch.accelerator.is_available()
 
 
 def replicas() -> int:

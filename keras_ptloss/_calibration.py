@@ -110,8 +110,9 @@ class Calibration:
             z = _hold_masked(z, xp)
         scale = self.scale.astype(keras.backend.standardize_dtype(z.dtype))
         bias = self.bias.astype(scale.dtype)
-        z = xp.matmul(z, scale.T) if scale.ndim == 2 else z * scale
-        return softmax(z + bias, axis=-1)
+        # By functions: PyTorch's tensors do not multiply NumPy's arrays.
+        multiply = xp.matmul if scale.ndim == 2 else xp.multiply
+        return softmax(xp.add(multiply(z, scale.T), bias), axis=-1)
 
 
 def log_probabilities(probabilities: Tensor, xp: Any = np) -> Tensor:

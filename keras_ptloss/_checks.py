@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ptloss._backend import visible_values
+from keras_ptloss._backend import as_array, visible_values
 
 Tensor = Any
 
@@ -108,7 +108,7 @@ def check_constant_epsilon(
 ) -> np.ndarray:
     """Require `(M,)` or `(C, M)` whose values are known; return an array."""
     values = check_epsilon(epsilon, max_rank=2, classes=classes)
-    return np.asarray(values, dtype="float64")
+    return as_array(values).astype("float64")
 
 
 def check_class_axis(argument: str, rows: Tensor) -> None:
@@ -248,7 +248,7 @@ def _output_layer(model: Any) -> Any:
 
 def check_labels(labels: Any, *, examples: int, classes: int) -> np.ndarray:
     """Require one integer class an example; return an int64 array."""
-    array = np.asarray(labels)
+    array = as_array(labels)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 1 or array.size == 0:
@@ -279,6 +279,6 @@ def check_labels(labels: Any, *, examples: int, classes: int) -> np.ndarray:
 def as_floats(argument: str, value: Any, expected: str) -> np.ndarray:
     """Require numbers, and return them as a float64 array."""
     try:
-        return np.asarray(value, dtype="float64")
+        return np.asarray(as_array(value), dtype="float64")
     except (TypeError, ValueError):
         fail(argument, expected, value)

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ptloss._backend import weights_given_back
+from keras_ptloss._backend import as_array, weights_given_back
 from keras_ptloss._binary import two_events
 from keras_ptloss._checks import (
     check_output_form,
@@ -84,7 +84,7 @@ def read_labelled(
         )
     else:
         labels = _integers(labels)
-        outputs = np.asarray(teacher)
+        outputs = as_array(teacher)
     rows = read_outputs(outputs, from_logits=from_logits)
     labels = _aligned(labels, rows.shape)
     rows = rows.reshape(-1, rows.shape[-1])
@@ -111,7 +111,7 @@ def read_outputs(
         ValueError: if they are not numbers of this form, or not logits or
             probabilities as `from_logits` says.
     """
-    rows = np.asarray(outputs)
+    rows = as_array(outputs)
     if rows.dtype.kind not in "fiu" or rows.ndim < 2 or not rows.size:
         raise ValueError(
             "`teacher` must give numbers of shape (examples, ..., classes). "
@@ -236,9 +236,7 @@ def _as_own(x: Any) -> Any:
 
 
 def _integers(labels: Any) -> np.ndarray:
-    array = np.asarray(
-        ops.convert_to_numpy(labels) if ops.is_tensor(labels) else labels
-    )
+    array = as_array(labels)
     if not array.size or not array.ndim:
         raise ValueError(
             "`labels` must be non-empty, one class an example. Received: "

@@ -131,8 +131,11 @@ def skewed(truth, factors):
 
 def gradient_of(function, *inputs, argument=0):
     """Gradient of `sum(function(*inputs))` by the backend's own autodiff."""
-    import keras
-
+    if keras.backend.backend() == "torch":
+        tensors = [keras.ops.convert_to_tensor(x) for x in inputs]
+        tensors[argument] = tensors[argument].detach().requires_grad_()
+        function(*tensors).float().sum().backward()
+        return tensors[argument].grad.float().cpu().numpy()
     if keras.backend.backend() == "jax":
         import jax
         import jax.numpy as jnp
@@ -154,9 +157,9 @@ def gradient_of(function, *inputs, argument=0):
 
 
 def compiled(function):
-    """Compile a function of tensors as the backend does."""
-    import keras
-
+    """Compile a function of tensors as the backend does; PyTorch does not."""
+    if keras.backend.backend() == "torch":
+        return function
     if keras.backend.backend() == "jax":
         import jax
 

@@ -51,7 +51,7 @@ def test_symbolic():
 def test_unknown_size_is_read_when_the_graph_runs(
     classes, from_logits, jit_compile
 ):
-    import tensorflow as tf
+    tf = pytest.importorskip("tensorflow")
 
     rows = np.random.default_rng(0).uniform(size=(4, classes))
 
@@ -70,7 +70,7 @@ def test_unknown_size_is_read_when_the_graph_runs(
 
 @on_tensorflow
 def test_of_classes():
-    import tensorflow as tf
+    tf = pytest.importorskip("tensorflow")
 
     @tf.function(input_signature=[tf.TensorSpec((None, None))])
     def graph(x):

@@ -682,7 +682,7 @@ def test_agreement_of_one_column_needs_the_form():
 @pytest.mark.parametrize("form", ["rows", "column", "one_column_student"])
 def test_unknown_class_axis(name, form):
     """`tf.data` generators leave it open: TensorFlow's graphs see None."""
-    import tensorflow as tf
+    tf = pytest.importorskip("tensorflow")
 
     truth, logits = data(name, shape=(12, 3))
     expected = reference(name, truth, softmax(logits))

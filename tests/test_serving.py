@@ -657,7 +657,8 @@ def test_missing_package(small, tmp_path, monkeypatch):
     package = _export._NEEDS["onnx"][BACKEND]
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
-        ImportError, match=f"needs {package}: pip install {package}"
+        ImportError,
+        match=rf"needs {package}: pip install 'keras_ptloss\[export\]'",
     ):
         export_student(small, tmp_path / "new", format="onnx")
     assert not (tmp_path / "new").exists()

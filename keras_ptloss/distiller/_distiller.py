@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ptloss._backend import replicas
+from keras_ptloss._backend import no_gradient, replicas
 from keras_ptloss._checks import fail
 from keras_ptloss._keras import supports_jit
 from keras_ptloss.distiller._metrics import (
@@ -307,8 +307,10 @@ class Distiller(Training):
                 "teacher=None"
             )
         inputs = select(x, self.teacher_inputs, "teacher_inputs")
+        with no_gradient():
+            outputs = [call(model, inputs, False) for model in models]
         target = mean_output(
-            [call(model, inputs, False) for model in models],
+            outputs,
             self.teacher_weights or [1.0] * len(models),
             getattr(self.loss, "teacher_from_logits", None),
         )

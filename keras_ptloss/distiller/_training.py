@@ -8,7 +8,11 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_ptloss._backend import outside_of_step, weights_given_back
+from keras_ptloss._backend import (
+    check_distribution,
+    outside_of_step,
+    weights_given_back,
+)
 from keras_ptloss.distiller._teachers import OutOfSight
 
 
@@ -94,8 +98,10 @@ class Training(keras.Model):
 
         Raises:
             ValueError: if there is `class_weight` or `sample_weight`, and no
-                labels.
+                labels; if a `keras.distribution` is set, on another backend
+                than JAX.
         """
+        check_distribution()
         _check_class_weight(kwargs.get("class_weight"), x, y)
         _check_sample_weight(kwargs.get("sample_weight"), y)
         with weights_given_back(self):

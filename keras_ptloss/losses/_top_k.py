@@ -134,7 +134,7 @@ def spread(targets: Tensor, logits: Tensor, temperature: float) -> Tensor:
 
 def log_of_others(logits: Tensor, events: Events) -> Tensor:
     """Return `L_r`, the log-sum-exp over the classes not given, `(N, 1)`."""
-    nothing = ops.full_like(events.log_t, -float("inf"))
+    nothing = ops.zeros_like(events.log_t) - float("inf")
     others = put(logits, events.ids, events.known, nothing)
     largest = ops.maximum(ops.max(others, axis=-1, keepdims=True), LOWEST)
     total = ops.sum(ops.exp(others - largest), axis=-1, keepdims=True)
@@ -163,7 +163,7 @@ def _with_gradient(
             temperature=temperature,
         )
         if tail == "renormalize":
-            log_others = ops.full_like(events.log_rest, LOWEST)
+            log_others = ops.zeros_like(events.log_rest) + LOWEST
         else:
             log_others = log_of_others(logits, events)
         loss, of_given, of_others = events_loss(

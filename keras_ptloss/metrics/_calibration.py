@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ptloss._backend import visible_values
+from keras_ptloss._backend import has_no_values, visible_values
 from keras_ptloss._binary import two_events
 from keras_ptloss._checks import (
     SUM_TOLERANCE,
@@ -328,6 +328,8 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         )
         bins = confidence_bins(confidence, self.num_bins)
         gaps = weight * (ops.cast(right, "float32") - confidence)
+        if has_no_values(gaps):
+            return
         gaps = ops.segment_sum(
             ops.reshape(gaps, (-1,)),
             ops.reshape(bins, (-1,)),

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_ptloss._backend import has_no_values
 from keras_ptloss._binary import two_events
 from keras_ptloss._calibration import teacher_calibration
 from keras_ptloss._checks import (
@@ -35,6 +36,8 @@ def proxy_tensor(
     teacher = teacher / ops.sum(teacher, axis=-1, keepdims=True)
     epsilon = ops.cast(epsilon, teacher.dtype)
     coefficients = ops.moveaxis(epsilon, -1, 0)  # (M,) or (M, C)
+    if has_no_values(teacher):
+        return teacher
     solution = newton(
         ops.stop_gradient(teacher),
         ops.stop_gradient(coefficients),

@@ -12,7 +12,12 @@ import numpy as np
 from keras import ops
 from keras.backend import standardize_dtype
 
-from keras_ptloss._backend import block_elements, on_numpy
+from keras_ptloss._backend import (
+    block_elements,
+    maximum,
+    minimum,
+    on_numpy,
+)
 from keras_ptloss.proxy._stationarity import (
     Terms,
     distance,
@@ -133,7 +138,7 @@ def init(problem: Problem) -> State:
     own = evaluate(problem, teacher + 0.0 * sum(problem.coefficients))
     w = own.terms.w
     # No class is lost: one at 0 would stay there.
-    trial = normalised(ops.maximum(w, 1e-3 * teacher))
+    trial = normalised(maximum(w, 1e-3 * teacher))
     there = evaluate(problem, trial)
     gap = ops.abs(w - own.q * row_sum(w)) - problem.tolerance * w
     moves = ~row_all(gap <= 0)[..., 0]
@@ -212,8 +217,8 @@ def plan(
     q, _, terms = point
     rate, nu, residual = distance(q, terms)
     # Each class keeps a twentieth at least.
-    most = ops.maximum(row_max(-rate), 0.95)
-    length = ops.minimum(1.0, 2.0 * ops.expand_dims(damping, -1)) * 0.95 / most
+    most = maximum(row_max(-rate), 0.95)
+    length = minimum(2.0 * ops.expand_dims(damping, -1), 1.0) * 0.95 / most
     newton = q * (1.0 + length * rate)
     convex = row_all((terms.d >= 0) & (terms.w >= 0))[..., 0]
     far = convex & (damping == 1.0) & (residual > NEAR)
@@ -258,36 +263,36 @@ def leap(q: Tensor, terms: Terms, nu: Tensor, order: int) -> Tensor:
         """Return `q_c(nu)` and the share of it that moves with `nu`."""
         free = nu - b
         # Below 1, and within reach: the tangent has a pole.
-        least = ops.maximum(d, d / ops.maximum(w, tiny) * nu / REACH)
-        size = d / ops.maximum(ops.maximum(free, least), tiny)
+        least = maximum(d, d / maximum(w, tiny) * nu / REACH)
+        size = d / maximum(maximum(free, least), tiny)
         return size, ops.where(free >= least, size * nu / free, 0.0)
 
     s = row_sum(ops.where(large, 0.0, q))
     exists = s < 0.75
-    q_large = ops.maximum(of_large(q), 0.5)
+    q_large = maximum(of_large(q), 0.5)
     w_large = of_large(w)
-    log_s = ops.log(ops.maximum(s, tiny))
+    log_s = ops.log(maximum(s, tiny))
     # s^M may be too small for a float, where the start is far too small.
     lost = w_large < 1e3 * tiny
-    log_w = ops.where(lost, order * log_s, ops.log(ops.maximum(w_large, tiny)))
+    log_w = ops.where(lost, order * log_s, ops.log(maximum(w_large, tiny)))
     elasticity = ops.where(
         lost,
         order + s / q_large,
-        of_large(d) * s / ops.maximum(w_large * q_large, tiny),
+        of_large(d) * s / maximum(w_large * q_large, tiny),
     )
     target = ops.where(exists, log_w - ops.log(q_large), 0.0)
     elasticity = ops.where(exists, elasticity, 1e20)
 
-    log_nu = ops.log(ops.maximum(nu, tiny))
+    log_nu = ops.log(maximum(nu, tiny))
     for _ in range(2):
         size, moving = classes(ops.exp(log_nu))
-        total = ops.maximum(row_sum(ops.where(large, 0.0, size)), tiny)
+        total = maximum(row_sum(ops.where(large, 0.0, size)), tiny)
         share = row_sum(ops.where(large, 0.0, moving)) / total
         gap = ops.log(total) - log_s + share * log_nu
         log_nu = (target + elasticity * gap) / (1.0 + elasticity * share)
     size, _ = classes(ops.exp(log_nu))
     total = row_sum(ops.where(large, 0.0, size))
-    return ops.where(large, ops.maximum(1.0 - total, 0.05 * q), size)
+    return ops.where(large, maximum(1.0 - total, 0.05 * q), size)
 
 
 numpy_newton = on_numpy(newton, rows=(0,))

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_ptloss._backend import as_array
 from keras_ptloss._binary import two_events
 from keras_ptloss._checks import (
     check_choice,
@@ -160,7 +161,7 @@ def proxy_teacher(
 
 def normalised_teacher(teacher_probs: Any) -> np.ndarray:
     """Check probabilities `(N, ..., C)`; return them normalised, in float64."""
-    teacher = np.asarray(teacher_probs)
+    teacher = as_array(teacher_probs)
     if teacher.ndim < 2 or 0 in teacher.shape:
         fail(
             "teacher_probs",

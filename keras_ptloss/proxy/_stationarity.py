@@ -26,7 +26,7 @@ import numpy as np
 from keras import ops
 from keras.backend import standardize_dtype
 
-from keras_ptloss._backend import on_numpy
+from keras_ptloss._backend import maximum, on_numpy
 from keras_ptloss._perturbation import horner, perturbation
 
 Tensor = Any
@@ -169,14 +169,14 @@ def distance(q: Tensor, terms: Terms) -> Distance:
     tiny = smallest(q)
     convex = row_all((d >= 0) & (w >= 0))
     floor = HESSIAN_FLOOR * row_sum(ops.abs(w)) * q
-    d = ops.where(convex, d, ops.maximum(ops.abs(d), floor))
-    weight = q / ops.maximum(d, 1e6 * tiny)
+    d = ops.where(convex, d, maximum(ops.abs(d), floor))
+    weight = q / maximum(d, 1e6 * tiny)
     nu = row_sum(w * weight) / row_sum(q * weight)
     large = q > 0.5
-    rate = ops.where(large, 0.0, (w - nu * q) / ops.maximum(d, tiny))
+    rate = ops.where(large, 0.0, (w - nu * q) / maximum(d, tiny))
     residual = row_max(ops.abs(rate))[..., 0]
     taken = row_sum(q * rate)
-    rate = ops.where(large, -taken / ops.maximum(q, 0.5), rate)
+    rate = ops.where(large, -taken / maximum(q, 0.5), rate)
     return Distance(rate, nu, residual)
 
 
@@ -250,7 +250,7 @@ def loss_of(
 ) -> Tensor:
     """Return `sum_c t_c (-log q_c + P_c(1 - q_c))`, `(...)`; `0 log 0 = 0`."""
     terms = perturbation(complement(q), coefficients)
-    terms = terms - ops.log(ops.maximum(q, smallest(q)))
+    terms = terms - ops.log(maximum(q, smallest(q)))
     return row_sum(teacher * terms)[..., 0]
 
 

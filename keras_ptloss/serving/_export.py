@@ -31,6 +31,12 @@ _NEEDS = {
     "litert": {"tensorflow": "tensorflow"},
     "onnx": {"tensorflow": "tf2onnx", "jax": "jax2onnx"},
 }
+# The extra of setup.cfg that brings it.
+_EXTRAS = {
+    "tensorflow": "tensorflow",
+    "tf2onnx": "export",
+    "jax2onnx": "export",
+}
 _FILES = {"litert": "model.tflite", "onnx": "model.onnx"}
 
 
@@ -269,7 +275,7 @@ def _import_for(format: str) -> Any:
     except ImportError as error:
         raise ImportError(
             f"format={format!r} with the {keras.backend.backend()} backend "
-            f"needs {package}: pip install {package}"
+            f"needs {package}: pip install 'keras_ptloss[{_EXTRAS[package]}]'"
         ) from error
 
 

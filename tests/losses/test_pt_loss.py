@@ -486,15 +486,15 @@ class TestGradient:
 
         def weighted(scale):
             return helpers.gradient_of(
-                lambda z: (
-                    scale
-                    * pt_loss(
+                lambda z: ops.multiply(
+                    scale,
+                    pt_loss(
                         teacher,
                         z,
                         EPSILONS["shared"],
                         from_logits=True,
                         teacher_from_logits=False,
-                    )
+                    ),
                 ),
                 logits,
             )
