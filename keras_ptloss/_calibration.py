@@ -107,7 +107,7 @@ class Calibration:
             return softmax(outputs, axis=-1) if from_logits else outputs
         z = outputs if from_logits else log_probabilities(outputs, xp)
         if from_logits and self.scale.ndim == 2:
-            z = _hold_masked(z, xp)
+            z = hold_masked(z, xp)
         scale = self.scale.astype(keras.backend.standardize_dtype(z.dtype))
         bias = self.bias.astype(scale.dtype)
         z = xp.matmul(z, scale.T) if scale.ndim == 2 else z * scale
@@ -123,7 +123,7 @@ def log_probabilities(probabilities: Tensor, xp: Any = np) -> Tensor:
     return xp.log(xp.maximum(probabilities, keras.config.epsilon()))
 
 
-def _hold_masked(logits: Tensor, xp: Any) -> Tensor:
+def hold_masked(logits: Tensor, xp: Any) -> Tensor:
     """Return logits with -inf at the floor of probabilities, below the largest.
 
     A matrix would take `0 * -inf`, which is NaN, into every class.

@@ -20,6 +20,7 @@ from keras_ptloss._checks import (
     fail,
     on_simplex,
 )
+from keras_ptloss._several import SideBySide
 
 
 @runtime_checkable
@@ -102,6 +103,7 @@ def read_outputs(
     *,
     from_logits: bool,
     if_logits: str = "say from_logits=True",
+    argument: str = "teacher",
 ) -> np.ndarray:
     """Check a teacher's outputs, `(..., C)`; return them in float64.
 
@@ -114,23 +116,66 @@ def read_outputs(
     rows = np.asarray(outputs)
     if rows.dtype.kind not in "fiu" or rows.ndim < 2 or not rows.size:
         raise ValueError(
-            "`teacher` must give numbers of shape (examples, ..., classes). "
-            f"Received: teacher outputs of shape {rows.shape} and dtype "
+            f"`{argument}` must give numbers of shape (examples, ..., classes). "
+            f"Received: {argument} outputs of shape {rows.shape} and dtype "
             f"{rows.dtype}"
         )
     rows = two_events(rows.astype("float64"), from_logits=from_logits)
     if not from_logits:
-        check_probabilities("teacher", rows, if_logits)
+        check_probabilities(argument, rows, if_logits)
         return np.asarray(rows / rows.sum(axis=-1, keepdims=True))
     if not np.all(np.isfinite(rows)):
-        fail("teacher", "finite logits", rows)
+        fail(argument, "finite logits", rows)
     if rows.size > rows.shape[-1] and on_simplex(rows).all():
         raise ValueError(
-            "`from_logits` must be False for probabilities: all rows of the "
-            "teacher are non-negative and sum to 1. Received: "
-            f"from_logits=True, teacher[0]={rows[0]}"
+            f"`from_logits` must be False for probabilities: all rows of "
+            f"`{argument}` are non-negative and sum to 1. Received: "
+            f"from_logits=True, {argument}[0]={rows[0]}"
         )
     return rows
+
+
+def read_row(row: SideBySide, outputs: Any) -> np.ndarray:
+    """Check the outputs of several teachers; return them side by side.
+
+    Args:
+        row: which columns are whose.
+        outputs: a list of one array a teacher, or one array of all.
+
+    Returns:
+        `(..., C_1 + C_2 + ...)`, in float64; probabilities are normalised.
+
+    Raises:
+        ValueError: as `read_outputs`, naming the teacher; if one did not answer
+            all examples (a row with NaN), or other examples than the first.
+    """
+    if isinstance(outputs, (list, tuple)):
+        row.check_number("teacher", len(outputs))
+    else:
+        whole = row.join("teacher", np.asarray(outputs))
+        outputs = [whole[..., columns] for columns in row.columns]
+    parts = [
+        read_answers(f"teacher[{k}]", output, flag)
+        for k, (output, flag) in enumerate(
+            zip(outputs, row.from_logits, strict=True)
+        )
+    ]
+    return np.asarray(row.join("teacher", parts))
+
+
+def read_answers(argument: str, outputs: Any, from_logits: bool) -> np.ndarray:
+    """Check one of several teachers' outputs, `(..., C_k)`, all answered."""
+    rows = np.asarray(outputs)
+    if rows.dtype.kind == "f" and rows.ndim:
+        missing = np.isnan(rows).any(axis=-1).ravel()
+        if missing.any():
+            raise ValueError(
+                f"`{argument}` must answer every example (leave out, of all "
+                "teachers, those that it did not). Received: NaN in "
+                f"{np.count_nonzero(missing)} of {missing.size} rows, first in "
+                f"{argument}[{int(np.argmax(missing))}]"
+            )
+    return read_outputs(rows, from_logits=from_logits, argument=argument)
 
 
 def _says_logits(teacher: Any, from_logits: bool | None) -> bool:
