@@ -73,6 +73,12 @@ class Calibration:
         """C_in, the classes that go in; None if any number may."""
         return self.scale.shape[1] if self.scale.ndim == 2 else self.classes
 
+    @property
+    def rectangle(self) -> tuple[int] | None:
+        """`(C_in,)` of a matrix whose `C_in` is not C, else None."""
+        shape = self.scale.shape
+        return shape[1:] if len(shape) == 2 and shape[0] != shape[1] else None
+
     def check_input(self, argument: str, classes: int | None) -> None:
         """Require that rows of `classes` entries can be calibrated."""
         if differ(self.input_classes, classes):

@@ -8,7 +8,6 @@ teacher whose classes are not the student's is a row of one.
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -87,7 +86,7 @@ class SideBySide:
                 )
             return outputs
         self.check_number(argument, len(outputs))
-        parts = []
+        parts: list[Tensor] = []
         for k, (output, flag) in enumerate(
             zip(outputs, self.from_logits, strict=True)
         ):
@@ -173,8 +172,3 @@ def one_each(argument: str, value: Any, teachers: int) -> tuple[bool, ...]:
     if len(value) != teachers:
         fail(argument, f"one flag, or one for each of {teachers}", value)
     return tuple(bool(flag) for flag in value)
-
-
-def columns_of(counts: Sequence[int]) -> list[slice]:
-    """Return each teacher's columns."""
-    return SideBySide(tuple(counts)).columns

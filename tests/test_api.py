@@ -81,7 +81,7 @@ SURFACE = {
         "ProxyTeacherResult",
         "proxy_teacher",
     ],
-    "keras_ptloss.layers": ["CorrectedTeacher"],
+    "keras_ptloss.layers": ["CorrectedTeacher", "TeachersSideBySide"],
     "keras_ptloss.search": [
         "CalibrationSearch",
         "CrossValidatedSearch",

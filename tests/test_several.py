@@ -7,7 +7,7 @@ import pytest
 from keras import ops
 
 from keras_ptloss import Correction
-from keras_ptloss.layers import CorrectedTeacher
+from keras_ptloss.layers import CorrectedTeacher, TeachersSideBySide
 from keras_ptloss.losses import ProxyKLDivergence
 
 CLASSES, ROWS = 3, 6
@@ -113,6 +113,117 @@ class TestCorrection:
         del config["teachers"]
         again = Correction.from_config(config)
         assert again.teachers is None and again.is_pt_loss
+
+
+def kl_to_the_corrected():
+    q = expected()
+    log_p = np.log(helpers.softmax(STUDENT))
+    return np.sum(q * (np.log(q) - log_p), axis=1)
+
+
+class TestLoss:
+    def joined(self, form):
+        return np.concatenate(outputs_of(form), axis=1).astype("float32")
+
+    def test_no_reduction(self, form):
+        loss = make(form).loss(from_logits=True, reduction=None)
+        assert isinstance(loss, ProxyKLDivergence)
+        assert loss.teacher_classes == (3, 5)
+        values = loss(self.joined(form), STUDENT)
+        np.testing.assert_allclose(values, kl_to_the_corrected(), rtol=1e-4)
+
+    def test_sample_weighted_and_padded(self, form):
+        """Rows at weight 0 may hold anything: each teacher's are replaced."""
+        rows = self.joined(form)
+        rows[3] = np.nan
+        weight = np.arange(ROWS) * (np.arange(ROWS) != 3)
+        loss = make(form).loss(from_logits=True)
+        np.testing.assert_allclose(
+            loss(rows, STUDENT, sample_weight=weight),
+            np.mean(weight * kl_to_the_corrected()),
+            rtol=1e-4,
+        )
+
+    def test_compiled(self, form):
+        loss = make(form).loss(from_logits=True)
+        value = helpers.compiled(loss)(self.joined(form), STUDENT)
+        np.testing.assert_allclose(
+            value, kl_to_the_corrected().mean(), rtol=1e-4
+        )
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_half_precision_students(self, form, dtype):
+        student = ops.cast(STUDENT, dtype)
+        value = make(form).loss(from_logits=True)(self.joined(form), student)
+        np.testing.assert_allclose(
+            value, kl_to_the_corrected().mean(), rtol=2e-2
+        )
+
+    def test_config(self, form):
+        loss = make(form).loss(from_logits=True)
+        config = keras.saving.serialize_keras_object(loss)
+        again = keras.saving.deserialize_keras_object(config)
+        assert again.teacher_from_logits == FORMS[form]
+        rows = self.joined(form)
+        assert float(again(rows, STUDENT)) == float(loss(rows, STUDENT))
+
+    def test_fit_on_stored_outputs_and_saving(self, form, tmp_path):
+        x = RNG.normal(size=(ROWS, 5)).astype("float32")
+        model = helpers.linear_model(CLASSES)
+        model.compile("adam", loss=make(form).loss(from_logits=True))
+        model.fit(x, self.joined(form), verbose=0)
+        model.save(tmp_path / "student.keras")
+        again = keras.saving.load_model(tmp_path / "student.keras")
+        np.testing.assert_allclose(
+            model.evaluate(x, self.joined(form), verbose=0),
+            again.evaluate(x, self.joined(form), verbose=0),
+            rtol=1e-6,
+        )
+
+    def test_other_width(self, form):
+        loss = make(form).loss(from_logits=True)
+        with pytest.raises(ValueError, match=r"`y_true` must have.*3 \+ 5 = 8"):
+            loss(self.joined(form)[:, :7], STUDENT)
+
+
+class TestLayer:
+    def test_values(self, form):
+        layer = CorrectedTeacher(make(form))
+        outputs = [o.astype("float32") for o in outputs_of(form)]
+        for given in (outputs, np.concatenate(outputs, axis=1)):
+            np.testing.assert_allclose(layer(given), expected(), rtol=1e-4)
+        assert layer.compute_output_shape([(None, 3), (None, 5)]) == (None, 3)
+        assert layer.compute_output_shape((None, 8)) == (None, 3)
+
+    def test_live_teachers_as_a_saved_model(self, form, tmp_path):
+        teachers = [
+            helpers.linear_model(c, seed=c, activation=None if f else "softmax")
+            for c, f in zip((3, 5), FORMS[form], strict=True)
+        ]
+        beside = TeachersSideBySide(teachers, (3, 5), from_logits=FORMS[form])
+        model = keras.Sequential([beside, CorrectedTeacher(make(form))])
+        x = RNG.normal(size=(ROWS, 5)).astype("float32")
+        outputs = [teacher.predict(x, verbose=0) for teacher in teachers]
+        np.testing.assert_allclose(
+            model.predict(x, verbose=0),
+            make(form).teacher(outputs),
+            rtol=1e-4,
+        )
+        model.save(tmp_path / "proxy.keras")
+        again = keras.saving.load_model(tmp_path / "proxy.keras")
+        np.testing.assert_allclose(
+            again.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-6
+        )
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="`teachers` must be the outputs"):
+            TeachersSideBySide([helpers.linear_model(3)], (3, 5))
+        with pytest.raises(ValueError, match="a list of Keras models"):
+            TeachersSideBySide([helpers.linear_model(3), "five"], (3, 5))
+        two = [helpers.linear_model(3), helpers.linear_model(3)]
+        layer = TeachersSideBySide(two, (3, 5))
+        with pytest.raises(ValueError, match=r"`teachers\[1\]`.*5 classes"):
+            layer(np.ones((2, 5), "float32"))
 
 
 class TestErrors:

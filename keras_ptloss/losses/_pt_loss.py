@@ -264,3 +264,9 @@ class PTLoss(TeacherLoss):
             name=name,
             **kwargs,
         )
+
+    @property
+    def teacher_classes(self) -> tuple[int, ...] | None:
+        """Class counts of the teachers that `y_true` has side by side."""
+        scale = np.shape(self.teacher_scale)
+        return scale[1:] if len(scale) == 2 and scale[0] != scale[1] else None
