@@ -73,6 +73,12 @@ class Calibration:
         """C_in, the classes that go in; None if any number may."""
         return self.scale.shape[1] if self.scale.ndim == 2 else self.classes
 
+    @property
+    def rectangle(self) -> tuple[int] | None:
+        """`(C_in,)` of a matrix whose `C_in` is not C, else None."""
+        shape = self.scale.shape
+        return shape[1:] if len(shape) == 2 and shape[0] != shape[1] else None
+
     def check_input(self, argument: str, classes: int | None) -> None:
         """Require that rows of `classes` entries can be calibrated."""
         if differ(self.input_classes, classes):
@@ -107,7 +113,7 @@ class Calibration:
             return softmax(outputs, axis=-1) if from_logits else outputs
         z = outputs if from_logits else log_probabilities(outputs, xp)
         if from_logits and self.scale.ndim == 2:
-            z = _hold_masked(z, xp)
+            z = hold_masked(z, xp)
         scale = self.scale.astype(keras.backend.standardize_dtype(z.dtype))
         bias = self.bias.astype(scale.dtype)
         # By functions: PyTorch's tensors do not multiply NumPy's arrays.
@@ -124,7 +130,7 @@ def log_probabilities(probabilities: Tensor, xp: Any = np) -> Tensor:
     return xp.log(xp.maximum(probabilities, keras.config.epsilon()))
 
 
-def _hold_masked(logits: Tensor, xp: Any) -> Tensor:
+def hold_masked(logits: Tensor, xp: Any) -> Tensor:
     """Return logits with -inf at the floor of probabilities, below the largest.
 
     A matrix would take `0 * -inf`, which is NaN, into every class.

@@ -5,6 +5,9 @@ It is what a search finds and what everything after it stands on:
     t = softmax(A z + b)            `calibration`, of the teacher's outputs
     q = proxy(t, epsilon)           where PTLoss leads a student (Eq. 8)
     softmax(A' log q + b')          `recalibration`, of the proxy
+
+Of several teachers, `z` are the logarithms of their probabilities side by side,
+and `A` has the columns of all.
 """
 
 import dataclasses
@@ -16,7 +19,8 @@ import numpy as np
 from keras_ptloss._binary import two_events
 from keras_ptloss._calibration import Calibration, check_bias, check_scale
 from keras_ptloss._checks import check_constant_epsilon, check_probabilities
-from keras_ptloss._teacher import read_outputs
+from keras_ptloss._several import SideBySide
+from keras_ptloss._teacher import read_outputs, read_row
 from keras_ptloss.losses import ProxyKLDivergence, PTLoss
 from keras_ptloss.proxy import ProxyTeacherResult, proxy_teacher
 from keras_ptloss.proxy._layer import proxy_tensor
@@ -41,7 +45,13 @@ class Correction:
             `softmax(A' log q + b')`. PTLoss cannot carry it: a student has to
             be led to the corrected distribution itself.
         proxy_bias: `b'`.
-        teacher_from_logits: whether the teacher's outputs are logits.
+        teacher_from_logits: whether the teacher's outputs are logits; of
+            several teachers one flag for all, or one each.
+        teachers: class counts `(C_1, C_2, ...)` of several teachers, whose
+            outputs are given side by side, or in a list; of one teacher with
+            other classes than C, its own, `(C_1,)`. `scale` is then a matrix of
+            as many columns, and `z` the logarithms of each teacher's
+            probabilities, logits or not. None is one teacher of C classes.
 
     Raises:
         ValueError: if an argument is not of this form.
@@ -54,6 +64,11 @@ class Correction:
         array([[0.875, 0.125]])
         >>> correction.proxy(teacher).probabilities.round(3)
         array([[0.947, 0.053]])
+        >>> both = Correction(
+        ...     scale=[[1, 0, 1, 0], [0, 1, 0, 1]], teachers=(2, 2)
+        ... )
+        >>> both.teacher([teacher, np.array([[0.2, 0.8]])]).round(3)
+        array([[0.925, 0.075]])
 
     Reference:
         Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), §4.2; Guo et al.
@@ -65,9 +80,11 @@ class Correction:
     bias: Any = 0.0
     proxy_scale: Any = 1.0
     proxy_bias: Any = 0.0
-    teacher_from_logits: bool = False
+    teacher_from_logits: Any = False
+    teachers: tuple[int, ...] | None = None
     calibration: Calibration = dataclasses.field(init=False, repr=False)
     recalibration: Calibration = dataclasses.field(init=False, repr=False)
+    row: SideBySide | None = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the arguments; keep them as float64 arrays."""
@@ -79,13 +96,21 @@ class Correction:
         epsilon = check_constant_epsilon(
             self.epsilon, classes=calibration.classes
         )
+        row = None
+        flags: Any = bool(self.teacher_from_logits)
+        if self.teachers is not None:
+            row = SideBySide(self.teachers, self.teacher_from_logits)
+            flags = row.from_logits
+            _check_columns(calibration, row)
         for name, value in {
             "epsilon": epsilon,
             "scale": calibration.scale,
             "bias": calibration.bias,
             "proxy_scale": recalibration.scale,
             "proxy_bias": recalibration.bias,
-            "teacher_from_logits": bool(self.teacher_from_logits),
+            "teacher_from_logits": flags,
+            "teachers": None if row is None else row.counts,
+            "row": row,
             "calibration": calibration,
             "recalibration": recalibration,
         }.items():
@@ -100,8 +125,11 @@ class Correction:
 
     @property
     def is_pt_loss(self) -> bool:
-        """Whether PTLoss can carry it: nothing follows epsilon."""
-        return self.recalibration.is_identity
+        """Whether PTLoss can carry it.
+
+        That is, there is one teacher, and nothing follows epsilon.
+        """
+        return self.row is None and self.recalibration.is_identity
 
     def classes(self, inputs: int) -> int:
         """Return C, the classes that come out of a teacher of `inputs`."""
@@ -115,7 +143,9 @@ class Correction:
 
         Args:
             outputs: the teacher's outputs, `(..., C_in)`, or `(..., 1)` of a
-                binary head.
+                binary head. Those of several teachers are an array of their
+                rows side by side, `(..., C_1 + C_2 + ...)`, or a list of one
+                array a teacher.
 
         Returns:
             Probabilities.
@@ -124,6 +154,9 @@ class Correction:
             ValueError: if `outputs` are not of this form, or not logits or
                 probabilities as `teacher_from_logits` says.
         """
+        if self.row is not None:
+            z = self.row.logarithms("teacher", read_row(self.row, outputs))
+            return self.calibration(z, from_logits=True)
         rows = read_outputs(
             outputs,
             from_logits=self.teacher_from_logits,
@@ -147,7 +180,7 @@ class Correction:
         teacher = self.teacher(outputs)
         rows = teacher.reshape(-1, teacher.shape[-1])
         solved = proxy_teacher(rows, self.epsilon)
-        if self.is_pt_loss:
+        if self.recalibration.is_identity:
             return solved
         corrected = self.recalibration(solved.probabilities, from_logits=False)
         return dataclasses.replace(solved, probabilities=corrected)
@@ -159,17 +192,24 @@ class Correction:
         called from.
 
         Args:
-            outputs: the teacher's outputs, `(..., C_in)`, float32 or better.
+            outputs: the teacher's outputs, `(..., C_in)`, float32 or better;
+                those of several teachers side by side, or a list of them.
 
         Returns:
             Probabilities, `(..., C)`.
         """
         from_logits = self.teacher_from_logits
-        rows = two_events(outputs, from_logits=from_logits)
-        if not from_logits:
-            advice = "say teacher_from_logits=True of the correction"
-            check_probabilities("y_true", rows, advice)
-        self.calibration.check_input("y_true", rows.shape[-1])
+        if self.row is not None:
+            rows = self.row.logarithms(
+                "y_true", self.row.join("y_true", outputs)
+            )
+            from_logits = True
+        else:
+            rows = two_events(outputs, from_logits=from_logits)
+            if not from_logits:
+                advice = "say teacher_from_logits=True of the correction"
+                check_probabilities("y_true", rows, advice)
+            self.calibration.check_input("y_true", rows.shape[-1])
         teacher = self.calibration(rows, from_logits=from_logits)
         if np.any(self.epsilon):
             teacher = proxy_tensor(teacher, self.epsilon)
@@ -182,7 +222,7 @@ class Correction:
 
         It is a `PTLoss` where PTLoss can carry the correction, and KL to the
         corrected teacher, `ProxyKLDivergence`, where something follows
-        epsilon.
+        epsilon or there are several teachers.
 
         Args:
             from_logits: whether the student's outputs are logits.
@@ -211,9 +251,21 @@ class Correction:
             "proxy_scale": self.proxy_scale.tolist(),
             "proxy_bias": self.proxy_bias.tolist(),
             "teacher_from_logits": self.teacher_from_logits,
+            "teachers": self.teachers,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Correction":
         """Build the correction from what `get_config` returned."""
         return cls(**config)
+
+
+def _check_columns(calibration: Calibration, row: SideBySide) -> None:
+    """Require a matrix with a column for each class of each teacher."""
+    shape = calibration.scale.shape
+    if len(shape) != 2 or shape[1] != row.width:
+        raise ValueError(
+            "`scale` must be a matrix with the columns of all `teachers`, "
+            f"{' + '.join(map(str, row.counts))} = {row.width}. Received: "
+            f"scale of shape {shape}, teachers={row.counts}"
+        )

@@ -82,7 +82,7 @@ SURFACE = {
         "ProxyTeacherResult",
         "proxy_teacher",
     ],
-    "keras_ptloss.layers": ["CorrectedTeacher"],
+    "keras_ptloss.layers": ["CorrectedTeacher", "TeachersSideBySide"],
     "keras_ptloss.search": [
         "CalibrationSearch",
         "CrossValidatedSearch",
@@ -97,6 +97,7 @@ SURFACE = {
         "ImportReport",
         "SoftLabelSpec",
         "SoftLabels",
+        "attach_several",
         "fingerprint",
         "import_soft_labels",
         "with_retries",

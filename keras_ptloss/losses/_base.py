@@ -40,7 +40,7 @@ class TeacherLoss(keras.losses.Loss):
 
     # What stands in rows of weight 0; None is uniform, as probabilities and as
     # logits.
-    _padding: float | None = None
+    _padding: Any = None
 
     def __init__(
         self,
@@ -60,6 +60,14 @@ class TeacherLoss(keras.losses.Loss):
         self._own = tuple(own)
         for name, value in own.items():
             setattr(self, name, value)
+
+    @property
+    def teacher_classes(self) -> tuple[int, ...] | None:
+        """Class counts of the teachers that `y_true` has side by side.
+
+        None is one teacher, with the classes of the student.
+        """
+        return None
 
     def __call__(
         self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
@@ -103,7 +111,7 @@ class TeacherLoss(keras.losses.Loss):
 
 
 def _weighted_rows(
-    y_true: Tensor, weight: Tensor, rank: int, padding: float | None
+    y_true: Tensor, weight: Tensor, rank: int, padding: Any
 ) -> Tensor:
     """Return rows, constant ones in place of those at weight 0.
 
@@ -111,7 +119,7 @@ def _weighted_rows(
         y_true: `(..., C)`.
         weight: `(...)`, a leading part of it, or `(..., 1)`.
         rank: how many axes the student's rows have.
-        padding: the constant; None is uniform rows.
+        padding: the constant, or a row of them; None is uniform rows.
     """
     if padding is None:
         padding = 1.0 / (y_true.shape[-1] or 1)
@@ -120,7 +128,7 @@ def _weighted_rows(
         seen = ops.squeeze(seen, axis=-1)
     for _ in range(len(y_true.shape) - len(seen.shape)):
         seen = ops.expand_dims(seen, axis=-1)
-    return ops.where(seen, y_true, padding)
+    return ops.where(seen, y_true, ops.cast(padding, y_true.dtype))
 
 
 def read_student(y_pred: Tensor, *, from_logits: bool) -> Tensor:

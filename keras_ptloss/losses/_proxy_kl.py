@@ -5,6 +5,7 @@ from typing import Any, Protocol
 import keras
 from keras import ops
 
+from keras_ptloss._calibration import Calibration
 from keras_ptloss.losses._base import TeacherLoss, read_student
 from keras_ptloss.losses._pt_loss import pt_loss
 
@@ -15,8 +16,16 @@ class CorrectsTensors(Protocol):
     """What the loss needs of a `keras_ptloss.Correction`."""
 
     @property
-    def teacher_from_logits(self) -> bool:
-        """Whether the teacher's outputs are logits."""
+    def teacher_from_logits(self) -> Any:
+        """Whether the teacher's outputs are logits; of several, one each."""
+
+    @property
+    def row(self) -> Any:
+        """The `SideBySide` of several teachers, or None."""
+
+    @property
+    def calibration(self) -> Calibration:
+        """The calibration of the outputs."""
 
     def target(self, outputs: Tensor) -> Tensor:
         """Return the corrected distributions, `(..., C)`."""
@@ -32,6 +41,9 @@ class ProxyKLDivergence(TeacherLoss):
 
         q    = softmax(A' log proxy(softmax(A z + b), epsilon) + b')
         loss = sum_c q_c (log q_c - log p_c)
+
+    Outputs of several teachers stand side by side in a row of `y_true`,
+    `(..., C_1 + C_2 + ...)`, as `np.concatenate` puts them.
 
     Without `A'` and `b'` it has the optimum of `PTLoss`, example by example;
     with them it goes where PTLoss cannot. A student too small to answer each
@@ -82,11 +94,25 @@ class ProxyKLDivergence(TeacherLoss):
             self._to_the_corrected,
             {},  # the correction is no number or array
             from_logits=from_logits,
-            teacher_from_logits=correction.teacher_from_logits,
+            teacher_from_logits=None,  # the correction says it
             name=name,
             **kwargs,
         )
         self.correction = correction
+        self.teacher_from_logits = correction.teacher_from_logits
+        if correction.row is not None:
+            self._padding = correction.row.uniform()
+
+    @property
+    def teacher_classes(self) -> tuple[int, ...] | None:
+        """Class counts of the teachers that `y_true` has side by side."""
+        if self.correction.row is not None:
+            return tuple(self.correction.row.counts)
+        return self.correction.calibration.rectangle
+
+    def teacher(self, y_true: Tensor) -> Tensor:
+        """Return the corrected teacher, `(..., C)`, of outputs as they come."""
+        return ops.stop_gradient(self.correction.target(y_true))
 
     def _to_the_corrected(
         self,
@@ -99,9 +125,8 @@ class ProxyKLDivergence(TeacherLoss):
         """Return `KL(q || p)`: `(..., C_in)`, `(..., C)` to `(...)`."""
         student = read_student(y_pred, from_logits=from_logits)
         y_true = ops.cast(ops.convert_to_tensor(y_true), student.dtype)
-        target = ops.stop_gradient(self.correction.target(y_true))
         return pt_loss(
-            target,
+            self.teacher(y_true),
             student,
             0.0,
             from_logits=from_logits,

@@ -4,6 +4,7 @@ from keras_ptloss.soft_labels._data import fingerprint
 from keras_ptloss.soft_labels._import import import_soft_labels
 from keras_ptloss.soft_labels._report import ImportReport
 from keras_ptloss.soft_labels._retries import with_retries
+from keras_ptloss.soft_labels._several import attach_several
 from keras_ptloss.soft_labels._soft_labels import SoftLabels
 from keras_ptloss.soft_labels._spec import SoftLabelSpec
 
@@ -11,6 +12,7 @@ __all__ = [
     "ImportReport",
     "SoftLabelSpec",
     "SoftLabels",
+    "attach_several",
     "fingerprint",
     "import_soft_labels",
     "with_retries",
