@@ -77,7 +77,11 @@ class _SideBySide:
             fail("labels", "a list of SoftLabels", labels)
         self._stores = list(labels)
         self.fingerprints = first = labels[0].fingerprints
-        self.shape = (len(labels[0]), sum(s.shape[1] for s in labels))
+        self.ordered = all(store.ordered for store in labels)
+        self.shape: tuple[int, ...] = (
+            len(labels[0]),
+            sum(s.shape[1] for s in labels),
+        )
         for k, store in enumerate(labels):
             if len(store) != len(first):
                 raise ValueError(
