@@ -170,6 +170,8 @@ def label(inputs, teacher, labels, arguments):
     rows = images.map_batches(
         Unlabelled(np.unique(done)).__call__, batch_format="pyarrow"
     )
+    # Small blocks: a block is a file, and what a crash can cost.
+    rows = rows.repartition(target_num_rows_per_block=arguments.rows_per_file)
     rows = rows.map_batches(
         Teacher,
         fn_constructor_args=(str(teacher), arguments.seconds_a_batch),
@@ -212,6 +214,7 @@ def main():
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--address", help="of a cluster, such as auto")
     parser.add_argument("--files", type=int, default=24)
+    parser.add_argument("--rows-per-file", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seconds-a-batch", type=float, default=0.0)
     arguments = parser.parse_args()

@@ -184,6 +184,8 @@ def npy(path, arguments):
 
 def measure(arguments):
     """One step of one format, in this process; prints JSON."""
+    import keras_ptloss  # noqa: F401  before the clock starts, in every step
+
     path = arguments.folder / arguments.format
     steps = globals()[arguments.format](path, arguments)
     next(steps)  # has imported
