@@ -169,6 +169,11 @@ def compiled(function):
     return tf.function(function, jit_compile=True)
 
 
+def jit(wanted=True):
+    """Return `jit_compile`: PyTorch's compiler takes minutes for a model."""
+    return wanted and keras.backend.backend() != "torch"
+
+
 def linear_model(classes, *, seed=0, activation=None):
     """Build one dense layer on five inputs."""
     init = keras.initializers.GlorotUniform(seed=seed)

@@ -268,7 +268,7 @@ def test_model_fit(name, policy):
         loss=no_loss,
         metrics=[build(name)],
         weighted_metrics=[build(name, name="weighted")],
-        jit_compile=True,
+        jit_compile=helpers.jit(),
     )
     weight = np.random.default_rng(4).uniform(size=64).astype("float32")
     history = student.fit(x, truth, batch_size=24, verbose=0, epochs=1)
@@ -470,7 +470,7 @@ def compiled_value(metric, truth, logits, weight=None):
         [keras.Input(logits.shape[1:]), keras.layers.Identity()]
     )
     place = "metrics" if weight is None else "weighted_metrics"
-    model.compile(loss=no_loss, **{place: [metric]}, jit_compile=True)
+    model.compile(loss=no_loss, **{place: [metric]}, jit_compile=helpers.jit())
     logs = model.evaluate(
         logits, truth, sample_weight=weight, verbose=0, return_dict=True
     )

@@ -624,7 +624,7 @@ class TestModelFit:
         student.compile(
             keras.optimizers.Adam(0.05),
             loss=from_logits_loss(EPSILONS[name]),
-            jit_compile=jit_compile,
+            jit_compile=helpers.jit(jit_compile),
         )
         history = student.fit(x, soft_labels, epochs=15, verbose=0).history
         assert history["loss"][-1] < history["loss"][0]
