@@ -3,12 +3,12 @@
     python examples/text_generation.py --seeds 1
 
 trains a small GPT-2 and students of a quarter of its size on the documentation
-that Python and NumPy carry in their sources, with no download. From the
-teacher's 16 largest log-probabilities a token, which is what APIs give, come
-students with and without the rest of the probability, and one of a PTLoss whose
-temperature and epsilon were searched on held-out text. Beside them stand
-students of the text alone and of the teacher's full distributions. Perplexity
-is on text that neither teacher nor student has seen.
+that Python carries in its sources, with no download. From the teacher's 16
+largest log-probabilities a token, which is what APIs give, come students with
+and without the rest of the probability, and one of a PTLoss whose temperature
+and epsilon were searched on held-out text. Beside them stand students of the
+text alone and of the teacher's full distributions. Perplexity is on text that
+neither teacher nor student has seen.
 
 On a GPU, with any two KerasHub presets of one tokenizer:
 
@@ -22,7 +22,6 @@ log-probabilities and a student, as a preset that `generate` can be called on.
 
 import argparse
 import ast
-import importlib.util
 import math
 import pathlib
 import pydoc_data.topics
@@ -58,8 +57,8 @@ def load_documents(data=None):
 
     Args:
         data: directory with `.txt` files; None takes the docstrings of
-            Python's standard library and of NumPy, a document a module, and
-            Python's reference as `help()` shows it.
+            Python's standard library, a document a module, and Python's
+            reference as `help()` shows it.
 
     Returns:
         A list of strings.
@@ -72,12 +71,11 @@ def load_documents(data=None):
         texts = [path.read_text(encoding="utf-8") for path in paths]
     else:
         texts = [text for _, text in sorted(pydoc_data.topics.topics.items())]
-        numpy = pathlib.Path(importlib.util.find_spec("numpy").origin).parent
-        for root in (pathlib.Path(sysconfig.get_path("stdlib")), numpy):
-            for path in sorted(root.glob("**/*.py")):
-                folders = path.relative_to(root).parts
-                if not {"site-packages", "test", "tests"} & set(folders):
-                    texts.append(_docstrings(path))
+        root = pathlib.Path(sysconfig.get_path("stdlib"))
+        for path in sorted(root.glob("**/*.py")):
+            folders = path.relative_to(root).parts
+            if not {"site-packages", "test", "tests"} & set(folders):
+                texts.append(_docstrings(path))
     texts = [text for text in texts if text.strip()]
     if len(texts) < 10:
         raise ValueError(
