@@ -7,22 +7,25 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ptloss._backend import row_sum
+from keras_ptloss._backend import row_sum, threads_by_operations
 from keras_ptloss._calibration import (
     check_teacher_calibration,
+    softmax_and_log,
     teacher_calibration,
 )
 from keras_ptloss._checks import check_constant_epsilon, check_epsilon
 from keras_ptloss._perturbation import perturbation, slope
 from keras_ptloss.losses._base import (
     LOWEST,
-    TINY,
     TeacherLoss,
     read_student,
-    read_teacher,
+    read_teacher_and_log,
 )
 
 Tensor = Any
+
+# The order from which `t (1 + p h)` takes more operations than it moves bytes.
+LONG = 5
 
 
 def pt_loss(
@@ -91,7 +94,7 @@ def pt_loss(
     if teacher_from_logits is None:
         teacher_from_logits = from_logits
     student = read_student(y_pred, from_logits=from_logits)
-    teacher = read_teacher(
+    teacher = read_teacher_and_log(
         y_true,
         student,
         from_logits=teacher_from_logits,
@@ -106,49 +109,38 @@ def pt_loss(
         examples=student.shape[0],
     )
     constant = isinstance(epsilon, np.ndarray)
-    epsilon = ops.cast(epsilon, student.dtype)
-    coefficients = [epsilon[..., m] for m in range(epsilon.shape[-1])]
+    if constant and not np.any(epsilon):
+        coefficients = []  # KL
+    else:
+        epsilon = ops.cast(epsilon, student.dtype)
+        coefficients = [epsilon[..., m] for m in range(epsilon.shape[-1])]
     if not from_logits:
-        return _pt_loss_of_probabilities(teacher, student, coefficients)
-    if not constant:
-        # Coefficients may be differentiated as well: leave it to autodiff.
-        return _pt_loss_of_logits(teacher, student, coefficients)[0]
-    return _with_gradient(teacher, student, coefficients)
+        log_student = ops.log(ops.maximum(student, keras.config.epsilon()))
+        return _value(*teacher, student, log_student, coefficients)
+    if constant:
+        return _with_gradient(*teacher, student, coefficients)
+    # Coefficients may be differentiated as well: leave it to autodiff.
+    return _value(*teacher, *_softmax(student), coefficients)
 
 
-def _pt_loss_of_probabilities(
-    teacher: Tensor, student: Tensor, coefficients: Sequence[Tensor]
-) -> Tensor:
-    """Eq. 7 on probabilities, clipped from below as Keras's losses are."""
-    log_student = ops.log(ops.maximum(student, keras.config.epsilon()))
-    terms = _terms(teacher, log_student, 1.0 - student, coefficients)
-    return _expected(teacher, terms)
-
-
-def _pt_loss_of_logits(
-    teacher: Tensor, logits: Tensor, coefficients: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 7 on the student's logits; also its terms and probabilities."""
-    shifted = logits - ops.max(logits, axis=-1, keepdims=True)
-    shifted = ops.maximum(shifted, LOWEST)  # 0 * -inf, of a masked class
-    exp = ops.exp(shifted)
-    total = ops.sum(exp, axis=-1, keepdims=True)
-    student = exp / total
-    # 1 - p has the digits that `total` has, as -expm1(log p) would.
-    log_student = shifted - ops.log(total)
-    terms = _terms(teacher, log_student, 1.0 - student, coefficients)
-    return _expected(teacher, terms), terms, student
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `p` and `log p`, finite for a masked class: `0 * -inf` is NaN."""
+    student, log_student = softmax_and_log(logits)
+    return student, ops.maximum(log_student, LOWEST)
 
 
 def _terms(
-    teacher: Tensor,
+    log_teacher: Tensor,
+    student: Tensor,
     log_student: Tensor,
-    one_minus_p: Tensor,
     coefficients: Sequence[Tensor],
 ) -> Tensor:
     """Return `log t_c - log p_c + sum_m epsilon_{c,m} (1 - p_c)^m`."""
-    log_teacher = ops.log(ops.maximum(teacher, TINY))
-    return log_teacher + (perturbation(one_minus_p, coefficients) - log_student)
+    if not coefficients:
+        return log_teacher - log_student
+    # 1 - p has the digits that the softmax has, as -expm1(log p) would.
+    perturbed = perturbation(1.0 - student, coefficients)
+    return log_teacher + (perturbed - log_student)
 
 
 def _expected(teacher: Tensor, terms: Tensor) -> Tensor:
@@ -156,8 +148,23 @@ def _expected(teacher: Tensor, terms: Tensor) -> Tensor:
     return ops.squeeze(row_sum(teacher * terms), axis=-1)
 
 
+def _value(
+    teacher: Tensor,
+    log_teacher: Tensor,
+    student: Tensor,
+    log_student: Tensor,
+    coefficients: Sequence[Tensor],
+) -> Tensor:
+    """Eq. 7 of probabilities and their logarithms, `(...)`."""
+    terms = _terms(log_teacher, student, log_student, coefficients)
+    return _expected(teacher, terms)
+
+
 def _with_gradient(
-    teacher: Tensor, logits: Tensor, coefficients: Sequence[Tensor]
+    teacher: Tensor,
+    log_teacher: Tensor,
+    logits: Tensor,
+    coefficients: Sequence[Tensor],
 ) -> Tensor:
     """Eq. 7 with its gradient written out, at half the cost of autodiff.
 
@@ -167,23 +174,40 @@ def _with_gradient(
     """
 
     @ops.custom_gradient
-    def differentiable(teacher: Tensor, logits: Tensor) -> Any:
-        loss, terms, student = _pt_loss_of_logits(teacher, logits, coefficients)
+    def differentiable(
+        teacher: Tensor, log_teacher: Tensor, logits: Tensor
+    ) -> Any:
+        student, log_student = _softmax(logits)
+        terms = _terms(log_teacher, student, log_student, coefficients)
 
         def gradient(*args: Tensor, upstream: Tensor = None) -> Any:
             if upstream is None:  # as TensorFlow and JAX call it
                 (upstream,) = args
             upstream = ops.expand_dims(upstream, -1)
-            h = slope(1.0 - student, coefficients)
-            w = teacher * (1.0 + student * h)
+            w, total = _weights(teacher, student, coefficients)
             return (
-                upstream * (terms + 1.0),
-                upstream * (row_sum(w) * student - w),
+                upstream * terms,
+                upstream * teacher,
+                upstream * (total * student - w),
             )
 
-        return loss, gradient
+        return _expected(teacher, terms), gradient
 
-    return differentiable(teacher, logits)
+    return differentiable(teacher, log_teacher, logits)
+
+
+def _weights(
+    teacher: Tensor, student: Tensor, coefficients: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return `w_c = t_c (1 + p_c h_c)`, `(..., C)`, and its sum, `(..., 1)`."""
+    if not coefficients:
+        return teacher, row_sum(teacher)
+    bent = teacher * (student * slope(1.0 - student, coefficients))
+    w = teacher + bent
+    if len(coefficients) < LONG or not threads_by_operations():
+        return w, row_sum(w)
+    # `t p h` takes fewer; the teacher is read twice more.
+    return w, row_sum(teacher) + row_sum(bent)
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
