@@ -38,6 +38,7 @@ def pt_loss(
     teacher_temperature: Any = 1.0,
     teacher_scale: Any = 1.0,
     teacher_bias: Any = 0.0,
+    entropy: bool = True,
 ) -> Tensor:
     """Compute PTLoss: KL from teacher to student, its series perturbed.
 
@@ -70,6 +71,10 @@ def pt_loss(
             `(C, C_in)`; a teacher of C_in classes then has `y_true`
             `(..., C_in)`.
         teacher_bias: `b`: a number, or one a class, `(C,)`.
+        entropy: whether the value has `sum_c t_c log t_c`, which the student
+            does not move. Without it the student's gradient is the same, for a
+            logarithm a value less; the value is a cross-entropy, perturbed,
+            and not 0 where `p = t`.
 
     Returns:
         One loss an example, shape `(...)`, in nats.
@@ -94,7 +99,7 @@ def pt_loss(
     if teacher_from_logits is None:
         teacher_from_logits = from_logits
     student = read_student(y_pred, from_logits=from_logits)
-    teacher = read_teacher_and_log(
+    teacher, log_teacher = read_teacher_and_log(
         y_true,
         student,
         from_logits=teacher_from_logits,
@@ -108,6 +113,7 @@ def pt_loss(
         classes=student.shape[-1],
         examples=student.shape[0],
     )
+    rows = (teacher, log_teacher if entropy else None)
     constant = isinstance(epsilon, np.ndarray)
     if constant and not np.any(epsilon):
         coefficients = []  # KL
@@ -116,11 +122,11 @@ def pt_loss(
         coefficients = [epsilon[..., m] for m in range(epsilon.shape[-1])]
     if not from_logits:
         log_student = ops.log(ops.maximum(student, keras.config.epsilon()))
-        return _value(*teacher, student, log_student, coefficients)
+        return _value(*rows, student, log_student, coefficients)
     if constant:
-        return _with_gradient(*teacher, student, coefficients)
+        return _with_gradient(*rows, student, coefficients)
     # Coefficients may be differentiated as well: leave it to autodiff.
-    return _value(*teacher, *_softmax(student), coefficients)
+    return _value(*rows, *_softmax(student), coefficients)
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,17 +136,20 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _terms(
-    log_teacher: Tensor,
+    log_teacher: Tensor | None,
     student: Tensor,
     log_student: Tensor,
     coefficients: Sequence[Tensor],
 ) -> Tensor:
-    """Return `log t_c - log p_c + sum_m epsilon_{c,m} (1 - p_c)^m`."""
-    if not coefficients:
-        return log_teacher - log_student
-    # 1 - p has the digits that the softmax has, as -expm1(log p) would.
-    perturbed = perturbation(1.0 - student, coefficients)
-    return log_teacher + (perturbed - log_student)
+    """Return `log t_c - log p_c + sum_m epsilon_{c,m} (1 - p_c)^m`.
+
+    `log t` is left out where it is None.
+    """
+    terms = -log_student
+    if coefficients:
+        # 1 - p has the digits that the softmax has, as -expm1(log p) would.
+        terms = perturbation(1.0 - student, coefficients) - log_student
+    return terms if log_teacher is None else log_teacher + terms
 
 
 def _expected(teacher: Tensor, terms: Tensor) -> Tensor:
@@ -150,7 +159,7 @@ def _expected(teacher: Tensor, terms: Tensor) -> Tensor:
 
 def _value(
     teacher: Tensor,
-    log_teacher: Tensor,
+    log_teacher: Tensor | None,
     student: Tensor,
     log_student: Tensor,
     coefficients: Sequence[Tensor],
@@ -162,7 +171,7 @@ def _value(
 
 def _with_gradient(
     teacher: Tensor,
-    log_teacher: Tensor,
+    log_teacher: Tensor | None,
     logits: Tensor,
     coefficients: Sequence[Tensor],
 ) -> Tensor:
@@ -174,11 +183,9 @@ def _with_gradient(
     """
 
     @ops.custom_gradient
-    def differentiable(
-        teacher: Tensor, log_teacher: Tensor, logits: Tensor
-    ) -> Any:
+    def differentiable(teacher: Tensor, logits: Tensor, *log: Tensor) -> Any:
         student, log_student = _softmax(logits)
-        terms = _terms(log_teacher, student, log_student, coefficients)
+        terms = _terms(*(log or (None,)), student, log_student, coefficients)
 
         def gradient(*args: Tensor, upstream: Tensor = None) -> Any:
             if upstream is None:  # as TensorFlow and JAX call it
@@ -187,13 +194,14 @@ def _with_gradient(
             w, total = _weights(teacher, student, coefficients)
             return (
                 upstream * terms,
-                upstream * teacher,
                 upstream * (total * student - w),
+                *(upstream * teacher for _ in log),
             )
 
         return _expected(teacher, terms), gradient
 
-    return differentiable(teacher, log_teacher, logits)
+    log = () if log_teacher is None else (log_teacher,)
+    return differentiable(teacher, logits, *log)
 
 
 def _weights(
@@ -237,6 +245,10 @@ class PTLoss(TeacherLoss):
             `(C, C_in)`; a teacher of C_in classes then has `y_true`
             `(..., C_in)`.
         teacher_bias: `b`: a number, or one a class, `(C,)`.
+        entropy: whether the value has `sum_c t_c log t_c`, which the student
+            does not move. Without it the student's gradient is the same, for a
+            logarithm a value less; the value is a cross-entropy, perturbed,
+            and not 0 where `p = t`.
         name: name of the loss.
         **kwargs: `reduction` and `dtype`, as in `keras.losses.Loss`. The
             computation is float32 or better.
@@ -271,6 +283,7 @@ class PTLoss(TeacherLoss):
         teacher_temperature: Any = 1.0,
         teacher_scale: Any = 1.0,
         teacher_bias: Any = 0.0,
+        entropy: bool = True,
         name: str | None = "pt_loss",
         **kwargs: Any,
     ) -> None:
@@ -279,6 +292,7 @@ class PTLoss(TeacherLoss):
             **check_teacher_calibration(
                 teacher_temperature, teacher_scale, teacher_bias
             ),
+            "entropy": bool(entropy),
         }
         super().__init__(
             pt_loss,
