@@ -18,6 +18,7 @@ from keras_ptloss._checks import as_floats, differ, fail
 
 Tensor = Any
 
+LOWEST = -1e30  # logarithms and logits of masked classes: 0 * -inf is NaN
 TINY = float(np.finfo("float32").tiny)  # inside logarithms: 0 log 0 = 0
 
 
@@ -109,8 +110,7 @@ class Calibration:
     ) -> tuple[Tensor, Tensor]:
         """Return the calibrated distribution and its logarithm, `(..., C)`.
 
-        The logarithm is finite: that of 0 is of the smallest float32. It costs
-        nothing beside a softmax.
+        The logarithm is finite, and costs nothing beside a softmax.
 
         Args:
             outputs: logits or probabilities, `(..., C_in)`: a tensor.
@@ -118,8 +118,7 @@ class Calibration:
         """
         if self.is_identity and not from_logits:
             return outputs, ops.log(ops.maximum(outputs, TINY))
-        t, log_t = softmax_and_log(self._logits(outputs, from_logits, ops))
-        return t, ops.maximum(log_t, math.log(TINY))
+        return softmax_and_log(self._logits(outputs, from_logits, ops))
 
     def _logits(self, outputs: Tensor, from_logits: bool, xp: Any) -> Tensor:
         """Return `A z + b`, `(..., C)`."""
@@ -135,8 +134,12 @@ class Calibration:
 
 
 def softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `softmax(z)` and its logarithm, of one exponential a value."""
+    """Return `softmax(z)` and its logarithm, of one exponential a value.
+
+    The logarithm is finite: of a masked class, whose logit is -inf, `LOWEST`.
+    """
     shifted = logits - ops.max(logits, axis=-1, keepdims=True)
+    shifted = ops.maximum(shifted, LOWEST)
     exp = ops.exp(shifted)
     total = ops.sum(exp, axis=-1, keepdims=True)
     return exp / total, shifted - ops.log(total)

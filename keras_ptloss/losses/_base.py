@@ -8,7 +8,8 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._binary import of_classes, two_events
-from keras_ptloss._calibration import TINY as TINY  # of the losses too
+from keras_ptloss._calibration import LOWEST as LOWEST  # of the losses too
+from keras_ptloss._calibration import TINY as TINY
 from keras_ptloss._calibration import Calibration
 from keras_ptloss._checks import (
     check_class_axis,
@@ -17,8 +18,6 @@ from keras_ptloss._checks import (
 )
 
 Tensor = Any
-
-LOWEST = -1e30  # logarithms and logits of masked classes: 0 * -inf is NaN
 
 
 class TeacherLoss(keras.losses.Loss):

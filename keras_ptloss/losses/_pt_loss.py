@@ -16,7 +16,6 @@ from keras_ptloss._calibration import (
 from keras_ptloss._checks import check_constant_epsilon, check_epsilon
 from keras_ptloss._perturbation import perturbation, slope
 from keras_ptloss.losses._base import (
-    LOWEST,
     TeacherLoss,
     read_student,
     read_teacher_and_log,
@@ -126,13 +125,7 @@ def pt_loss(
     if constant:
         return _with_gradient(*rows, student, coefficients)
     # Coefficients may be differentiated as well: leave it to autodiff.
-    return _value(*rows, *_softmax(student), coefficients)
-
-
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `p` and `log p`, finite for a masked class: `0 * -inf` is NaN."""
-    student, log_student = softmax_and_log(logits)
-    return student, ops.maximum(log_student, LOWEST)
+    return _value(*rows, *softmax_and_log(student), coefficients)
 
 
 def _terms(
@@ -184,7 +177,7 @@ def _with_gradient(
 
     @ops.custom_gradient
     def differentiable(teacher: Tensor, logits: Tensor, *log: Tensor) -> Any:
-        student, log_student = _softmax(logits)
+        student, log_student = softmax_and_log(logits)
         terms = _terms(*(log or (None,)), student, log_student, coefficients)
 
         def gradient(*args: Tensor, upstream: Tensor = None) -> Any:
