@@ -7,6 +7,8 @@ Every way trains the same student on the same batches with the same `PTLoss`,
 in the same order. They are timed in turn, an epoch each, round by round; a
 ratio is the median over the rounds of the ratio within a round. `--memory`
 trains each way once more in a process of its own, for its peak memory.
+`--program` reads operations, bytes and kernels off JAX's compiled steps: they
+do not depend on the load.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import datetime
 import importlib.metadata
 import os
 import pathlib
+import re
 import resource
 import subprocess
 import sys
@@ -123,9 +126,12 @@ def new_loss():
 
 def fitting(model, batch, *data):
     """Return a function that trains a compiled model for an epoch."""
-    return lambda: model.fit(
-        *data, batch_size=batch, verbose=0, shuffle=False, epochs=1
-    )
+
+    def epoch():
+        model.fit(*data, batch_size=batch, verbose=0, shuffle=False, epochs=1)
+
+    epoch.model = model
+    return epoch
 
 
 def distiller(make, x, batch, *, metrics=None, steps=1):
@@ -281,6 +287,13 @@ WAYS = {
 }
 
 
+PROGRAMS = {
+    DISTILLER: lambda x, batch: (x,),
+    "Distiller, no metrics": lambda x, batch: (x,),
+    "keras.distillation": lambda x, batch: (x, np.zeros(batch, "int32")),
+}
+
+
 def measure(epochs, rounds):
     """Return `{name: seconds an epoch, (2, rounds)}`, CPU and wall."""
     seconds = {name: [] for name in epochs}
@@ -322,6 +335,46 @@ def table(kind, arguments):
     return lines
 
 
+def program(kind):
+    """Return Markdown rows on the compiled steps of JAX, which no load moves.
+
+    Millions of operations, MiB read and written by all kernels, and kernels.
+    """
+    import jax
+    import keras
+
+    make, x, batch = network(kind)
+    rows = keras.tree.map_structure(lambda values: values[:batch], x)
+    lines = []
+    for name, data in PROGRAMS.items():
+        epoch = WAYS[name](make, x, batch)
+        model = epoch.model
+        epoch()
+        model.optimizer.build(model.trainable_variables)
+        state = tuple(
+            [variable.value for variable in variables]
+            for variables in (
+                model.trainable_variables,
+                model.non_trainable_variables,
+                model.optimizer.variables,
+                model.metrics_variables,
+            )
+        )
+        step = jax.jit(model.train_step, donate_argnums=0)
+        compiled = step.lower(state, data(rows, batch)).compile()
+        cost, text = compiled.cost_analysis(), compiled.as_text()
+        entry = text[text.index("\nENTRY") :]
+        kernels = len(
+            re.findall(r" = \S+ (?:fusion|dot|convolution|call)\(", entry)
+        )
+        lines.append(
+            f"| {kind} | {name} | {cost['flops'] / 1e6:.2f} | "
+            f"{cost['bytes accessed'] / 2**20:.2f} | {kernels} |"
+        )
+        print(lines[-1], flush=True)
+    return lines
+
+
 def peak_memory(kind, name, backend):
     """Return the MiB of a process that trains in one way only."""
     command = [sys.executable, __file__, "--backend", backend]
@@ -348,6 +401,15 @@ def machine(backend):
     )
 
 
+def write(report, output):
+    """Append to a file, if there is one."""
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        new = not output.exists()
+        with open(output, "a") as file:
+            file.write((HEADER if new else "") + report)
+
+
 def main():
     """Measure a backend and append to the output."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -357,6 +419,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--only", choices=list(WAYS))
+    parser.add_argument("--program", action="store_true")
     arguments = parser.parse_args()
     arguments.backend = arguments.backend or os.environ.get(
         "KERAS_BACKEND", "jax"
@@ -369,6 +432,17 @@ def main():
         kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(kibibytes / 1024)
         return
+    if arguments.program:
+        lines = [
+            "",
+            "## jax: the compiled step",
+            "",
+            "| network | way | million operations | MiB moved | kernels |",
+            "|---" * 5 + "|",
+        ]
+        for kind in arguments.models:
+            lines += program(kind)
+        return write("\n".join(lines) + "\n", arguments.output)
     lines = [
         "",
         f"## {arguments.backend}",
@@ -381,11 +455,7 @@ def main():
         lines += table(kind, arguments)
     facts = f"{arguments.rounds} rounds. {machine(arguments.backend)}"
     report = "\n".join([*lines, "", facts]) + "\n"
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        new = not arguments.output.exists()
-        with open(arguments.output, "a") as file:
-            file.write((HEADER if new else "") + report)
+    write(report, arguments.output)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,8 @@ def _with_gradient(
     @ops.custom_gradient
     def differentiable(teacher: Tensor, logits: Tensor, *log: Tensor) -> Any:
         student, log_student = softmax_and_log(logits)
-        terms = _terms(*(log or (None,)), student, log_student, coefficients)
+        log_teacher = log[0] if log else None
+        terms = _terms(log_teacher, student, log_student, coefficients)
 
         def gradient(*args: Tensor, upstream: Tensor = None) -> Any:
             if upstream is None:  # as TensorFlow and JAX call it
