@@ -221,6 +221,15 @@ def row_sum(x: Tensor) -> Tensor:
     return keras.ops.sum(x, axis=-1, keepdims=True)
 
 
+def threads_by_operations() -> bool:
+    """Return whether loops of many operations are shared out to threads.
+
+    XLA's CPU compiler (JAX 0.10) does so with loops of more operations than
+    bytes, however short they are.
+    """
+    return keras.backend.backend() == "jax" and _on_cpu()
+
+
 def block_elements() -> int:
     """Return how many float64 elements one compiled call should work on.
 

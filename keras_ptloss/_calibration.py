@@ -18,6 +18,9 @@ from keras_ptloss._checks import as_floats, differ, fail
 
 Tensor = Any
 
+LOWEST = -1e30  # logarithms and logits of masked classes: 0 * -inf is NaN
+TINY = float(np.finfo("float32").tiny)  # inside logarithms: 0 log 0 = 0
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calibration:
@@ -102,23 +105,52 @@ class Calibration:
             or above `keras.config.epsilon()`, since a class at 0 could never
             move. So are, before a matrix, the logits -inf of masked classes.
         """
-        if isinstance(outputs, np.ndarray):
-            return self._apply(outputs, from_logits, np, scipy.special.softmax)
-        return self._apply(outputs, from_logits, ops, ops.softmax)
+        array = isinstance(outputs, np.ndarray)
+        if self.is_identity and not from_logits:
+            return outputs
+        z = self._logits(outputs, from_logits, np if array else ops)
+        return (scipy.special.softmax if array else ops.softmax)(z, axis=-1)
 
-    def _apply(
-        self, outputs: Tensor, from_logits: bool, xp: Any, softmax: Any
-    ) -> Tensor:
-        if self.is_identity:
-            return softmax(outputs, axis=-1) if from_logits else outputs
+    def with_log(
+        self, outputs: Tensor, *, from_logits: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the calibrated distribution and its logarithm, `(..., C)`.
+
+        The logarithm is finite, and costs nothing beside a softmax.
+
+        Args:
+            outputs: logits or probabilities, `(..., C_in)`: a tensor.
+            from_logits: whether they are logits.
+        """
+        if self.is_identity and not from_logits:
+            return outputs, ops.log(ops.maximum(outputs, TINY))
+        return softmax_and_log(self._logits(outputs, from_logits, ops))
+
+    def _logits(self, outputs: Tensor, from_logits: bool, xp: Any) -> Tensor:
+        """Return `A z + b`, `(..., C)`."""
         z = outputs if from_logits else log_probabilities(outputs, xp)
+        if self.is_identity:
+            return z
         if from_logits and self.scale.ndim == 2:
             z = hold_masked(z, xp)
         scale = self.scale.astype(keras.backend.standardize_dtype(z.dtype))
         bias = self.bias.astype(scale.dtype)
         # By functions: PyTorch's tensors do not multiply NumPy's arrays.
         multiply = xp.matmul if scale.ndim == 2 else xp.multiply
-        return softmax(xp.add(multiply(z, scale.T), bias), axis=-1)
+        z = multiply(z, scale.T)
+        return xp.add(z, bias) if np.any(bias) else z
+
+
+def softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `softmax(z)` and its logarithm, of one exponential a value.
+
+    The logarithm is finite: of a masked class, whose logit is -inf, `LOWEST`.
+    """
+    shifted = logits - ops.max(logits, axis=-1, keepdims=True)
+    shifted = ops.maximum(shifted, LOWEST)
+    exp = ops.exp(shifted)
+    total = ops.sum(exp, axis=-1, keepdims=True)
+    return exp / total, shifted - ops.log(total)
 
 
 def log_probabilities(probabilities: Tensor, xp: Any = np) -> Tensor:

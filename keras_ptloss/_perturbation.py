@@ -36,7 +36,10 @@ def curvature(s: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
 
 def horner(s: Tensor, terms: Sequence[Tensor]) -> Tensor:
     """Return `terms[0] + terms[1] s + ...` in the shape of `s`."""
-    value = 0.0 * s
-    for term in reversed(terms):
+    if len(terms) < 2:
+        return 0.0 * s + sum(terms)
+    *terms, last = terms
+    value = s * last + terms[-1]  # two loops over `s` less than from 0
+    for term in reversed(terms[:-1]):
         value = value * s + term
     return value

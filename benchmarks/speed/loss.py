@@ -1,63 +1,78 @@
 """What a PTLoss costs: value and gradient on logits, beside other losses.
 
-    KERAS_BACKEND=jax python benchmarks/speed/loss.py \
-        --output benchmarks/results/loss.md
-    KERAS_BACKEND=tensorflow python benchmarks/speed/loss.py \
-        --output benchmarks/results/loss.md
+    python benchmarks/speed/loss.py --backend jax [--before CHECKOUT] \
+        [--output benchmarks/results/loss.md] [--full]
 
 Every loss gets the same logits and soft labels, is averaged over the batch and
-differentiated by the logits, in one compiled function. A run measures one
-backend and appends its tables to the output. All losses of a table row are
-timed in turn, repeat by repeat; a ratio is the median over the repeats of the
-ratio within a repeat.
+differentiated by the logits, in one compiled function. `--before` is another
+checkout of this project, whose PTLoss is timed beside this one's.
+
+All losses of a table row are timed in turn, round by round; a ratio is the
+median over the rounds of the ratio within a round, with quartiles. Two clocks:
+the process's CPU time, of all threads, which other work on the machine hardly
+moves; and the wall's. Passes and bytes are read off the compiled program, and
+hold whatever else the machine does.
 """
 
 import argparse
 import datetime
+import importlib
 import importlib.metadata
 import os
 import pathlib
+import re
+import sys
 import time
 
-import keras
 import numpy as np
 
-from keras_ptloss import PTLoss
-
-CROSS_ENTROPY = "Keras cross-entropy"
+ORDERS = (1, 5)
+LEAST = 12  # bytes a value: read logits and teacher, write the gradient
+WIDTHS = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "bf16": 2, "f16": 2}
 HEADER = """# PTLoss: value and gradient, beside other losses
 
-`KERAS_BACKEND=jax|tensorflow python benchmarks/speed/loss.py --output \
-benchmarks/results/loss.md`, once a backend.
+`python benchmarks/speed/loss.py --backend jax|tensorflow --before CHECKOUT \
+--output benchmarks/results/loss.md`, once a backend.
 
-Forward and backward from float32 logits (standard normal, times 3) with soft
-labels (softmax of the like), mean over the batch, one compiled function.
-"PTLoss" is `PTLoss(eps, from_logits=True, teacher_from_logits=False)`, epsilon
-uniform in [-1/m, 10]; "Keras KL" is `KLDivergence` after softmax; "Keras
-cross-entropy" is `CategoricalCrossentropy(from_logits=True)`, the 1.00 of the
-ratios. First number: ratio to it, median of the ratios within each of the
-interleaved repeats, with their quartiles in brackets; then the median in
-microseconds. At a few dozen microseconds the cost of calling a compiled
-function is most of what is seen.
+Forward and backward from logits (standard normal, times 3) with soft labels
+(softmax of the like), mean over the batch, one compiled function. "PTLoss" has
+epsilon uniform in [-1/m, 10] of order M. The rivals: "Keras KL" is
+`KLDivergence` after softmax, "Optax KL" (JAX) `kl_divergence` after
+log-softmax, "Keras cross-entropy" `CategoricalCrossentropy(from_logits=True)`,
+which has no `t log t` to compute. "Before" is the checkout of `--before`.
+
+Ratios are to the faster of the two KL (the smaller median): median over the
+interleaved rounds of the ratio within a round, quartiles in brackets. "CPU" is
+the process's time on all threads, "wall" the clock's. A *pass* is one kernel
+that reads or writes an array of batch x C values; *bytes* are what the passes
+read and write, a value (least possible: 12 in float32, the logits and the
+teacher in and the gradient out); *exp, log* are counted a value. These three
+are read off the compiled program (XLA's; in plain graphs, TensorFlow's after
+its own optimisation), and do not depend on the machine's load.
 """
 
 
-def losses(classes, seed):
-    """Return `{name: function (labels, logits) -> mean loss}`."""
-    generator = np.random.default_rng(seed)
+def load(checkout):
+    """Return the PTLoss of a checkout; None is the one that is imported."""
+    if checkout is not None:
+        for name in [n for n in sys.modules if n.startswith("keras_ptloss")]:
+            del sys.modules[name]
+        sys.path.insert(0, str(checkout))
+    module = importlib.import_module("keras_ptloss")
+    if checkout is not None:
+        del sys.path[0]
+    return module.PTLoss
 
-    def perturbed(order, rows):
-        low = -1.0 / np.arange(1, order + 1)
-        shape = (classes, order) if rows == "per class" else (order,)
-        return PTLoss(
-            generator.uniform(low, 10.0, size=shape),
-            from_logits=True,
-            teacher_from_logits=False,
-        )
+
+def rivals():
+    """Return `{name: function (labels, logits) -> mean loss}`."""
+    import keras
 
     kl = keras.losses.KLDivergence()
     table = {
-        CROSS_ENTROPY: keras.losses.CategoricalCrossentropy(from_logits=True),
+        "Keras cross-entropy": keras.losses.CategoricalCrossentropy(
+            from_logits=True
+        ),
         "Keras KL": lambda t, z: kl(t, keras.ops.softmax(z)),
     }
     if keras.backend.backend() == "jax":
@@ -67,122 +82,310 @@ def losses(classes, seed):
         table["Optax KL"] = lambda t, z: optax.losses.kl_divergence(
             jax.nn.log_softmax(z), t
         ).mean()
-    for order in (1, 5):
-        for rows in ("shared", "per class"):
-            table[f"PTLoss M={order} {rows}"] = perturbed(order, rows)
     return table
 
 
-def compiled(loss, xla):
-    """Return a function `(labels, logits)` that waits for both results."""
+def forms(full):
+    """Return `{name: (per class, dtype, arguments, teacher_from_logits)}`."""
+    table = {"shared": (False, "float32", {}, False)}
+    if full:
+        table["per class"] = (True, "float32", {}, False)
+    table["temperature"] = (
+        False,
+        "float32",
+        {"teacher_temperature": 2.0},
+        True,
+    )
+    table["bfloat16"] = (False, "bfloat16", {}, False)
+    return table
+
+
+def losses(classes, form, packages, seed):
+    """Return the rivals of one table row, and the PTLoss of each package."""
+    per_class, _, arguments, from_logits = form
+    table = rivals()
+    if from_logits:
+        scale = 1.0 / arguments["teacher_temperature"]
+        table = {name: _of_logits(f, scale) for name, f in table.items()}
+    generator = np.random.default_rng(seed)
+    for order in ORDERS:
+        low = -1.0 / np.arange(1, order + 1)
+        shape = (classes, order) if per_class else (order,)
+        epsilon = generator.uniform(low, 10.0, size=shape)
+        for name, loss in packages.items():
+            table[f"{name} M={order}"] = loss(
+                epsilon,
+                from_logits=True,
+                teacher_from_logits=from_logits,
+                **arguments,
+            )
+    return table
+
+
+def _of_logits(loss, scale):
+    import keras
+
+    return lambda t, z: loss(keras.ops.softmax(scale * t), z)
+
+
+def compiled(loss, xla, labels, logits):
+    """Return a function that waits for value and gradient, and its cost.
+
+    The cost is `(passes, bytes a value, exponentials and logarithms a value)`.
+    """
+    import keras
+
+    values = int(np.prod(logits.shape))
     if keras.backend.backend() == "jax":
         import jax
 
         both = jax.jit(jax.value_and_grad(loss, argnums=1))
-        return lambda t, z: jax.block_until_ready(both(t, z))
+        text = both.lower(labels, logits).compile().as_text()
+        call = lambda: jax.block_until_ready(both(labels, logits))  # noqa: E731
+        return call, cost_of_hlo(text, values)
     import tensorflow as tf
 
-    @tf.function(jit_compile=xla)
-    def value_and_gradient(t, z):
+    @tf.function(jit_compile=xla, autograph=False)
+    def both(t, z):
         with tf.GradientTape() as tape:
             tape.watch(z)
             value = loss(t, z)
         return value, tape.gradient(value, z)
 
-    return lambda t, z: [part.numpy() for part in value_and_gradient(t, z)]
+    def call():
+        return [part.numpy() for part in both(labels, logits)]
+
+    if not xla:
+        return call, cost_of_graph(both, labels, logits, values)
+    text = both.experimental_get_compiler_ir(labels, logits)("optimized_hlo")
+    return call, cost_of_hlo(text, values)
 
 
-def measure(classes, batch, xla, repeats, seed):
-    """Return `{name: seconds a call, (repeats,)}`."""
-    generator = np.random.default_rng(seed)
-    draw = generator.normal(size=(2, batch, classes)).astype("float32") * 3
-    logits = keras.ops.convert_to_tensor(draw[0])
-    labels = keras.ops.softmax(keras.ops.convert_to_tensor(draw[1]))
-    functions = {
-        name: compiled(loss, xla)
-        for name, loss in losses(classes, seed).items()
-    }
-    calls = {}
+def cost_of_hlo(text, values):
+    """Return passes, bytes and transcendentals of an XLA program."""
+    shapes, passes, total = {}, 0, 0
+    entry = text[text.index("\nENTRY") :]
+    for line in entry.splitlines():
+        match = re.match(
+            r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)", line
+        )
+        if not match:
+            continue
+        name, kind, operation, rest = match.groups()
+        shapes[name] = _bytes(kind, values)
+        if operation in ("parameter", "tuple", "get-tuple-element", "bitcast"):
+            continue
+        names = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
+        moved = shapes[name] + sum(shapes.get(n, 0) for n in set(names))
+        passes += moved > 0
+        total += moved
+    powers = r" = \w+\[([\d,]+)\]\S* (?:exponential|log|log-plus-one)\("
+    transcendentals = sum(
+        np.prod([int(n) for n in shape.split(",")])
+        for shape in re.findall(powers, text)
+    )
+    return passes, total / values, float(transcendentals) / values
+
+
+def _bytes(kind, values):
+    """Return the bytes of a type's arrays that have `values` or more."""
+    total = 0
+    for dtype, shape in re.findall(r"\b([a-z]+\d+)\[([\d,]+)\]", kind):
+        size = int(np.prod([int(n) for n in shape.split(",")]))
+        if size >= values:
+            total += size * WIDTHS[dtype]
+    return total
+
+
+def cost_of_graph(function, labels, logits, values):
+    """Return passes, bytes and transcendentals of a plain TensorFlow graph.
+
+    Of the graph as the runtime has optimised it. A kernel of softmax counts as
+    one pass, though it goes over its rows, which stay in the cache, thrice.
+    """
+    import tensorflow as tf
+
+    v1 = tf.compat.v1
+    concrete = function.get_concrete_function(labels, logits)
+    metadata = v1.RunMetadata()
+    with v1.Session(graph=tf.Graph()) as session:
+        t = v1.placeholder(labels.dtype, labels.shape)
+        z = v1.placeholder(logits.dtype, logits.shape)
+        value, gradient = tf.graph_util.import_graph_def(
+            concrete.graph.as_graph_def(),
+            dict(
+                zip((i.op.name for i in concrete.inputs), (t, z), strict=True)
+            ),
+            [o.name for o in concrete.outputs],
+            name="",
+        )
+        session.run(
+            (value, gradient),
+            {t: labels.numpy(), z: logits.numpy()},
+            v1.RunOptions(
+                trace_level=v1.RunOptions.FULL_TRACE,
+                output_partition_graphs=True,
+            ),
+            metadata,
+        )
+    sizes, passes, total, transcendentals = {}, 0, 0, 0
+    skipped = {"_Arg", "_Retval", "_Recv", "_Send", "Placeholder", "Identity"}
+    for device in metadata.step_stats.dev_stats:
+        for node in device.node_stats:
+            name = node.node_name.split(":")[0]
+            for output in node.output:
+                shape = output.tensor_description.shape.dim
+                count = int(np.prod([d.size for d in shape]))
+                dtype = tf.as_dtype(output.tensor_description.dtype)
+                if count >= values:
+                    key = f"{name}:{output.slot}" if output.slot else name
+                    sizes[key] = count * dtype.size
+    for graph in metadata.partition_graphs:
+        for node in graph.node:
+            written = sizes.get(node.name, 0)
+            read = sum(sizes.get(i, 0) for i in set(node.input))
+            if node.op in skipped or not written + read:
+                continue
+            passes += 1
+            total += written + read
+            transcendentals += node.op in (
+                "Exp",
+                "Log",
+                "Softmax",
+                "LogSoftmax",
+                "SoftmaxCrossEntropyWithLogits",
+            )
+    return passes, total / values, float(transcendentals)
+
+
+def measure(functions, rounds):
+    """Return `{name: seconds a call, (2, rounds)}`, CPU and wall."""
+    calls, seconds = {}, {name: [] for name in functions}
     for name, function in functions.items():
-        function(labels, logits)  # compiles
+        function()  # compiles
         start = time.perf_counter()
         for _ in range(3):
-            function(labels, logits)
+            function()
         once = (time.perf_counter() - start) / 3
         calls[name] = int(np.clip(0.02 / once, 2, 500))
-    seconds = {name: [] for name in functions}
-    for _ in range(repeats):
+    for _ in range(rounds):
         for name, function in functions.items():
-            start = time.perf_counter()
+            cpu, wall = time.process_time(), time.perf_counter()
             for _ in range(calls[name]):
-                function(labels, logits)
-            seconds[name].append((time.perf_counter() - start) / calls[name])
-    return {name: np.array(values) for name, values in seconds.items()}
+                function()
+            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+            seconds[name].append((cpu / calls[name], wall / calls[name]))
+    return {name: np.array(both).T for name, both in seconds.items()}
 
 
-def table(xla, arguments):
-    """Measure one way of compiling; return Markdown lines."""
+def rows(classes, batch, form_name, form, xla, packages, arguments):
+    """Measure one cell; return its Markdown rows."""
+    import keras
+
+    generator = np.random.default_rng(arguments.seed)
+    draw = generator.normal(size=(2, batch, classes)).astype("float32") * 3
+    dtype = form[1]
+    logits = keras.ops.cast(keras.ops.convert_to_tensor(draw[0]), dtype)
+    labels = keras.ops.convert_to_tensor(draw[1])
+    if not form[3]:
+        labels = keras.ops.softmax(labels)
+    labels = keras.ops.cast(labels, dtype)
+    table = losses(classes, form, packages, arguments.seed)
+    both = {n: compiled(f, xla, labels, logits) for n, f in table.items()}
+    seconds = measure({n: b[0] for n, b in both.items()}, arguments.rounds)
+    kl = [name for name in seconds if name.endswith("KL")]
     lines = []
-    for classes in arguments.classes:
-        for batch in arguments.batch:
-            seconds = measure(
-                classes, batch, xla, arguments.repeats, arguments.seed
+    for name, times in seconds.items():
+        cells = []
+        for clock in (0, 1):
+            medians = [np.median(seconds[rival][clock]) for rival in kl]
+            best = kl[int(np.argmin(medians))]
+            ratios = times[clock] / seconds[best][clock]
+            low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+            cells.append(
+                f"**{middle:.2f}** [{low:.2f}, {high:.2f}] | "
+                f"{1e6 * np.median(times[clock]):,.0f}"
             )
-            if not lines:
-                lines.append("| C | batch | " + " | ".join(seconds) + " |")
-                lines.append("|---" * (len(seconds) + 2) + "|")
-            cells = []
-            for values in seconds.values():
-                ratios = values / seconds[CROSS_ENTROPY]
-                low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-                cells.append(
-                    f"**{middle:.2f}** [{low:.2f}, {high:.2f}] "
-                    f"{1e6 * np.median(values):,.0f} µs"
-                )
-            lines.append(f"| {classes} | {batch} | " + " | ".join(cells) + " |")
-            print(lines[-1], flush=True)
+        passes, width, transcendentals = both[name][1]
+        lines.append(
+            f"| {classes} | {batch} | {form_name} | {name} | "
+            f"{' | '.join(cells)} | {passes} | {width:.0f} | "
+            f"{transcendentals:.0f} |"
+        )
+        print(lines[-1], flush=True)
     return lines
 
 
-def machine():
+def table(xla, packages, arguments):
+    """Measure one way of compiling; return Markdown lines."""
+    lines = [
+        "| C | batch | form | loss | CPU | µs | wall | µs | passes | bytes | "
+        "exp, log |",
+        "|---" * 11 + "|",
+    ]
+    for classes in arguments.classes:
+        for batch in arguments.batch:
+            if classes * batch > arguments.values:
+                continue
+            for name, form in forms(arguments.full).items():
+                # The other forms where time is what is seen, not the call.
+                plain = name == "shared" or arguments.full
+                if plain or (classes, batch) in ((100, 256), (1000, 256)):
+                    lines += rows(
+                        classes, batch, name, form, xla, packages, arguments
+                    )
+    return lines
+
+
+def machine(backend):
     """Return a sentence on the processor, the versions and the day."""
     cpu = "unknown processor"
     for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             cpu = line.split(":")[1].strip()
-    names = ("keras", keras.backend.backend(), "numpy", "optax")
+    names = ("keras", backend, "numpy", "optax")
     versions = [f"{n} {importlib.metadata.version(n)}" for n in names]
-    load = os.getloadavg()[0]
     return (
-        f"{cpu}, {os.cpu_count()} cores (load average "
-        f"{load:.1f} at the start); {', '.join(versions)}; "
-        f"{datetime.date.today()}."
+        f"{cpu}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} "
+        f"at the end; {', '.join(versions)}; {datetime.date.today()}."
     )
 
 
 def main():
-    """Measure this backend and append to the output."""
+    """Measure a backend and append to the output."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=["jax", "tensorflow"])
+    parser.add_argument("--before", type=pathlib.Path)
     parser.add_argument("--output", type=pathlib.Path)
-    parser.add_argument(
-        "--classes", type=int, nargs="+", default=[2, 100, 1000]
-    )
-    parser.add_argument("--batch", type=int, nargs="+", default=[256, 4096])
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--classes", type=int, nargs="+")
+    parser.add_argument("--batch", type=int, nargs="+")
+    parser.add_argument("--values", type=int, default=2**25)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    backend = keras.backend.backend()
+    full = arguments.full
+    arguments.classes = arguments.classes or (
+        [2, 10, 100, 1000, 30000] if full else [2, 10, 100, 1000]
+    )
+    arguments.batch = arguments.batch or (
+        [32, 256, 1024, 4096] if full else [32, 256, 4096]
+    )
+    backend = arguments.backend or os.environ.get("KERAS_BACKEND", "jax")
+    os.environ["KERAS_BACKEND"] = backend
+    packages = {"PTLoss": load(None)}
+    if arguments.before:
+        packages["before"] = load(arguments.before)
     titles = {"jax": {True: "jax.jit"}}.get(
         backend,
         {True: "tf.function(jit_compile=True)", False: "plain tf.function"},
     )
     lines = []
-    facts = f"{arguments.repeats} repeats, seed {arguments.seed}. {machine()}"
     for xla, title in titles.items():
-        lines += ["", f"## {backend}: {title}", "", facts, ""]
-        lines += table(xla, arguments)
-    report = "\n".join(lines) + "\n"
-    print(report)
+        lines += ["", f"## {backend}: {title}", ""]
+        lines += table(xla, packages, arguments)
+    facts = f"{arguments.rounds} rounds, seed {arguments.seed}. "
+    report = "\n".join([*lines, "", facts + machine(backend)]) + "\n"
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         new = not arguments.output.exists()

@@ -8,6 +8,8 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._binary import of_classes, two_events
+from keras_ptloss._calibration import LOWEST as LOWEST  # of the losses too
+from keras_ptloss._calibration import TINY as TINY
 from keras_ptloss._calibration import Calibration
 from keras_ptloss._checks import (
     check_class_axis,
@@ -16,9 +18,6 @@ from keras_ptloss._checks import (
 )
 
 Tensor = Any
-
-LOWEST = -1e30  # logarithms and logits of masked classes: 0 * -inf is NaN
-TINY = float(np.finfo("float32").tiny)  # inside logarithms: 0 log 0 = 0
 
 
 class TeacherLoss(keras.losses.Loss):
@@ -156,7 +155,20 @@ def read_teacher(
     from_logits: bool,
     calibration: Calibration | None = None,
 ) -> Tensor:
-    """Return the teacher's probabilities, in the form of the student's rows.
+    """Return the teacher's probabilities; see `read_teacher_and_log`."""
+    return read_teacher_and_log(
+        y_true, student, from_logits=from_logits, calibration=calibration
+    )[0]
+
+
+def read_teacher_and_log(
+    y_true: Tensor,
+    student: Tensor,
+    *,
+    from_logits: bool,
+    calibration: Calibration | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the teacher's `t` and `log t`, in the form of the student's rows.
 
     Args:
         y_true: the teacher's outputs, `(..., C_in)`.
@@ -174,9 +186,10 @@ def read_teacher(
     if not from_logits:
         check_probabilities("y_true", y_true, "say teacher_from_logits=True")
     calibration.check_input("y_true", y_true.shape[-1])
-    teacher = calibration(y_true, from_logits=from_logits)
-    check_classes("y_true", teacher, "y_pred", student)
-    return of_classes(teacher, student.shape[-1])
+    rows = calibration.with_log(y_true, from_logits=from_logits)
+    check_classes("y_true", rows[0], "y_pred", student)
+    teacher, log_teacher = (of_classes(x, student.shape[-1]) for x in rows)
+    return teacher, log_teacher
 
 
 def log_student(student: Tensor, *, from_logits: bool) -> Tensor:

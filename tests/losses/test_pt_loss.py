@@ -6,6 +6,7 @@ import helpers
 import keras
 import numpy as np
 import pytest
+import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
@@ -122,6 +123,32 @@ class TestValue:
         np.testing.assert_allclose(
             value, helpers.pt_loss(teacher, student, [0.5, 1.0]), rtol=1e-5
         )
+
+    @pytest.mark.parametrize("from_logits", [False, True])
+    def test_without_the_teachers_entropy(self, rows, from_logits):
+        teacher, logits = rows
+        teacher[0] = [1.0, 0.0, 0.0, 0.0]
+        student = logits if from_logits else helpers.softmax(logits)
+        arguments = {"from_logits": from_logits, "teacher_from_logits": False}
+        value = pt_loss(teacher, student, [2.0, 0.5], **arguments)
+        without = pt_loss(
+            teacher, student, [2.0, 0.5], entropy=False, **arguments
+        )
+        expected = scipy.special.xlogy(teacher, teacher).sum(axis=-1)
+        np.testing.assert_allclose(value - without, expected, atol=1e-5)
+
+    def test_entropy_has_no_gradient(self, rows):
+        teacher, logits = rows
+        gradients = [
+            helpers.gradient_of(
+                from_logits_loss([2.0, 0.5], entropy=entropy),
+                teacher,
+                logits,
+                argument=1,
+            )
+            for entropy in (True, False)
+        ]
+        np.testing.assert_allclose(*gradients, rtol=1e-5, atol=1e-7)
 
     def test_coefficients_per_example(self, rows):
         teacher, logits = rows
