@@ -56,7 +56,6 @@ nb_execution_in_temp = True  # pages write files
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_execution_show_tb = True
-nb_merge_streams = True
 nb_output_stderr = "remove"  # what TensorFlow says of the machine
 
 # Reference -----------------------------------------------------------------
@@ -90,6 +89,7 @@ html_context = {"default_mode": "auto"}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_domain_indices = False
 html_show_sourcelink = False
 html_theme_options = {
     "navbar_end": ["theme-switcher"],
@@ -174,7 +174,10 @@ def leave_out_any(app, what, name, thing, options, signature, returns):
     """Leave out annotations that tell nothing, as of tensors."""
     if signature is None:
         return None
-    return signature.replace(": Any", ""), None if returns == "Any" else returns
+    any_ = r"(~?typing\.)?Any"
+    if returns and re.fullmatch(any_, returns):
+        returns = None
+    return re.sub(rf": {any_}\b", "", signature), returns
 
 
 def copy_tables(app):

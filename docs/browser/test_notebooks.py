@@ -35,7 +35,7 @@ def test_notebook(name):
     assert first.source.startswith("%pip install")
     source = (DOCS / f"{name}.md").read_text()
     code = re.findall(
-        r"```\{code-cell\} ipython3\n((?::.*\n)*)(.*?)```", source, re.S
+        r"```\{code-cell\} ipython3\n((?::[^\n]*\n)*)(.*?)```", source, re.S
     )
     assert [c.source.strip() for c in cells if c.cell_type == "code"] == [
         body.strip() for _, body in code
