@@ -314,7 +314,8 @@ def distil(arguments):
     writer.save_to_preset(arguments.output / "student")
     writer.compile(sampler="greedy")
     prompt = "Return the"
-    print(f"The last student writes: {writer.generate(prompt, max_length=30)}")
+    length = min(30, arguments.sequence_length)
+    print(f"The last student: {writer.generate(prompt, max_length=length)}")
     return results, sizes
 
 

@@ -37,9 +37,10 @@ Forward and backward, from float32 hidden states `(tokens, width)` and a head
 (XLA). "Keras sparse cross-entropy" has logits and one label a token,
 "TopKPTLoss" logits and 16 entries a token, epsilon of order 2; the fused one
 makes no logits but of a chunk, 4,096 classes. Memory is the process's largest
-resident set in the calls after the first, less what it has between calls (the
-inputs, the libraries, the compiled function): results and temporaries. Time is
-that of the fastest call. Each number is of a process of its own; ratios are to
+resident set in all calls, less what it has before them (the inputs, and the
+libraries, of which the same with 1,000 classes has made use): results,
+temporaries, and what compiling takes. Time is that of the fastest call after
+the first. Each number is of a process of its own; ratios are to
 cross-entropy in the same round, the median of the rounds, with the lowest and
 the highest in brackets. The head's gradient, `vocabulary * width * 4` bytes, is
 in all of them.
@@ -108,19 +109,15 @@ def build(name, tokens, width, vocabulary, entries, seed):
 
 def measure(arguments):
     """Return seconds and MiB of one loss, in this process."""
-    run = build(
-        arguments.loss,
-        arguments.tokens,
-        arguments.width,
-        arguments.vocabulary[0],
-        arguments.entries,
-        arguments.seed,
-    )
-    run()  # compiles
+    shape = arguments.tokens, arguments.width
+    others = arguments.entries, arguments.seed
+    build(arguments.loss, *shape, 1000, *others)()  # loads the compiler
+    run = build(arguments.loss, *shape, arguments.vocabulary[0], *others)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is free, to the system
     before = resident("VmRSS")
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak, anew
+    run()  # compiles
     seconds = []
     for _ in range(arguments.calls):
         start = time.perf_counter()

@@ -19,7 +19,7 @@ def softmax(z):
 def text():
     """Targets of an over-confident teacher, what came, and the truth."""
     rng = np.random.default_rng(0)
-    logits = rng.normal(size=(ROWS, CLASSES)) * 2
+    logits = rng.normal(size=(ROWS, CLASSES)) * 3
     truth, teacher = softmax(logits), softmax(1.6 * logits)
     labels = (truth.cumsum(-1) < rng.random((ROWS, 1))).sum(-1)
     ids = np.argsort(-teacher, axis=-1)[:, :K]
