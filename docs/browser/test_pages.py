@@ -43,7 +43,8 @@ LOW_CONTRAST = """() => {
         return "rgb(255, 255, 255)";
     };
     return [...document.querySelectorAll(
-            ".bd-article :is(p, li, td, th, h1, h2, pre span, code, a, caption)")]
+            ".bd-article :is(p, li, td, th, h1, h2, pre span, code, a, " +
+            "caption)")]
         .filter(e => e.textContent.trim() && e.getClientRects().length)
         .map(e => {
             const a = luminance(getComputedStyle(e).color);
