@@ -91,8 +91,8 @@ def _plausible(manifest: dict[str, Any]) -> bool:
     return bool(
         # 4.0 and True are equal to whole numbers, and serve as such nowhere.
         all(type(number) is int for number in counts)
-        and rows == shard_rows(spec, index, count)
         and 0 <= index < count
+        and rows == shard_rows(spec, index, count)
         and manifest["num_classes"] == classes > (spec.top_k or 0)
         and 0 <= manifest["stored"] <= rows[1] - rows[0]
         and 0 <= error["sum"] < float("inf")
