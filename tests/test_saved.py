@@ -45,13 +45,20 @@ def meaning(config):
     return config
 
 
+def known_then(now, saved):
+    """Leave out what a config has that one of then has not."""
+    if not isinstance(saved, dict):
+        return now
+    return {key: known_then(now[key], value) for key, value in saved.items()}
+
+
 @pytest.mark.parametrize("name", OBJECTS)
 def test_config(name):
     loaded = keras.saving.deserialize_keras_object(OBJECTS[name])
     saved = meaning(OBJECTS[name]["config"])
     now = meaning(loaded.get_config())
     # An argument that was added since stands at its default.
-    assert {key: now[key] for key in saved} == saved
+    assert known_then(now, saved) == saved
     default = type(loaded).from_config(OBJECTS[name]["config"])
     assert meaning(default.get_config()) == now
 
