@@ -1,14 +1,16 @@
 """Calibration alone, and what may follow epsilon."""
 
 import dataclasses
+from typing import Any
 
 from keras_ptloss._calibration import Calibration
-from keras_ptloss._checks import check_choice, check_number
+from keras_ptloss._checks import check_choice, check_number, fail
 from keras_ptloss._correction import Correction
 from keras_ptloss.search._examples import Examples
 from keras_ptloss.search._linear import fit_linear, fit_temperature
 from keras_ptloss.search._objectives import Objective
 from keras_ptloss.search._progress import Progress
+from keras_ptloss.search._stack import Stack
 from keras_ptloss.search._strategy import Found
 
 CALIBRATIONS = ("temperature", "vector", "matrix")
@@ -28,8 +30,9 @@ class CalibrationSearch:
         penalty C / N (sum_c D_cc^2 + b_c^2 + (C - 1) sum_{c != k} D_ck^2)
 
     with `A = s (I + D)`: `"matrix"` at `penalty=1` is structured matrix
-    scaling. `trials` of the result has one row: `calibration`, `penalty`,
-    `score`.
+    scaling. Of several teachers, `"temperature"` is a weight a teacher, and the
+    others start from the geometric mean of all. `trials` of the result has one
+    row: `calibration`, `penalty`, `score`.
 
     Args:
         calibration: `"temperature"`, `"vector"` or `"matrix"`.
@@ -60,6 +63,7 @@ class CalibrationSearch:
 
     name = "calibration"
     objective = "nll"
+    several = True
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -71,12 +75,15 @@ class CalibrationSearch:
         examples: Examples,
         objective: Objective,
         *,
-        from_logits: bool,
+        from_logits: Any,
         seed: int,
         progress: Progress,
     ) -> Found:
         """Search on the examples."""
         logits, targets = examples.logits, examples.targets
+        if examples.teachers is not None:
+            calibration = self._of_several(examples, objective)
+            return self._found(examples, objective, calibration, from_logits)
         scale = fit_temperature(logits, targets, objective)
         calibration = Calibration(scale)
         if self.calibration != "temperature":
@@ -88,12 +95,34 @@ class CalibrationSearch:
                 penalty=self.penalty,
                 scale=scale,
             ).calibration
-        q = examples.calibrated(calibration)
+        return self._found(examples, objective, calibration, from_logits)
+
+    def _of_several(
+        self, examples: Examples, objective: Objective
+    ) -> Calibration:
+        if not examples.alike and self.calibration != "matrix":
+            fail(
+                "calibration",
+                '"matrix" where no teacher has the classes of the labels',
+                self.calibration,
+            )
+        stack = Stack.of(examples, objective)
+        return stack.fit(self.calibration, self.penalty).calibration
+
+    def _found(
+        self,
+        examples: Examples,
+        objective: Objective,
+        calibration: Calibration,
+        from_logits: Any,
+    ) -> Found:
+        q, targets = examples.calibrated(calibration), examples.targets
         return Found(
             correction=Correction(
                 scale=calibration.scale,
                 bias=calibration.bias,
                 teacher_from_logits=from_logits,
+                teachers=examples.teachers,
             ),
             trials={
                 "calibration": [self.calibration],

@@ -23,6 +23,7 @@ from keras_ptloss.search._folds import choose, random_folds, standard_error
 from keras_ptloss.search._linear import fit_linear, fit_temperature
 from keras_ptloss.search._objectives import Objective
 from keras_ptloss.search._progress import Progress
+from keras_ptloss.search._stack_choice import choose_stack
 from keras_ptloss.search._strategy import Found
 
 # Penalties of the ladder, in units of structured matrix scaling's ridge.
@@ -42,6 +43,11 @@ class CrossValidatedSearch:
     vector or a matrix scaling at several penalties (`CalibrationSearch`). The
     simplest kind within one standard error of the best is chosen, so that the
     result is never worse than plain KL or temperature scaling beyond noise.
+
+    Of several teachers, candidates are their geometric mean, as they are and
+    with a weight each (in the place of a temperature), and a vector or a matrix
+    scaling of all together, without epsilon. Of teachers whose classes are not
+    the labels', the labels' frequencies and a matrix.
 
     `trials` of the result has a row a candidate: `epsilon` (`"zero"` or
     `"shared"`), `calibration`, `penalty`, `parameters` (their number), `score`
@@ -81,6 +87,7 @@ class CrossValidatedSearch:
 
     name = "cross_validation"
     objective = "nll"
+    several = True
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -97,24 +104,37 @@ class CrossValidatedSearch:
         examples: Examples,
         objective: Objective,
         *,
-        from_logits: bool,
+        from_logits: Any,
         seed: int,
         progress: Progress,
     ) -> Found:
         """Search on the examples."""
-        count, classes = examples.logits.shape
+        count, columns = examples.logits.shape
+        classes = examples.classes
         if count < 2 * self.folds:
             fail("folds", f"at most half the {count} examples", self.folds)
         calibrations = list(self.calibrations)
         notes = []
         if (
-            classes**2 > NUMBERS_PER_EXAMPLE * count
+            classes * columns > NUMBERS_PER_EXAMPLE * count
             and "matrix" in calibrations
         ):
             calibrations.remove("matrix")
             notes.append(
-                f"no matrix of {classes} x {classes} was tried: {count} "
+                f"no matrix of {classes} x {columns} was tried: {count} "
                 "examples are too few for it"
+            )
+        if examples.teachers is not None:
+            return choose_stack(
+                examples,
+                objective,
+                calibrations=calibrations,
+                penalties=PENALTIES,
+                folds=self.folds,
+                from_logits=from_logits,
+                seed=seed,
+                progress=progress,
+                notes=tuple(notes),
             )
         race = _Race(self, examples, objective, seed, progress)
         race.run(calibrations)

@@ -57,6 +57,7 @@ class GradientSearch:
 
     name = "gradient"
     objective = "nll"
+    several = False
 
     def __post_init__(self) -> None:
         """Check the arguments."""

@@ -52,18 +52,18 @@ def targets(
 
 def left_to_the_teacher(examples: Examples) -> Examples:
     """Return the examples with targets that leave rare classes as they are."""
-    classes = examples.logits.shape[1]
+    classes = examples.classes
     rare = rare_classes(examples.labels, classes)
     if not len(rare):
         return examples
     common = np.setdiff1d(np.arange(classes), rare)
-    logits, labels = examples.logits, examples.labels
+    logits, labels = examples.shared_logits, examples.labels
     if len(common) > 1:  # given that the class is a common one
         rows = np.isin(labels, common)
         logits = logits[rows][:, common]
         labels = np.searchsorted(common, labels[rows])
     scale = fit_temperature(logits, labels, OBJECTIVES["nll"])
-    teacher = scipy.special.softmax(scale * examples.logits, axis=1)
+    teacher = scipy.special.softmax(scale * examples.shared_logits, axis=1)
     return dataclasses.replace(
         examples, targets=targets(examples.labels, teacher, rare)
     )

@@ -22,8 +22,7 @@ def notes_on_teacher(examples: Examples) -> list[str]:
     teacher, labels = examples.probabilities, examples.labels
     notes = []
     # Laplace's rule: of classes without labels a constant would know nothing.
-    counted = np.bincount(labels, minlength=teacher.shape[1]) + 1.0
-    frequencies = np.broadcast_to(counted / counted.sum(), teacher.shape)
+    frequencies = np.broadcast_to(examples.frequencies(), teacher.shape)
     constant = nll(frequencies, labels)
     own = nll(teacher, labels)
     behind = nll_per_example(teacher, labels)

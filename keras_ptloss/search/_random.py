@@ -57,6 +57,7 @@ class RandomSearch:
 
     name = "random"
     objective = "risk"
+    several = False
 
     def __post_init__(self) -> None:
         """Check the arguments."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from keras_ptloss._checks import check_output_form
 from keras_ptloss._correction import Correction
-from keras_ptloss.layers import CorrectedTeacher
+from keras_ptloss.layers import CorrectedTeacher, TeachersSideBySide
 from keras_ptloss.losses import ProxyKLDivergence, PTLoss
 from keras_ptloss.plots import plot_classes
 from keras_ptloss.proxy import ProxyTeacherResult
@@ -29,7 +29,9 @@ class SearchResult:
         correction: the teacher's `Correction`: calibration and epsilon; plain
             KL where nothing better was found.
         score: the objective at the corrected teacher, on the search's examples.
-        score_at_zero: the objective at the teacher itself: plain KL.
+        score_at_zero: the objective at the teacher itself: plain KL. Of several
+            teachers, at the geometric mean of those with the labels' classes;
+            if there are none, at the labels' frequencies.
         objective: its name.
         method: `"cross_validation"`, `"gradient"`, `"calibration"` or
             `"random"`.
@@ -84,7 +86,8 @@ class SearchResult:
 
         Args:
             outputs: the teacher's outputs, `(N, C)`, in the form in which the
-                search was given them.
+                search was given them; of several teachers a list, or one array
+                of their outputs side by side.
 
         Returns:
             The corrected teacher's rows.
@@ -94,12 +97,13 @@ class SearchResult:
         """
         return self.correction.proxy(outputs)
 
-    def proxy_model(self, teacher: keras.Model) -> keras.Model:
+    def proxy_model(self, teacher: Any) -> keras.Model:
         """Build the corrected teacher of a live one, as a model.
 
         Args:
             teacher: a Keras model whose outputs, `(N, C)`, are in the form in
-                which the search was given them.
+                which the search was given them; or the list of all teachers,
+                of the same inputs, in the search's order.
 
         Returns:
             A model of the teacher's inputs that gives probabilities, `(N, C)`.
@@ -110,19 +114,41 @@ class SearchResult:
                 where the search was given logits. On the first call, if it has
                 another class count than the search's.
         """
-        if not isinstance(teacher, keras.Model):
+        several = isinstance(teacher, (list, tuple))
+        models = list(teacher) if several else [teacher]
+        row = self.correction.row
+        if row is not None:
+            row.check_number("teacher", len(models))
+        elif len(models) != 1:
             raise ValueError(
-                "`teacher` must be a Keras model; for stored outputs there is "
-                f"`proxy_teacher`. Received: teacher={type(teacher).__name__}"
+                "`teacher` must be the one teacher that was searched. "
+                f"Received: teacher={teacher!r}"
             )
-        check_output_form(
-            "teacher",
-            teacher,
-            self.correction.teacher_from_logits,
-            "ProxyTeacherSearch.search(from_logits)",
+        flags = (
+            [self.correction.teacher_from_logits]
+            if row is None
+            else row.from_logits
         )
+        for model, from_logits in zip(models, flags, strict=True):
+            if not isinstance(model, keras.Model):
+                raise ValueError(
+                    "`teacher` must be a Keras model; for stored outputs there "
+                    "is `proxy_teacher`. Received: teacher="
+                    f"{type(model).__name__}"
+                )
+            check_output_form(
+                "teacher",
+                model,
+                from_logits,
+                "ProxyTeacherSearch.search(from_logits)",
+            )
+        first = models[0]
+        if row is not None:
+            first = TeachersSideBySide(
+                models, row.counts, from_logits=row.from_logits
+            )
         layer = CorrectedTeacher(self.correction)
-        return keras.Sequential([teacher, layer], name="proxy_teacher")
+        return keras.Sequential([first, layer], name="proxy_teacher")
 
     def plot(self, *, ax: Any = None) -> Any:
         """Plot the share of each class: labels, teacher, corrected teacher.
@@ -171,7 +197,9 @@ class SearchResult:
         found = self.correction
         lines = [
             f"Teacher's correction: {self.method}, objective {self.objective}",
-            f"  score    {self.score:.5g} (plain KL: {self.score_at_zero:.5g})",
+            f"  score    {self.score:.5g} ({self._zero}: "
+            f"{self.score_at_zero:.5g})",
+            *_of_teachers(found),
             *_describe("epsilon", found.epsilon),
             *_describe("scale", found.scale),
             *_describe("bias", found.bias),
@@ -193,6 +221,14 @@ class SearchResult:
             f"{self.seconds:.3g} s"
         )
         return "\n".join(lines)
+
+    @property
+    def _zero(self) -> str:
+        """What gains are counted from."""
+        if self.correction.teachers is None:
+            return "plain KL"
+        alike = len(self.classes["labels"]) in self.correction.teachers
+        return "the teachers' mean" if alike else "the labels' frequencies"
 
     def _of_classes(self) -> list[str]:
         """Say which classes gain and lose most."""
@@ -217,7 +253,7 @@ class SearchResult:
             return [
                 "  chosen   {calibration} calibration, {epsilon} epsilon, "
                 "penalty {penalty:g}: {gain:.4g} +- {standard_error:.2g} below "
-                "plain KL on held-out folds".format(**row)
+                "{zero} on held-out folds".format(zero=self._zero, **row)
             ]
         if "best_of_order" in trials:
             return [
@@ -231,6 +267,21 @@ class SearchResult:
                 if best
             ]
         return []
+
+
+def _of_teachers(found: Correction) -> list[str]:
+    """Return a line on several teachers: what the matrix takes of each."""
+    if found.row is None:
+        return []
+    taken = np.array(
+        [np.abs(found.scale[:, c]).sum() for c in found.row.columns]
+    )
+    shares = 100.0 * taken / max(taken.sum(), np.finfo("float64").tiny)
+    text = ", ".join(
+        f"{count} classes ({share:.0f} %)"
+        for count, share in zip(found.row.counts, shares, strict=True)
+    )
+    return [f"  teachers {text} of the matrix"]
 
 
 def _describe(name: str, values: np.ndarray) -> list[str]:
@@ -256,6 +307,8 @@ def _describe(name: str, values: np.ndarray) -> list[str]:
             f"of all class {to} gains from what the teacher calls {of} "
             f"({off[to, of]:.3g})"
         ]
+    if values.ndim == 2 and name.startswith("scale"):
+        return [f"  {name} matrix {values.shape[0]} x {values.shape[1]}"]
     per_class = values if values.ndim == 1 else values.sum(axis=1)
     low, high = int(np.argmin(per_class)), int(np.argmax(per_class))
     return [

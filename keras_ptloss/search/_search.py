@@ -41,6 +41,10 @@ class ProxyTeacherSearch:
     Labels are needed here only, never on the data that the student is
     distilled from; the teacher must not have been trained on these examples.
 
+    Several teachers, and teachers whose classes are not the student's, are
+    corrected together by one matrix (`teacher` a list, `classes`): weak
+    teachers that err differently make a better one.
+
     Plain KL stands for election whatever the method, so that the result is
     never worse than it on these examples.
 
@@ -104,8 +108,9 @@ class ProxyTeacherSearch:
         labels: Any,
         *,
         inputs: Any = None,
-        from_logits: bool | None = None,
+        from_logits: Any = None,
         ignore_class: int | None = None,
+        classes: int | None = None,
         verbose: bool | None = None,
     ) -> SearchResult:
         """Search on labelled examples that the teacher was not trained on.
@@ -118,15 +123,20 @@ class ProxyTeacherSearch:
 
         Args:
             teacher: the teacher's outputs, `(N, ..., C)`, or a Keras model
-                that gives them. One column, `(N, 1)`, is a binary head.
+                that gives them. One column, `(N, 1)`, is a binary head. Or a
+                list of several teachers, arrays, models and `SoftLabels`
+                alike, each with an answer to every example.
             labels: true classes, integers, `(N, ...)`; or, with a model, a
                 data set of `(inputs, labels)`, which is gone through once.
             inputs: the examples, as arrays, with a model and an array of
                 labels.
-            from_logits: whether the teacher's outputs are logits; None is what
+            from_logits: whether the teacher's outputs are logits, of several
+                teachers one flag for all or one each; None is what
                 `SoftLabels` say of themselves, and False of others.
             ignore_class: a label that marks positions to leave out, as in
                 `keras.losses.SparseCategoricalCrossentropy`.
+            classes: C, the number of classes of labels and student. None is
+                the teacher's; it must be said where a teacher has others.
             verbose: whether to show a progress bar; None shows it on a
                 terminal, on runs of more than some seconds.
 
@@ -148,7 +158,16 @@ class ProxyTeacherSearch:
             inputs=inputs,
             from_logits=from_logits,
             ignore_class=ignore_class,
+            classes=classes,
         )
+        if read.row is not None and not self.method.several:
+            raise ValueError(
+                "`teacher` must be one teacher of the labels' classes for "
+                f"method={self.method.name!r}; CrossValidatedSearch and "
+                "CalibrationSearch take others. Received: teachers of "
+                f"{', '.join(map(str, read.row.counts))} classes, with labels "
+                f"of {read.classes}"
+            )
         examples = Examples.of(read)
         if self.objective in OBJECTIVES.values():
             examples = left_to_the_teacher(examples)
@@ -191,11 +210,15 @@ class ProxyTeacherSearch:
         self, examples: Examples, labels: np.ndarray, per_class: bool
     ) -> list[str]:
         """Return what a user should know of the teacher and the labels."""
-        notes = notes_on_teacher(examples)
+        notes = [
+            name + note
+            for name, teacher in examples.alone()
+            for note in notes_on_teacher(teacher)
+        ]
         if per_class:
             notes += notes_on_few(
                 labels,
-                examples.probabilities.shape[1],
+                examples.classes,
                 "Label more."
                 if isinstance(self.method, CrossValidatedSearch)
                 else "Label more, raise `penalty`, or choose by "

@@ -41,12 +41,16 @@ class Strategy(Protocol):
     def objective(self) -> str:
         """The objective that it minimises unless another is given."""
 
+    @property
+    def several(self) -> bool:
+        """Whether it takes several teachers, and other classes."""
+
     def run(
         self,
         examples: Examples,
         objective: Objective,
         *,
-        from_logits: bool,
+        from_logits: Any,
         seed: int,
         progress: Progress,
     ) -> Found:
