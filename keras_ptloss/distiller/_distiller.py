@@ -25,10 +25,10 @@ from keras_ptloss.distiller._teachers import (
     call_alone,
     call_model,
     check_rows,
-    check_shares_no_training,
     check_stands_still,
     check_teachers,
-    mean_output,
+    compared,
+    joint_output,
     select,
 )
 from keras_ptloss.distiller._training import Targets, Training
@@ -64,9 +64,10 @@ class Distiller(Training):
     Args:
         student: the model to train; `distiller.student` afterwards.
         teacher: a Keras model that gives probabilities or logits (say which to
-            the loss), or a list of them, whose weighted mean is the target.
-        teacher_weights: one non-negative number a teacher; they are normalised.
-            None weighs all alike.
+            the loss), or a list of them. Their weighted mean is the target; or,
+            with the loss of a search among several, all of them side by side.
+        teacher_weights: of the mean, one non-negative number a teacher; they
+            are normalised. None weighs all alike.
         student_inputs: where `x` is a dict and student and teacher take
             different inputs, the key of the student's.
         teacher_inputs: the key of the teacher's.
@@ -75,8 +76,9 @@ class Distiller(Training):
         hard_label_weight: its weight, from 0 (labels are not used) to 1 (the
             teacher is not used); the distillation loss has the rest.
         teacher_metrics: Keras metrics of teacher and student outputs, such as
-            `KLToTeacher`; None is `[TeacherAgreement()]`. There are none
-            where `hard_label_weight` is 1.
+            `KLToTeacher`; None is `[TeacherAgreement()]`. Where the loss takes
+            other classes than the student's, the teacher is the corrected one.
+            There are none where `hard_label_weight` is 1.
         **kwargs: passed on to `keras.Model`; the dtype policy is the
             student's.
 
@@ -149,7 +151,10 @@ class Distiller(Training):
         models = check_teachers(teacher, self.student)
         check_weights(self.teacher_weights, teachers=len(models))
         if self.compiled:
-            check_forms(self.loss, models, self.student, stacklevel=4)
+            weights = self.teacher_weights
+            check_forms(
+                self.loss, models, self.student, weights=weights, stacklevel=4
+            )
         self._hidden.teachers = tuple(models)
         # Read by `jit_compile="auto"`, which does not see the teacher.
         self.supports_jit = all(map(supports_jit, models))
@@ -208,8 +213,8 @@ class Distiller(Training):
 
         Raises:
             ValueError: if the loss was told that a model that ends in a softmax
-                or a sigmoid gives logits, or a metric is one of teacher and
-                student.
+                or a sigmoid gives logits, or is for other class counts, or a
+                metric is one of teacher and student.
 
         Warns:
             UserWarning: if the loss was told that a model that ends in a linear
@@ -217,7 +222,13 @@ class Distiller(Training):
         """
         check_label_metrics(metrics, weighted_metrics)
         hidden = self._hidden
-        check_forms(loss, hidden.teachers, self.student, stacklevel=3)
+        check_forms(
+            loss,
+            hidden.teachers,
+            self.student,
+            weights=self.teacher_weights,
+            stacklevel=3,
+        )
         hidden.metrics, hidden.compiled_metrics = [], None
         super().compile(
             optimizer, loss, loss_weights, metrics, weighted_metrics, **kwargs
@@ -275,23 +286,15 @@ class Distiller(Training):
         else:
             y = self._targets(x, y)
         if training:
-            self._check_teachers_stand_still(x, values)
-        return *states, keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-
-    def _check_teachers_stand_still(
-        self, x: Any, values: Sequence[tuple[Any, Tensor]]
-    ) -> None:
-        inputs = select(x, self.student_inputs, "student_inputs")
-        for model in self._hidden.teachers:
-            if check_shares_no_training(model, self.student):
-                if not self.student.built:
-                    self.student(inputs, training=False)
+            inputs = select(x, self.student_inputs, "student_inputs")
+            for model in self._hidden.teachers:
                 check_stands_still(model, self.student, inputs, values)
+        return *states, keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
 
     def _targets(
         self, x: Any, labels: Any, call: Callable[..., Any] = call_model
     ) -> Targets:
-        """Return the labels, and the mean of what the teachers answer."""
+        """Return the labels, and what the teachers answer, as one tensor."""
         if self.hard_label_weight and labels is None:
             raise ValueError(
                 "`y` must hold labels when `hard_label_weight` is above 0. "
@@ -307,12 +310,12 @@ class Distiller(Training):
                 "teacher=None"
             )
         inputs = select(x, self.teacher_inputs, "teacher_inputs")
-        target = mean_output(
+        target = joint_output(
             [call(model, inputs, False) for model in models],
-            self.teacher_weights or [1.0] * len(models),
-            getattr(self.loss, "teacher_from_logits", None),
+            self.teacher_weights,
+            self.loss,
         )
-        return Targets(labels, target)
+        return Targets(labels, target, compared(self.loss, target))
 
     def compute_loss(
         self,
@@ -349,11 +352,7 @@ class Distiller(Training):
             own = sum(ops.sum(loss) for loss in self.losses) / replicas()
         if weight == 1.0:
             return hard + own
-        check_rows(
-            y.teacher,
-            y_pred,
-            binary=hasattr(self.loss, "teacher_from_logits"),
-        )
+        check_rows(y.teacher, y_pred, self.loss)
         total = super().compute_loss(
             x=x,
             y=y.teacher,

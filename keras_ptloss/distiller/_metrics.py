@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_ptloss._checks import fail
+from keras_ptloss.distiller._teachers import teacher_classes
 from keras_ptloss.metrics._teacher import TEACHER_METRICS, TeacherAgreement
 
 
@@ -43,6 +44,8 @@ def default_metrics(loss: Any) -> list[keras.metrics.Metric]:
     from_logits = getattr(loss, "from_logits", False)
     # Keras's losses, which have no word for it, take probabilities.
     teacher_from_logits = getattr(loss, "teacher_from_logits", False)
+    if teacher_classes(loss) is not None:
+        teacher_from_logits = False  # it is compared as the loss corrects it
     return [
         TeacherAgreement(
             from_logits=from_logits, teacher_from_logits=teacher_from_logits

@@ -7,6 +7,11 @@ import keras
 import numpy as np
 
 from keras_ptloss._checks import check_number, check_output_form, fail
+from keras_ptloss.distiller._teachers import (
+    check_class_count,
+    check_class_counts,
+    teacher_classes,
+)
 
 
 def check_weights(
@@ -52,6 +57,7 @@ def check_forms(
     teachers: Sequence[keras.Model],
     student: keras.Model,
     *,
+    weights: Any = None,
     stacklevel: int,
 ) -> None:
     """Compare what a loss was told with what the models give.
@@ -60,12 +66,49 @@ def check_forms(
         loss: of any kind; those of Keras were told nothing of a teacher.
         teachers: the models that it takes for the teacher.
         student: the model that it takes for the student.
+        weights: of the teachers, or None.
         stacklevel: of the warning; 3 is the caller's caller.
     """
+    _check_counts(loss, teachers, student, weights)
     if not hasattr(loss, "teacher_from_logits"):
         return
-    ends = [("teacher", model, "teacher_from_logits") for model in teachers]
-    for name, model, flag in [*ends, ("student", student, "from_logits")]:
+    flags = loss.teacher_from_logits
+    if not isinstance(flags, tuple) or len(flags) == 1:
+        flags = np.ravel(flags).tolist() * len(teachers)
+    ends = [
+        ("teacher", model, flag, "teacher_from_logits")
+        for model, flag in zip(teachers, flags, strict=bool(teachers))
+    ]
+    student_end = ("student", student, loss.from_logits, "from_logits")
+    for name, model, flag, argument in [*ends, student_end]:
         check_output_form(
-            name, model, getattr(loss, flag), flag, stacklevel=stacklevel + 1
+            name, model, flag, argument, stacklevel=stacklevel + 1
         )
+
+
+def _check_counts(
+    loss: Any,
+    teachers: Sequence[keras.Model],
+    student: keras.Model,
+    weights: Any,
+) -> None:
+    """Compare class counts: the student's, or those that the loss is for."""
+    counts = teacher_classes(loss)
+    if counts is None:
+        for model in teachers:
+            check_class_counts(model, student)
+        return
+    if len(counts) > 1 and weights is not None:
+        raise ValueError(
+            "`teacher_weights` must be None with a loss of several teachers, "
+            f"which has a matrix for them. Received: teacher_weights={weights}"
+        )
+    if len(counts) > 1 and teachers and len(teachers) != len(counts):
+        raise ValueError(
+            f"`teacher` must be the {len(counts)} teachers that the loss is "
+            f"for, in their order. Received: {len(teachers)} teachers"
+        )
+    if len(counts) == 1:
+        counts = counts * len(teachers)
+    for model, count in zip(teachers, counts, strict=bool(teachers)):
+        check_class_count(model, count)

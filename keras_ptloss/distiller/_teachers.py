@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_ptloss._binary import two_events
 from keras_ptloss._checks import check_classes, differ, fail
+from keras_ptloss._several import SideBySide
 
 Tensor = Any
 
@@ -44,7 +45,6 @@ def check_teachers(teacher: Any, student: keras.Model) -> list[keras.Model]:
                 f"(keras.models.clone_model copies one). Received: teacher="
                 f"{model.name!r}, student={student.name!r}"
             )
-        _check_class_counts(model, student)
         check_shares_no_training(model, student)
     return list(models)
 
@@ -85,7 +85,7 @@ def check_stands_still(
 
     Args:
         teacher: the teacher.
-        student: a student of built layers.
+        student: the student; it is built if it has to be looked at.
         inputs: a batch of the student's, or its symbols.
         values: pairs of a variable and its value, where the models do not hold
             their values themselves (within a compiled step of JAX).
@@ -93,6 +93,8 @@ def check_stands_still(
     shared = check_shares_no_training(teacher, student)
     if not shared:
         return
+    if not student.built:
+        student(inputs, training=False)
     with keras.StatelessScope(state_mapping=list(values)) as scope:
         before = [scope.get_current_value(weight) for weight in shared]
         student(inputs, training=True)
@@ -121,6 +123,36 @@ def call_alone(model: keras.Model, inputs: Any, training: Any) -> Tensor:
     if "training" in inspect.signature(model.call).parameters:
         return model.call(inputs, training=training)
     return model.call(inputs)
+
+
+def teacher_classes(loss: Any) -> tuple[int, ...] | None:
+    """Return the class counts that a loss takes side by side, or None."""
+    return getattr(loss, "teacher_classes", None)
+
+
+def joint_output(
+    outputs: Sequence[Tensor], weights: Sequence[float] | None, loss: Any
+) -> Tensor:
+    """Return what the loss takes as `y_true`: the mean, or all side by side."""
+    counts, from_logits = (
+        teacher_classes(loss),
+        getattr(loss, "teacher_from_logits", None),
+    )
+    if counts is None or len(counts) == 1:
+        if isinstance(from_logits, tuple):
+            (from_logits,) = from_logits
+        weights = weights or [1.0] * len(outputs)
+        return mean_output(outputs, weights, from_logits)
+    rows = [
+        ops.cast(one_tensor("teacher", output), "float32") for output in outputs
+    ]
+    joined = SideBySide(counts, from_logits).join("teacher", rows)
+    return ops.stop_gradient(joined)
+
+
+def compared(loss: Any, target: Tensor) -> Tensor:
+    """Return the teacher in the student's classes, for metrics of both."""
+    return target if teacher_classes(loss) is None else loss.teacher(target)
 
 
 def mean_output(
@@ -152,15 +184,18 @@ def mean_output(
     return ops.stop_gradient(mean)
 
 
-def check_rows(target: Tensor, y_pred: Tensor, *, binary: bool) -> None:
+def check_rows(target: Tensor, y_pred: Tensor, loss: Any) -> None:
     """Require outputs of teacher and student that can be compared.
 
     Args:
         target: the teachers'.
         y_pred: the student's.
-        binary: whether the loss takes one column for two.
+        loss: may take one column for two, or other classes than the student's.
     """
     y_pred = one_tensor("student", y_pred)
+    if teacher_classes(loss) is not None:
+        return  # the loss looks itself
+    binary = hasattr(loss, "teacher_from_logits")
     if binary and {target.shape[-1], y_pred.shape[-1]} == {1, 2}:
         target, y_pred = target[..., :1], y_pred[..., :1]
     check_classes("teacher", target, "student", y_pred)
@@ -187,17 +222,19 @@ def select(inputs: Any, key: str | None, argument: str) -> Any:
     return inputs[key]
 
 
-def _check_class_counts(teacher: keras.Model, student: keras.Model) -> None:
+def check_class_count(teacher: keras.Model, classes: int) -> None:
+    """Compare a teacher's class count with the one that a loss is for."""
+    count = _columns("teacher", teacher)
+    if differ(count, classes) and (count, classes) != (1, 2):
+        raise ValueError(
+            f"`teacher` must have the {classes} classes that the loss is for. "
+            f"Received: teacher {teacher.name!r} with {count} outputs"
+        )
+
+
+def check_class_counts(teacher: keras.Model, student: keras.Model) -> None:
     """Compare class counts at once where both models know theirs."""
-    counts = []
-    for name, model in (("teacher", teacher), ("student", student)):
-        try:
-            shape = model.output_shape
-        except (AttributeError, ValueError):
-            return  # not built yet: seen on the first batch
-        if not isinstance(shape, tuple) or isinstance(shape[-1], tuple):
-            one_tensor(name, shape)
-        counts.append(shape[-1])
+    counts = [_columns("teacher", teacher), _columns("student", student)]
     # One column and two can be the same two events; the loss decides.
     if set(counts) != {1, 2} and differ(*counts):
         raise ValueError(
@@ -205,3 +242,14 @@ def _check_class_counts(teacher: keras.Model, student: keras.Model) -> None:
             f"Received: teacher {teacher.name!r} with {counts[0]} outputs, "
             f"student {student.name!r} with {counts[1]}"
         )
+
+
+def _columns(name: str, model: keras.Model) -> int | None:
+    """Return a model's class count, or None until it is built."""
+    try:
+        shape = model.output_shape
+    except (AttributeError, ValueError):
+        return None  # seen on the first batch
+    if not isinstance(shape, tuple) or isinstance(shape[-1], tuple):
+        one_tensor(name, shape)
+    return shape[-1]

@@ -17,6 +17,8 @@ class Targets(NamedTuple):
 
     labels: Any
     teacher: Any
+    # The teacher in the student's classes, for metrics; None as `teacher`.
+    compared: Any = None
 
 
 class Training(keras.Model):
@@ -74,7 +76,8 @@ class Training(keras.Model):
     ) -> None:
         metrics = self._hidden.compiled_metrics
         if metrics is not None and y.teacher is not None:
-            metrics.update_state(y.teacher, y_pred, sample_weight)
+            teacher = y.teacher if y.compared is None else y.compared
+            metrics.update_state(teacher, y_pred, sample_weight)
 
     def get_metrics_result(self) -> dict[str, Any]:
         """Return the metrics' values; those of labels once labels were seen."""

@@ -110,6 +110,10 @@ class ProxyKLDivergence(TeacherLoss):
             return tuple(self.correction.row.counts)
         return self.correction.calibration.rectangle
 
+    def teacher(self, y_true: Tensor) -> Tensor:
+        """Return the corrected teacher, `(..., C)`, of outputs as they come."""
+        return ops.stop_gradient(self.correction.target(y_true))
+
     def _to_the_corrected(
         self,
         y_true: Tensor,
@@ -121,9 +125,8 @@ class ProxyKLDivergence(TeacherLoss):
         """Return `KL(q || p)`: `(..., C_in)`, `(..., C)` to `(...)`."""
         student = read_student(y_pred, from_logits=from_logits)
         y_true = ops.cast(ops.convert_to_tensor(y_true), student.dtype)
-        target = ops.stop_gradient(self.correction.target(y_true))
         return pt_loss(
-            target,
+            self.teacher(y_true),
             student,
             0.0,
             from_logits=from_logits,

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import row_sum
+from keras_ptloss._binary import two_events
 from keras_ptloss._calibration import (
     check_teacher_calibration,
     teacher_calibration,
@@ -270,3 +271,17 @@ class PTLoss(TeacherLoss):
         """Class counts of the teachers that `y_true` has side by side."""
         scale = np.shape(self.teacher_scale)
         return scale[1:] if len(scale) == 2 and scale[0] != scale[1] else None
+
+    def teacher(self, y_true: Tensor) -> Tensor:
+        """Return the calibrated teacher, `(..., C)`, of outputs as they come.
+
+        Args:
+            y_true: float32 or better, `(..., C_in)`.
+        """
+        calibration = teacher_calibration(
+            self.teacher_temperature, self.teacher_scale, self.teacher_bias
+        )
+        flag = self.teacher_from_logits
+        rows = two_events(y_true, from_logits=flag)
+        calibration.check_input("y_true", rows.shape[-1])
+        return ops.stop_gradient(calibration(rows, from_logits=flag))

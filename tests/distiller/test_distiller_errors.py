@@ -128,7 +128,7 @@ class TestWrongInput:
 
     def test_class_counts_differ(self):
         with pytest.raises(ValueError, match="same number of classes.*with 5"):
-            Distiller(make_model(), make_model(5))
+            distil(make_model(), make_model(5))
 
     def test_class_counts_differ_seen_on_the_first_batch(self, x):
         late = keras.Sequential([keras.layers.Dense(5)])

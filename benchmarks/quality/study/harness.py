@@ -45,12 +45,27 @@ class Rows:
         x: an array, or a dict of arrays, whose first axis is examples.
         labels: `(N,)`. Those of the distillation set are not for a method that
             is to run without labels.
-        teacher: `(N, C)`, or None where the teacher has not seen the rows.
+        teacher: `(N, C)`, or None where the teacher has not seen the rows; of
+            several teachers their mean.
+        several: the teachers, `(N, C)` each, where there are several.
     """
 
     x: Any
     labels: np.ndarray
     teacher: np.ndarray | None = None
+    several: tuple[np.ndarray, ...] = ()
+
+    @property
+    def outputs(self) -> Any:
+        """What a search is given: the teacher, or all of them."""
+        return list(self.several) or self.teacher
+
+    @property
+    def side_by_side(self) -> np.ndarray:
+        """What a loss is given: the teacher, or all in one row."""
+        if not self.several:
+            return self.teacher
+        return np.concatenate(self.several, axis=1)
 
     def take(self, index: Any) -> "Rows":
         """Return the rows at `index`."""
@@ -60,7 +75,8 @@ class Rows:
             else self.x[index]
         )
         teacher = None if self.teacher is None else self.teacher[index]
-        return Rows(x, self.labels[index], teacher)
+        several = tuple(one[index] for one in self.several)
+        return Rows(x, self.labels[index], teacher, several)
 
 
 @dataclasses.dataclass(frozen=True)

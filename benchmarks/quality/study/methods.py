@@ -145,13 +145,14 @@ def search(
 
     def prepare(task: Task, setting: Any, seed: int) -> Training:
         found = ProxyTeacherSearch(method, seed=seed).search(
-            task.search.teacher, task.search.labels, verbose=False
+            task.search.outputs, task.search.labels, verbose=False
         )
         made = loss(found, from_logits=True)
         note = describe(found)
         if not found.correction.is_identity:
             note += f"; {type(made).__name__}"
-        return Training(task.distill.x, task.distill.teacher, made, note=note)
+        rows = task.distill
+        return Training(rows.x, rows.side_by_side, made, note=note)
 
     return Method(name, prepare)
 

@@ -192,25 +192,30 @@ def warm_cosine(steps: int) -> keras.optimizers.Optimizer:
     return keras.optimizers.SGD(rate, momentum=0.9, nesterov=True)
 
 
-def cifar10(name: str, teacher: str, data: pathlib.Path = DATA) -> Task:
-    """Distil a ResNet-50 that was trained on noisy labels, without labels.
+def cifar10(name: str, *teachers: str, data: pathlib.Path = DATA) -> Task:
+    """Distil ResNet-50s that were trained on noisy labels, without labels.
 
     1,000 labelled training images for the search, 16,000 others to distil
     from, the test set to judge on. Teachers' outputs are out of fold.
 
     Args:
         name: the task's.
-        teacher: as in `teachers_train.npz`.
+        *teachers: one or several, as in `teachers_train.npz`.
         data: folder with `cifar10/`.
     """
     folder = data / "cifar10"
     images, index = read_jpegs(folder / "train_jpeg.npz")
     images = images[np.argsort(index)]
     file = np.load(folder / "teachers_train.npz")
-    probabilities = file[f"{teacher}__probs"].astype("float32")
+    outputs = [file[f"{t}__probs"].astype("float32") for t in teachers]
     # Stored as float16, whose rows sum to 1 within 0.001.
-    probabilities /= probabilities.sum(axis=1, keepdims=True)
-    rows = Rows(images, file["labels"], probabilities)
+    outputs = [one / one.sum(axis=1, keepdims=True) for one in outputs]
+    rows = Rows(
+        images,
+        file["labels"],
+        np.mean(outputs, axis=0),
+        tuple(outputs) if len(outputs) > 1 else (),
+    )
     shuffled = np.random.default_rng(0).permutation(len(images))
     test_images, test_index = read_jpegs(folder / "test_jpeg.npz")
     test_labels = np.load(folder / "test_jpeg.npz")["labels"]
@@ -463,5 +468,10 @@ TASKS = {
     ),
     "cifar10_noise60": functools.partial(
         cifar10, "cifar10_noise60", "resnet50_symfrac0_6_noise0_6"
+    ),
+    "cifar10_four": functools.partial(
+        cifar10,
+        "cifar10_four",
+        *(f"resnet50_symfrac0_{share}_noise0_6" for share in (0, 2, 4, 6)),
     ),
 }
