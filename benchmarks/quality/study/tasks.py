@@ -192,7 +192,12 @@ def warm_cosine(steps: int) -> keras.optimizers.Optimizer:
     return keras.optimizers.SGD(rate, momentum=0.9, nesterov=True)
 
 
-def cifar10(name: str, *teachers: str, data: pathlib.Path = DATA) -> Task:
+def cifar10(
+    name: str,
+    *teachers: str,
+    data: pathlib.Path = DATA,
+    search_rows: int = SEARCH_ROWS,
+) -> Task:
     """Distil ResNet-50s that were trained on noisy labels, without labels.
 
     1,000 labelled training images for the search, 16,000 others to distil
@@ -202,6 +207,7 @@ def cifar10(name: str, *teachers: str, data: pathlib.Path = DATA) -> Task:
         name: the task's.
         *teachers: one or several, as in `teachers_train.npz`.
         data: folder with `cifar10/`.
+        search_rows: labelled images; above 1,000 from behind the others.
     """
     folder = data / "cifar10"
     images, index = read_jpegs(folder / "train_jpeg.npz")
@@ -217,12 +223,14 @@ def cifar10(name: str, *teachers: str, data: pathlib.Path = DATA) -> Task:
         tuple(outputs) if len(outputs) > 1 else (),
     )
     shuffled = np.random.default_rng(0).permutation(len(images))
+    few, many, rest = np.split(shuffled, [SEARCH_ROWS, SEARCH_ROWS + 16_000])
+    few = np.concatenate([few, rest])[:search_rows]
     test_images, test_index = read_jpegs(folder / "test_jpeg.npz")
     test_labels = np.load(folder / "test_jpeg.npz")["labels"]
     return Task(
         name=name,
-        search=rows.take(shuffled[:SEARCH_ROWS]),
-        distill=rows.take(shuffled[SEARCH_ROWS : SEARCH_ROWS + 16_000]),
+        search=rows.take(few),
+        distill=rows.take(many),
         test=Rows(test_images, test_labels),
         make_student=small_resnet,
         make_optimizer=warm_cosine,
