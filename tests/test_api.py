@@ -95,6 +95,7 @@ SURFACE = {
         "ImportReport",
         "SoftLabelSpec",
         "SoftLabels",
+        "attach_several",
         "import_soft_labels",
         "with_retries",
     ],

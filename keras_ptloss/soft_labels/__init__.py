@@ -2,6 +2,7 @@
 
 from keras_ptloss.soft_labels._import import ImportReport, import_soft_labels
 from keras_ptloss.soft_labels._retries import with_retries
+from keras_ptloss.soft_labels._several import attach_several
 from keras_ptloss.soft_labels._soft_labels import SoftLabels
 from keras_ptloss.soft_labels._spec import SoftLabelSpec
 
@@ -9,6 +10,7 @@ __all__ = [
     "ImportReport",
     "SoftLabelSpec",
     "SoftLabels",
+    "attach_several",
     "import_soft_labels",
     "with_retries",
 ]
