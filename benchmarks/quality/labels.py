@@ -13,6 +13,7 @@ and writes what is there.
 
 import argparse
 import csv
+import itertools
 import pathlib
 import warnings
 
@@ -66,28 +67,26 @@ def run(arguments, path):
     """Search and judge what is missing."""
     done = {tuple(r[c] for c in COLUMNS[:4]) for r in read(path)}
     teachers, labels = load(arguments.data)
-    for name in TEACHERS:
-        probabilities = teachers[name]
-        for seed in range(arguments.subsets):
-            order = np.random.default_rng(seed).permutation(len(labels))
-            judged = order[-JUDGED:]
-            for number in NUMBERS:
-                few = order[:number]
-                for method, search in METHODS.items():
-                    key = (name, str(number), str(seed), method)
-                    if key in done:
-                        continue
-                    q, note = probabilities[judged], ""
-                    if search is not None:
-                        found = ProxyTeacherSearch(search, seed=seed).search(
-                            probabilities[few], labels[few], verbose=False
-                        )
-                        q = found.proxy_teacher(q).probabilities
-                        note = choice(found)
-                    values = judge(q, labels[judged])
-                    numbers = (f"{values[m]:.5f}" for m in ("nll", "accuracy"))
-                    row = zip(COLUMNS, (*key, *numbers, note), strict=True)
-                    append(path, dict(row))
+    for seed in range(arguments.subsets):
+        order = np.random.default_rng(seed).permutation(len(labels))
+        judged = order[-JUDGED:]
+        for name, number, method in itertools.product(
+            TEACHERS, NUMBERS, METHODS
+        ):
+            key = (name, str(number), str(seed), method)
+            if key in done:
+                continue
+            few, q, note = order[:number], teachers[name][judged], ""
+            if METHODS[method] is not None:
+                search = ProxyTeacherSearch(METHODS[method], seed=seed)
+                found = search.search(
+                    teachers[name][few], labels[few], verbose=False
+                )
+                q, note = found.proxy_teacher(q).probabilities, choice(found)
+            values = judge(q, labels[judged])
+            numbers = (f"{values[m]:.5f}" for m in ("nll", "accuracy"))
+            row = zip(COLUMNS, (*key, *numbers, note), strict=True)
+            append(path, dict(row))
 
 
 def run_students(arguments, path):
