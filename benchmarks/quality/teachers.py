@@ -196,7 +196,9 @@ def table(of_seed):
             v = scale * np.array([values[name][metric] for values in of_seed])
             cells.append(f"{v.mean():.{digits}f} ± {spread(v):.{digits}f}")
         seconds = [values[name].get("seconds", "") for values in of_seed]
-        lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(seconds)} |")
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {', '.join(filter(None, seconds))} |"
+        )
     return lines
 
 
