@@ -196,9 +196,8 @@ def table(of_seed):
             v = scale * np.array([values[name][metric] for values in of_seed])
             cells.append(f"{v.mean():.{digits}f} ± {spread(v):.{digits}f}")
         seconds = [values[name].get("seconds", "") for values in of_seed]
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {', '.join(filter(None, seconds))} |"
-        )
+        cells.append(", ".join(filter(None, seconds)))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
