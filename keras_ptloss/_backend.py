@@ -69,11 +69,16 @@ def _stands_for_a_shape(x: Tensor) -> bool:
 def as_array(x: Any) -> np.ndarray:
     """Return numbers or a tensor of any backend as a NumPy array.
 
-    NumPy itself refuses PyTorch's tensors that are recorded for a gradient.
+    NumPy itself refuses PyTorch's tensors that are recorded for a gradient, and
+    warns of how Keras 3.15 hands it others.
     """
-    if keras.ops.is_tensor(x) or isinstance(x, keras.Variable):
-        return keras.ops.convert_to_numpy(x)
-    return np.asarray(x)
+    if isinstance(x, keras.Variable):
+        x = keras.ops.convert_to_tensor(x)
+    if not keras.ops.is_tensor(x):
+        return np.asarray(x)
+    if keras.backend.backend() == "torch" and x.dtype.itemsize > 2:
+        return np.asarray(x.numpy(force=True))
+    return keras.ops.convert_to_numpy(x)
 
 
 def maximum(x: Tensor, least: Any) -> Tensor:
@@ -168,8 +173,8 @@ def on_numpy(
                 tensors[position] = _spread(tensors[position])
             out = with_settings(**settings)(*tensors)
             if isinstance(out, tuple):
-                return tuple(keras.ops.convert_to_numpy(o) for o in out)
-            return keras.ops.convert_to_numpy(out)
+                return tuple(as_array(o) for o in out)
+            return as_array(out)
 
     return run
 

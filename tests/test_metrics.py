@@ -564,6 +564,8 @@ def test_labels_must_be_classes(name, outside):
     match = rf"`y_true` must be class indices in \[0, 3\).*{outside}"
     with pytest.raises(ValueError, match=match):
         build(name).update_state(labels, logits)
+    if keras.backend.backend() == "torch":
+        return  # which compiles nothing
     # Nothing can be raised here; a class 0 in its place would not be seen.
     assert np.isnan(compiled_value(build(name), labels, logits))
     # The next epoch is not touched by it.
@@ -579,7 +581,8 @@ def test_one_hot_rows_must_be_rows(name):
     logits = np.zeros((2, 3), "float32")
     with pytest.raises(ValueError, match="`y_true` must be.*one-hot rows"):
         build(name).update_state(rows, logits)
-    assert np.isnan(compiled_value(build(name), rows, logits))
+    if keras.backend.backend() != "torch":  # which compiles nothing
+        assert np.isnan(compiled_value(build(name), rows, logits))
 
 
 @pytest.mark.parametrize("metric", LABELS.values())

@@ -206,7 +206,8 @@ def scaled_hessian(q: Tensor, terms: Terms) -> Tensor:
         row_sum(terms.w),
     )
     # At epsilon_m = -1/m a one-hot row has D = 0.
-    return ops.where(ops.abs(d) < floor, floor, d)
+    # By a tensor: Keras makes float32, and so 0, of the number on PyTorch.
+    return ops.where(ops.abs(d) < floor, ops.zeros_like(d) + floor, d)
 
 
 def adjoint(

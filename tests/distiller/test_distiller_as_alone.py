@@ -79,7 +79,10 @@ def same(one, two):
     JAX compiles teacher and student into one program, which may round
     otherwise than two.
     """
-    one, two = np.asarray(one, "float32"), np.asarray(two, "float32")
+    one, two = (
+        np.asarray(keras.ops.convert_to_numpy(value), "float32")
+        for value in (one, two)
+    )
     if BACKEND == "tensorflow":
         np.testing.assert_array_equal(one, two)
     else:
@@ -135,6 +138,7 @@ class TestAsTheStudentAlone:
         same(ours["loss"], its["loss"])
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it on PyTorch")
 @pytest.mark.parametrize("steps", [1, 3])
 def test_steps_per_execution(x, steps):
     distiller, alone = pair("sequential")
