@@ -439,6 +439,7 @@ class TestGeneration:
             (folder / f"{number}.txt").write_text(" ".join(words))
         return folder
 
+    @pytest.mark.slow
     @few_rows
     def test_from_nothing_and_from_presets(
         self, generation, texts, tmp_path, capsys
