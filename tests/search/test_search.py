@@ -484,6 +484,7 @@ class TestResult:
         )
 
     def test_notebook(self, vector):
+        pytest.importorskip("matplotlib")
         page = vector._repr_html_()
         assert page.startswith("<table>")
         assert f"{vector.score:.5g}" in page
