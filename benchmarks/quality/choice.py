@@ -21,10 +21,10 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.quality.proxy import RESULTS, load_teachers, machine
 from keras_ptloss._calibration import Calibration, log_probabilities
-from keras_ptloss.search._cross_validated import PENALTIES, Candidate
 from keras_ptloss.search._folds import choose, random_folds, standard_error
 from keras_ptloss.search._linear import fit_linear, fit_temperature
 from keras_ptloss.search._objectives import OBJECTIVES
+from keras_ptloss.search._standings import PENALTIES, Candidate
 
 NLL = OBJECTIVES["nll"]
 FOLDS = 5

@@ -9,7 +9,6 @@ map can. Then the ladder on either base: nothing, a vector or a matrix `A`, with
 """
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,18 @@ from keras_ptloss._checks import check_count, check_number, fail
 from keras_ptloss._correction import Correction
 from keras_ptloss.search._examples import Examples
 from keras_ptloss.search._fit import SCALES, Form, Point, fit, proxy
-from keras_ptloss.search._folds import choose, random_folds, standard_error
+from keras_ptloss.search._folds import random_folds
 from keras_ptloss.search._linear import fit_linear, fit_temperature
 from keras_ptloss.search._objectives import Objective
 from keras_ptloss.search._progress import Progress
 from keras_ptloss.search._stack_choice import choose_stack
+from keras_ptloss.search._standings import (
+    PENALTIES,
+    Candidate,
+    Standings,
+    worsening,
+)
 from keras_ptloss.search._strategy import Found
-
-# Penalties of the ladder, in units of structured matrix scaling's ridge.
-PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 
 # A matrix of more numbers than this for each example is left out: it could
 # not be told from noise, and at C = 1000 would take hours.
@@ -129,7 +131,6 @@ class CrossValidatedSearch:
                 examples,
                 objective,
                 calibrations=calibrations,
-                penalties=PENALTIES,
                 folds=self.folds,
                 from_logits=from_logits,
                 seed=seed,
@@ -138,51 +139,18 @@ class CrossValidatedSearch:
             )
         race = _Race(self, examples, objective, seed, progress)
         race.run(calibrations)
-        chosen = race.chosen()
+        chosen = race.standings.chosen()
         correction, cost = race.refit(chosen)
         return Found(
             correction=dataclasses.replace(
                 correction, teacher_from_logits=from_logits
             ),
-            trials=race.columns(chosen),
+            trials=race.standings.columns(chosen),
             solves=race.solves + cost,
             unconverged=race.unconverged,
-            per_class=race.candidates[chosen].calibration
+            per_class=race.standings.candidates[chosen].calibration
             in ("vector", "matrix"),
             notes=tuple(notes),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """What stands for election.
-
-    Attributes:
-        epsilon: `"zero"` or `"shared"`.
-        calibration: `"none"`, `"temperature"`, `"vector"` or `"matrix"`; the
-            latter two follow epsilon where there is one.
-        penalty: of the ridge.
-    """
-
-    epsilon: str
-    calibration: str
-    penalty: float = 0.0
-
-    @property
-    def kind(self) -> str:
-        """What it is, its penalty apart."""
-        return f"{self.epsilon} {self.calibration}"
-
-    def parameters(self, classes: int, order: int) -> int:
-        """Return how many numbers are fitted."""
-        calibration = {
-            "none": 0,
-            "temperature": 1,
-            "vector": 1 + 2 * classes,
-            "matrix": 1 + classes + classes**2,
-        }
-        return calibration[self.calibration] + order * (
-            self.epsilon == "shared"
         )
 
 
@@ -236,14 +204,18 @@ class _Race:
         progress: Progress,
     ) -> None:
         self.search, self.examples = search, examples
-        self.objective, self.progress = objective, progress
+        self.objective = objective
         fold = random_folds(len(examples.labels), search.folds, seed)
         self.parts = [
             (np.flatnonzero(fold != k), np.flatnonzero(fold == k))
             for k in range(search.folds)
         ]
-        self.candidates: list[Candidate] = []
-        self.losses: list[np.ndarray] = []
+        self.standings = Standings(
+            objective,
+            [examples.targets[test] for _, test in self.parts],
+            progress,
+            most=3 + 2 * len(search.calibrations) * len(PENALTIES),
+        )
         self.solves = self.unconverged = 0
 
     def run(self, calibrations: list[str]) -> None:
@@ -294,45 +266,20 @@ class _Race:
                 )
                 begins[k] = fitted.parameters
                 held_out.append(fitted.calibration(tests[k], from_logits=True))
-            self._add(Candidate(epsilon, calibration, penalty), held_out)
-            scores.append(float(self.losses[-1].mean()))
-            if len(scores) > 2 and min(scores[-2:]) > min(scores[:-2]):
+            candidate = Candidate(epsilon, calibration, penalty)
+            scores.append(self._add(candidate, held_out))
+            if worsening(scores):
                 return
 
-    def _add(self, candidate: Candidate, held_out: list[np.ndarray]) -> None:
-        """Keep a candidate's losses on the folds, `(N,)` or `(folds,)`."""
-        per_example = self.objective.per_example
-        losses = []
-        for (_, test), q in zip(self.parts, held_out, strict=True):
-            targets = self.examples.targets[test]
-            if per_example is None:
-                score = float(self.objective.score(q, targets))
-                losses.append(np.array([score]))
-            else:
-                losses.append(per_example(q, targets))
-        self.candidates.append(candidate)
-        self.losses.append(np.concatenate(losses))
-        most = 3 + 2 * len(self.search.calibrations) * len(PENALTIES)
-        self.progress.update(len(self.candidates), most)
-
-    def chosen(self) -> int:
-        """Return the index of the candidate that is chosen."""
-        losses = np.stack(self.losses)
-        if not np.all(np.isfinite(losses)):
-            raise ValueError(
-                "`objective` must return finite scores. Received: "
-                f"{self.objective.name} = {losses[~np.isfinite(losses)][0]}, "
-                "on a held-out fold"
-            )
-        return choose(
-            losses,
-            np.array([candidate.kind for candidate in self.candidates]),
-            np.array(list(self._parameters())),
+    def _add(self, candidate: Candidate, held_out: list[np.ndarray]) -> float:
+        parameters = candidate.parameters(
+            self.examples.classes, self.search.order
         )
+        return self.standings.add(candidate, parameters, held_out)
 
     def refit(self, chosen: int) -> tuple[Correction, int]:
         """Fit the chosen candidate to all examples; also count the solves."""
-        candidate = self.candidates[chosen]
+        candidate = self.standings.candidates[chosen]
         if candidate.calibration == "none":
             return Correction(), 0
         base = _Base(
@@ -357,26 +304,6 @@ class _Race:
             proxy_bias=map_.bias,
         )
         return correction, base.solves
-
-    def columns(self, chosen: int) -> dict[str, list[Any]]:
-        """Return the candidates column by column."""
-        losses = np.stack(self.losses)
-        gains = losses[0] - losses
-        return {
-            "epsilon": [c.epsilon for c in self.candidates],
-            "calibration": [c.calibration for c in self.candidates],
-            "penalty": [c.penalty for c in self.candidates],
-            "parameters": list(self._parameters()),
-            "score": losses.mean(axis=1).tolist(),
-            "gain": gains.mean(axis=1).tolist(),
-            "standard_error": standard_error(gains).tolist(),
-            "chosen": [i == chosen for i in range(len(self.candidates))],
-        }
-
-    def _parameters(self) -> Iterator[int]:
-        classes = self.examples.logits.shape[1]
-        for candidate in self.candidates:
-            yield candidate.parameters(classes, self.search.order)
 
 
 def _scale(base: _Base) -> float:

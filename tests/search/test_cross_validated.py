@@ -13,8 +13,8 @@ from keras_ptloss.search import (
     CrossValidatedSearch,
     GradientSearch,
 )
-from keras_ptloss.search._cross_validated import PENALTIES
 from keras_ptloss.search._folds import choose, random_folds, standard_error
+from keras_ptloss.search._standings import PENALTIES
 
 ROWS, FRESH, CLASSES, ORDER = 300, 4000, 3, 2
 COLUMNS = {

@@ -1,0 +1,132 @@
+"""Candidates of a cross-validation, their held-out losses, and the choice."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from keras_ptloss.search._folds import choose, standard_error
+from keras_ptloss.search._objectives import Objective
+from keras_ptloss.search._progress import Progress
+
+# Penalties of the ladder, in units of structured matrix scaling's ridge.
+PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """What stands for election.
+
+    Attributes:
+        epsilon: `"zero"` or `"shared"`.
+        calibration: `"none"`, `"temperature"`, `"vector"` or `"matrix"`; the
+            latter two follow epsilon where there is one.
+        penalty: of the ridge.
+    """
+
+    epsilon: str
+    calibration: str
+    penalty: float = 0.0
+
+    @property
+    def kind(self) -> str:
+        """What it is, its penalty apart."""
+        return f"{self.epsilon} {self.calibration}"
+
+    def parameters(self, classes: int, order: int) -> int:
+        """Return how many numbers are fitted, of one teacher."""
+        calibration = {
+            "none": 0,
+            "temperature": 1,
+            "vector": 1 + 2 * classes,
+            "matrix": 1 + classes + classes**2,
+        }
+        return calibration[self.calibration] + order * (
+            self.epsilon == "shared"
+        )
+
+
+class Standings:
+    """Held-out losses of all candidates, and the one that is chosen.
+
+    Args:
+        objective: what is judged by.
+        targets: those of each held-out fold.
+        progress: the bar.
+        most: how many candidates there are at most.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        targets: list[np.ndarray],
+        progress: Progress,
+        most: int,
+    ) -> None:
+        self.objective, self.targets = objective, targets
+        self.progress, self.most = progress, most
+        self.candidates: list[Candidate] = []
+        self.parameters: list[int] = []
+        self.losses: list[np.ndarray] = []
+
+    def add(
+        self, candidate: Candidate, parameters: int, held_out: list[np.ndarray]
+    ) -> float:
+        """Keep a candidate's losses; return their mean.
+
+        They are `(N,)`, or `(folds,)` of an objective of the user's, which may
+        be no mean over the examples.
+
+        Args:
+            candidate: the candidate.
+            parameters: how many numbers it fits.
+            held_out: its distributions on each fold.
+        """
+        per_example = self.objective.per_example
+        losses = []
+        for q, targets in zip(held_out, self.targets, strict=True):
+            if per_example is None:
+                score = float(self.objective.score(q, targets))
+                losses.append(np.array([score]))
+            else:
+                losses.append(per_example(q, targets))
+        self.candidates.append(candidate)
+        self.parameters.append(parameters)
+        self.losses.append(np.concatenate(losses))
+        self.progress.update(len(self.candidates), self.most)
+        return float(self.losses[-1].mean())
+
+    def chosen(self) -> int:
+        """Return the index of the candidate that is chosen."""
+        losses = np.stack(self.losses)
+        if not np.all(np.isfinite(losses)):
+            raise ValueError(
+                "`objective` must return finite scores. Received: "
+                f"{self.objective.name} = {losses[~np.isfinite(losses)][0]}, "
+                "on a held-out fold"
+            )
+        return choose(
+            losses,
+            np.array([candidate.kind for candidate in self.candidates]),
+            np.array(self.parameters),
+        )
+
+    def columns(self, chosen: int) -> dict[str, list[Any]]:
+        """Return the candidates column by column."""
+        losses = np.stack(self.losses)
+        gains = losses[0] - losses
+        return {
+            "epsilon": [c.epsilon for c in self.candidates],
+            "calibration": [c.calibration for c in self.candidates],
+            "penalty": [c.penalty for c in self.candidates],
+            "parameters": self.parameters,
+            "score": losses.mean(axis=1).tolist(),
+            "gain": gains.mean(axis=1).tolist(),
+            "standard_error": standard_error(gains).tolist(),
+            "chosen": [i == chosen for i in range(len(self.candidates))],
+        }
+
+
+def worsening(scores: list[float]) -> bool:
+    """Return whether the last two of ever weaker penalties made it worse."""
+    return len(scores) > 2 and min(scores[-2:]) > min(scores[:-2])
