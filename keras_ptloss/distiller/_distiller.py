@@ -27,7 +27,6 @@ from keras_ptloss.distiller._teachers import (
     check_rows,
     check_stands_still,
     check_teachers,
-    compared,
     joint_output,
     select,
 )
@@ -313,7 +312,7 @@ class Distiller(Training):
         with no_gradient():
             outputs = [call(model, inputs, False) for model in models]
         target = joint_output(outputs, self.teacher_weights, self.loss)
-        return Targets(labels, target, compared(self.loss, target))
+        return Targets(labels, target)
 
     def compute_loss(
         self,

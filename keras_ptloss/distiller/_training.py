@@ -13,7 +13,7 @@ from keras_ptloss._backend import (
     outside_of_step,
     weights_given_back,
 )
-from keras_ptloss.distiller._teachers import OutOfSight
+from keras_ptloss.distiller._teachers import OutOfSight, compared
 
 
 class Targets(NamedTuple):
@@ -21,8 +21,6 @@ class Targets(NamedTuple):
 
     labels: Any
     teacher: Any
-    # The teacher in the student's classes, for metrics; None as `teacher`.
-    compared: Any = None
 
 
 class Training(keras.Model):
@@ -80,7 +78,7 @@ class Training(keras.Model):
     ) -> None:
         metrics = self._hidden.compiled_metrics
         if metrics is not None and y.teacher is not None:
-            teacher = y.teacher if y.compared is None else y.compared
+            teacher = compared(self.loss, y.teacher)
             metrics.update_state(teacher, y_pred, sample_weight)
 
     def get_metrics_result(self) -> dict[str, Any]:
