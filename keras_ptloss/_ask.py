@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import as_array, weights_given_back
-from keras_ptloss._checks import fail
+from keras_ptloss._checks import check_class_indices, fail
 
 
 def answers(
@@ -150,9 +150,5 @@ def _integers(labels: Any) -> np.ndarray:
             "`labels` must be non-empty, one class an example. Received: "
             f"labels of shape {array.shape}"
         )
-    if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(
-            "`labels` must be integers (class indices, not one-hot rows or "
-            f"scores). Received: labels of dtype {array.dtype}"
-        )
+    check_class_indices(array)
     return array

@@ -246,6 +246,15 @@ def _output_layer(model: Any) -> Any:
     return model
 
 
+def check_class_indices(labels: np.ndarray) -> None:
+    """Require integers, of any shape."""
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            "`labels` must be integers (class indices, not one-hot rows or "
+            f"scores). Received: labels of dtype {labels.dtype}"
+        )
+
+
 def check_labels(labels: Any, *, examples: int, classes: int) -> np.ndarray:
     """Require one integer class an example; return an int64 array."""
     array = as_array(labels)
@@ -256,11 +265,7 @@ def check_labels(labels: Any, *, examples: int, classes: int) -> np.ndarray:
             "`labels` must be a non-empty vector, one class an example. "
             f"Received: labels of shape {array.shape}"
         )
-    if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(
-            "`labels` must be integers (class indices, not one-hot rows or "
-            f"scores). Received: labels of dtype {array.dtype}"
-        )
+    check_class_indices(array)
     if len(array) != examples:
         raise ValueError(
             "`labels` must have one entry for each of the teacher's rows, "

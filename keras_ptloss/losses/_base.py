@@ -8,9 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._binary import of_classes, two_events
-from keras_ptloss._calibration import LOWEST as LOWEST  # of the losses too
-from keras_ptloss._calibration import TINY as TINY
-from keras_ptloss._calibration import Calibration
+from keras_ptloss._calibration import LOWEST, Calibration
 from keras_ptloss._checks import (
     check_class_axis,
     check_classes,

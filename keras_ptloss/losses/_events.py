@@ -21,9 +21,9 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import visible_values
+from keras_ptloss._calibration import LOWEST, TINY
 from keras_ptloss._checks import SUM_TOLERANCE, differ
 from keras_ptloss._perturbation import perturbation, slope
-from keras_ptloss.losses._base import LOWEST, TINY
 
 Tensor = Any
 

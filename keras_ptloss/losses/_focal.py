@@ -5,9 +5,9 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ptloss._calibration import TINY
 from keras_ptloss._checks import check_number
 from keras_ptloss.losses._base import (
-    TINY,
     TeacherLoss,
     log_student,
     read_student,

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from keras import backend, ops
 
+from keras_ptloss._calibration import LOWEST, TINY
 from keras_ptloss._checks import check_choice, check_count, fail
-from keras_ptloss.losses._base import LOWEST, TINY
 from keras_ptloss.losses._events import (
     Events,
     check_targets,

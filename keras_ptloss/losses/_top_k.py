@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ptloss._calibration import LOWEST, TINY
 from keras_ptloss._checks import (
     check_choice,
     check_constant_epsilon,
@@ -13,8 +14,6 @@ from keras_ptloss._checks import (
     fail,
 )
 from keras_ptloss.losses._base import (
-    LOWEST,
-    TINY,
     TeacherLoss,
     read_student,
 )
