@@ -13,9 +13,6 @@ left out of the tables.
 
 import argparse
 import csv
-import datetime
-import importlib.metadata
-import os
 import pathlib
 import time
 import warnings
@@ -24,6 +21,7 @@ import keras
 import numpy as np
 
 from benchmarks.quality import rivals
+from benchmarks.speed.machine import machine as sentence
 from keras_ptloss import ProxyTeacherSearch
 from keras_ptloss.search import CalibrationSearch, GradientSearch, RandomSearch
 from keras_ptloss.search._objectives import OBJECTIVES
@@ -343,16 +341,8 @@ def contributions(nll):
 
 def machine():
     """Return a sentence on the processor, the versions and the day."""
-    cpu = "unknown processor"
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.split(":")[1].strip()
     names = ("keras", keras.backend.backend(), "numpy", "scipy")
-    versions = [f"{n} {importlib.metadata.version(n)}" for n in names]
-    return (
-        f"{cpu}, {os.cpu_count()} cores, shared with other jobs, which the "
-        f"seconds show; {', '.join(versions)}; {datetime.date.today()}."
-    )
+    return sentence(names, "shared with other jobs, which the seconds show")
 
 
 def main():

@@ -15,9 +15,7 @@ hold whatever else the machine does.
 """
 
 import argparse
-import datetime
 import importlib
-import importlib.metadata
 import os
 import pathlib
 import re
@@ -25,6 +23,7 @@ import sys
 import time
 
 import numpy as np
+from machine import load_average, machine
 
 ORDERS = (1, 5)
 LEAST = 12  # bytes a value: read logits and teacher, write the gradient
@@ -337,20 +336,6 @@ def table(xla, packages, arguments):
     return lines
 
 
-def machine(backend):
-    """Return a sentence on the processor, the versions and the day."""
-    cpu = "unknown processor"
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.split(":")[1].strip()
-    names = ("keras", backend, "numpy", "optax")
-    versions = [f"{n} {importlib.metadata.version(n)}" for n in names]
-    return (
-        f"{cpu}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} "
-        f"at the end; {', '.join(versions)}; {datetime.date.today()}."
-    )
-
-
 def main():
     """Measure a backend and append to the output."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -385,7 +370,20 @@ def main():
         lines += ["", f"## {backend}: {title}", ""]
         lines += table(xla, packages, arguments)
     facts = f"{arguments.rounds} rounds, seed {arguments.seed}. "
-    report = "\n".join([*lines, "", facts + machine(backend)]) + "\n"
+    report = (
+        "\n".join(
+            [
+                *lines,
+                "",
+                facts
+                + machine(
+                    ("keras", backend, "numpy", "optax"),
+                    load_average("at the end"),
+                ),
+            ]
+        )
+        + "\n"
+    )
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         new = not arguments.output.exists()

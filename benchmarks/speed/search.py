@@ -11,10 +11,7 @@ KERAS_BACKEND=jax only.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -24,6 +21,7 @@ import warnings
 import keras
 import matplotlib
 import numpy as np
+from machine import load_average, machine
 
 from keras_ptloss import ProxyTeacherSearch
 from keras_ptloss._backend import block_elements
@@ -508,21 +506,12 @@ def plot(results, path, arguments):
     figure.savefig(path, dpi=120)
 
 
-def machine():
-    """Return a sentence on the processor, the versions and the day."""
-    cpu = "unknown processor"
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.split(":")[1].strip()
+def described():
+    """Return a sentence on the machine, with the rivals that run here."""
     names = ["keras", keras.backend.backend(), "numpy", "scipy"]
     if keras.backend.backend() == "jax":
         names.append("optimistix")
-    versions = [f"{n} {importlib.metadata.version(n)}" for n in names]
-    return (
-        f"{cpu}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} "
-        "at the start.\n"
-        f"{', '.join(versions)}; {datetime.date.today()}."
-    )
+    return machine(names, load_average("at the start"))
 
 
 def main():
@@ -553,7 +542,7 @@ def main():
     head = HEADER.format(
         backend=keras.backend.backend(),
         order=ORDER,
-        machine=machine(),
+        machine=described(),
         **vars(arguments),
     )
     results = {c: solvers_at(c, arguments) for c in arguments.classes}

@@ -12,8 +12,6 @@ do not depend on the load.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import os
 import pathlib
 import re
@@ -23,6 +21,7 @@ import sys
 import time
 
 import numpy as np
+from machine import load_average, machine
 
 HEADER = """# A training step of `Distiller`, beside other ways
 
@@ -387,20 +386,6 @@ def peak_memory(kind, name, backend):
     return float(done.stdout.split()[-1])
 
 
-def machine(backend):
-    """Return a sentence on the processor, the versions and the day."""
-    cpu = "unknown processor"
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.split(":")[1].strip()
-    names = ("keras", "keras-hub", backend, "numpy")
-    versions = [f"{n} {importlib.metadata.version(n)}" for n in names]
-    return (
-        f"{cpu}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} "
-        f"at the end; {', '.join(versions)}; {datetime.date.today()}."
-    )
-
-
 def write(report, output):
     """Append to a file, if there is one."""
     if output:
@@ -453,7 +438,9 @@ def main():
     ]
     for kind in arguments.models:
         lines += table(kind, arguments)
-    facts = f"{arguments.rounds} rounds. {machine(arguments.backend)}"
+    packages = ("keras", "keras-hub", arguments.backend, "numpy")
+    work = load_average("at the end")
+    facts = f"{arguments.rounds} rounds. {machine(packages, work)}"
     report = "\n".join([*lines, "", facts]) + "\n"
     write(report, arguments.output)
 

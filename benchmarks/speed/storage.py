@@ -102,6 +102,13 @@ def ours(path, arguments):
         )
         return
     yield
+    read_store(path, arguments)
+
+
+def read_store(path, arguments):
+    """Open what `SoftLabels` opens, and read its rows."""
+    from keras_ptloss import SoftLabels
+
     labels = SoftLabels.open(path)
     for positions in batches(arguments):
         labels[positions]
@@ -119,9 +126,7 @@ def parquet(path, arguments):
         labels.to_parquet(path)
         return
     yield
-    labels = SoftLabels.open(path)
-    for positions in batches(arguments):
-        labels[positions]
+    read_store(path, arguments)
 
 
 def array_record(path, arguments):

@@ -14,9 +14,7 @@ their turn; a ratio is the median over the rounds of the ratio within a round.
 
 import argparse
 import ctypes
-import datetime
 import gc
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -24,6 +22,8 @@ import statistics
 import subprocess
 import sys
 import time
+
+from machine import load_average, machine
 
 RIVAL = "Keras sparse cross-entropy"
 LOSSES = (RIVAL, "TopKPTLoss", "fused_top_k_pt_loss")
@@ -166,21 +166,6 @@ def table(arguments):
     return lines
 
 
-def machine(backend):
-    """Return a sentence on the processor, the versions and the day."""
-    cpu = "unknown processor"
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.split(":")[1].strip()
-    names = ("keras", backend, "numpy")
-    versions = [f"{n} {importlib.metadata.version(n)}" for n in names]
-    return (
-        f"{cpu}, {os.cpu_count()} cores, shared with other work (load average "
-        f"{os.getloadavg()[0]:.1f} at the start); {', '.join(versions)}; "
-        f"{datetime.date.today()}."
-    )
-
-
 def main():
     """Measure this backend and append to the output."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -200,10 +185,12 @@ def main():
         print(json.dumps(measure(arguments)))
         return
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+    packages = ("keras", backend, "numpy")
+    work = f"shared with other work ({load_average('at the start')})"
     facts = (
         f"{arguments.tokens} tokens, width {arguments.width}, "
         f"{arguments.rounds} rounds, fastest of {arguments.calls} calls, seed "
-        f"{arguments.seed}. {machine(backend)}"
+        f"{arguments.seed}. {machine(packages, work)}"
     )
     lines = ["", f"## {backend}", "", facts, "", *table(arguments)]
     report = "\n".join(lines) + "\n"
