@@ -238,11 +238,12 @@ def threads_by_operations() -> bool:
 def block_elements() -> int:
     """Return how many float64 elements one compiled call should work on.
 
-    A block of 128 KiB on a CPU: the solver's arrays, some ten of them, then
-    stay in a core's cache (measured best at C = 100 and 1000). Enough to fill
-    an accelerator, whose arrays then take some 32 MiB each.
+    A block of 96 KiB on a CPU: the solver's arrays, some ten of them, then
+    stay in a core's cache, and XLA does not share loops so short out to
+    threads, which costs more time of all than it saves. Enough to fill an
+    accelerator, whose arrays then take some 32 MiB each.
     """
-    return 2**14 if _on_cpu() else 2**22
+    return 3 * 2**12 if _on_cpu() else 2**22
 
 
 @functools.cache

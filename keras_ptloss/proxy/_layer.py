@@ -15,7 +15,11 @@ from keras_ptloss._checks import (
     check_probabilities,
 )
 from keras_ptloss.proxy._newton import newton
-from keras_ptloss.proxy._stationarity import derivative_step
+from keras_ptloss.proxy._stationarity import (
+    classes_first,
+    classes_last,
+    derivative_step,
+)
 
 Tensor = Any
 
@@ -38,6 +42,7 @@ def proxy_tensor(
     coefficients = ops.moveaxis(epsilon, -1, 0)  # (M,) or (M, C)
     if has_no_values(teacher):
         return teacher
+    rank = len(teacher.shape)
     solution = newton(
         ops.stop_gradient(teacher),
         ops.stop_gradient(coefficients),
@@ -45,7 +50,13 @@ def proxy_tensor(
         max_steps=max_steps,
     )
     q = ops.stop_gradient(solution.q)
-    step = derivative_step(teacher, q, ops.unstack(coefficients))
+    step = classes_last(
+        derivative_step(
+            classes_first(teacher, rank),
+            classes_first(q, rank),
+            [classes_first(one, rank) for one in ops.unstack(coefficients)],
+        )
+    )
     # Of a row that did not converge only the derivative is taken: the value of
     # an undamped step may be far off.
     done = ops.expand_dims(solution.residual <= TOLERANCE, -1)
