@@ -35,6 +35,13 @@ def check_choice(argument: str, value: Any, choices: Collection[str]) -> None:
         fail(argument, f"one of {listed}", value)
 
 
+def check_flag(argument: str, value: Any) -> bool:
+    """Require True or False: a string would be True, whatever it says."""
+    if not isinstance(value, (bool, np.bool_)):
+        fail(argument, "True or False", value)
+    return bool(value)
+
+
 def check_count(argument: str, value: Any, *, at_least: int = 1) -> int:
     """Require an integer of at least `at_least`, and return it."""
     integral = isinstance(value, (int, np.integer)) and not isinstance(

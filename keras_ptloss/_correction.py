@@ -18,7 +18,11 @@ import numpy as np
 
 from keras_ptloss._binary import two_events
 from keras_ptloss._calibration import Calibration, check_bias, check_scale
-from keras_ptloss._checks import check_constant_epsilon, check_probabilities
+from keras_ptloss._checks import (
+    check_constant_epsilon,
+    check_flag,
+    check_probabilities,
+)
 from keras_ptloss._several import SideBySide
 from keras_ptloss._teacher import read_outputs, read_row
 from keras_ptloss.losses import ProxyKLDivergence, PTLoss
@@ -97,8 +101,10 @@ class Correction:
             self.epsilon, classes=calibration.classes
         )
         row = None
-        flags: Any = bool(self.teacher_from_logits)
-        if self.teachers is not None:
+        flags: Any = self.teacher_from_logits
+        if self.teachers is None:
+            check_flag("teacher_from_logits", flags)
+        else:
             row = SideBySide(self.teachers, self.teacher_from_logits)
             flags = row.from_logits
             _check_columns(calibration, row)

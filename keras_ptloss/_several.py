@@ -19,6 +19,7 @@ from keras_ptloss._binary import two_events
 from keras_ptloss._calibration import hold_masked, log_probabilities
 from keras_ptloss._checks import (
     check_count,
+    check_flag,
     check_probabilities,
     differ,
     fail,
@@ -168,7 +169,7 @@ def is_several(teacher: Any) -> bool:
 def one_each(argument: str, value: Any, teachers: int) -> tuple[bool, ...]:
     """Return one flag a teacher, of a flag for all or a list of them."""
     if not isinstance(value, (list, tuple)):
-        return (bool(value),) * teachers
+        return (check_flag(argument, value),) * teachers
     if len(value) != teachers:
         fail(argument, f"one flag, or one for each of {teachers}", value)
-    return tuple(bool(flag) for flag in value)
+    return tuple(check_flag(argument, flag) for flag in value)

@@ -14,6 +14,7 @@ from keras_ptloss._backend import as_array
 from keras_ptloss._binary import two_events
 from keras_ptloss._checks import (
     check_count,
+    check_flag,
     check_output_form,
     check_probabilities,
     fail,
@@ -229,6 +230,8 @@ def read_answers(argument: str, outputs: Any, from_logits: bool) -> np.ndarray:
 
 def _says_logits(teacher: Any, from_logits: bool | None) -> bool:
     """Return whether the teacher's outputs are logits, by the one who knows."""
+    if from_logits is not None:
+        check_flag("from_logits", from_logits)
     if isinstance(teacher, keras.Model):
         if from_logits:
             check_output_form("teacher", teacher, True, "from_logits")
@@ -236,7 +239,7 @@ def _says_logits(teacher: Any, from_logits: bool | None) -> bool:
     if not isinstance(teacher, StoredOutputs):
         return bool(from_logits)
     own = bool(teacher.from_logits)
-    if from_logits is not None and bool(from_logits) != own:
+    if from_logits is not None and from_logits != own:
         fail("from_logits", f"{own}, as these soft labels say", from_logits)
     return own
 

@@ -7,7 +7,12 @@ import numpy as np
 import scipy.special
 
 from keras_ptloss._binary import two_events
-from keras_ptloss._checks import check_number, check_probabilities, fail
+from keras_ptloss._checks import (
+    check_flag,
+    check_number,
+    check_probabilities,
+    fail,
+)
 
 
 class FilteredTeacher(keras.callbacks.Callback):
@@ -72,7 +77,7 @@ class FilteredTeacher(keras.callbacks.Callback):
         self.rate = check_number("rate", rate, at_least=0.0)
         if not 0.0 < self.rate <= 1.0:
             fail("rate", "above 0 and at most 1", rate)
-        self.from_logits = bool(from_logits)
+        self.from_logits = check_flag("from_logits", from_logits)
         self.batch_size = batch_size
         self.probabilities: np.ndarray | None = None
 

@@ -10,6 +10,7 @@ from keras_ptloss._checks import (
     check_classes,
     check_count,
     check_epsilon,
+    check_flag,
     check_labels,
     check_number,
     check_output_form,
@@ -49,6 +50,21 @@ class TestChoice:
             match="`solver` must be one of 'fsolve', 'newton'.*solver=",
         ):
             check_choice("solver", value, ("newton", "fsolve"))
+
+
+class TestFlag:
+    @pytest.mark.parametrize("value", [True, False, np.bool_(True)])
+    def test_good(self, value):
+        flag = check_flag("from_logits", value)
+        assert type(flag) is bool
+        assert flag == value
+
+    @pytest.mark.parametrize("value", ["no", "False", 0, 1, None, [True]])
+    def test_wrong(self, value):
+        with pytest.raises(
+            ValueError, match="`entropy` must be True or False.*entropy="
+        ):
+            check_flag("entropy", value)
 
 
 class TestCount:

@@ -12,6 +12,7 @@ from keras_ptloss._calibration import LOWEST, Calibration
 from keras_ptloss._checks import (
     check_class_axis,
     check_classes,
+    check_flag,
     check_probabilities,
 )
 
@@ -51,8 +52,10 @@ class TeacherLoss(keras.losses.Loss):
         super().__init__(**kwargs)
         if teacher_from_logits is None:
             teacher_from_logits = from_logits
-        self.from_logits = bool(from_logits)
-        self.teacher_from_logits = bool(teacher_from_logits)
+        self.from_logits = check_flag("from_logits", from_logits)
+        self.teacher_from_logits = check_flag(
+            "teacher_from_logits", teacher_from_logits
+        )
         self._function = function
         self._own = tuple(own)
         for name, value in own.items():

@@ -14,7 +14,11 @@ from keras_ptloss._calibration import (
     softmax_and_log,
     teacher_calibration,
 )
-from keras_ptloss._checks import check_constant_epsilon, check_epsilon
+from keras_ptloss._checks import (
+    check_constant_epsilon,
+    check_epsilon,
+    check_flag,
+)
 from keras_ptloss._perturbation import perturbation, slope
 from keras_ptloss.losses._base import (
     TeacherLoss,
@@ -287,7 +291,7 @@ class PTLoss(TeacherLoss):
             **check_teacher_calibration(
                 teacher_temperature, teacher_scale, teacher_bias
             ),
-            "entropy": bool(entropy),
+            "entropy": check_flag("entropy", entropy),
         }
         super().__init__(
             pt_loss,

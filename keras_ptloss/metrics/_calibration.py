@@ -12,6 +12,7 @@ from keras_ptloss._checks import (
     SUM_TOLERANCE,
     check_classes,
     check_count,
+    check_flag,
     check_probabilities,
     differ,
     fail,
@@ -196,7 +197,7 @@ class BrierScore(MeanOfCases):
         dtype: Any = "float32",
     ) -> None:
         super().__init__(better="down", name=name, dtype=dtype)
-        self.from_logits = bool(from_logits)
+        self.from_logits = check_flag("from_logits", from_logits)
         self.ignore_class = _check_ignore_class(ignore_class)
 
     def cases(
@@ -290,7 +291,7 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         super().__init__(name=name, dtype=dtype)
         set_direction(self, "down")
         self.num_bins = check_count("num_bins", num_bins)
-        self.from_logits = bool(from_logits)
+        self.from_logits = check_flag("from_logits", from_logits)
         self.ignore_class = _check_ignore_class(ignore_class)
         self._visible = Visible()
         # |B| (accuracy - confidence) is all that the formula needs of a bin.

@@ -6,7 +6,11 @@ import keras
 from keras import ops
 
 from keras_ptloss._binary import of_classes, two_events
-from keras_ptloss._checks import check_classes, check_probabilities
+from keras_ptloss._checks import (
+    check_classes,
+    check_flag,
+    check_probabilities,
+)
 from keras_ptloss.losses._pt_loss import pt_loss
 from keras_ptloss.metrics._cases import MeanOfCases, looked_at
 
@@ -40,8 +44,10 @@ class TeacherMetric(MeanOfCases):
         super().__init__(better=better, name=name, dtype=dtype)
         if teacher_from_logits is None:
             teacher_from_logits = from_logits
-        self.from_logits = bool(from_logits)
-        self.teacher_from_logits = bool(teacher_from_logits)
+        self.from_logits = check_flag("from_logits", from_logits)
+        self.teacher_from_logits = check_flag(
+            "teacher_from_logits", teacher_from_logits
+        )
 
     def values(self, teacher: Tensor, student: Tensor) -> Tensor:
         """Return one number a case, `(..., C)`, `(..., C)` to `(...)`."""

@@ -12,6 +12,7 @@ from keras_ptloss._calibration import teacher_calibration
 from keras_ptloss._checks import (
     check_constant_epsilon,
     check_count,
+    check_flag,
     check_probabilities,
 )
 from keras_ptloss.proxy._newton import newton
@@ -125,7 +126,9 @@ class ProxyTeacher(keras.layers.Layer):
         kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
         self._start = check_constant_epsilon(epsilon)
-        self.teacher_from_logits = bool(teacher_from_logits)
+        self.teacher_from_logits = check_flag(
+            "teacher_from_logits", teacher_from_logits
+        )
         self._calibration = teacher_calibration(
             teacher_temperature, teacher_scale, teacher_bias
         )

@@ -14,7 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._binary import two_events
-from keras_ptloss._checks import check_choice, check_count, fail
+from keras_ptloss._checks import check_choice, check_count, check_flag, fail
 from keras_ptloss.serving._onnx import write_onnx_from_jax
 from keras_ptloss.serving._probe import check_answers
 from keras_ptloss.serving._saved_model import (
@@ -129,6 +129,7 @@ def export_student(
         Serving (https://arxiv.org/abs/1712.06139).
     """
     _check_format(format, preprocessor)
+    check_flag("from_logits", from_logits)
     inputs, output = _ends(model)
     if class_names is not None:
         classes = max(output.shape[-1], 2)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_ptloss._checks import check_choice, check_count, fail
+from keras_ptloss._checks import check_choice, check_count, check_flag, fail
 
 _DTYPES = {"float16": "<f2", "float32": "<f4"}
 
@@ -74,8 +74,7 @@ class SoftLabelSpec:
             check_count("num_classes", count, at_least=2)
             if names is not None and len(names) != count:
                 fail("num_classes", f"the {len(names)} class names'", count)
-        if not isinstance(self.from_logits, bool):
-            fail("from_logits", "True or False", self.from_logits)
+        check_flag("from_logits", self.from_logits)
         if not 0 < self.temperature < float("inf"):
             fail("temperature", "a positive number", self.temperature)
         check_choice("dtype", self.dtype, _DTYPES)
