@@ -353,16 +353,12 @@ def solve_newton(
     )
 
 
-def rounded_up(count: int, unit: int) -> int:
-    """Return the least multiple of `unit` that holds `count`."""
-    return -(-count // unit) * unit
-
-
 def row_blocks(*arrays: np.ndarray, times: int = 1) -> list[Any]:
     """Cut arrays `(N, C)` into blocks of rows, all of one shape.
 
-    A compiled function serves one shape; sizes are therefore rounded up, and
-    the last block is filled with uniform rows, which are solved soon.
+    A compiled function serves one shape. Sizes are therefore powers of two,
+    so that the folds of a search have that of the whole, and the last block is
+    filled with uniform rows, which are solved soon.
 
     Args:
         *arrays: `(N, C)` each.
@@ -372,10 +368,10 @@ def row_blocks(*arrays: np.ndarray, times: int = 1) -> list[Any]:
         One block a list entry: an array, or a tuple of them for several.
     """
     examples, classes = arrays[0].shape
-    most = block_elements() // (classes * times)
     # Sums over the classes add so many numbers at a time.
-    least = -(-SIDE_BY_SIDE // times)
-    size = rounded_up(min(examples, max(least, most - 15)), 16)
+    least = max(16, -(-SIDE_BY_SIDE // times))
+    most = max(least, block_elements() // (classes * times) // 16 * 16)
+    size = min(most, 2 ** max(4, (examples - 1).bit_length()))
     missing = -examples % size
     filled = [
         np.concatenate([a, np.full((missing, classes), 1.0 / classes)])

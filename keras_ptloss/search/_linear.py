@@ -98,6 +98,10 @@ def fit_linear(
     examples, classes = logits.shape
     spread = float(np.mean(np.std(logits, axis=1)))
     unit = max(scale, 1.0 / spread) if spread else scale
+    # Columns in one piece: sums over a row's classes then add whole columns.
+    logits = np.asfortranarray(logits)
+    if objective.name == "nll":
+        targets = np.asfortranarray(one_hot(logits, targets))
     fixed, x = scale * logits, unit * logits
     matrix = calibration == "matrix"
     shape = (classes, classes) if matrix else (classes,)
@@ -112,7 +116,7 @@ def fit_linear(
 
     def function(vector: np.ndarray) -> tuple[float, np.ndarray]:
         d, b = unpack(vector)
-        moved = fixed + (x @ d.T if matrix else x * d) + b
+        moved = fixed + ((d @ x.T).T if matrix else x * d) + b
         value, slope = objective_of_logits(moved, targets, objective)
         by_d = slope.T @ x if matrix else np.einsum("nc,nc->c", slope, x)
         value += float(np.sum(ridge * d * d) + weight * b @ b)
@@ -142,10 +146,13 @@ def objective_of_logits(
     The negative log-likelihood is taken from the logits themselves, where it
     is convex, and has no floor.
     """
-    log_q = scipy.special.log_softmax(logits, axis=1)
-    q = np.exp(log_q)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    q = np.exp(shifted)
+    total = q.sum(axis=1, keepdims=True)
+    q /= total
     if objective.name == "nll":
         rows = one_hot(q, targets)
+        log_q = shifted - np.log(total)
         value = -float(np.einsum("nc,nc->", rows, log_q)) / len(q)
         return value, (q - rows) / len(q)
     value, by_q = objective.evaluate(q, targets)
