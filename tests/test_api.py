@@ -97,6 +97,8 @@ SURFACE = {
         "ImportReport",
         "SoftLabelSpec",
         "SoftLabels",
+        "TokenLabelSpec",
+        "TokenLabels",
         "attach_several",
         "fingerprint",
         "import_soft_labels",

