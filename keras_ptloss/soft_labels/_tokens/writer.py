@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -198,6 +199,11 @@ class TokenWriter(Journal):
         for name in self._names():
             self._open_file(name)
         return manifest
+
+    def discard(self) -> None:
+        """Remove what is written of a store that is not complete."""
+        if not self._complete:
+            shutil.rmtree(self._directory, ignore_errors=True)
 
     def _close_files(self) -> None:
         """Cut what is not counted, and write the headers."""
