@@ -212,12 +212,18 @@ def formats(arguments):
     own = TokenLabelSpec(top_k=k, vocabulary_size=size).token_bytes
     ids = packed_size(k, bits_of(size))
     theirs = ids + compressed_size(RECOMMENDED)
-    return (
+    text = (
         f"By the formats: {own} bytes a token here, {ids} of them ids and"
-        f" {own - ids} numbers; {theirs} in DistillKit's recommended"
-        f" configuration, {theirs - ids} of them numbers, of which 16 are kept"
-        " and the others are a polynomial's."
+        f" {own - ids} numbers"
     )
+    kept = RECOMMENDED["exact_k"]
+    if k > kept:
+        text += (
+            f"; {theirs} in DistillKit's recommended configuration,"
+            f" {theirs - ids} of them numbers: {kept} are kept, and the others"
+            " are a polynomial's"
+        )
+    return f"{text}."
 
 
 def main():
