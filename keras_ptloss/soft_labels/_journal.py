@@ -57,10 +57,10 @@ class Journal:
 
     def __init__(self, store: Path, shard: tuple[int, int], rows: str) -> None:
         self._store, self._final = store, shard_path(store, shard)
-        self._shard, self._rows = shard, rows
+        self.shard, self._rows = shard, rows
         self._manifest: dict[str, Any] | None = None
         self._files = contextlib.ExitStack()
-        self._open: dict[str, int] = {}
+        self.descriptors: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         try:
@@ -102,7 +102,7 @@ class Journal:
         except BlockingIOError:
             file.seek(0)
             raise RuntimeError(
-                f"Shard {self._shard[0]} of {self._shard[1]} of {self._store}"
+                f"Shard {self.shard[0]} of {self.shard[1]} of {self._store}"
                 f" is being written by another process ({file.read()})"
             ) from None
         file.truncate(0)
@@ -111,19 +111,20 @@ class Journal:
 
     def _find(self) -> None:
         count = shard_count(self._store)
-        if count not in (None, self._shard[1]):
-            fail("shard", f"of the store's {count} shards", self._shard)
+        if count not in (None, self.shard[1]):
+            fail("shard", f"of the store's {count} shards", self.shard)
         complete = self._final.is_dir()
-        self._directory = self._final if complete else partial_path(self._final)
-        self._directory.mkdir(exist_ok=True)
+        self.directory = self._final if complete else partial_path(self._final)
+        self.directory.mkdir(exist_ok=True)
         sync(self._store)
 
     @property
-    def _complete(self) -> bool:
-        return self._directory == self._final
+    def complete(self) -> bool:
+        """Whether the directory has its final name."""
+        return self.directory == self._final
 
     @contextlib.contextmanager
-    def _disk(self) -> Iterator[None]:
+    def disk(self) -> Iterator[None]:
         """Say in errors of the disk what became of the rows."""
         try:
             yield
@@ -135,27 +136,29 @@ class Journal:
                 " room and call again to go on",
             ) from error
 
-    def _path(self, name: str) -> Path:
-        return self._directory / f"{name}.npy"
+    def path(self, name: str) -> Path:
+        """The file of an array."""
+        return self.directory / f"{name}.npy"
 
-    def _open_file(self, name: str) -> int:
+    def open_file(self, name: str) -> None:
+        """Open the file of an array for writing."""
         # Written to as a file: through a memory map, a full disk would be a
         # SIGBUS instead of an OSError.
-        descriptor = os.open(self._path(name), os.O_RDWR)
+        descriptor = os.open(self.path(name), os.O_RDWR)
         self._files.callback(os.close, descriptor)
-        self._open[name] = descriptor
-        return descriptor
+        self.descriptors[name] = descriptor
 
-    def _write(self, name: str, data: bytes, offset: int) -> None:
+    def write_at(self, name: str, data: bytes, offset: int) -> None:
         """Write to an open file, and bring it to the disk."""
-        descriptor = self._open[name]
+        descriptor = self.descriptors[name]
         while data:
             written = os.pwrite(descriptor, data, offset)
             data, offset = data[written:], offset + written
         os.fsync(descriptor)
 
-    def _put_manifest(self, manifest: dict[str, Any]) -> None:
-        path = self._directory / "manifest.json"
+    def put_manifest(self, manifest: dict[str, Any]) -> None:
+        """Replace the manifest, in one step."""
+        path = self.directory / "manifest.json"
         new = path.with_suffix(".json.new")
         with new.open("w", encoding="utf-8") as file:
             signed = {**manifest, "checksum": manifest_checksum(manifest)}
@@ -163,20 +166,20 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-        sync(self._directory)
+        sync(self.directory)
         self._manifest = manifest
 
     def finish(self) -> None:
         """Add the checksums and give the directory its final name."""
-        if self._complete or self._manifest is None:
+        if self.complete or self._manifest is None:
             return
-        with self._disk():
+        with self.disk():
             self._close_files()
             checksums = {
-                name: checksum(self._path(name)) for name in self._open
+                name: checksum(self.path(name)) for name in self.descriptors
             }
-            self._put_manifest({**self._manifest, "checksums": checksums})
-            self._directory.rename(self._final)
+            self.put_manifest({**self._manifest, "checksums": checksums})
+            self.directory.rename(self._final)
             sync(self._store)
 
     def _close_files(self) -> None:

@@ -95,14 +95,14 @@ class ShardWriter(Journal):
         return len(names) if names else self.spec.num_classes
 
     def _resume(self) -> None:
-        self._manifest = read_manifest(self._directory)
+        self._manifest = read_manifest(self.directory)
         if self._manifest is None:
             return
         fields = [field.name for field in dataclasses.fields(SoftLabelSpec)]
         check_same(self.spec, spec_of(self._manifest), fields)
-        hashes = load(self._directory, "fingerprints")
+        hashes = load(self.directory, "fingerprints")
         self._fingerprints = np.array(hashes[: self.stored])
-        if not self._complete:
+        if not self.complete:
             self._open_arrays()
 
     def _create(self, num_classes: int) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class ShardWriter(Journal):
         rows = self.stop - self.start
         arrays = array_formats(self.spec, num_classes)
         for name, (dtype, columns) in arrays.items():
-            path = self._path(name)
+            path = self.path(name)
             np.lib.format.open_memmap(
                 path,
                 mode="w+",
@@ -123,22 +123,20 @@ class ShardWriter(Journal):
             "format": FORMATS[-1],
             "spec": dataclasses.asdict(self.spec),
             "num_classes": num_classes,
-            "shard": list(self._shard),
+            "shard": list(self.shard),
             "rows": [self.start, self.stop],
             "stored": 0,
             "total_variation": {"sum": 0.0, "max": 0.0},
             "checksums": None,
         }
-        self._put_manifest(manifest)
+        self.put_manifest(manifest)
         self._open_arrays()
         return manifest
 
     def _open_arrays(self) -> None:
         for name in formats_of(self._manifest or {}):
-            self._offsets[name] = np.load(
-                self._path(name), mmap_mode="r"
-            ).offset
-            self._open_file(name)
+            self._offsets[name] = np.load(self.path(name), mmap_mode="r").offset
+            self.open_file(name)
 
     def missing(
         self, dataset: Any, batch_size: int
@@ -198,19 +196,19 @@ class ShardWriter(Journal):
             distance: Their total variation from the teacher's rows, `(n,)`.
         """
         self._check_top_k(num_classes)
-        with self._disk():
+        with self.disk():
             manifest = dict(self._manifest or self._create(num_classes))
             for name, rows in {**encoded, "fingerprints": hashes}.items():
                 offset = self._offsets[name]
                 offset += self.stored * (rows.nbytes // len(rows))
-                self._write(name, rows.tobytes(), offset)
+                self.write_at(name, rows.tobytes(), offset)
             error = manifest["total_variation"]
             manifest["total_variation"] = {
                 "sum": error["sum"] + float(distance.sum()),
                 "max": max(error["max"], float(distance.max())),
             }
             manifest["stored"] += len(hashes)
-            self._put_manifest(manifest)
+            self.put_manifest(manifest)
 
     def _check_top_k(self, num_classes: int) -> None:
         k = self.spec.top_k

@@ -138,6 +138,7 @@ def encode_tokens(
             "log_values": logs.astype("<f2"),
             "log_tail": tokens.log_tail.astype("<f2"),
         }
+    given = {"log_values": tokens.log_values, "log_tail": tokens.log_tail}
     before, after = (
         np.exp(
             np.column_stack(
@@ -148,7 +149,7 @@ def encode_tokens(
             ),
             dtype=float,
         )
-        for rows in (tokens._asdict(), arrays)
+        for rows in (given, arrays)
     )
     before, after = (m / m.sum(-1, keepdims=True) for m in (before, after))
     return arrays, 0.5 * np.abs(before - after).sum(-1)

@@ -79,22 +79,22 @@ class TokenWriter(Journal):
         return self.spec.vocabulary_size
 
     def _resume(self) -> None:
-        self._manifest = read_token_manifest(self._directory)
+        self._manifest = read_token_manifest(self.directory)
         if self._manifest is None:
             return
         fields = [field.name for field in dataclasses.fields(TokenLabelSpec)]
         check_same(self.spec, spec_of(self._manifest), fields)
         self._fingerprints = np.fromfile(
-            self._path("fingerprints"),
+            self.path("fingerprints"),
             "<u8",
             count=self.stored,
             offset=_HEADER,
         )
         if len(self._fingerprints) != self.stored:
-            damaged(self._directory, "fingerprints.npy is too short")
-        if not self._complete:
+            damaged(self.directory, "fingerprints.npy is too short")
+        if not self.complete:
             for name in self._names():
-                self._open_file(name)
+                self.open_file(name)
 
     def _names(self) -> list[str]:
         formats = formats_of(self._manifest or {})
@@ -118,7 +118,7 @@ class TokenWriter(Journal):
                     " which is another than the stored one (or choose another"
                     " `path`)"
                 )
-            if known < len(found) and self._complete:
+            if known < len(found) and self.complete:
                 wrong_length(f"at least {end}", self.stored)
             if known < len(found):
                 rest = slice(known, None)
@@ -163,14 +163,14 @@ class TokenWriter(Journal):
             "tokens": encoded,
             "kept": {"kept": np.concatenate(bits)},
         }
-        with self._disk():
+        with self.disk():
             manifest = dict(self._manifest or self._create(vocabulary_size))
             stored = dict(manifest["stored"])
             for unit, named in arrays.items():
                 for name, rows in named.items():
                     size = rows.dtype.itemsize * int(np.prod(rows.shape[1:]))
                     offset = _HEADER + stored[unit] * size
-                    self._write(name, rows.tobytes(), offset)
+                    self.write_at(name, rows.tobytes(), offset)
                 stored[unit] += len(rows)
             error = manifest["total_variation"]
             manifest["total_variation"] = {
@@ -178,7 +178,7 @@ class TokenWriter(Journal):
                 "max": float(max(error["max"], distance.max(initial=0.0))),
             }
             manifest["stored"] = stored
-            self._put_manifest(manifest)
+            self.put_manifest(manifest)
 
     def _create(self, vocabulary_size: int) -> dict[str, Any]:
         """Make empty files; the manifest that counts their rows is last."""
@@ -193,17 +193,17 @@ class TokenWriter(Journal):
         }
         for arrays in formats_of(manifest).values():
             for name in arrays:
-                self._path(name).write_bytes(b"\0" * _HEADER)
-                sync(self._path(name))
-        self._put_manifest(manifest)
+                self.path(name).write_bytes(b"\0" * _HEADER)
+                sync(self.path(name))
+        self.put_manifest(manifest)
         for name in self._names():
-            self._open_file(name)
+            self.open_file(name)
         return manifest
 
     def discard(self) -> None:
         """Remove what is written of a store that is not complete."""
-        if not self._complete:
-            shutil.rmtree(self._directory, ignore_errors=True)
+        if not self.complete:
+            shutil.rmtree(self.directory, ignore_errors=True)
 
     def _close_files(self) -> None:
         """Cut what is not counted, and write the headers."""
@@ -213,8 +213,8 @@ class TokenWriter(Journal):
                 rows = manifest["stored"][unit]
                 shape = (rows,) if columns is None else (rows, columns)
                 size = np.dtype(dtype).itemsize * int(np.prod(shape))
-                os.ftruncate(self._open[name], _HEADER + size)
-                self._write(name, _header(dtype, shape), 0)
+                os.ftruncate(self.descriptors[name], _HEADER + size)
+                self.write_at(name, _header(dtype, shape), 0)
 
 
 def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
