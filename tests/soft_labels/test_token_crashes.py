@@ -64,11 +64,12 @@ def test_killed_at_random_points(path, tmp_path, forker):
     check_complete(path, log, 3 * kills)
 
 
-def test_killed_at_every_system_call(path, tmp_path, forker):
+@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_at_every_system_call(path, tmp_path, forker, step):
     """Kill before the k-th call that changes the disk, for each k."""
-    crash_at, status = 0, -signal.SIGKILL
+    crash_at, status = -np.random.default_rng().integers(step), -signal.SIGKILL
     while status:
-        crash_at += 1
+        crash_at += step
         store = path.with_suffix(f".{crash_at}")
         log = tmp_path / f"asked-{crash_at}"
         forker.start(store, log, crash_at=crash_at, size=20)
@@ -110,7 +111,7 @@ def check_complete(store, log, lost):
 
 
 def test_goes_on_after_a_teacher_that_fails(path):
-    teacher = Teacher(fail_at=5)
+    teacher = Teacher(fail_at=5, entries=4)
     with pytest.raises(
         RuntimeError,
         match="sequences 5 to 9. The 5 before are.*no route",
@@ -134,7 +135,7 @@ def test_goes_on_after_a_teacher_that_fails(path):
 
 def test_goes_on_with_batches(path):
     x = np.random.default_rng(0).integers(0, V, (10, 3))
-    teacher = Teacher(fail_at=4)
+    teacher = Teacher(fail_at=4, entries=4)
     with pytest.raises(RuntimeError):
         write(path, teacher, Batches(x, size=4))
     teacher.fail_at = None
@@ -203,7 +204,7 @@ def test_a_store_of_another_kind(path, tmp_path):
 
 
 def test_disk_full_midway_keeps_what_is_stored(path, monkeypatch):
-    pwrite, teacher = os.pwrite, Teacher()
+    pwrite, teacher = os.pwrite, Teacher(entries=4)
 
     def full(descriptor, data, offset):
         if teacher.asked > 5:

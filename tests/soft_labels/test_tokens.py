@@ -168,7 +168,7 @@ def test_weights_say_what_is_stored(path):
         "padding_mask": np.array([[1] * 6, [0, 0, 1, 1, 1, 1], [1] * 6]),
     }
     weight = np.array([[0, 0, 1, 2, 0, 1], [1] * 6, [0] * 6])
-    teacher = Teacher()
+    teacher = Teacher(entries=2)
     labels = write(path, teacher, x, sample_weight=weight, k=2)
     assert labels.counts.tolist() == [3, 4, 0]
     assert labels.lengths.tolist() == [6, 4, 6]
@@ -186,7 +186,7 @@ def test_weights_say_what_is_stored(path):
 
 
 def test_any_order_part_and_padding(path):
-    teacher = Teacher()
+    teacher = Teacher(entries=4)
     labels = write(path, teacher)
     some = [texts()[i] for i in (7, 0, 3)]
     width = max(map(len, some)) + 2
@@ -209,7 +209,7 @@ def test_equal_sequences_keep_their_own_weights(path):
         np.tile(np.arange(4), (2, 1)),
         np.array([[1, 1, 0, 0], [0, 0, 1, 1]]),
     )
-    labels = write(path, Teacher(), x, sample_weight=weight)
+    labels = write(path, Teacher(entries=4), x, sample_weight=weight)
     np.testing.assert_array_equal(labels.attach(x)[0][2], weight)
 
 
@@ -244,7 +244,7 @@ def test_forms_of_a_data_set(path, form):
         make = {"pydataset": Batches, "tf": tf_dataset}[form]
         dataset = make(x, y, weight, size=4)
     options = {"sample_weight": weight} if form == "array" else {}
-    teacher = Teacher()
+    teacher = Teacher(entries=4)
     labels = write(path, teacher, dataset, **options)
     assert teacher.asked == 10 and labels.num_tokens == 50
     write(path, teacher, dataset, **options)
