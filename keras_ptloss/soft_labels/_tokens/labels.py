@@ -35,11 +35,10 @@ Tensor = Any
 class TokenLabels:
     """The likeliest tokens of a teacher at each position of texts, on disk.
 
-    Three lines, from a teacher to a student in training:
+    From a teacher to a student in training:
 
-        labels = TokenLabels.write(
-            teacher, token_ids, path, spec=TokenLabelSpec(top_k=16)
-        )
+        spec = TokenLabelSpec(top_k=16, from_logits=True)
+        labels = TokenLabels.write(teacher, token_ids, path, spec=spec)
         student.compile("adam", loss=TopKPTLoss(0.0, from_logits=True))
         student.fit(labels.attach(token_ids))
 
