@@ -33,11 +33,11 @@ import keras
 import keras_hub
 import numpy as np
 import tokenizers
-from keras import ops
 
 from keras_ptloss import Distiller, ProxyTeacherSearch, PTLoss
 from keras_ptloss.losses import TopKPTLoss
 from keras_ptloss.search import CalibrationSearch, GradientSearch, top_k_events
+from keras_ptloss.soft_labels import TokenLabels, TokenLabelSpec
 
 # What is built where no preset is given.
 SHAPES = {
@@ -201,28 +201,24 @@ def cross_entropy():
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def store_top_k(teacher, x, path):
-    """Store the teacher's K largest log-probabilities at each position.
+def store_top_k(teacher, x, path, teacher_name):
+    """Store the teacher's K likeliest tokens at each position, once.
 
-    In six bytes a token and entry; of the teacher nothing else is kept.
+    Of the teacher nothing else is kept; what is there already is read.
 
     Returns:
-        A loss's `y_true`, `(N, T, K, 2)`: what the file says.
+        A loss's `y_true`, `(N, T, K + 1, 2)`, the last entry being the rest.
     """
-    ids, logs = [], []
-    for first in range(0, len(x["token_ids"]), BATCH):
-        batch = {name: rows[first : first + BATCH] for name, rows in x.items()}
-        largest = ops.top_k(
-            ops.log_softmax(teacher.predict_on_batch(batch), axis=-1), K
-        )
-        logs.append(np.asarray(largest[0], "float16"))
-        ids.append(np.asarray(largest[1], "uint32"))
-    np.savez(path, ids=np.concatenate(ids), logs=np.concatenate(logs))
-    stored = np.load(path)
-    return np.stack(
-        [stored["ids"].astype("float32"), stored["logs"].astype("float32")],
-        axis=-1,
+    labels = TokenLabels.write(
+        teacher,
+        x,
+        path,
+        spec=TokenLabelSpec(K, from_logits=True, teacher_name=teacher_name),
+        batch_size=BATCH,
+        verbose=0,
     )
+    (batch,) = labels.attach(x, batch_size=len(x["token_ids"]))
+    return batch[1]
 
 
 def search(y_true, labels):
@@ -274,11 +270,14 @@ def distil(arguments):
     results = {"the teacher": [perplexity(teacher, *parts["test"])]}
 
     x, next_tokens = parts["student"]
+    name = f"{arguments.teacher}, {arguments.teacher_epochs} epochs"
     targets, for_search = (
-        store_top_k(teacher, parts[p][0], arguments.output / f"{p}_top_k.npz")
+        store_top_k(
+            teacher, parts[p][0], arguments.output / f"{p}.tokens", name
+        )
         for p in ("student", "search")
     )
-    mass = np.exp(targets[..., 1]).sum(axis=-1).mean()
+    mass = np.exp(targets[..., :-1, 1]).sum(axis=-1).mean()
     print(f"The {K} likeliest tokens have {100 * mass:.1f} % on average")
     searched = search(for_search, parts["search"][1])
     losses = {

@@ -97,14 +97,23 @@ SURFACE = {
         "ImportReport",
         "SoftLabelSpec",
         "SoftLabels",
+        "TokenImportReport",
+        "TokenLabelSpec",
+        "TokenLabels",
         "attach_several",
         "fingerprint",
         "import_soft_labels",
+        "import_token_labels",
         "with_retries",
     ],
 }
 # What users are given, never build: nothing to show.
-RECORDS = {"ImportReport", "ProxyTeacherResult", "SearchResult"}
+RECORDS = {
+    "ImportReport",
+    "ProxyTeacherResult",
+    "SearchResult",
+    "TokenImportReport",
+}
 
 # A backend's own code, by file: why `keras.ops` does not serve.
 BACKEND_CODE = {

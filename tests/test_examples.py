@@ -19,6 +19,7 @@ import pytest
 
 import keras_ptloss
 from keras_ptloss.search import CrossValidatedSearch
+from keras_ptloss.soft_labels import TokenLabels
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
@@ -455,9 +456,9 @@ class TestGeneration:
         kinds = ("the rest an event", "no tail", "PTLoss searched")
         for name in (*methods, *(f"top 16, {kind}" for kind in kinds)):
             assert f"| {name} | " in first
-        stored = np.load(output / "student_top_k.npz")
-        assert stored["ids"].shape[1:] == stored["logs"].shape[1:] == (8, 16)
-        assert (np.diff(stored["logs"]) <= 0).all()
+        stored = TokenLabels.open(output / "student.tokens")
+        assert stored[0].shape == (8, 17, 2)
+        assert (np.diff(stored[0][:, :-1, 1]) <= 0).all()
 
         preset = output / "student"
         student = CausalLM.from_preset(str(preset))
@@ -484,11 +485,16 @@ class TestGeneration:
         teacher = generation.plain(
             generation.make_writer("teacher", None, preprocessor)
         )
-        y_true = generation.store_top_k(teacher, x, tmp_path / "stored.npz")
+        y_true = generation.store_top_k(teacher, x, tmp_path / "stored", "t")
+        rest, y_true = y_true[..., -1, :], y_true[..., :-1, :]
         probabilities = helpers.softmax(teacher.predict(x, verbose=0))
         order = np.sort(probabilities, axis=-1)[..., ::-1]
         np.testing.assert_allclose(
             np.exp(y_true[..., 1]), order[..., :16], rtol=4e-3
+        )
+        assert (rest[..., 0] == -1).all()
+        np.testing.assert_allclose(
+            np.exp(rest[..., 1]), order[..., 16:].sum(-1), rtol=4e-3
         )
         np.testing.assert_allclose(
             np.take_along_axis(

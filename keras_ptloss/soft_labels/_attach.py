@@ -24,24 +24,22 @@ from keras_ptloss.soft_labels._loaders import (
     is_torch_loader,
     torch_pairs,
 )
-from keras_ptloss.soft_labels._match import Matcher, Stored
+from keras_ptloss.soft_labels._match import Matcher
 from keras_ptloss.soft_labels._tf_data import is_tf_dataset, with_targets
 
 Tensor = Any
 
 
 def attach(
-    labels: Stored,
+    match: Matcher,
     dataset: Any,
     *,
-    ids: Any,
     batch_size: int,
     shuffle: bool,
     seed: int | None,
     preprocessor: Callable[[Tensor], Tensor] | None,
 ) -> Any:
     """Pair the data set with rows; see `SoftLabels.attach`."""
-    match = Matcher(labels, ids)
     dataset = as_dataset(dataset)
     if not is_streamed(dataset):
         return _AttachedArrays(
@@ -57,7 +55,7 @@ def attach(
         return with_targets(
             dataset,
             functools.partial(_pairs, match, dataset),
-            labels.shape[1:],
+            match.shapes,
             preprocessor,
         )
     if isinstance(dataset, keras.utils.PyDataset):
@@ -100,7 +98,7 @@ class _AttachedArrays(keras.utils.PyDataset):
                 for first in range(0, length(x), step)
             ]
         )
-        self._labels, self._x = match.labels, x
+        self._match, self._x = match, x
         self._batch_size, self._preprocessor = batch_size, preprocessor
         self._generator = order
         self._order = np.arange(length(x))
@@ -113,14 +111,15 @@ class _AttachedArrays(keras.utils.PyDataset):
     def __len__(self) -> int:
         return math.ceil(len(self._rows) / self._batch_size)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+    def __getitem__(self, index: int) -> Any:
         _check_index(index, len(self))
         low = index * self._batch_size
         chosen = self._order[low : low + self._batch_size]
         x = take(self._x, chosen)
+        targets, weight = self._match.targets(self._rows[chosen], x, None)
         if self._preprocessor is not None:
             x = self._preprocessor(x)
-        return x, self._labels[self._rows[chosen]]
+        return x, targets, *(() if weight is None else (weight,))
 
 
 class _Pairs:
@@ -157,7 +156,8 @@ class _Pairs:
             check_size(length(x), self._size, index, self.num_batches)
             if index == self.num_batches - 1:
                 self._match.finish(first + length(x))
-        targets = self._match.labels[self._match(x, first)]
+        rows = self._match(x, first)
+        targets, weight = self._match.targets(rows, x, weight)
         if self._preprocessor is not None:
             x = self._preprocessor(x)
         return x, targets, *(() if weight is None else (weight,))
@@ -206,7 +206,7 @@ def _pairs(
     end = 0
     for first, (x, _, weight) in streamed(dataset):
         end = first + length(x)
-        targets = match.labels[match(x, first)]
+        targets, weight = match.targets(match(x, first), x, weight)
         if preprocessor is not None:
             x = preprocessor(x)
         yield keras.utils.pack_x_y_sample_weight(x, targets, weight)

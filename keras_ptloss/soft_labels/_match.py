@@ -61,6 +61,25 @@ class Matcher:
         check_differing(self.stored, found, rows, first)
         return rows
 
+    def targets(self, rows: Any, x: Tensor, weight: Any) -> tuple[Any, Any]:
+        """Return what `fit` takes beside a batch: targets, sample weights.
+
+        Args:
+            rows: Those of its examples.
+            x: Its inputs.
+            weight: Its own weights; None if it has none.
+        """
+        return self.labels[rows], weight
+
+    def shapes(self, x_shapes: Any, weight_shape: Any) -> tuple[Any, Any]:
+        """Shapes of what `targets` returns, of batches of unknown size.
+
+        Args:
+            x_shapes: Of the inputs, a pytree of things with `shape`.
+            weight_shape: Of the batch's own weights; None if it has none.
+        """
+        return (None, *self.labels.shape[1:]), weight_shape
+
     def finish(self, end: int) -> None:
         """Check that the data set ended where it should."""
         if self.rows is not None and end != len(self.rows):

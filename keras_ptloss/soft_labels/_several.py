@@ -7,6 +7,7 @@ import numpy as np
 
 from keras_ptloss._checks import fail
 from keras_ptloss.soft_labels._attach import attach
+from keras_ptloss.soft_labels._match import Matcher
 from keras_ptloss.soft_labels._soft_labels import SoftLabels
 
 Tensor = Any
@@ -58,9 +59,8 @@ def attach_several(
         [0.25 0.75 0.25 0.75]
     """
     return attach(
-        _SideBySide(labels),
+        Matcher(_SideBySide(labels), ids),
         dataset,
-        ids=ids,
         batch_size=batch_size,
         shuffle=shuffle,
         seed=seed,

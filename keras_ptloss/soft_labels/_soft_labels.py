@@ -14,6 +14,7 @@ from keras_ptloss.soft_labels import _store as store
 from keras_ptloss.soft_labels._ask import ask
 from keras_ptloss.soft_labels._attach import attach
 from keras_ptloss.soft_labels._loaders import check_order
+from keras_ptloss.soft_labels._match import Matcher
 from keras_ptloss.soft_labels._parquet import write_parquet
 from keras_ptloss.soft_labels._parquet_table import find_files, open_table
 from keras_ptloss.soft_labels._rows import StoredRows
@@ -369,10 +370,10 @@ class SoftLabels(StoredRows):
             [0.5  0.25 0.  ]
         """
         check_choice("targets", targets, ("rows", "top_k"))
+        labels = self.top_k_targets if targets == "top_k" else self
         return attach(
-            self.top_k_targets if targets == "top_k" else self,
+            Matcher(labels, ids),
             dataset,
-            ids=ids,
             batch_size=batch_size,
             shuffle=shuffle,
             seed=seed,

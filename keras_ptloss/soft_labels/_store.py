@@ -11,6 +11,7 @@ import itertools
 import json
 import mmap
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +22,12 @@ from keras_ptloss.soft_labels._spec import SoftLabelSpec, array_formats
 
 # Format 1 stored the k largest as probabilities, not as their logarithms.
 FORMATS = ("keras_ptloss.soft_labels/1", "keras_ptloss.soft_labels/2")
+TOKEN_FORMATS = ("keras_ptloss.tokens/1",)
+# Who reads a format.
+KNOWN = {
+    **dict.fromkeys(FORMATS, "SoftLabels"),
+    **dict.fromkeys(TOKEN_FORMATS, "TokenLabels"),
+}
 
 
 def shard_path(store: Path, shard: tuple[int, int]) -> Path:
@@ -50,6 +57,21 @@ def shard_count(store: Path) -> int | None:
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """The JSON record of a shard; None if there is none yet."""
+    return read_record(directory, FORMATS, _plausible)
+
+
+def read_record(
+    directory: Path,
+    formats: tuple[str, ...],
+    plausible: Callable[[dict[str, Any]], bool],
+) -> dict[str, Any] | None:
+    """Read a manifest of one of the formats whose numbers fit together.
+
+    Args:
+        directory: Of the shard.
+        formats: The known ones, the newest last.
+        plausible: Whether the numbers fit.
+    """
     try:
         text = (directory / "manifest.json").read_bytes()
     except FileNotFoundError:
@@ -59,19 +81,27 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         damaged(directory, "its manifest is no JSON")
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found not in FORMATS:
-        damaged(directory, f"its manifest's format is not {FORMATS[-1]}")
+    if found not in formats:
+        if found in KNOWN:
+            _refuse_other(directory, found)
+        damaged(directory, f"its manifest's format is not {formats[-1]}")
     try:
-        plausible = _plausible(manifest)
+        fits = plausible(manifest)
     except (KeyError, TypeError, ValueError) as error:
         damaged(directory, f"its manifest is wrong ({error!r})")
-    if not plausible:
+    if not fits:
         damaged(directory, "its manifest contradicts itself")
     # Stores of version 0.1.0 have none.
     known = manifest.pop("checksum", None)
     if known not in (None, manifest_checksum(manifest)):
         damaged(directory, "the checksum of its manifest differs")
     return manifest
+
+
+def _refuse_other(directory: Path, found: str) -> NoReturn:
+    fail(
+        "path", f"opened by {KNOWN[found]}, which reads {found}", str(directory)
+    )
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:

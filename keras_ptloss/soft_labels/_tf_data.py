@@ -31,7 +31,7 @@ def is_infinite(dataset: Any) -> bool:
 def with_targets(
     dataset: Any,
     batches: Callable[[], Iterator[tuple[Any, ...]]],
-    row_shape: tuple[int, ...],
+    shapes: Callable[[Any, Any], tuple[Any, Any]],
     preprocessor: Callable[[Tensor], Tensor] | None,
 ) -> Any:
     """Make a `tf.data.Dataset` of the batches of another with new targets.
@@ -39,8 +39,8 @@ def with_targets(
     Args:
         dataset: The other one.
         batches: Yields its `(inputs, targets)` or `(inputs, targets,
-            weights)`, the targets being `(batch, *row_shape)` float32.
-        row_shape: Shape of a target.
+            weights)`, the targets float32.
+        shapes: Gives the shapes of targets and weights; see `Matcher.shapes`.
         preprocessor: Mapped over the inputs, if given.
     """
     tf = sys.modules["tensorflow"]
@@ -50,7 +50,11 @@ def with_targets(
     for spec in keras.tree.flatten(x_spec):
         if not isinstance(spec, tf.TensorSpec):
             fail("dataset", "made of dense tensors", spec)
-    targets = tf.TensorSpec((None, *row_shape), tf.float32)
+    weight_shape = None if weight_spec is None else weight_spec.shape
+    target_shape, shape = shapes(x_spec, weight_shape)
+    targets = tf.TensorSpec(target_shape, tf.float32)
+    if shape is not weight_shape:
+        weight_spec = tf.TensorSpec(shape, tf.float32)
     paired = tf.data.Dataset.from_generator(
         batches,
         output_signature=keras.utils.pack_x_y_sample_weight(

@@ -61,6 +61,19 @@ class TestRows:
         )
         assert events.tolist() == [2, 3, -1, -1]
 
+    def test_the_rest_as_the_last_entry(self, text):
+        """As `TokenLabels` gives it, also beside padding: one column of it."""
+        y_true, labels, _ = text
+        tail = np.log(1 - np.exp(y_true[..., 1]).sum(-1))
+        own = np.stack([np.full(ROWS, -1.0), tail], axis=-1)[:, None]
+        with_rest = np.concatenate([y_true, own], axis=1)
+        with_rest[0] = -2, 0
+        rows, events = top_k_events(with_rest, labels)
+        expected = top_k_events(y_true, labels)
+        assert rows.shape == (ROWS, K + 1) and events[0] == -1
+        np.testing.assert_allclose(rows[1:], expected[0][1:], atol=1e-9)
+        np.testing.assert_array_equal(events[1:], expected[1][1:])
+
     def test_leading_axes(self, text):
         y_true, labels, _ = text
         rows, events = top_k_events(

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from forker import Forker, asked_rows
 from stores import (
     N,
     Teacher,
@@ -19,83 +20,26 @@ from stores import (
 
 from keras_ptloss.soft_labels import SoftLabels
 
-# One process imports the package; each line from stdin makes it fork a writer,
-# whose pid it prints. So twenty writers cost one import. JAX is the backend
-# that imports fastest; nothing is computed with it.
-FORKER = textwrap.dedent(
-    """
-    import os, signal, sys, time
-    import numpy as np
-    from keras_ptloss.soft_labels import SoftLabelSpec
-    from keras_ptloss.soft_labels import SoftLabels
+CODE = """
+    from keras_ptloss.soft_labels import SoftLabels, SoftLabelSpec
 
-    def write(path, log, pause, crash_at, size):
-        x = np.arange(120.0).reshape(60, 2)
-        calls = 0
-
-        def counted(function):
-            def call(*args, **kwargs):
-                nonlocal calls
-                calls += 1
-                if calls == crash_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*args, **kwargs)
-            return call
-
-        if crash_at:
-            for name in ("fsync", "replace", "rename", "pwrite", "mkdir"):
-                setattr(os, name, counted(getattr(os, name)))
-
+    def write_store(path, answer, size):
         def teacher(batch):
-            time.sleep(pause)
             rows = (batch[:, :1] / 2).astype(int)
-            os.write(log_file, b"".join(b"%d " % r[0] for r in rows))
+            answer(rows[:, 0])
             return np.concatenate([rows, -rows, rows * 2], axis=-1)
 
-        log_file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        x = np.arange(120.0).reshape(60, 2)
         spec = SoftLabelSpec(from_logits=True)
         SoftLabels.write(
             teacher, x, path, spec=spec, batch_size=size, verbose=0
         )
-
-    while line := sys.stdin.readline():
-        path, log, pause, crash_at, size = line.split()
-        pid = os.fork()
-        if pid == 0:
-            write(path, log, float(pause), int(crash_at), int(size))
-            os._exit(0)
-        print(pid, flush=True)
-        # Not before it is asked to, so that the pid stays the writer's.
-        sys.stdin.readline()
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-    """
-)
-
-
-class Forker:
-    def __init__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", FORKER],
-            env={**os.environ, "KERAS_BACKEND": "jax"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def start(self, path, log, pause=0.0, crash_at=0, size=5):
-        self.process.stdin.write(f"{path} {log} {pause} {crash_at} {size}\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def wait(self):
-        self.process.stdin.write("wait\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+"""
 
 
 @pytest.fixture(scope="module")
 def forker():
-    forker = Forker()
+    forker = Forker(CODE)
     yield forker
     forker.process.communicate()
     assert forker.process.returncode == 0
@@ -126,10 +70,6 @@ def test_killed_at_random_points(path, tmp_path, forker, times):
             stored = check_incomplete(store, stored)
         check_complete(store, log, 5 * killed_here)
         stores += 1
-
-
-def asked_rows(log):
-    return [int(row) for row in log.read_text().split()] if log.exists() else []
 
 
 def check_incomplete(store, stored_before):

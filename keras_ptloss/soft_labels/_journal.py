@@ -1,0 +1,202 @@
+"""What all writers of stores share: files whose writing may be cut anywhere."""
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from keras_ptloss._checks import fail
+from keras_ptloss.soft_labels._store import (
+    checksum,
+    manifest_checksum,
+    partial_path,
+    shard_count,
+    shard_path,
+)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or a directory's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_same(spec: Any, stored: Any, fields: list[str]) -> None:
+    """Require of a spec what the stored rows were written with."""
+    for field in fields:
+        before, now = getattr(stored, field), getattr(spec, field)
+        if now != before:
+            fail(
+                field,
+                f"{before!r} as in the stored rows (or choose another `path`)",
+                now,
+            )
+
+
+class Journal:
+    """Writes one shard's directory, one process at a time.
+
+    Rows go to their place in the files and reach the disk; then the manifest,
+    replaced in one step, counts them. Rows that it does not count are never
+    trusted. The finished directory gets its final name last.
+
+    Subclasses read what is there (`_resume`), and write.
+
+    Args:
+        store: Directory of the store.
+        shard: Index and count.
+        rows: What is counted, for errors.
+    """
+
+    def __init__(self, store: Path, shard: tuple[int, int], rows: str) -> None:
+        self._store, self._final = store, shard_path(store, shard)
+        self.shard, self._rows = shard, rows
+        self._manifest: dict[str, Any] | None = None
+        self._files = contextlib.ExitStack()
+        self.descriptors: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            self._store.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            self._find()
+            self._resume()
+        except BaseException:
+            self._files.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._files.close()
+
+    @property
+    def stored(self) -> int:
+        """How many rows are stored."""
+        raise NotImplementedError
+
+    def _resume(self) -> None:
+        """Read the manifest and what else there is of an earlier call."""
+        raise NotImplementedError
+
+    def _lock(self) -> None:
+        # A lock of the kernel's, which ends with its process however that
+        # ends. Here, so that stores can be read where fcntl is missing.
+        import fcntl
+
+        path = self._final.with_name(self._final.name + ".lock")
+        file = self._files.enter_context(path.open("a+", encoding="utf-8"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RuntimeError(
+                f"Shard {self.shard[0]} of {self.shard[1]} of {self._store}"
+                f" is being written by another process ({file.read()})"
+            ) from None
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+
+    def _find(self) -> None:
+        count = shard_count(self._store)
+        if count not in (None, self.shard[1]):
+            fail("shard", f"of the store's {count} shards", self.shard)
+        complete = self._final.is_dir()
+        self.directory = self._final if complete else partial_path(self._final)
+        self.directory.mkdir(exist_ok=True)
+        sync(self._store)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the directory has its final name."""
+        return self.directory == self._final
+
+    @contextlib.contextmanager
+    def disk(self) -> Iterator[None]:
+        """Say in errors of the disk what became of the rows."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror or error}, writing to {self._final}. The"
+                f" {self.stored} {self._rows} that are stored stay good: make"
+                " room and call again to go on",
+            ) from error
+
+    def path(self, name: str) -> Path:
+        """The file of an array."""
+        return self.directory / f"{name}.npy"
+
+    def open_file(self, name: str) -> None:
+        """Open the file of an array for writing."""
+        # Written to as a file: through a memory map, a full disk would be a
+        # SIGBUS instead of an OSError.
+        descriptor = os.open(self.path(name), os.O_RDWR)
+        self._files.callback(os.close, descriptor)
+        self.descriptors[name] = descriptor
+
+    def write_at(self, name: str, data: bytes, offset: int) -> None:
+        """Write to an open file, and bring it to the disk."""
+        descriptor = self.descriptors[name]
+        while data:
+            written = os.pwrite(descriptor, data, offset)
+            data, offset = data[written:], offset + written
+        os.fsync(descriptor)
+
+    def put_manifest(self, manifest: dict[str, Any]) -> None:
+        """Replace the manifest, in one step."""
+        path = self.directory / "manifest.json"
+        new = path.with_suffix(".json.new")
+        with new.open("w", encoding="utf-8") as file:
+            signed = {**manifest, "checksum": manifest_checksum(manifest)}
+            json.dump(signed, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+        sync(self.directory)
+        self._manifest = manifest
+
+    def finish(self) -> None:
+        """Add the checksums and give the directory its final name."""
+        if self.complete or self._manifest is None:
+            return
+        with self.disk():
+            self._close_files()
+            checksums = {
+                name: checksum(self.path(name)) for name in self.descriptors
+            }
+            self.put_manifest({**self._manifest, "checksums": checksums})
+            self.directory.rename(self._final)
+            sync(self._store)
+
+    def _close_files(self) -> None:
+        """What the files still need before their checksums are taken."""
+
+
+def reserve(path: Path) -> None:
+    """Take a file's space on the disk.
+
+    Sparse files would meet a full disk after the teacher has been paid; file
+    systems without the call meet it in write().
+    """
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except AttributeError:
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise

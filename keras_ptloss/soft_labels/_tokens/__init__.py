@@ -1,0 +1,1 @@
+"""Stored log-probabilities of tokens: sequences of different lengths."""

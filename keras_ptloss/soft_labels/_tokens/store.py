@@ -1,0 +1,154 @@
+"""The files of a store of tokens, read: sequences of different lengths.
+
+Tokens stand one after the other, a row each, in the order of their sequences;
+how many of them a sequence has says where the next begins.
+"""
+
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keras_ptloss.soft_labels._store import (
+    TOKEN_FORMATS,
+    checksum,
+    damaged,
+    load,
+    partial_path,
+    read_record,
+    shard_count,
+    shard_path,
+)
+from keras_ptloss.soft_labels._tokens.spec import (
+    KEPT_FORMATS,
+    SEQUENCE_FORMATS,
+    TokenLabelSpec,
+    token_formats,
+)
+
+# A store is one shard; the name leaves room for several.
+SHARD = (0, 1)
+Format = tuple[str, int | None]
+
+
+def read_token_manifest(directory: Path) -> dict[str, Any] | None:
+    """The JSON record of a store's directory; None if there is none yet."""
+    return read_record(directory, TOKEN_FORMATS, _plausible)
+
+
+def spec_of(manifest: dict[str, Any]) -> TokenLabelSpec:
+    """The spec that was written."""
+    return TokenLabelSpec(**manifest["spec"])
+
+
+def formats_of(manifest: dict[str, Any]) -> dict[str, dict[str, Format]]:
+    """The arrays' formats, by what a row of them is: as in `stored`."""
+    spec = spec_of(manifest)
+    return {
+        "sequences": SEQUENCE_FORMATS,
+        "tokens": token_formats(spec.top_k, manifest["vocabulary_size"]),
+        "kept": KEPT_FORMATS,
+    }
+
+
+def _plausible(manifest: dict[str, Any]) -> bool:
+    """Whether the numbers of a manifest fit together."""
+    spec, stored = spec_of(manifest), manifest["stored"]
+    size, error = manifest["vocabulary_size"], manifest["total_variation"]
+    spec.check_vocabulary(size)
+    formats = formats_of(manifest)
+    names = {name for unit in formats.values() for name in unit}
+    checksums = manifest["checksums"]
+    return bool(
+        set(stored) == set(formats)
+        # True is equal to a whole number, and serves as such nowhere.
+        and all(type(n) is int for n in (*stored.values(), size))
+        and all(n >= 0 for n in stored.values())
+        and manifest["shard"] == list(SHARD)
+        and 0 <= error["sum"] < float("inf")
+        and 0 <= error["max"] < float("inf")
+        and (checksums is None or set(checksums) == names)
+    )
+
+
+class TokenFiles:
+    """The arrays of a complete store, mapped and compared."""
+
+    def __init__(self, path: Path, *, verify: bool) -> None:
+        directory = _complete(path)
+        manifest = read_token_manifest(directory)
+        if manifest is None:
+            damaged(directory, "it has no manifest")
+        self.manifest, self.spec = manifest, spec_of(manifest)
+        self.vocabulary_size: int = manifest["vocabulary_size"]
+        self._arrays: dict[str, Any] = {}
+        for unit, arrays in formats_of(manifest).items():
+            for name, (dtype, columns) in arrays.items():
+                shape: tuple[int, ...] = (manifest["stored"][unit],)
+                shape += () if columns is None else (columns,)
+                array = load(directory, name)
+                if array.shape != shape or array.dtype != np.dtype(dtype):
+                    damaged(
+                        directory,
+                        f"{name}.npy holds {array.dtype}{array.shape} where"
+                        f" {np.dtype(dtype)}{shape} was written",
+                    )
+                known = manifest["checksums"] or {}
+                found = checksum(directory / f"{name}.npy") if verify else None
+                if verify and found != known.get(name):
+                    damaged(directory, f"the checksum of {name}.npy differs")
+                self._arrays[name] = array
+        self.fingerprints, lengths, counts = (
+            np.array(self._arrays.pop(name)) for name in SEQUENCE_FORMATS
+        )
+        self.lengths, self.counts = lengths.astype(int), counts.astype(int)
+        self._ends = {
+            "tokens": np.concatenate([[0], np.cumsum(self.counts)]),
+            "kept": np.concatenate([[0], np.cumsum(-(-self.lengths // 8))]),
+        }
+        ends = {unit: int(ends[-1]) for unit, ends in self._ends.items()}
+        if any(manifest["stored"][unit] != end for unit, end in ends.items()):
+            damaged(directory, "lengths.npy and counts.npy contradict it")
+
+    def kept(self, rows: Any) -> Any:
+        """Which tokens of the sequences are stored: bool, one after another."""
+        bits = np.unpackbits(self._read("kept", "kept", rows))
+        starts = np.cumsum(8 * -(-self.lengths[rows] // 8))
+        starts = np.concatenate([[0], starts[:-1]]).astype(int)
+        pieces = [
+            bits[start : start + length]
+            for start, length in zip(starts, self.lengths[rows], strict=True)
+        ]
+        return np.concatenate([*pieces, bits[:0]]).astype(bool)
+
+    def tokens(self, rows: Any) -> dict[str, Any]:
+        """The stored arrays of the tokens of the sequences, in their order."""
+        names = token_formats(self.spec.top_k, self.vocabulary_size)
+        return {name: self._read(name, "tokens", rows) for name in names}
+
+    def _read(self, name: str, unit: str, rows: Any) -> Any:
+        array, ends = self._arrays[name], self._ends[unit]
+        pieces = [array[ends[row] : ends[row + 1]] for row in rows]
+        read = np.concatenate([*pieces, array[:0]])
+        # Pages once touched count as resident until they are given back; the
+        # system's cache keeps them at hand.
+        if hasattr(mmap, "MADV_DONTNEED") and array.base is not None:
+            array.base.madvise(mmap.MADV_DONTNEED)
+        return read
+
+
+def _complete(path: Path) -> Path:
+    """The directory of a complete store."""
+    if shard_count(path) is None:
+        raise FileNotFoundError(f"No token labels at {path}")
+    directory = shard_path(path, SHARD)
+    if not directory.is_dir():
+        begun = read_token_manifest(partial_path(directory))
+        count = begun["stored"]["sequences"] if begun else 0
+        raise ValueError(
+            f"`path` must be a complete store, but this has {count} sequences"
+            " only: call `write` again as before, it resumes. Received:"
+            f" path={str(path)!r}"
+        )
+    return directory

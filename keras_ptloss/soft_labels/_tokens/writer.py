@@ -1,0 +1,229 @@
+"""The writing of a store of tokens, in steps that may be cut anywhere."""
+
+import dataclasses
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from keras_ptloss.soft_labels._data import take, wrong_length
+from keras_ptloss.soft_labels._journal import Journal, check_same, sync
+from keras_ptloss.soft_labels._store import TOKEN_FORMATS, damaged
+from keras_ptloss.soft_labels._tokens.sequences import (
+    Sequences,
+    kept_of,
+    sequences_of,
+    token_batches,
+    token_fingerprints,
+)
+from keras_ptloss.soft_labels._tokens.spec import (
+    TokenLabelSpec,
+    Tokens,
+    encode_tokens,
+)
+from keras_ptloss.soft_labels._tokens.store import (
+    SHARD,
+    formats_of,
+    read_token_manifest,
+    spec_of,
+)
+
+# Bytes before the data of a `.npy` file, whatever its length.
+_HEADER = 128
+
+
+class Missing(NamedTuple):
+    """Sequences that are not stored yet.
+
+    Attributes:
+        row: Position of the first in the data set.
+        x: The teacher's inputs.
+        sequences: Their tokens.
+        kept: `(batch, time)` bool, those that count.
+        fingerprints: `(batch,)`.
+    """
+
+    row: int
+    x: Any
+    sequences: Sequences
+    kept: Any
+    fingerprints: Any
+
+
+class TokenWriter(Journal):
+    """Writes sequences to the ends of files that grow.
+
+    How many tokens there will be is not known, so nothing is reserved; what
+    the files have beyond the counts of the manifest is written over.
+    """
+
+    def __init__(self, store: Path, spec: TokenLabelSpec) -> None:
+        super().__init__(store, SHARD, "sequences")
+        self.spec = spec
+        self._fingerprints: Any = np.empty(0, "<u8")
+
+    @property
+    def stored(self) -> int:
+        """How many sequences are stored."""
+        return self._manifest["stored"]["sequences"] if self._manifest else 0
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """The number of ids, as far as known."""
+        if self._manifest:
+            return int(self._manifest["vocabulary_size"])
+        return self.spec.vocabulary_size
+
+    def _resume(self) -> None:
+        self._manifest = read_token_manifest(self.directory)
+        if self._manifest is None:
+            return
+        fields = [field.name for field in dataclasses.fields(TokenLabelSpec)]
+        check_same(self.spec, spec_of(self._manifest), fields)
+        self._fingerprints = np.fromfile(
+            self.path("fingerprints"),
+            "<u8",
+            count=self.stored,
+            offset=_HEADER,
+        )
+        if len(self._fingerprints) != self.stored:
+            damaged(self.directory, "fingerprints.npy is too short")
+        if not self.complete:
+            for name in self._names():
+                self.open_file(name)
+
+    def _names(self) -> list[str]:
+        formats = formats_of(self._manifest or {})
+        return [name for arrays in formats.values() for name in arrays]
+
+    def missing(
+        self, dataset: Any, sample_weight: Any, batch_size: int
+    ) -> Iterator[Missing]:
+        """Yield what is not stored; what is, is compared on the way."""
+        end = 0
+        for row, x, weight in token_batches(dataset, sample_weight, batch_size):
+            sequences = sequences_of(x)
+            found = token_fingerprints(sequences)
+            end = row + len(found)
+            known = max(0, min(len(found), self.stored - row))
+            wrong = self._fingerprints[row : row + known] != found[:known]
+            if wrong.any():
+                raise ValueError(
+                    "`dataset` must hold the stored sequences first, in their"
+                    f" order. Received: sequence {row + np.argmax(wrong)},"
+                    " which is another than the stored one (or choose another"
+                    " `path`)"
+                )
+            if known < len(found) and self.complete:
+                wrong_length(f"at least {end}", self.stored)
+            if known < len(found):
+                rest = slice(known, None)
+                yield Missing(
+                    row + known,
+                    take(x, rest),
+                    Sequences(*(part[rest] for part in sequences)),
+                    kept_of(sequences, weight)[rest],
+                    found[rest],
+                )
+        if end < self.stored or not end:
+            wrong_length(end, max(self.stored, 1))
+
+    def append(
+        self,
+        hashes: Any,
+        sequences: Sequences,
+        kept: Any,
+        tokens: Tokens,
+        vocabulary_size: int,
+    ) -> None:
+        """Store the next sequences.
+
+        Args:
+            hashes: `(batch,)`, their fingerprints.
+            sequences: Their tokens.
+            kept: `(batch, time)` bool, which of them `tokens` are of.
+            tokens: Of all of them, one sequence after the other.
+            vocabulary_size: Number of ids.
+        """
+        encoded, distance = encode_tokens(tokens, vocabulary_size)
+        bits = [
+            np.packbits(flags[real])
+            for flags, real in zip(kept, sequences.real, strict=True)
+        ]
+        arrays = {
+            "sequences": {
+                "fingerprints": hashes,
+                "lengths": sequences.real.sum(-1).astype("<u4"),
+                "counts": kept.sum(-1).astype("<u4"),
+            },
+            "tokens": encoded,
+            "kept": {"kept": np.concatenate(bits)},
+        }
+        with self.disk():
+            manifest = dict(self._manifest or self._create(vocabulary_size))
+            stored = dict(manifest["stored"])
+            for unit, named in arrays.items():
+                for name, rows in named.items():
+                    size = rows.dtype.itemsize * int(np.prod(rows.shape[1:]))
+                    offset = _HEADER + stored[unit] * size
+                    self.write_at(name, rows.tobytes(), offset)
+                stored[unit] += len(rows)
+            error = manifest["total_variation"]
+            manifest["total_variation"] = {
+                "sum": error["sum"] + float(distance.sum()),
+                "max": float(max(error["max"], distance.max(initial=0.0))),
+            }
+            manifest["stored"] = stored
+            self.put_manifest(manifest)
+
+    def _create(self, vocabulary_size: int) -> dict[str, Any]:
+        """Make empty files; the manifest that counts their rows is last."""
+        manifest = {
+            "format": TOKEN_FORMATS[-1],
+            "spec": dataclasses.asdict(self.spec),
+            "vocabulary_size": vocabulary_size,
+            "shard": list(SHARD),
+            "stored": {"sequences": 0, "tokens": 0, "kept": 0},
+            "total_variation": {"sum": 0.0, "max": 0.0},
+            "checksums": None,
+        }
+        for arrays in formats_of(manifest).values():
+            for name in arrays:
+                self.path(name).write_bytes(b"\0" * _HEADER)
+                sync(self.path(name))
+        self.put_manifest(manifest)
+        for name in self._names():
+            self.open_file(name)
+        return manifest
+
+    def discard(self) -> None:
+        """Remove what is written of a store that is not complete."""
+        if not self.complete:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _close_files(self) -> None:
+        """Cut what is not counted, and write the headers."""
+        manifest = self._manifest or {}
+        for unit, arrays in formats_of(manifest).items():
+            for name, (dtype, columns) in arrays.items():
+                rows = manifest["stored"][unit]
+                shape = (rows,) if columns is None else (rows, columns)
+                size = np.dtype(dtype).itemsize * int(np.prod(shape))
+                os.ftruncate(self.descriptors[name], _HEADER + size)
+                self.write_at(name, _header(dtype, shape), 0)
+
+
+def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """The first bytes of a `.npy` file, as NumPy writes them."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": dtype, "fortran_order": False, "shape": shape}
+    )
+    header = file.getvalue()
+    if len(header) != _HEADER:
+        raise RuntimeError(f"NumPy's header has {len(header)} bytes")
+    return header
