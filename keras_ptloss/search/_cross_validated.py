@@ -18,8 +18,12 @@ from keras_ptloss._checks import check_count, check_number, fail
 from keras_ptloss._correction import Correction
 from keras_ptloss.search._examples import Examples
 from keras_ptloss.search._fit import SCALES, Form, Point, fit, proxy
-from keras_ptloss.search._folds import random_folds
-from keras_ptloss.search._linear import fit_linear, fit_temperature
+from keras_ptloss.search._folds import parts_of
+from keras_ptloss.search._linear import (
+    all_right,
+    fit_linear,
+    fit_temperature,
+)
 from keras_ptloss.search._objectives import Objective
 from keras_ptloss.search._progress import Progress
 from keras_ptloss.search._stack_choice import choose_stack
@@ -60,7 +64,8 @@ class CrossValidatedSearch:
         order: number of coefficients M.
         penalty: weight of the squared coefficients.
         calibrations: what may stand on a base: of `"vector"` and `"matrix"`.
-        folds: number of folds.
+        folds: number of folds; below 300 examples they are dealt out several
+            times.
 
     Raises:
         ValueError: if an argument is not of this form.
@@ -138,7 +143,14 @@ class CrossValidatedSearch:
                 notes=tuple(notes),
             )
         race = _Race(self, examples, objective, seed, progress)
-        race.run(calibrations)
+        if _nothing_to_tell(examples):
+            notes.append(
+                f"the teacher is right on all {count} rows, as it says it "
+                "should be: they cannot tell what to correct, more rows might"
+            )
+            race.run((), [])
+        else:
+            race.run(("zero", "shared"), calibrations)
         chosen = race.standings.chosen()
         correction, cost = race.refit(chosen)
         return Found(
@@ -154,6 +166,16 @@ class CrossValidatedSearch:
         )
 
 
+def _nothing_to_tell(examples: Examples) -> bool:
+    """Return whether the teacher made no error, nor was due to.
+
+    Any sharpening then looks good on all folds, and bad on the first error to
+    come. None is seen of N rows with a probability of 5 % where 3 are due.
+    """
+    due = np.sum(1.0 - examples.probabilities.max(axis=1))
+    return all_right(examples.logits, examples.targets) and bool(due <= 3.0)
+
+
 class _Base:
     """The teacher at its temperature, with or without epsilon."""
 
@@ -167,7 +189,9 @@ class _Base:
         scale = fit_temperature(examples.logits, examples.targets, objective)
         self.scale, self.epsilon = np.asarray(scale), np.zeros(1)
         self.solves = self.unconverged = 0
-        self.bent = epsilon == "shared"
+        self.bent = epsilon == "shared" and not all_right(
+            examples.logits, examples.targets
+        )
         if self.bent:
             form = Form("temperature", "shared", search.order, search.penalty)
             begin = Point(
@@ -205,25 +229,22 @@ class _Race:
     ) -> None:
         self.search, self.examples = search, examples
         self.objective = objective
-        fold = random_folds(len(examples.labels), search.folds, seed)
-        self.parts = [
-            (np.flatnonzero(fold != k), np.flatnonzero(fold == k))
-            for k in range(search.folds)
-        ]
+        self.parts = parts_of(len(examples.labels), search.folds, seed)
         self.standings = Standings(
             objective,
-            [examples.targets[test] for _, test in self.parts],
+            examples.targets,
+            self.parts,
             progress,
             most=3 + 2 * len(search.calibrations) * len(PENALTIES),
         )
         self.solves = self.unconverged = 0
 
-    def run(self, calibrations: list[str]) -> None:
-        """Score the candidates in stages."""
+    def run(self, epsilons: tuple[str, ...], calibrations: list[str]) -> None:
+        """Score the candidates in stages: plain KL, then base by base."""
         trains = [self.examples[train] for train, _ in self.parts]
         tests = [self.examples[test] for _, test in self.parts]
         self._add(Candidate("zero", "none"), [e.probabilities for e in tests])
-        for epsilon in ("zero", "shared"):
+        for epsilon in epsilons:
             bases = [
                 _Base(self.search, train, self.objective, epsilon)
                 for train in trains

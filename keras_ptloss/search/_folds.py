@@ -3,7 +3,9 @@
 import numpy as np
 
 
-def random_folds(examples: int, folds: int, seed: int) -> np.ndarray:
+def random_folds(
+    examples: int, folds: int, seed: int | list[int]
+) -> np.ndarray:
     """Return the fold of each example, `(N,)`, dealt out at random.
 
     Not stratified: then each held-out fold would have the class frequencies of
@@ -13,6 +15,34 @@ def random_folds(examples: int, folds: int, seed: int) -> np.ndarray:
     fold = np.arange(examples) % folds
     np.random.default_rng(seed).shuffle(fold)
     return fold
+
+
+# Held-out rows that are scored at least, and the most deals it is done in.
+ENOUGH, MOST_DEALS = 300, 5
+
+
+def parts_of(
+    examples: int, folds: int, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the rows that are fitted and those held out, part by part.
+
+    Of few examples the folds are dealt out several times: one deal of 100 is a
+    lottery (`benchmarks/results/choice.md`).
+
+    Args:
+        examples: N.
+        folds: parts of one deal.
+        seed: of the deals.
+    """
+    deals = min(MOST_DEALS, max(1, -(-ENOUGH // examples)))
+    parts = []
+    for deal in range(deals):
+        fold = random_folds(examples, folds, [seed, deal] if deal else seed)
+        parts += [
+            (np.flatnonzero(fold != k), np.flatnonzero(fold == k))
+            for k in range(folds)
+        ]
+    return parts
 
 
 def choose(

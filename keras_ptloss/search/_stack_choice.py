@@ -10,7 +10,7 @@ from typing import Any
 
 from keras_ptloss._correction import Correction
 from keras_ptloss.search._examples import Examples
-from keras_ptloss.search._folds import random_folds
+from keras_ptloss.search._folds import parts_of
 from keras_ptloss.search._objectives import Objective
 from keras_ptloss.search._progress import Progress
 from keras_ptloss.search._stack import Stack
@@ -46,19 +46,19 @@ def choose_stack(
         progress: the bar.
         notes: of the result, put before what is found here.
     """
-    fold = random_folds(len(examples.labels), folds, seed)
-    parts = [(fold != k, fold == k) for k in range(folds)]
+    parts = parts_of(len(examples.labels), folds, seed)
     stacks = [Stack.of(examples[train], objective) for train, _ in parts]
     kinds = ["none", *(["temperature"] if examples.alike else [])]
     kinds += [c for c in calibrations if examples.alike or c == "matrix"]
     standings = Standings(
         objective,
-        [examples.targets[test] for _, test in parts],
+        examples.targets,
+        parts,
         progress,
         most=2 + len(calibrations) * len(PENALTIES),
     )
     for kind in kinds:
-        begins: list[Any] = [None] * folds
+        begins: list[Any] = [None] * len(parts)
         scores: list[float] = []
         for penalty in PENALTIES if kind in calibrations else (0.0,):
             held_out = []

@@ -51,7 +51,8 @@ class Standings:
 
     Args:
         objective: what is judged by.
-        targets: those of each held-out fold.
+        targets: of all examples, `(N,)` or `(N, C)`.
+        parts: the rows fitted and held out, part by part.
         progress: the bar.
         most: how many candidates there are at most.
     """
@@ -59,11 +60,13 @@ class Standings:
     def __init__(
         self,
         objective: Objective,
-        targets: list[np.ndarray],
+        targets: np.ndarray,
+        parts: list[tuple[np.ndarray, np.ndarray]],
         progress: Progress,
         most: int,
     ) -> None:
         self.objective, self.targets = objective, targets
+        self.held_out = [test for _, test in parts]
         self.progress, self.most = progress, most
         self.candidates: list[Candidate] = []
         self.parameters: list[int] = []
@@ -75,24 +78,28 @@ class Standings:
         """Keep a candidate's losses; return their mean.
 
         They are `(N,)`, or `(folds,)` of an objective of the user's, which may
-        be no mean over the examples.
+        be no mean over the examples; means over the deals.
 
         Args:
             candidate: the candidate.
             parameters: how many numbers it fits.
-            held_out: its distributions on each fold.
+            held_out: its distributions on each part's held-out rows.
         """
         per_example = self.objective.per_example
-        losses = []
-        for q, targets in zip(held_out, self.targets, strict=True):
-            if per_example is None:
-                score = float(self.objective.score(q, targets))
-                losses.append(np.array([score]))
-            else:
-                losses.append(per_example(q, targets))
+        parts = list(zip(held_out, self.held_out, strict=True))
+        deals = sum(len(i) for _, i in parts) // len(self.targets)
+        if per_example is None:
+            scores = [
+                self.objective.score(q, self.targets[i]) for q, i in parts
+            ]
+            losses = np.reshape(scores, (deals, -1)).mean(axis=0)
+        else:
+            losses = np.zeros(len(self.targets))
+            for q, i in parts:
+                losses[i] += per_example(q, self.targets[i]) / deals
         self.candidates.append(candidate)
         self.parameters.append(parameters)
-        self.losses.append(np.concatenate(losses))
+        self.losses.append(losses)
         self.progress.update(len(self.candidates), self.most)
         return float(self.losses[-1].mean())
 

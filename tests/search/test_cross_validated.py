@@ -13,8 +13,15 @@ from keras_ptloss.search import (
     CrossValidatedSearch,
     GradientSearch,
 )
-from keras_ptloss.search._folds import choose, random_folds, standard_error
-from keras_ptloss.search._standings import PENALTIES
+from keras_ptloss.search._folds import (
+    choose,
+    parts_of,
+    random_folds,
+    standard_error,
+)
+from keras_ptloss.search._objectives import OBJECTIVES, as_objective, nll
+from keras_ptloss.search._progress import Progress
+from keras_ptloss.search._standings import PENALTIES, Candidate, Standings
 
 ROWS, FRESH, CLASSES, ORDER = 300, 4000, 3, 2
 COLUMNS = {
@@ -276,6 +283,72 @@ class TestFolds:
         match = r"`folds` must be at most half the 9 examples.*folds=5"
         with pytest.raises(ValueError, match=match):
             search(teacher, np.arange(9) % 3, folds=5)
+
+
+class TestParts:
+    @pytest.mark.parametrize(
+        ("examples", "deals"), [(10, 5), (100, 3), (299, 2), (300, 1)]
+    )
+    def test_few_rows_are_dealt_out_again(self, examples, deals):
+        parts = parts_of(examples, 5, seed=0)
+        assert len(parts) == 5 * deals
+        held_out = [test for _, test in parts]
+        for deal in range(deals):
+            once = np.concatenate(held_out[5 * deal : 5 * deal + 5])
+            np.testing.assert_array_equal(np.sort(once), np.arange(examples))
+        for train, test in parts:
+            both = np.sort(np.concatenate([train, test]))
+            np.testing.assert_array_equal(both, np.arange(examples))
+        assert deals == 1 or np.any(held_out[0] != held_out[5])
+
+    def test_losses_are_means_over_the_deals(self):
+        q, labels = helpers.dirichlet(0, 20, CLASSES), np.arange(20) % CLASSES
+        parts = parts_of(20, 4, seed=0)
+        for name in ("nll", "own"):
+            standings = Standings(
+                OBJECTIVES["nll"]
+                if name == "nll"
+                else as_objective(lambda q, y: (nll(q, y), q)),
+                labels,
+                parts,
+                Progress(verbose=False),
+                most=1,
+            )
+            held_out = [q[test] for _, test in parts]
+            mean = standings.add(Candidate("zero", "none"), 0, held_out)
+            assert mean == pytest.approx(nll(q, labels))
+            assert len(standings.losses[0]) == (20 if name == "nll" else 4)
+
+
+class TestTeacherWithoutAnError:
+    """Each row would have it as sharp as can be, whatever the next one says."""
+
+    @pytest.mark.parametrize("rows", [40, 100])
+    def test_is_left_as_it_is(self, rows):
+        generator = np.random.default_rng(0)
+        labels = generator.integers(3, size=rows)
+        teacher = (
+            0.02 * helpers.dirichlet(1, rows, 3) + 0.98 * np.eye(3)[labels]
+        )
+        result = search(teacher, labels)
+        proxy = result.proxy_teacher(teacher).probabilities
+        np.testing.assert_allclose(proxy, teacher, rtol=1e-12)
+        assert any("cannot tell what to" in note for note in result.notes)
+
+    def test_a_timid_one_is_sharpened(self):
+        """Of 100 rows 30 errors were due, and none was seen."""
+        labels = np.arange(100) % 3
+        teacher = np.full((100, 3), 0.15) + 0.55 * np.eye(3)[labels]
+        result = search(teacher, labels)
+        assert result.score < 0.5 * result.score_at_zero
+
+    def test_one_error_is_enough(self):
+        labels = np.arange(60) % 3
+        teacher = np.full((60, 3), 0.1) + 0.7 * np.eye(3)[labels]
+        teacher[0] = [0.2, 0.7, 0.1]
+        result = search(teacher, labels)
+        assert result.score < result.score_at_zero
+        assert not any("cannot tell" in note for note in result.notes)
 
 
 def test_standard_error():
