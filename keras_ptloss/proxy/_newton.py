@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.special
 from keras import ops
 from keras.backend import standardize_dtype
 
@@ -331,6 +332,8 @@ def solve_newton(
         A `Solution` of `(N, C)`, `(N,)`, `(N,)`, `(N,)`; with several epsilon
         `(K, N, C)`, `(K, N)`, `(K, N)`, `(K, N)`.
     """
+    if not np.any(epsilon):
+        return unperturbed(teacher, epsilon.shape[: max(epsilon.ndim - 2, 0)])
     coefficients = np.moveaxis(epsilon, -1, 0)  # (M,), (M, C), (M, K, 1 or C)
     if coefficients.ndim == 3:
         coefficients = coefficients[:, :, None, :]
@@ -353,12 +356,24 @@ def solve_newton(
     )
 
 
+def unperturbed(teacher: np.ndarray, several: tuple[int, ...]) -> Solution:
+    """Return the solution at epsilon = 0, the teacher: nothing is compiled."""
+    rows = (*several, len(teacher))
+    return Solution(
+        np.broadcast_to(teacher, (*several, *teacher.shape)).copy(),
+        np.broadcast_to(scipy.special.entr(teacher).sum(-1), rows).copy(),
+        np.zeros(rows),
+        np.zeros(rows, dtype="int32"),
+    )
+
+
 def row_blocks(*arrays: np.ndarray, times: int = 1) -> list[Any]:
     """Cut arrays `(N, C)` into blocks of rows, all of one shape.
 
-    A compiled function serves one shape. Sizes are therefore powers of two,
-    so that the folds of a search have that of the whole, and the last block is
-    filled with uniform rows, which are solved soon.
+    A compiled function serves one shape, and compiling takes longer than most
+    solves. Sizes are therefore powers of two from 1,024 on, so that the folds
+    of a search have that of the whole; the last block is filled with uniform
+    rows, which are solved soon.
 
     Args:
         *arrays: `(N, C)` each.
@@ -371,7 +386,7 @@ def row_blocks(*arrays: np.ndarray, times: int = 1) -> list[Any]:
     # Sums over the classes add so many numbers at a time.
     least = max(16, -(-SIDE_BY_SIDE // times))
     most = max(least, block_elements() // (classes * times) // 16 * 16)
-    size = min(most, 2 ** max(4, (examples - 1).bit_length()))
+    size = min(most, max(1024, 2 ** (examples - 1).bit_length()))
     missing = -examples % size
     filled = [
         np.concatenate([a, np.full((missing, classes), 1.0 / classes)])
