@@ -49,7 +49,7 @@ test-torch: .venv-torch/installed
 		tests/test_pytorch.py \
 		tests/test_without_tensorflow.py
 
-slow: .venv/test.installed
+slow: .venv/test.installed .venv/slow.installed
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m "slow and not rest"
 	KERAS_BACKEND=jax $(BIN)/python -m pytest -m "slow and not rest"
 
