@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 from stores import (
+    ENVIRONMENT,
     N,
     Teacher,
     features,
@@ -76,7 +77,7 @@ class Forker:
     def __init__(self):
         self.process = subprocess.Popen(
             [sys.executable, "-c", FORKER],
-            env={**os.environ, "KERAS_BACKEND": "jax"},
+            env=ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -216,7 +217,7 @@ def test_full_disk(path):
     """
     subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), path],
-        env={**os.environ, "KERAS_BACKEND": "jax"},
+        env=ENVIRONMENT,
         check=True,
     )
 
