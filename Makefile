@@ -75,7 +75,7 @@ dist: .venv/release.installed
 test-dist: dist
 	$(PYTHON) -m venv --clear .venv-dist
 	.venv-dist/bin/pip install --quiet pytest matplotlib scikit-learn \
-	  "$$(echo dist/*.whl)[tensorflow,jax]"
+	  "$$(echo dist/*.whl)[tensorflow,jax,parquet]"
 	tar -xzf dist/*.tar.gz -C .venv-dist --strip-components 1 --one-top-level=source
 	rm -r .venv-dist/source/keras_ptloss
 	cd .venv-dist/source && KERAS_BACKEND=jax ../bin/pytest tests/test_api.py
