@@ -49,7 +49,7 @@ test-torch: .venv-torch/installed
 		tests/test_pytorch.py \
 		tests/test_without_tensorflow.py
 
-slow: .venv/test.installed
+slow: .venv/test.installed .venv/slow.installed
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m "slow and not rest"
 	KERAS_BACKEND=jax $(BIN)/python -m pytest -m "slow and not rest"
 
@@ -75,7 +75,7 @@ dist: .venv/release.installed
 test-dist: dist
 	$(PYTHON) -m venv --clear .venv-dist
 	.venv-dist/bin/pip install --quiet pytest matplotlib scikit-learn \
-	  "$$(echo dist/*.whl)[tensorflow,jax]"
+	  "$$(echo dist/*.whl)[tensorflow,jax,parquet]"
 	tar -xzf dist/*.tar.gz -C .venv-dist --strip-components 1 --one-top-level=source
 	rm -r .venv-dist/source/keras_ptloss
 	cd .venv-dist/source && KERAS_BACKEND=jax ../bin/pytest tests/test_api.py
@@ -83,7 +83,7 @@ test-dist: dist
 docs: .venv/docs.installed
 	KERAS_BACKEND=jax $(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
 
-docs-test: .venv/docs_test.installed docs
+docs-test: .venv/docs-test.installed docs
 	KERAS_BACKEND=jax $(BIN)/python -m pytest docs/browser
 
 # Installing one extra leaves the other in place.
@@ -105,14 +105,14 @@ docs-test: .venv/docs_test.installed docs
 	$(call require_python,$(OLDEST_PYTHON))
 	$(OLDEST_PYTHON) -m venv --clear .venv-floor-$*
 	.venv-floor-$*/bin/pip install --quiet --constraint $< \
-		--editable ".[$*,core_tests]"
+		--editable ".[$*,core-tests]"
 	touch $@
 
 .venv-torch/installed: setup.cfg pyproject.toml
 	$(call require_python,$(OLDEST_PYTHON))
 	$(OLDEST_PYTHON) -m venv --clear .venv-torch
 	.venv-torch/bin/pip install --quiet "$(TORCH)" \
-		--editable ".[torch,jax,core_tests]"
+		--editable ".[torch,jax,core-tests]"
 	touch $@
 
 # Before an environment is made of it, which the next run would take.

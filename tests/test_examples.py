@@ -6,11 +6,8 @@ import importlib
 import math
 import os
 import pathlib
-import re
-import signal
 import subprocess
 import sys
-import time
 
 import helpers
 import keras
@@ -527,75 +524,3 @@ class TestGeneration:
                 generation,
                 *("--data", texts, "--sequence-length", 9999, *output),
             )
-
-
-class TestLabelWithRay:
-    """A cluster of two workers, one of which is killed; then all of it."""
-
-    ROWS = 1797
-
-    def begin(self, output, *arguments):
-        return subprocess.Popen(
-            [
-                *(sys.executable, EXAMPLES / "label_with_ray.py"),
-                *("--output", output, "--seconds-a-batch", "0.5", *arguments),
-            ],
-            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def until(self, process, pattern, said):
-        """Read on until a line has the pattern."""
-        for line in process.stdout:
-            said.append(line)
-            if found := re.search(pattern, line):
-                return found
-        raise AssertionError("".join(said))
-
-    def wait_for_files(self, folder, count):
-        deadline = time.monotonic() + 300
-        while len(list(folder.glob("*.parquet"))) < count:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-    def finish(self, process, said):
-        said += process.communicate(timeout=300)[0].splitlines(keepends=True)
-        text = "".join(said)
-        assert process.returncode == 0, text
-        print(text)
-        assert f"rows stored: {self.ROWS} of {self.ROWS}, twice: 0" in text
-        accuracy = re.search("accuracy on these images: ([0-9.]+) %", text)
-        assert float(accuracy[1]) > 80
-        return text
-
-    @pytest.mark.slow
-    def test_a_killed_worker(self, tmp_path):
-        pytest.importorskip("ray")
-        said = []
-        process = self.begin(tmp_path)
-        pattern = r"teacher loaded in process (\d+)"
-        worker = int(self.until(process, pattern, said)[1])
-        self.wait_for_files(tmp_path / "labels", 2)
-        assert process.poll() is None
-        os.kill(worker, signal.SIGKILL)
-        files = len(list((tmp_path / "labels").glob("*.parquet")))
-        said.append(f"TEST: killed worker {worker} after {files} files\n")
-        text = self.finish(process, said)
-        # It was midway: another process has loaded the teacher since.
-        assert files < 24 and text.count("teacher loaded in process") > 1
-
-    @pytest.mark.slow
-    def test_all_killed_and_begun_again(self, tmp_path):
-        pytest.importorskip("ray")
-        first = self.begin(tmp_path)
-        self.wait_for_files(tmp_path / "labels", 3)
-        first.kill()
-        first.communicate()
-        (tmp_path / "labels" / "cut.parquet").write_bytes(b"PAR1")
-        second = self.begin(tmp_path)
-        text = self.finish(second, [])
-        before = int(re.search(r"labelled before: (\d+) rows", text)[1])
-        assert 0 < before < self.ROWS
-        assert "removed cut.parquet, which is not whole" in text

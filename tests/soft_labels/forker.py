@@ -1,9 +1,10 @@
 """Writers in processes of their own, which tests kill."""
 
-import os
 import subprocess
 import sys
 import textwrap
+
+from stores import ENVIRONMENT
 
 # One process imports the package; each line from stdin makes it fork a writer,
 # whose pid it prints. So twenty writers cost one import. JAX is the backend
@@ -61,7 +62,7 @@ class Forker:
     def __init__(self, code):
         self.process = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(code) + FORKER],
-            env={**os.environ, "KERAS_BACKEND": "jax"},
+            env=ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -1,5 +1,8 @@
 """Data sets and teachers for the tests of stored soft labels."""
 
+import importlib.util
+import os
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +10,9 @@ import pytest
 from keras_ptloss.soft_labels import SoftLabels, SoftLabelSpec
 
 N, C = 50, 4
+# Of processes that tests start: JAX is there the soonest, where it is at all.
+CHILD = "jax" if importlib.util.find_spec("jax") else keras.config.backend()
+ENVIRONMENT = {**os.environ, "KERAS_BACKEND": CHILD}
 
 
 def features(n=N, seed=0):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from forker import Forker, asked_rows
 from stores import (
+    ENVIRONMENT,
     N,
     Teacher,
     features,
@@ -156,7 +157,7 @@ def test_full_disk(path):
     """
     subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), path],
-        env={**os.environ, "KERAS_BACKEND": "jax"},
+        env=ENVIRONMENT,
         check=True,
     )
 

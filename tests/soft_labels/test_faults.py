@@ -10,7 +10,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from stores import N, Teacher, features, write
+from stores import ENVIRONMENT, N, Teacher, features, write
 
 from keras_ptloss.soft_labels import SoftLabels, import_soft_labels
 
@@ -20,7 +20,7 @@ IN_A_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 def run(code, *arguments, command=(), **environment):
     return subprocess.run(
         [*command, sys.executable, "-c", textwrap.dedent(code), *arguments],
-        env={**os.environ, "KERAS_BACKEND": "jax", **environment},
+        env={**ENVIRONMENT, **environment},
         capture_output=True,
         text=True,
     )

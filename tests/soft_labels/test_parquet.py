@@ -9,7 +9,16 @@ import textwrap
 
 import numpy as np
 import pytest
-from stores import C, N, Teacher, features, softmax, tf_dataset, write
+from stores import (
+    ENVIRONMENT,
+    C,
+    N,
+    Teacher,
+    features,
+    softmax,
+    tf_dataset,
+    write,
+)
 
 from keras_ptloss.soft_labels import (
     SoftLabels,
@@ -148,7 +157,8 @@ def test_ids_are_written(path, tmp_path):
 @pytest.mark.parametrize("form", [pa.list_, pa.large_list, None])
 def test_forms_of_lists(folder, kind, form):
     values = rows().astype(kind)
-    column = lists(values) if form is None else values.tolist()
+    # PyArrow 16 takes no Python floats for float16.
+    column = lists(values) if form is None else [list(row) for row in values]
     kind = pa.from_numpy_dtype(kind)
     column = pa.array(column, pa.list_(kind, C) if form is None else form(kind))
     put(folder, columns(probabilities=column))
@@ -362,7 +372,8 @@ def test_flipped_bytes_of_rows_without_our_record(path, tmp_path):
             np.testing.assert_array_equal(found[:], labels[:])
             prints = labels.fingerprints
             np.testing.assert_array_equal(found.fingerprints, prints)
-    assert noticed > 0.9 * (footer - 4)
+    # PyArrow 16 has longer headers.
+    assert noticed > 0.8 * (footer - 4)
     foreign = columns()
     put(tmp_path, foreign, write_page_checksum=True)
     file = tmp_path / "a.parquet"
@@ -394,7 +405,7 @@ def test_a_killed_writer_leaves_nothing_that_looks_whole(path, tmp_path):
     labels = write(path)
     process = subprocess.run(
         [sys.executable, "-c", KILLED, path, tmp_path / "rows"],
-        env={**os.environ, "KERAS_BACKEND": "jax"},
+        env=ENVIRONMENT,
     )
     assert process.returncode == -signal.SIGKILL
     left = tmp_path / "rows.partial"
