@@ -70,6 +70,11 @@ class CalibrationSearch:
         check_choice("calibration", self.calibration, CALIBRATIONS)
         check_number("penalty", self.penalty, at_least=0.0)
 
+    @property
+    def by_class(self) -> bool:
+        """Whether it fits numbers of single classes."""
+        return self.calibration != "temperature"
+
     def run(
         self,
         examples: Examples,

@@ -95,6 +95,7 @@ class CrossValidatedSearch:
     name = "cross_validation"
     objective = "nll"
     several = True
+    by_class = True
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -173,7 +174,7 @@ def _nothing_to_tell(examples: Examples) -> bool:
     come. None is seen of N rows with a probability of 5 % where 3 are due.
     """
     due = np.sum(1.0 - examples.probabilities.max(axis=1))
-    return all_right(examples.logits, examples.targets) and bool(due <= 3.0)
+    return all_right(examples.logits, examples.labels) and bool(due <= 3.0)
 
 
 class _Base:
@@ -190,7 +191,7 @@ class _Base:
         self.scale, self.epsilon = np.asarray(scale), np.zeros(1)
         self.solves = self.unconverged = 0
         self.bent = epsilon == "shared" and not all_right(
-            examples.logits, examples.targets
+            examples.logits, examples.labels
         )
         if self.bent:
             form = Form("temperature", "shared", search.order, search.penalty)

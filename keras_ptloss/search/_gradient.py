@@ -66,6 +66,11 @@ class GradientSearch:
         check_number("penalty", self.penalty, at_least=0.0)
         check_count("starts", self.starts)
 
+    @property
+    def by_class(self) -> bool:
+        """Whether it fits numbers of single classes."""
+        return self.per_class or self.calibration == "vector"
+
     def run(
         self,
         examples: Examples,
@@ -96,5 +101,5 @@ class GradientSearch:
             },
             solves=fitted.evaluations * len(q),
             unconverged=fitted.unconverged,
-            per_class=self.per_class or self.calibration == "vector",
+            per_class=self.by_class,
         )

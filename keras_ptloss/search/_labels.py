@@ -10,7 +10,8 @@ of a row is
     t                                                 label in R
 
 so that a fit keeps the rare classes' share as the teacher, up to what all
-classes share, has it.
+classes share, has it. A fit of what all classes share takes the labels as they
+are: it cannot take a single class away.
 """
 
 import dataclasses

@@ -66,6 +66,11 @@ class RandomSearch:
         object.__setattr__(self, "space", _check_space(self.space))
         check_choice("solver", self.solver, SOLVERS)
 
+    @property
+    def by_class(self) -> bool:
+        """Whether it fits numbers of single classes."""
+        return self.per_class
+
     def run(
         self,
         examples: Examples,

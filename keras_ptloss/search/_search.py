@@ -169,7 +169,7 @@ class ProxyTeacherSearch:
                 f"of {read.classes}"
             )
         examples = Examples.of(read)
-        if self.objective in OBJECTIVES.values():
+        if self.objective in OBJECTIVES.values() and self.method.by_class:
             examples = left_to_the_teacher(examples)
         # L-BFGS-B calls BLAS on small matrices: on a busy machine its threads
         # cost more than half of the search.

@@ -45,6 +45,10 @@ class Strategy(Protocol):
     def several(self) -> bool:
         """Whether it takes several teachers, and other classes."""
 
+    @property
+    def by_class(self) -> bool:
+        """Whether it fits numbers of single classes, which may be rare."""
+
     def run(
         self,
         examples: Examples,

@@ -386,6 +386,19 @@ class TestFewRows:
         assert "raise `penalty`" in str(few.message)
         assert str(few.message) in result.notes
 
+    @pytest.mark.parametrize(
+        ("method", "gain"),
+        [(CalibrationSearch("temperature"), 0.02), (GradientSearch(), 0.005)],
+    )
+    def test_shared_parameters_are_fitted_to_all_labels(self, method, gain):
+        """Of 60 classes most are rare: they tell of a temperature, too."""
+        truth = helpers.dirichlet(0, 200, 60)
+        teacher = truth**1.5 / np.sum(truth**1.5, axis=1, keepdims=True)
+        labels = helpers.draw_labels(truth, 1)
+        searcher = ProxyTeacherSearch(method, objective="nll")
+        result = searcher.search(teacher, labels, verbose=False)
+        assert result.score < result.score_at_zero - gain
+
     @pytest.mark.parametrize("calibration", ["none", "temperature"])
     def test_shared_parameters_do_not_warn(self, calibration):
         teacher, labels, count = self.data()
