@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_ptloss._backend import visible_values
+from keras_ptloss._backend import maximum, minimum, visible_values
 from keras_ptloss._calibration import LOWEST, TINY
 from keras_ptloss._checks import SUM_TOLERANCE, differ
 from keras_ptloss._perturbation import perturbation, slope
@@ -63,13 +63,13 @@ def read_events(
     ids = ops.cast(ops.round(y_true[..., 0]), "int32")
     known = ids >= 0
     given = ops.equal(ids, REST)
-    values = ops.maximum(y_true[..., 1], LOWEST)
+    values = maximum(y_true[..., 1], LOWEST)
     log_t = ops.where(known, values, LOWEST)
     left = 1.0 - ops.sum(ops.exp(log_t), axis=-1, keepdims=True)
     log_rest = ops.where(
         ops.any(given, axis=-1, keepdims=True),
         ops.max(ops.where(given, values, LOWEST), axis=-1, keepdims=True),
-        ops.where(left > 0.0, ops.log(ops.maximum(left, TINY)), LOWEST),
+        ops.where(left > 0.0, ops.log(maximum(left, TINY)), LOWEST),
     )
     others = classes - ops.sum(ops.cast(known, "int32"), axis=-1, keepdims=True)
     has_rest = (others > 0) & (log_rest > LOWEST)
@@ -111,7 +111,7 @@ def events_loss(
         The loss, `(N,)`; `d loss / d z_i`, `(N, K)`; and what multiplies
         `exp(z_c - L_r)` of the others, `(N, 1)`.
     """
-    logits = ops.where(events.known, ops.maximum(logits, LOWEST), LOWEST)
+    logits = ops.where(events.known, maximum(logits, LOWEST), LOWEST)
     largest = ops.max(logits, axis=-1, keepdims=True)
     largest = ops.maximum(largest, log_others)
     logits, log_others = logits - largest, log_others - largest  # their digits
@@ -119,9 +119,9 @@ def events_loss(
     total = ops.logaddexp(log_given, log_others)
     log_t = ops.concatenate([events.log_t, events.log_rest], axis=-1)
     # Of p_r the digits are in L_k - L_r.
-    log_rest = -ops.softplus(ops.maximum(log_given - log_others, LOWEST))
-    log_p = ops.concatenate([ops.minimum(logits - total, 0.0), log_rest], -1)
-    log_p = ops.maximum(log_p, LOWEST)
+    log_rest = -ops.softplus(maximum(log_given - log_others, LOWEST))
+    log_p = ops.concatenate([minimum(logits - total, 0.0), log_rest], -1)
+    log_p = maximum(log_p, LOWEST)
     t, p, one_minus_p = ops.exp(log_t), ops.exp(log_p), -ops.expm1(log_p)
     terms = log_t + (perturbation(one_minus_p, coefficients) - log_p)
     w = t * (1.0 + p * slope(one_minus_p, coefficients))

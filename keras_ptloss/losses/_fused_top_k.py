@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from keras import backend, ops
 
+from keras_ptloss._backend import maximum, minimum
 from keras_ptloss._calibration import LOWEST, TINY
 from keras_ptloss._checks import check_choice, check_count, fail
 from keras_ptloss.losses._events import (
@@ -147,7 +148,7 @@ def fused_top_k_pt_loss(
             of_given, of_others = (upstream * d for d in derivatives)
 
             def of_logits(logits: Tensor, part: Events) -> Tensor:
-                share = ops.exp(ops.minimum(logits - log_others, 0.0))
+                share = ops.exp(minimum(logits - log_others, 0.0))
                 return put(share * of_others, part.ids, part.known, of_given)
 
             return (
@@ -215,7 +216,7 @@ class _Head(NamedTuple):
             ops.full_like(column, LOWEST),
             ops.zeros_like(column),
         )
-        return given, largest + ops.log(ops.maximum(total, TINY))
+        return given, largest + ops.log(maximum(total, TINY))
 
     def gradients(
         self,

@@ -7,7 +7,6 @@ import keras
 import numpy as np
 import pytest
 import scipy.special
-import tensorflow as tf
 
 from keras_ptloss import ProxyTeacherSearch
 from keras_ptloss.search import CalibrationSearch, GradientSearch
@@ -71,6 +70,7 @@ class TestDataSets:
         )
 
     def test_tf_data(self, live):
+        tf = pytest.importorskip("tensorflow")
         teacher, x, labels, outputs = live
         data = tf.data.Dataset.from_tensor_slices((x, labels)).batch(32)
         found = TEMPERATURE.search(teacher, data)
