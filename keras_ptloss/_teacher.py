@@ -123,7 +123,8 @@ def _flags(teachers: list[Any], from_logits: Any) -> tuple[bool, ...]:
     """Return whether each teacher's outputs are logits."""
     given: Any = [from_logits] * len(teachers)
     if isinstance(from_logits, (list, tuple)):
-        one_each("from_logits", from_logits, len(teachers))
+        known = [False if flag is None else flag for flag in from_logits]
+        one_each("from_logits", known, len(teachers))
         given = from_logits
     return tuple(
         _says_logits(one, flag)

@@ -82,7 +82,7 @@ def read_record(
         damaged(directory, "its manifest is no JSON")
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found not in formats:
-        if found in KNOWN:
+        if isinstance(found, str) and found in KNOWN:
             _refuse_other(directory, found)
         damaged(directory, f"its manifest's format is not {formats[-1]}")
     try:
