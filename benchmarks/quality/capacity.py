@@ -243,7 +243,7 @@ def draw(rows, path):
             axis.set_xticks(WIDTHS, WIDTHS)
             axis.set_xlabel("width of the student")
             axis.axhline(0, color="0.8", zorder=0)
-    axes[0].set_ylabel("total variation between the two students, train rows")
+    axes[0].set_ylabel("TV between the two students, train rows")
     axes[1].set_ylabel("accuracy: KL to the proxy - PTLoss, points")
     axes[2].set_ylabel("NLL: KL to the proxy - PTLoss")
     axes[0].legend()

@@ -11,6 +11,7 @@ CSV; a stopped run goes on where it was.
 
 import dataclasses
 
+import keras
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -95,6 +96,11 @@ def method_of(finder, kind, order):
     return harness.Method(name_of(finder, kind, order), prepare)
 
 
+def faster(steps):
+    """SGD of the study, for batches four times as large."""
+    return keras.optimizers.SGD(2e-3, momentum=0.9)
+
+
 def name_of(finder, kind, order):
     """The name in the CSV."""
     return f"{finder}, {kind}, {order}"
@@ -123,8 +129,7 @@ def lines_of(rows, kl):
             lines.append(f"| {finder}, {kind} | {' | '.join(cells)} |")
         if key != "tv":
             lines.append(
-                f"| KL, the study's, {len(kl)} seeds | {students.cell(kl, key)}"
-                + " |" * len(ORDERS)
+                f"| KL | {students.cell(kl, key)}" + " |" * len(ORDERS)
             )
     return lines
 
@@ -163,8 +168,9 @@ def draw(rows, kl, path):
 
 
 ABOUT = """\
-Task `gaussian_imbalanced`; the student of the study, 100 epochs. Accuracy in \
-%, mean ± standard error over the seeds; a seed has a draw or a search of its \
+Task `gaussian_imbalanced`; the student of the study, 100 epochs, but in \
+batches of 128 at a rate of .002 (the study: 32 and .0005). Accuracy in %, \
+mean ± standard error over the seeds; a seed has a draw or a search of its \
 own. Random: uniform on [-1, 10]. Algorithm 1: the best of 100 such draws by \
 Eq. 11, of this order alone. Gradient: NLL on the same 1,000 labelled rows, \
 penalty .01, no calibration.
@@ -177,19 +183,23 @@ def main():
     arguments = students.arguments_of(__doc__, 3)
     path = arguments.output / "orders.csv"
     if not arguments.report:
-        chosen = [
+        chosen = [methods.distil("KL", lambda setting: methods.KL)]
+        chosen += [
             method_of(finder, kind, order)
             for order in ORDERS
             for finder, kind in RUN
         ]
         task = TASKS["gaussian_imbalanced"]()
-        # No epoch is chosen: the fewest rows for the callback that would.
-        few = task.search.take(slice(0, 100))
-        task = dataclasses.replace(task, validation=few)
+        task = dataclasses.replace(
+            task,
+            batch_size=128,
+            make_optimizer=faster,
+            # No epoch is chosen: the fewest rows for the callback that would.
+            validation=task.search.take(slice(0, 100)),
+        )
         harness.run(task, chosen, arguments.seeds, path)
     rows = harness.read(path)
-    study = students.RESULTS / "study_gaussian_imbalanced.csv"
-    kl = students.named(harness.read(study), "KL")
+    kl = students.named(rows, "KL")
     draw(rows, kl, arguments.pictures / "orders.png")
     students.write(
         path.with_suffix(".md"),
