@@ -14,6 +14,7 @@ import dataclasses
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
+import scipy.stats
 
 from benchmarks.quality import students
 from benchmarks.quality.study import harness, methods, report
@@ -131,6 +132,33 @@ def lines_of(rows, kl):
             lines.append(
                 f"| KL | {students.cell(kl, key)}" + " |" * len(ORDERS)
             )
+    return lines + ["", *correlations(rows)]
+
+
+def correlations(rows):
+    """Return how a proxy's scores go with its student, over all of them."""
+    rows = [row for row in rows if row["method"] != "KL"]
+    accuracy = report.column(rows, "accuracy_last")
+    shared = np.array([", shared, " in row["method"] for row in rows])
+    titles = {
+        "tv": "total variation to the truth",
+        "nll": "NLL on the search's rows",
+        "risk": "Eq. 11 on the search's rows",
+    }
+    lines = [
+        "Spearman's correlation with the student's accuracy:",
+        "",
+        f"| | all {len(rows)} | {shared.sum()} shared | "
+        f"{(~shared).sum()} per class |",
+        "|---|---|---|---|",
+    ]
+    for key, title in titles.items():
+        values = np.array([students.note(row)[key] for row in rows])
+        cells = [
+            f"{scipy.stats.spearmanr(values[k], accuracy[k]).statistic:+.2f}"
+            for k in (np.full(len(rows), True), shared, ~shared)
+        ]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
 
 
