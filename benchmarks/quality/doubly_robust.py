@@ -12,9 +12,11 @@ is, of a cross-entropy, that of a target: on the few rows that have labels
     corrected + lambda N / n (label - corrected),
 
 N rows in all, n of them few. The few are corrected by searches that did not see
-their labels, in five folds; "in sample" is the search of all of them. Beside it
-the plain mix, labels and corrected teacher weighed together. Rows are appended
-to a CSV; a stopped run goes on where it was.
+their labels, in five folds; "in sample" is the search of all of them. At
+lambda = n / N the target is the label; above, it has negative entries, and the
+loss no lower bound. Beside it the plain mix, labels and corrected teacher
+weighed together. Rows are appended to a CSV; a stopped run goes on where it
+was.
 """
 
 import keras
@@ -110,9 +112,10 @@ def mix(share, order):
 
 def all_methods(order, *, cheap):
     """Return the methods; where students are cheap, more of them."""
-    found = [doubly_robust(s, order) for s in (0.0, 0.05, 0.1, 0.3, 1.0)]
+    found = [doubly_robust(s, order) for s in (0.0, 0.3)]
     found.append(mix(0.1, order))
     if cheap:
+        found += [doubly_robust(s, order) for s in (0.05, 0.1, 1.0)]
         found += [mix(0.03, order), mix(0.3, order)]
         found += [doubly_robust(s, order, in_sample=True) for s in (0.3, 1.0)]
     return found
@@ -124,7 +127,8 @@ def lines_of(rows):
         "Test accuracy in %, mean ± standard error over the seeds. The "
         "difference is of the last epoch, to lambda = 0 (the corrected teacher "
         "on the few rows too), over the seeds that both have, p by a paired "
-        "t-test. The first rows are the study's.",
+        "t-test. The first rows are the study's. Rows of one seed: the run was "
+        "stopped for time, and goes on there.",
         "",
         "| method | seeds | last epoch | best epoch | NLL | ECE | difference |",
         "|---|---|---|---|---|---|---|",
