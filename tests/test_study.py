@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from benchmarks.quality import choice, rivals
+from benchmarks.quality import choice, doubly_robust, rivals
 from benchmarks.quality.study import __main__ as command
 from benchmarks.quality.study import harness, methods, report, tasks
 
@@ -114,6 +114,17 @@ class TestHarness:
         few = len(task.search.labels)
         share = training.weights[:few].sum() / training.weights.sum()
         assert share == pytest.approx(0.3)
+
+    @few_rows
+    @pytest.mark.filterwarnings("ignore:.*worse than a constant:UserWarning")
+    def test_doubly_robust_is_the_labels_at_few_of_all(self, task):
+        few, many = len(task.search.labels), len(task.distill.labels)
+        strength = few / (few + many)
+        method = doubly_robust.doubly_robust(strength, 1, in_sample=True)
+        targets = method.prepare(task, None, 0).targets
+        labels = methods.one_hot(task.search.labels, 3)
+        np.testing.assert_allclose(targets[:few], labels, atol=1e-6)
+        np.testing.assert_allclose(targets.sum(axis=1), 1.0, rtol=1e-5)
 
 
 class TestReport:
