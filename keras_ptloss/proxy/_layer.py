@@ -16,11 +16,7 @@ from keras_ptloss._checks import (
     check_probabilities,
 )
 from keras_ptloss.proxy._newton import newton
-from keras_ptloss.proxy._stationarity import (
-    classes_first,
-    classes_last,
-    derivative_step,
-)
+from keras_ptloss.proxy._stationarity import Layout, derivative_step
 
 Tensor = Any
 
@@ -51,11 +47,13 @@ def proxy_tensor(
         max_steps=max_steps,
     )
     q = ops.stop_gradient(solution.q)
-    step = classes_last(
+    layout = Layout.of(teacher.shape[-1])
+    step = layout.leave(
         derivative_step(
-            classes_first(teacher, rank),
-            classes_first(q, rank),
-            [classes_first(one, rank) for one in ops.unstack(coefficients)],
+            layout,
+            layout.enter(teacher, rank),
+            layout.enter(q, rank),
+            [layout.enter(one, rank) for one in ops.unstack(coefficients)],
         )
     )
     # Of a row that did not converge only the derivative is taken: the value of

@@ -20,15 +20,11 @@ from keras_ptloss._backend import (
     on_numpy,
 )
 from keras_ptloss.proxy._stationarity import (
+    Layout,
     Terms,
-    classes_first,
-    classes_last,
     distance,
     loss_of,
     not_above,
-    row_all,
-    row_max,
-    row_sum,
     smallest,
     stationarity,
 )
@@ -42,17 +38,18 @@ MAX_STEPS = 100
 # Relative steps below which Newton's own step is worth what it costs.
 NEAR = 0.05
 
-# Fewer rows side by side than this take longer each (C = 1000: 1.2 times as
-# long with 64, 1.4 times with 32).
-SIDE_BY_SIDE = 128
+# Fewer numbers side by side than this take longer each: in the first layout
+# rows, in the last one classes, so that fewer rows do.
+LEAST_ROWS = {0: 128, -1: 64}
 
 # How far above `w / nu` the tangent may carry a class in one step.
 REACH = 4.0
 
 
 class Problem(NamedTuple):
-    """What is to be solved, `(C, ...)` each, and when to stop."""
+    """What is to be solved, in which layout, and when to stop."""
 
+    layout: Layout
     teacher: Tensor
     coefficients: Sequence[Tensor]
     tolerance: float
@@ -60,7 +57,7 @@ class Problem(NamedTuple):
 
 
 class Point(NamedTuple):
-    """Where each row is: `q` and `terms` are `(C, ...)`, `loss` `(...)`."""
+    """Where each row is: `q` and `terms` are `(..., C)`, `loss` `(...)`."""
 
     q: Tensor
     loss: Tensor
@@ -73,7 +70,7 @@ class State(NamedTuple):
     Attributes:
         count: steps of the loop.
         point: the best point so far.
-        trial: where to look next, `(C, ...)`.
+        trial: where to look next, `(..., C)`.
         residual: relative distance of `point` from the solution, `(...)`.
         damping: length of the next step; 1 unless the last failed, `(...)`.
         steps: evaluations of each row, `(...)`.
@@ -124,9 +121,11 @@ def newton(
     """
     orders = ops.unstack(coefficients)
     rank = max(len(x.shape) for x in (teacher, *orders))
+    layout = Layout.of(teacher.shape[-1])
     problem = Problem(
-        classes_first(teacher, rank),
-        [classes_first(epsilon, rank) for epsilon in orders],
+        layout,
+        layout.enter(teacher, rank),
+        [layout.enter(epsilon, rank) for epsilon in orders],
         tolerance,
         max_steps,
     )
@@ -137,7 +136,7 @@ def newton(
         (state,),
     )
     _, point, _, residual, _, steps = state
-    return Solution(classes_last(point.q), point.loss, residual, steps)
+    return Solution(layout.leave(point.q), point.loss, residual, steps)
 
 
 def init(problem: Problem) -> State:
@@ -147,16 +146,16 @@ def init(problem: Problem) -> State:
     it lowers the loss: cheaper than a Newton step, it spares the slowest rows
     several. Else, and where it would not move, the teacher itself.
     """
-    teacher = problem.teacher
+    layout, teacher = problem.layout, problem.teacher
     # Trials share the teacher's rows: broadcast `q` to all of them.
     own = evaluate(problem, teacher + 0.0 * sum(problem.coefficients))
     w = own.terms.w
     # No class is lost: one at 0 would stay there.
-    trial = normalised(maximum(w, 1e-3 * teacher))
+    trial = normalised(layout, maximum(w, 1e-3 * teacher))
     there = evaluate(problem, trial)
-    gap = ops.abs(w - own.q * row_sum(w)) - problem.tolerance * w
-    moves = ~row_all(gap <= 0)[0]
-    point = choose(moves & (there.loss <= own.loss), there, own)
+    gap = ops.abs(w - own.q * layout.sum(w)) - problem.tolerance * w
+    moves = ~layout.row(layout.all(gap <= 0))
+    point = choose(layout, moves & (there.loss <= own.loss), there, own)
     damping = ops.ones_like(own.loss)
     trial, residual = plan(problem, point, damping)
     steps = ops.cast(moves, "int32")
@@ -177,7 +176,7 @@ def step(problem: Problem, state: State) -> State:
     slack = 100 * float(np.finfo(dtype).eps)
     lower = not_above(there.loss, state.point.loss, slack)
     open_rows = ~(state.residual <= problem.tolerance)
-    point = choose(lower & open_rows, there, state.point)
+    point = choose(problem.layout, lower & open_rows, there, state.point)
     damping = ops.where(
         lower, ops.ones_like(state.damping), 0.5 * state.damping
     )
@@ -194,14 +193,16 @@ def step(problem: Problem, state: State) -> State:
 
 def evaluate(problem: Problem, q: Tensor) -> Point:
     """Return the point at `q`."""
-    teacher, coefficients = problem.teacher, problem.coefficients
-    loss = loss_of(teacher, q, coefficients)
-    return Point(q, loss, stationarity(teacher, q, coefficients))
+    loss = loss_of(problem.layout, problem.teacher, q, problem.coefficients)
+    terms = stationarity(
+        problem.layout, problem.teacher, q, problem.coefficients
+    )
+    return Point(q, loss, terms)
 
 
-def choose(rows: Tensor, there: Point, here: Point) -> Point:
+def choose(layout: Layout, rows: Tensor, there: Point, here: Point) -> Point:
     """Take `there` in some rows, `here` in the others."""
-    by_class = ops.expand_dims(rows, 0)
+    by_class = layout.by_class(rows)
     return Point(
         ops.where(by_class, there.q, here.q),
         ops.where(rows, there.loss, here.loss),
@@ -214,44 +215,46 @@ def choose(rows: Tensor, there: Point, here: Point) -> Point:
     )
 
 
-def normalised(q: Tensor) -> Tensor:
+def normalised(layout: Layout, q: Tensor) -> Tensor:
     """Divide rows by their sums."""
-    return q / row_sum(q)
+    return q / layout.sum(q)
 
 
 def plan(
     problem: Problem, point: Point, damping: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the next trial `(C, ...)`, and the residual `(...)` of `point`.
+    """Return the next trial `(..., C)`, and the residual `(...)` of `point`.
 
     Far from the solution the trial is `leap`'s. Close to it, where the last
     trial failed, and where the loss is not convex, it is Newton's own, a
     direction of descent, cut before it leaves the simplex.
     """
-    q, _, terms = point
-    rate, nu, residual = distance(q, terms)
+    layout, (q, _, terms) = problem.layout, point
+    rate, nu, residual = distance(layout, q, terms)
     # Each class keeps a twentieth at least.
-    most = maximum(row_max(-rate), 0.95)
-    length = minimum(2.0 * ops.expand_dims(damping, 0), 1.0) * 0.95 / most
+    most = maximum(layout.max(-rate), 0.95)
+    length = minimum(2.0 * layout.by_class(damping), 1.0) * 0.95 / most
     newton = q * (1.0 + length * rate)
-    convex = row_all((terms.d >= 0) & (terms.w >= 0))[0]
+    convex = layout.row(layout.all((terms.d >= 0) & (terms.w >= 0)))
     far = convex & (damping == 1.0) & (residual > NEAR)
-    start = ops.where(ops.expand_dims(residual < 0.5, 0), nu, row_sum(terms.w))
+    start = ops.where(layout.by_class(residual < 0.5), nu, layout.sum(terms.w))
     # The last steps of a block, where no row needs it, are half as long.
     trial = ops.cond(
         ops.any(far),
         lambda: ops.where(
-            ops.expand_dims(far, 0),
-            leap(q, terms, start, len(problem.coefficients)),
+            layout.by_class(far),
+            leap(layout, q, terms, start, len(problem.coefficients)),
             newton,
         ),
         lambda: newton,
     )
-    return normalised(trial), residual
+    return normalised(layout, trial), residual
 
 
-def leap(q: Tensor, terms: Terms, nu: Tensor, order: int) -> Tensor:
-    """Return a step that may change classes by many magnitudes, `(C, ...)`.
+def leap(
+    layout: Layout, q: Tensor, terms: Terms, nu: Tensor, order: int
+) -> Tensor:
+    """Return a step that may change classes by many magnitudes, `(..., C)`.
 
     Given `nu`, the tangent of `w` at `q` solves a class alone:
 
@@ -271,7 +274,7 @@ def leap(q: Tensor, terms: Terms, nu: Tensor, order: int) -> Tensor:
     large = q > 0.5
 
     def of_large(x: Tensor) -> Tensor:
-        return row_sum(ops.where(large, x, 0.0))
+        return layout.sum(ops.where(large, x, 0.0))
 
     def classes(nu: Tensor) -> tuple[Tensor, Tensor]:
         """Return `q_c(nu)` and the share of it that moves with `nu`."""
@@ -281,7 +284,7 @@ def leap(q: Tensor, terms: Terms, nu: Tensor, order: int) -> Tensor:
         size = d / maximum(maximum(free, least), tiny)
         return size, ops.where(free >= least, size * nu / free, 0.0)
 
-    s = row_sum(ops.where(large, 0.0, q))
+    s = layout.sum(ops.where(large, 0.0, q))
     exists = s < 0.75
     q_large = maximum(of_large(q), 0.5)
     w_large = of_large(w)
@@ -300,12 +303,12 @@ def leap(q: Tensor, terms: Terms, nu: Tensor, order: int) -> Tensor:
     log_nu = ops.log(maximum(nu, tiny))
     for _ in range(2):
         size, moving = classes(ops.exp(log_nu))
-        total = maximum(row_sum(ops.where(large, 0.0, size)), tiny)
-        share = row_sum(ops.where(large, 0.0, moving)) / total
+        total = maximum(layout.sum(ops.where(large, 0.0, size)), tiny)
+        share = layout.sum(ops.where(large, 0.0, moving)) / total
         gap = ops.log(total) - log_s + share * log_nu
         log_nu = (target + elasticity * gap) / (1.0 + elasticity * share)
     size, _ = classes(ops.exp(log_nu))
-    total = row_sum(ops.where(large, 0.0, size))
+    total = layout.sum(ops.where(large, 0.0, size))
     return ops.where(large, maximum(1.0 - total, 0.05 * q), size)
 
 
@@ -358,13 +361,9 @@ def solve_newton(
 
 def unperturbed(teacher: np.ndarray, several: tuple[int, ...]) -> Solution:
     """Return the solution at epsilon = 0, the teacher: nothing is compiled."""
-    rows = (*several, len(teacher))
-    return Solution(
-        np.broadcast_to(teacher, (*several, *teacher.shape)).copy(),
-        np.broadcast_to(scipy.special.entr(teacher).sum(-1), rows).copy(),
-        np.zeros(rows),
-        np.zeros(rows, dtype="int32"),
-    )
+    q = np.broadcast_to(teacher, (*several, *teacher.shape)).copy()
+    loss = scipy.special.entr(q).sum(axis=-1)
+    return Solution(q, loss, np.zeros_like(loss), np.zeros(loss.shape, "int32"))
 
 
 def row_blocks(*arrays: np.ndarray, times: int = 1) -> list[Any]:
@@ -383,8 +382,7 @@ def row_blocks(*arrays: np.ndarray, times: int = 1) -> list[Any]:
         One block a list entry: an array, or a tuple of them for several.
     """
     examples, classes = arrays[0].shape
-    # Sums over the classes add so many numbers at a time.
-    least = max(16, -(-SIDE_BY_SIDE // times))
+    least = max(16, -(-LEAST_ROWS[Layout.of(classes).axis] // times))
     most = max(least, block_elements() // (classes * times) // 16 * 16)
     size = min(most, max(1024, 2 ** (examples - 1).bit_length()))
     missing = -examples % size

@@ -17,12 +17,11 @@ sums of positive terms wherever the loss is convex (`a_m >= 0`), so that every
 class keeps its digits. `s` has its own where it is small: of a class above one
 half it is the sum of the others.
 
-In this file and in `_newton.py` the classes are the *first* axis, `(C, ...)`:
-sums over them then add whole rows of memory, which XLA's CPU compiler fuses
-with the arithmetic around; over the last axis every sum is a loop of its own
-(2.2 times as long at C = 3, 1.6 at C = 10, the same from C = 100 on).
+The classes may be the first or the last axis of all arrays: see `Layout`.
+Shapes are written with them last.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -43,9 +42,12 @@ HESSIAN_FLOOR = 1e-3
 # float, and t^(1/(M+1)) would feel the difference.
 ROUNDING = 8
 
+# Up to so many classes they are the first axis.
+FEW = 16
+
 
 class Terms(NamedTuple):
-    """What the equation is made of at `q`, each `(C, ...)`.
+    """What the equation is made of at `q`, each `(..., C)`.
 
     Attributes:
         w: `t r(q)`.
@@ -62,8 +64,8 @@ class Distance(NamedTuple):
     """How far a point is from the solution, by the Newton step there.
 
     Attributes:
-        rate: the step over `q`, class by class, `(C, ...)`.
-        nu: the multiplier, `(1, ...)`.
+        rate: the step over `q`, class by class, `(..., C)`.
+        nu: the multiplier, `(..., 1)`.
         residual: the largest relative step of a class, `(...)`.
     """
 
@@ -77,32 +79,57 @@ def smallest(x: Tensor) -> float:
     return float(np.finfo(standardize_dtype(x.dtype)).tiny)
 
 
-def classes_first(x: Tensor, rank: int) -> Tensor:
-    """Move the classes: `(..., C)` to `(C, ...)`, of so many axes."""
-    missing = rank - len(x.shape)
-    if missing:
-        x = ops.expand_dims(x, tuple(range(missing)))
-    return ops.moveaxis(x, -1, 0)
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which axis the classes are.
 
+    Sums over the first axis add whole rows of memory, and XLA's CPU compiler
+    fuses them with the arithmetic around; over the last one every sum is a
+    loop of its own, which takes 1.6 times as long at C = 3 and C = 10, as long
+    at C = 30, and .8 times as long at C = 100 and 1000, where a loop is long
+    enough and a row stays in the cache.
 
-def classes_last(x: Tensor) -> Tensor:
-    """Move the classes back: `(C, ...)` to `(..., C)`."""
-    return ops.moveaxis(x, 0, -1)
+    Attributes:
+        axis: 0 or -1.
+    """
 
+    axis: int
 
-def row_sum(x: Tensor) -> Tensor:
-    """Sum over the classes: `(C, ...)` to `(1, ...)`."""
-    return ops.sum(x, axis=0, keepdims=True)
+    @classmethod
+    def of(cls, classes: int | None) -> "Layout":
+        """Return the faster one."""
+        return cls(0 if classes is not None and classes <= FEW else -1)
 
+    def enter(self, x: Tensor, rank: int) -> Tensor:
+        """Take an array `(..., C)`, with so many axes, into this layout."""
+        missing = rank - len(x.shape)
+        if missing:
+            x = ops.expand_dims(x, tuple(range(missing)))
+        return ops.moveaxis(x, -1, 0) if self.axis == 0 else x
 
-def row_max(x: Tensor) -> Tensor:
-    """Return the largest of the classes: `(C, ...)` to `(1, ...)`."""
-    return ops.max(x, axis=0, keepdims=True)
+    def leave(self, x: Tensor) -> Tensor:
+        """Take an array out of this layout, back to `(..., C)`."""
+        return ops.moveaxis(x, 0, -1) if self.axis == 0 else x
 
+    def row(self, x: Tensor) -> Tensor:
+        """Return numbers of rows, `(..., 1)`, as `(...)`."""
+        return ops.squeeze(x, self.axis)
 
-def row_all(x: Tensor) -> Tensor:
-    """Return whether all classes are so: `(C, ...)` to `(1, ...)`."""
-    return ops.all(x, axis=0, keepdims=True)
+    def by_class(self, x: Tensor) -> Tensor:
+        """Return numbers of rows, `(...)`, as `(..., 1)`."""
+        return ops.expand_dims(x, self.axis)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over the classes: `(..., C)` to `(..., 1)`."""
+        return ops.sum(x, axis=self.axis, keepdims=True)
+
+    def max(self, x: Tensor) -> Tensor:
+        """Return the largest of the classes: `(..., C)` to `(..., 1)`."""
+        return ops.max(x, axis=self.axis, keepdims=True)
+
+    def all(self, x: Tensor) -> Tensor:
+        """Return whether all classes are so: `(..., C)` to `(..., 1)`."""
+        return ops.all(x, axis=self.axis, keepdims=True)
 
 
 def shares(coefficients: Sequence[Tensor]) -> list[Tensor]:
@@ -118,24 +145,25 @@ def shares(coefficients: Sequence[Tensor]) -> list[Tensor]:
     return values
 
 
-def complement(q: Tensor) -> Tensor:
+def complement(layout: Layout, q: Tensor) -> Tensor:
     """Return `1 - q` with all its digits: of a class above 1/2, the others."""
     large = q > 0.5
-    rest = row_sum(ops.where(large, 0.0, q))
+    rest = layout.sum(ops.where(large, 0.0, q))
     return ops.where(large, rest, 1.0 - q)
 
 
 def stationarity(
-    teacher: Tensor, q: Tensor, coefficients: Sequence[Tensor]
+    layout: Layout, teacher: Tensor, q: Tensor, coefficients: Sequence[Tensor]
 ) -> Terms:
     """Return `w`, `b` and `d` at `q`, without cancellation in `w` and `d`.
 
     Args:
-        teacher: `(C, ...)`.
-        q: `(C, ...)`, rows on the simplex.
+        layout: of all arrays.
+        teacher: `(..., C)`.
+        q: `(..., C)`, rows on the simplex.
         coefficients: M arrays, each broadcastable to `q`.
     """
-    s = complement(q)
+    s = complement(layout, q)
     order = len(coefficients)
     a = shares(coefficients)
     q_slope = q * horner(s, [m * a_m for m, a_m in enumerate(a)][1:])
@@ -150,7 +178,7 @@ def stationarity(
     )
 
 
-def distance(q: Tensor, terms: Terms) -> Distance:
+def distance(layout: Layout, q: Tensor, terms: Terms) -> Distance:
     """Return the Newton step of `w = nu q` on the simplex, relative to `q`.
 
     With gradient `-w / q` and Hessian `d / q^2`:
@@ -164,43 +192,43 @@ def distance(q: Tensor, terms: Terms) -> Distance:
     """
     w, _, d = terms
     tiny = smallest(q)
-    convex = row_all((d >= 0) & (w >= 0))
-    floor = HESSIAN_FLOOR * row_sum(ops.abs(w)) * q
+    convex = layout.all((d >= 0) & (w >= 0))
+    floor = HESSIAN_FLOOR * layout.sum(ops.abs(w)) * q
     d = ops.where(convex, d, maximum(ops.abs(d), floor))
     weight = q / maximum(d, 1e6 * tiny)
-    nu = row_sum(w * weight) / row_sum(q * weight)
+    nu = layout.sum(w * weight) / layout.sum(q * weight)
     large = q > 0.5
     rate = ops.where(large, 0.0, (w - nu * q) / maximum(d, tiny))
-    residual = row_max(ops.abs(rate))[0]
-    taken = row_sum(q * rate)
+    residual = layout.row(layout.max(ops.abs(rate)))
+    taken = layout.sum(q * rate)
     rate = ops.where(large, -taken / maximum(q, 0.5), rate)
     return Distance(rate, nu, residual)
 
 
 def derivative_step(
-    teacher: Tensor, q: Tensor, coefficients: Sequence[Tensor]
+    layout: Layout, teacher: Tensor, q: Tensor, coefficients: Sequence[Tensor]
 ) -> Tensor:
-    """Return the Newton step at a solution `q` for its derivative, `(C, ...)`.
+    """Return the Newton step at a solution `q` for its derivative, `(..., C)`.
 
     Its derivative with respect to `teacher` and `coefficients`, `q` held fixed,
     is the solution's (implicit function theorem).
     """
-    w, _, _ = terms = stationarity(teacher, q, coefficients)
-    hessian = ops.stop_gradient(scaled_hessian(q, terms))
-    nu = row_sum(w / hessian) / row_sum(q / hessian)
+    w, _, _ = terms = stationarity(layout, teacher, q, coefficients)
+    hessian = ops.stop_gradient(scaled_hessian(layout, q, terms))
+    nu = layout.sum(w / hessian) / layout.sum(q / hessian)
     large = q > 0.5
     step = ops.where(large, 0.0, (w - nu * q) / hessian)
-    return ops.where(large, -row_sum(step), step)
+    return ops.where(large, -layout.sum(step), step)
 
 
-def scaled_hessian(q: Tensor, terms: Terms) -> Tensor:
-    """Return `D = q H = d / q`, `(C, ...)`; where `q` is 0, its limit `nu`."""
+def scaled_hessian(layout: Layout, q: Tensor, terms: Terms) -> Tensor:
+    """Return `D = q H = d / q`, `(..., C)`; where `q` is 0, its limit `nu`."""
     floor = 1e6 * smallest(q)
     present = q > 0
     d = ops.where(
         present,
         terms.d / ops.where(present, q, 1.0),
-        row_sum(terms.w),
+        layout.sum(terms.w),
     )
     # At epsilon_m = -1/m a one-hot row has D = 0.
     # By a tensor: Keras makes float32, and so 0, of the number on PyTorch.
@@ -226,31 +254,33 @@ def adjoint(
     Returns:
         `(dJ/depsilon, dJ/dt)`: `(M, C)` and `(N, C)`.
     """
-    teacher, q, upstream = (ops.transpose(x) for x in (teacher, q, upstream))
-    coefficients = [classes_first(one, 2) for one in ops.unstack(coefficients)]
+    layout = Layout.of(q.shape[-1])
+    teacher, q, upstream = (layout.enter(x, 2) for x in (teacher, q, upstream))
+    coefficients = [layout.enter(one, 2) for one in ops.unstack(coefficients)]
     # r without the teacher: its derivative is wanted at t = 0, too.
-    r = stationarity(ops.ones_like(q), q, coefficients).w
-    d = scaled_hessian(q, stationarity(teacher, q, coefficients))
+    r = stationarity(layout, ops.ones_like(q), q, coefficients).w
+    terms = stationarity(layout, teacher, q, coefficients)
+    d = scaled_hessian(layout, q, terms)
     # Relative to a class above one half, whose own difference would cancel.
-    upstream = upstream - row_sum(ops.where(q > 0.5, upstream, 0.0))
-    ubar = row_sum(upstream * q / d) / row_sum(q / d)
+    upstream = upstream - layout.sum(ops.where(q > 0.5, upstream, 0.0))
+    ubar = layout.sum(upstream * q / d) / layout.sum(q / d)
     v = (upstream - ubar) / d
-    s = complement(q)
+    s = complement(layout, q)
     power = teacher * q * v
     by_epsilon = []
     for m in range(1, len(coefficients) + 1):
-        by_epsilon.append(m * ops.sum(power, axis=1))
+        by_epsilon.append(m * ops.sum(layout.leave(power), axis=0))
         power = power * s
-    return ops.stack(by_epsilon), ops.transpose(v * r)
+    return ops.stack(by_epsilon), layout.leave(v * r)
 
 
 def loss_of(
-    teacher: Tensor, q: Tensor, coefficients: Sequence[Tensor]
+    layout: Layout, teacher: Tensor, q: Tensor, coefficients: Sequence[Tensor]
 ) -> Tensor:
     """Return `sum_c t_c (-log q_c + P_c(1 - q_c))`, `(...)`; `0 log 0 = 0`."""
-    terms = perturbation(complement(q), coefficients)
+    terms = perturbation(complement(layout, q), coefficients)
     terms = terms - ops.log(maximum(q, smallest(q)))
-    return row_sum(teacher * terms)[0]
+    return layout.row(layout.sum(teacher * terms))
 
 
 def not_above(loss: Tensor, own: Tensor, slack: float = 1e-9) -> Tensor:
@@ -268,11 +298,13 @@ def judged(residual: Tensor, loss: Tensor, own: Tensor) -> Tensor:
 
 def judge(teacher: Tensor, q: Tensor, coefficients: Tensor) -> Any:
     """Return loss and residual `(N,)` of points `(N, C)`, as `newton` would."""
-    teacher, q = ops.transpose(teacher), ops.transpose(q)
-    coefficients = [classes_first(one, 2) for one in ops.unstack(coefficients)]
-    loss = loss_of(teacher, q, coefficients)
-    own = loss_of(teacher, teacher, coefficients)
-    residual = distance(q, stationarity(teacher, q, coefficients)).residual
+    layout = Layout.of(q.shape[-1])
+    teacher, q = layout.enter(teacher, 2), layout.enter(q, 2)
+    coefficients = [layout.enter(one, 2) for one in ops.unstack(coefficients)]
+    loss = loss_of(layout, teacher, q, coefficients)
+    own = loss_of(layout, teacher, teacher, coefficients)
+    terms = stationarity(layout, teacher, q, coefficients)
+    residual = distance(layout, q, terms).residual
     return loss, judged(residual, loss, own)
 
 
