@@ -28,6 +28,19 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def with_error(before: dict[str, float], distance: Any) -> dict[str, float]:
+    """Add rows' total variation from the teacher's to what is counted.
+
+    Args:
+        before: Its `sum` and `max` so far.
+        distance: That of the next rows, `(n,)`.
+    """
+    return {
+        "sum": before["sum"] + float(distance.sum()),
+        "max": float(max(before["max"], distance.max(initial=0.0))),
+    }
+
+
 def check_same(spec: Any, stored: Any, fields: list[str]) -> None:
     """Require of a spec what the stored rows were written with."""
     for field in fields:

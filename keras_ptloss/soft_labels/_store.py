@@ -185,6 +185,49 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def map_array(
+    directory: Path,
+    name: str,
+    form: tuple[str, int | None],
+    rows: int,
+    checksums: dict[str, str] | None,
+) -> Any:
+    """Map an array of a complete directory, and compare it.
+
+    Args:
+        directory: Of the shard.
+        name: Of the array.
+        form: Its dtype and columns.
+        rows: How many it has.
+        checksums: Of the shard's arrays; None compares none.
+    """
+    dtype, columns = form
+    shape = (rows,) if columns is None else (rows, columns)
+    array = load(directory, name)
+    if array.shape != shape or array.dtype != np.dtype(dtype):
+        damaged(
+            directory,
+            f"{name}.npy holds {array.dtype}{array.shape} where"
+            f" {np.dtype(dtype)}{shape} was written",
+        )
+    if checksums is not None and checksum(
+        directory / f"{name}.npy"
+    ) != checksums.get(name):
+        damaged(directory, f"the checksum of {name}.npy differs")
+    return array
+
+
+def give_back(array: Any) -> None:
+    """Give a mapped array's pages back.
+
+    Once touched they count as resident until then; the system's cache keeps
+    them at hand.
+    """
+    # An array without rows has nothing mapped.
+    if hasattr(mmap, "MADV_DONTNEED") and array.base is not None:
+        array.base.madvise(mmap.MADV_DONTNEED)
+
+
 class Shard:
     """The arrays of a shard's directory, mapped and compared."""
 
@@ -198,22 +241,12 @@ class Shard:
         self.start, self.stop = manifest["rows"]
         if manifest["stored"] != self.stop - self.start:
             damaged(directory, f"it has {manifest['stored']} rows only")
-        self.arrays = {}
-        for name, (dtype, columns) in formats_of(manifest).items():
-            path = directory / f"{name}.npy"
-            shape: tuple[int, ...] = (self.stop - self.start,)
-            shape += () if columns is None else (columns,)
-            array = load(directory, name)
-            if array.shape != shape or array.dtype != np.dtype(dtype):
-                damaged(
-                    directory,
-                    f"{name}.npy holds {array.dtype}{array.shape} where"
-                    f" {np.dtype(dtype)}{shape} was written",
-                )
-            known = manifest["checksums"] or {}
-            if verify and checksum(path) != known.get(name):
-                damaged(directory, f"the checksum of {name}.npy differs")
-            self.arrays[name] = array
+        known = manifest["checksums"] or {} if verify else None
+        rows = self.stop - self.start
+        self.arrays = {
+            name: map_array(directory, name, form, rows, known)
+            for name, form in formats_of(manifest).items()
+        }
 
     def read(self, rows: Any) -> dict[str, Any]:
         """Read rows, counted from the start of the data set, as stored."""
@@ -221,10 +254,7 @@ class Shard:
         for name, array in self.arrays.items():
             if name != "fingerprints":
                 stored[name] = np.array(array[rows - self.start])
-                # Pages once touched count as resident until they are given
-                # back; the system's cache keeps them at hand.
-                if hasattr(mmap, "MADV_DONTNEED"):
-                    array.base.madvise(mmap.MADV_DONTNEED)
+                give_back(array)
         return stored
 
 

@@ -21,6 +21,7 @@ from keras_ptloss.soft_labels._journal import (
     check_same,
     reserve,
     sync,
+    with_error,
 )
 from keras_ptloss.soft_labels._spec import (
     SoftLabelSpec,
@@ -202,11 +203,9 @@ class ShardWriter(Journal):
                 offset = self._offsets[name]
                 offset += self.stored * (rows.nbytes // len(rows))
                 self.write_at(name, rows.tobytes(), offset)
-            error = manifest["total_variation"]
-            manifest["total_variation"] = {
-                "sum": error["sum"] + float(distance.sum()),
-                "max": max(error["max"], float(distance.max())),
-            }
+            manifest["total_variation"] = with_error(
+                manifest["total_variation"], distance
+            )
             manifest["stored"] += len(hashes)
             self.put_manifest(manifest)
 

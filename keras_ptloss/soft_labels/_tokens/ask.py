@@ -167,7 +167,7 @@ def ask_tokens(
             refuse=refuse,
         )
         return tokens, size
-    size, ids, values, tail, total = (part for part in found)
+    size, ids, values, tail, total = found
     _check_totals(total[kept], spec, refuse)
     return Tokens(ids[kept], values[kept], tail[kept]), int(size[0])
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 
+from keras_ptloss._backend import as_array
 from keras_ptloss._checks import fail
 from keras_ptloss.soft_labels import _data as data
 
@@ -79,7 +79,7 @@ def leaves(x: Any) -> tuple[Any, Any]:
 def sequences_of(x: Tensor) -> Sequences:
     """Read the tokens of a batch of inputs."""
     ids, mask = leaves(x)
-    ids = _as_array(ids)
+    ids = as_array(ids)
     if ids.ndim != 2 or ids.dtype.kind not in "iu":
         fail(
             "dataset",
@@ -88,19 +88,13 @@ def sequences_of(x: Tensor) -> Sequences:
         )
     real = np.ones(ids.shape, bool)
     if mask is not None:
-        real = _as_array(mask).astype(bool)
+        real = as_array(mask).astype(bool)
     if real.shape != ids.shape:
         fail("padding_mask", f"of the ids' shape {ids.shape}", real.shape)
     wrong = real & ((ids < 0) | (ids > np.iinfo("int32").max))
     if wrong.any():
         fail("dataset", "made of ids from 0 to 2**31 - 1", ids[wrong][0])
     return Sequences(ids, real)
-
-
-def _as_array(leaf: Tensor) -> Any:
-    if keras.ops.is_tensor(leaf):
-        return keras.ops.convert_to_numpy(leaf)
-    return np.asarray(leaf)
 
 
 def token_fingerprints(sequences: Sequences) -> Any:
@@ -124,7 +118,7 @@ def kept_of(sequences: Sequences, weight: Any) -> Any:
     """
     if weight is None:
         return sequences.real
-    weight = _as_array(weight)
+    weight = as_array(weight)
     shape = sequences.real.shape
     if weight.ndim == 1 and len(weight) == shape[0]:
         weight = np.broadcast_to(weight[:, None], shape)

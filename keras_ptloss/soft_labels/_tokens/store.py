@@ -4,7 +4,6 @@ Tokens stand one after the other, a row each, in the order of their sequences;
 how many of them a sequence has says where the next begins.
 """
 
-import mmap
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ import numpy as np
 
 from keras_ptloss.soft_labels._store import (
     TOKEN_FORMATS,
-    checksum,
     damaged,
-    load,
+    give_back,
+    map_array,
     partial_path,
     read_record,
     shard_count,
@@ -82,23 +81,14 @@ class TokenFiles:
             damaged(directory, "it has no manifest")
         self.manifest, self.spec = manifest, spec_of(manifest)
         self.vocabulary_size: int = manifest["vocabulary_size"]
-        self._arrays: dict[str, Any] = {}
-        for unit, arrays in formats_of(manifest).items():
-            for name, (dtype, columns) in arrays.items():
-                shape: tuple[int, ...] = (manifest["stored"][unit],)
-                shape += () if columns is None else (columns,)
-                array = load(directory, name)
-                if array.shape != shape or array.dtype != np.dtype(dtype):
-                    damaged(
-                        directory,
-                        f"{name}.npy holds {array.dtype}{array.shape} where"
-                        f" {np.dtype(dtype)}{shape} was written",
-                    )
-                known = manifest["checksums"] or {}
-                found = checksum(directory / f"{name}.npy") if verify else None
-                if verify and found != known.get(name):
-                    damaged(directory, f"the checksum of {name}.npy differs")
-                self._arrays[name] = array
+        known = manifest["checksums"] or {} if verify else None
+        self._arrays = {
+            name: map_array(
+                directory, name, form, manifest["stored"][unit], known
+            )
+            for unit, arrays in formats_of(manifest).items()
+            for name, form in arrays.items()
+        }
         self.fingerprints, lengths, counts = (
             np.array(self._arrays.pop(name)) for name in SEQUENCE_FORMATS
         )
@@ -131,10 +121,7 @@ class TokenFiles:
         array, ends = self._arrays[name], self._ends[unit]
         pieces = [array[ends[row] : ends[row + 1]] for row in rows]
         read = np.concatenate([*pieces, array[:0]])
-        # Pages once touched count as resident until they are given back; the
-        # system's cache keeps them at hand.
-        if hasattr(mmap, "MADV_DONTNEED") and array.base is not None:
-            array.base.madvise(mmap.MADV_DONTNEED)
+        give_back(array)
         return read
 
 

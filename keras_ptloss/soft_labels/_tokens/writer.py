@@ -11,7 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_ptloss.soft_labels._data import take, wrong_length
-from keras_ptloss.soft_labels._journal import Journal, check_same, sync
+from keras_ptloss.soft_labels._journal import (
+    Journal,
+    check_same,
+    sync,
+    with_error,
+)
 from keras_ptloss.soft_labels._store import TOKEN_FORMATS, damaged
 from keras_ptloss.soft_labels._tokens.sequences import (
     Sequences,
@@ -172,11 +177,9 @@ class TokenWriter(Journal):
                     offset = _HEADER + stored[unit] * size
                     self.write_at(name, rows.tobytes(), offset)
                 stored[unit] += len(rows)
-            error = manifest["total_variation"]
-            manifest["total_variation"] = {
-                "sum": error["sum"] + float(distance.sum()),
-                "max": float(max(error["max"], distance.max(initial=0.0))),
-            }
+            manifest["total_variation"] = with_error(
+                manifest["total_variation"], distance
+            )
             manifest["stored"] = stored
             self.put_manifest(manifest)
 
