@@ -101,9 +101,9 @@ class Correction:
             self.epsilon, classes=calibration.classes
         )
         row = None
-        flags: Any = self.teacher_from_logits
+        flags: Any
         if self.teachers is None:
-            check_flag("teacher_from_logits", flags)
+            flags = check_flag("teacher_from_logits", self.teacher_from_logits)
         else:
             row = SideBySide(self.teachers, self.teacher_from_logits)
             flags = row.from_logits

@@ -168,8 +168,14 @@ def is_several(teacher: Any) -> bool:
 
 def one_each(argument: str, value: Any, teachers: int) -> tuple[bool, ...]:
     """Return one flag a teacher, of a flag for all or a list of them."""
+    given = given_each(argument, value, teachers)
+    return tuple(check_flag(argument, flag) for flag in given)
+
+
+def given_each(argument: str, value: Any, teachers: int) -> tuple[Any, ...]:
+    """Return what is given for each teacher, by a value for all or a list."""
     if not isinstance(value, (list, tuple)):
-        return (check_flag(argument, value),) * teachers
+        return (value,) * teachers
     if len(value) != teachers:
         fail(argument, f"one flag, or one for each of {teachers}", value)
-    return tuple(check_flag(argument, flag) for flag in value)
+    return tuple(value)

@@ -20,7 +20,7 @@ from keras_ptloss._checks import (
     fail,
     on_simplex,
 )
-from keras_ptloss._several import SideBySide, is_several, one_each
+from keras_ptloss._several import SideBySide, given_each, is_several
 
 
 @runtime_checkable
@@ -121,11 +121,7 @@ def read_labelled(
 
 def _flags(teachers: list[Any], from_logits: Any) -> tuple[bool, ...]:
     """Return whether each teacher's outputs are logits."""
-    given: Any = [from_logits] * len(teachers)
-    if isinstance(from_logits, (list, tuple)):
-        known = [False if flag is None else flag for flag in from_logits]
-        one_each("from_logits", known, len(teachers))
-        given = from_logits
+    given = given_each("from_logits", from_logits, len(teachers))
     return tuple(
         _says_logits(one, flag)
         for one, flag in zip(teachers, given, strict=True)

@@ -136,5 +136,5 @@ class CalibrationSearch:
             },
             solves=0,
             unconverged=0,
-            per_class=self.calibration != "temperature",
+            per_class=self.by_class,
         )

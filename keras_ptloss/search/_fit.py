@@ -120,8 +120,6 @@ HIGHEST = {"scale": SCALES[1], "bias": np.inf, "epsilon": UPPER}
 
 def proxy(teacher: np.ndarray, epsilon: np.ndarray) -> tuple[np.ndarray, int]:
     """Return the proxy teachers `(N, C)` and the count of unconverged rows."""
-    if not np.any(epsilon):
-        return teacher, 0
     q, _, residual, _ = solve_newton(teacher, epsilon)
     return q, int(np.count_nonzero(residual > TOLERANCE))
 
