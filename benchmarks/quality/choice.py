@@ -190,6 +190,14 @@ def losses_of(
     return np.stack(losses)
 
 
+def _parts(fold: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the rows fitted and those held out, of one deal of folds."""
+    return [
+        (np.flatnonzero(fold != k), np.flatnonzero(fold == k))
+        for k in range(FOLDS)
+    ]
+
+
 def run_case(
     group: str, rows: np.ndarray, labels: np.ndarray, examples: int, seed: int
 ) -> Case:
@@ -200,23 +208,17 @@ def run_case(
     folds = {"random": random_folds(examples, FOLDS, seed)}
     if examples > FEW:
         folds["stratified"] = stratified_folds(labels[few], FOLDS, seed)
-    losses = {name: np.empty((len(CANDIDATES), examples)) for name in folds}
-    for name, fold in folds.items():
-        for k in range(FOLDS):
-            train, test = few[fold != k], few[fold == k]
-            losses[name][:, fold == k] = losses_of(
-                z[train], labels[train], z[test], labels[test]
-            )
+    deals = {name: _parts(fold) for name, fold in folds.items()}
     if examples == FEW:
-        parts = parts_of(examples, FOLDS, seed)
-        dealt = np.zeros((len(CANDIDATES), examples))
+        folds["several deals"] = folds["random"]
+        deals["several deals"] = parts_of(examples, FOLDS, seed)
+    losses = {name: np.zeros((len(CANDIDATES), examples)) for name in deals}
+    for name, parts in deals.items():
         for train, test in parts:
-            dealt[:, test] += losses_of(
+            losses[name][:, test] += losses_of(
                 z[few[train]], labels[few[train]],
                 z[few[test]], labels[few[test]],
-            )  # fmt: skip
-        losses["several deals"] = dealt * FOLDS / len(parts)
-        folds["several deals"] = folds["random"]
+            ) * (FOLDS / len(parts))  # fmt: skip
     judged = losses_of(z[few], labels[few], z[rest], labels[rest]).mean(axis=1)
     return Case(group, examples, rows.shape[1], losses, folds, judged)
 
@@ -292,10 +294,11 @@ def always(index: int) -> Rule:
     return lambda losses, fold, classes: index
 
 
+PACKAGES = "one SE, paired examples, per kind (the package's)"
 RULES: dict[str, Rule] = {
     "lowest mean": lowest,
     "one SE, fold means": of_fold_means,
-    "one SE, paired examples, per kind (the package's)": of_examples,
+    PACKAGES: of_examples,
     "two SE, paired examples, per kind": of_examples_twice,
     "one SE, paired examples, strongest penalty": simplest,
     "forward, one SE, paired examples": forward,
@@ -326,6 +329,18 @@ def regrets(
     return 1000.0 * values[:, 0], 1000.0 * values[:, 1]
 
 
+def cell(cases: list[Case], rule: Rule, folds: str) -> str:
+    """Return mean regret / the worst case above the better simple one."""
+    best, simple = regrets(cases, rule, folds)
+    return f"{best.mean():.1f} / {simple.max():+.1f}"
+
+
+def cells_of_groups(cases: list[Case], rule: Rule, folds: str) -> str:
+    """Return the cells of all groups, and of all cases."""
+    groups = [[c for c in cases if c.group == group] for group in GROUPS]
+    return " | ".join(cell(some, rule, folds) for some in (*groups, cases))
+
+
 def table(cases: list[Case]) -> list[str]:
     """Return the rules by groups, on random folds."""
     lines = [
@@ -334,31 +349,22 @@ def table(cases: list[Case]) -> list[str]:
         "|---" * (len(GROUPS) + 2) + "|",
     ]
     for name, rule in RULES.items():
-        cells = []
-        for group in (*GROUPS, None):
-            of_group = [c for c in cases if group in (c.group, None)]
-            best, simple = regrets(of_group, rule, "random")
-            cells.append(f"{best.mean():.1f} / {simple.max():+.1f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        cells = cells_of_groups(cases, rule, "random")
+        lines.append(f"| {name} | {cells} |")
     return lines
 
 
 def table_of_few(cases: list[Case]) -> list[str]:
     """Return one deal of folds against several, of few rows, by groups."""
-    names = list(RULES)[:3:2]
     lines = [
         "",
         "| rule | folds | " + " | ".join(GROUPS) + " | all |",
         "|---" * (len(GROUPS) + 3) + "|",
     ]
-    for name in names:
+    for name in ("lowest mean", PACKAGES):
         for folds in ("random", "several deals"):
-            cells = []
-            for group in (*GROUPS, None):
-                of_group = [c for c in cases if group in (c.group, None)]
-                best, simple = regrets(of_group, RULES[name], folds)
-                cells.append(f"{best.mean():.1f} / {simple.max():+.1f}")
-            lines.append(f"| {name} | {folds} | " + " | ".join(cells) + " |")
+            cells = cells_of_groups(cases, RULES[name], folds)
+            lines.append(f"| {name} | {folds} | {cells} |")
     return lines
 
 
@@ -383,8 +389,7 @@ def table_of_folds(cases: list[Case]) -> list[str]:
                 some = [
                     c for c in cases if low <= c.examples / c.classes < high
                 ]
-                best, simple = regrets(some, RULES[name], folds)
-                cells.append(f"{best.mean():.1f} / {simple.max():+.1f}")
+                cells.append(cell(some, RULES[name], folds))
             lines.append(f"| {name} | {folds} | " + " | ".join(cells) + " |")
     return lines
 

@@ -21,7 +21,7 @@ import warnings
 import keras
 import matplotlib
 import numpy as np
-from machine import load_average, machine
+from machine import load_average, machine, resident
 
 from keras_ptloss import ProxyTeacherSearch
 from keras_ptloss._backend import block_elements
@@ -367,18 +367,6 @@ def end_to_end(results, arguments):
     return lines
 
 
-def peak_memory():
-    """Return this program's peak resident set in GiB.
-
-    From the kernel's VmHWM: `resource.getrusage` starts from what the parent
-    process had, since it counts the time between fork and exec.
-    """
-    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 2**20
-    raise RuntimeError("no VmHWM in /proc/self/status")
-
-
 # Of the searches by gradient: the arguments, by the name in the table.
 FORMS = {
     "per class": GradientSearch(per_class=True, penalty=0.01),
@@ -396,10 +384,10 @@ def gradient_search(form, classes, rows, seed):
     labels = np.minimum(labels, classes - 1)
     teacher = truth * np.exp(generator.normal(size=classes))
     teacher /= teacher.sum(axis=1, keepdims=True)
-    before = peak_memory()
+    before = resident("VmHWM") / 1024
     warnings.filterwarnings("ignore", message=".*labelled examples")
     result = ProxyTeacherSearch(FORMS[form]).search(teacher, labels)
-    peak = peak_memory()
+    peak = resident("VmHWM") / 1024
     print(
         json.dumps(
             {

@@ -11,12 +11,12 @@ Prints JSON lines.
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 
 import keras
 import numpy as np
+from machine import resident
 
 from keras_ptloss import Distiller, PTLoss, SoftLabels
 from keras_ptloss.soft_labels import SoftLabelSpec
@@ -24,7 +24,7 @@ from keras_ptloss.soft_labels import SoftLabelSpec
 
 def report(step, **values):
     """Print a JSON line with the peak of the resident memory so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = resident("VmHWM")
     rounded = {k: round(v, 3) for k, v in values.items()}
     backend = keras.backend.backend()
     print(

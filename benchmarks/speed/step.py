@@ -20,7 +20,7 @@ import sys
 import time
 
 import numpy as np
-from machine import load_average, machine
+from machine import load_average, machine, resident
 
 HEADER = """# A training step of `Distiller`, beside other ways
 
@@ -376,17 +376,6 @@ def program(kind):
     return lines
 
 
-def peak_kibibytes():
-    """Return this program's peak resident set.
-
-    From the kernel: `resource.getrusage` starts from what the parent had.
-    """
-    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1])
-    raise RuntimeError("no VmHWM in /proc/self/status")
-
-
 def peak_memory(kind, name, backend):
     """Return the MiB of a process that trains in one way only."""
     command = [sys.executable, __file__, "--backend", backend]
@@ -427,8 +416,7 @@ def main():
         epoch = WAYS[arguments.only](*network(arguments.models[0]))
         for _ in range(2):
             epoch()
-        kibibytes = peak_kibibytes()
-        print(kibibytes / 1024)
+        print(resident("VmHWM"))
         return
     if arguments.program:
         lines = [

@@ -17,13 +17,10 @@ import json
 import os
 import pathlib
 import platform
-import resource
-import subprocess
-import sys
 import tempfile
-import time
 
 import numpy as np
+from machine import in_a_process, measured, publish, written
 
 BATCH = 1024
 BLOCK = 4096
@@ -193,23 +190,7 @@ def measure(arguments):
 
     path = arguments.folder / arguments.format
     steps = globals()[arguments.format](path, arguments)
-    next(steps)  # has imported
-
-    def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-    before, began = peak(), time.perf_counter()
-    for _ in steps:
-        pass
-    seconds = time.perf_counter() - began
-    print(json.dumps({"seconds": seconds, "memory": peak() - before}))
-
-
-def size(path):
-    """Megabytes of what a format has written."""
-    found = path.parent.glob(path.name + "*")
-    files = [f for p in found for f in (p.rglob("*") if p.is_dir() else [p])]
-    return sum(f.stat().st_size for f in files if f.is_file()) / 1e6
+    print(json.dumps(measured(steps)))
 
 
 def installed():
@@ -233,19 +214,20 @@ def run(arguments):
         for name in installed():
             found = {}
             for step in STEPS:
-                command = [
-                    *(sys.executable, __file__, "--folder", folder),
-                    *("--rows", str(arguments.rows), "--format", name),
-                    *("--classes", str(arguments.classes), "--step", step),
-                ]
-                if arguments.top_k:
-                    command += ["--top-k", str(arguments.top_k)]
-                out = subprocess.run(
-                    command, capture_output=True, text=True, check=True
+                found[step] = in_a_process(
+                    __file__,
+                    {
+                        "folder": folder,
+                        "rows": arguments.rows,
+                        "format": name,
+                        "classes": arguments.classes,
+                        "step": step,
+                        "top_k": arguments.top_k,
+                    },
                 )
-                found[step] = json.loads(out.stdout.splitlines()[-1])
             rates = [arguments.rows / found[s]["seconds"] for s in STEPS]
-            cells = [f"{size(pathlib.Path(folder, name)):.1f}"]
+            size = written(*pathlib.Path(folder).glob(f"{name}*"))
+            cells = [f"{size / 1e6:.1f}"]
             cells += [f"{rate:,.0f}" for rate in rates]
             cells += [f"{found[step]['memory']:.0f}" for step in STEPS]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -275,11 +257,7 @@ def main():
         f"{os.cpu_count()} cores, load {load}; Python"
         f" {platform.python_version()}, NumPy {np.__version__}."
     )
-    text = "\n".join([title, "", note, "", *lines, "", ""])
-    print(text)
-    if arguments.output:
-        with arguments.output.open("a", encoding="utf-8") as file:
-            file.write(text)
+    publish([title, "", note, "", *lines], arguments.output)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ teacher adds to the student alone.
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 from typing import Any
+
+from machine import resident
 
 KINDS = ("none", "subclassed", "sequential")
 
@@ -67,7 +68,7 @@ def peak_of_training(
     model.compile("sgd", loss=loss, run_eagerly=True)
     for _ in range(3):
         model.train_on_batch(*data)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return resident("VmHWM")
 
 
 def main() -> None:

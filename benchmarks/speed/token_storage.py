@@ -17,18 +17,22 @@ in texts, so ids do not compress.
 import argparse
 import json
 import pathlib
-import resource
-import subprocess
-import sys
 import tempfile
-import time
 
 import numpy as np
-from machine import load_average, machine
+from machine import (
+    in_a_process,
+    load_average,
+    machine,
+    measured,
+    publish,
+    written,
+)
 
 BATCH = 16
 FORMATS = ("ours", "parquet lists", "parquet bytes")
 STEPS = ("write", "in order", "shuffled")
+OPTIONS = ("sequences", "longest", "top_k", "vocabulary")
 # What DistillKit's documentation recommends for new captures.
 RECOMMENDED = {
     "exact_k": 16,
@@ -154,22 +158,7 @@ def measure(arguments):
     else:
         packed = arguments.format.endswith("bytes")
         steps = parquet(path, arguments, packed)
-    next(steps)  # has imported, and made what it needs
-
-    def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-    before, began = peak(), time.perf_counter()
-    for _ in steps:
-        pass
-    seconds = time.perf_counter() - began
-    files = path.rglob("*") if path.is_dir() else [path]
-    size = sum(f.stat().st_size for f in files if f.is_file())
-    print(
-        json.dumps(
-            {"seconds": seconds, "memory": peak() - before, "size": size}
-        )
-    )
+    print(json.dumps({**measured(steps), "size": written(path)}))
 
 
 def run(arguments):
@@ -180,20 +169,13 @@ def run(arguments):
         " shuffled, tokens/s | memory, MiB: write | in order | shuffled |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    options = ["sequences", "longest", "top_k", "vocabulary"]
+    options = {name: getattr(arguments, name) for name in OPTIONS}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         for name in FORMATS:
             found = []
             for step in STEPS:
-                command = [sys.executable, __file__, "--folder", folder]
-                command += ["--format", name, "--step", step]
-                for option in options:
-                    value = str(getattr(arguments, option))
-                    command += [f"--{option.replace('_', '-')}", value]
-                out = subprocess.run(
-                    command, capture_output=True, text=True, check=True
-                )
-                found.append(json.loads(out.stdout.splitlines()[-1]))
+                options |= {"folder": folder, "format": name, "step": step}
+                found.append(in_a_process(__file__, options))
             cells = [f"{found[0]['size'] / tokens:.1f}"]
             cells += [f"{tokens / step['seconds']:,.0f}" for step in found]
             cells += [f"{step['memory']:.0f}" for step in found]
@@ -247,13 +229,9 @@ def main():
     title = f"## {tokens:,} tokens, top {arguments.top_k} of"
     title += f" {arguments.vocabulary:,}"
     note = machine(["keras", "numpy", "pyarrow"], load)
-    text = "\n".join(
-        [title, "", note, "", *lines, "", formats(arguments), "", ""]
+    publish(
+        [title, "", note, "", *lines, "", formats(arguments)], arguments.output
     )
-    print(text)
-    if arguments.output:
-        with arguments.output.open("a", encoding="utf-8") as file:
-            file.write(text)
 
 
 if __name__ == "__main__":

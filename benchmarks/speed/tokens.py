@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 
-from machine import load_average, machine
+from machine import load_average, machine, resident
 
 RIVAL = "Keras sparse cross-entropy"
 LOSSES = (RIVAL, "TopKPTLoss", "fused_top_k_pt_loss")
@@ -45,14 +45,6 @@ cross-entropy in the same round, the median of the rounds, with the lowest and
 the highest in brackets. The head's gradient, `vocabulary * width * 4` bytes, is
 in all of them.
 """
-
-
-def resident(field):
-    """Return a field of `/proc/self/status` in MiB."""
-    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise KeyError(field)
 
 
 def build(name, tokens, width, vocabulary, entries, seed):
