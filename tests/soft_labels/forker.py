@@ -1,8 +1,11 @@
 """Writers in processes of their own, which tests kill."""
 
+import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 from stores import ENVIRONMENT
 
@@ -77,6 +80,21 @@ class Forker:
         self.process.stdin.write("wait\n")
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
+
+    def killed_after(self, seconds, path, log, **options):
+        """Start a writer and kill it; return how it ended, 0 if sooner."""
+        pid = self.start(path, log, **options)
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+        return self.wait()
+
+
+def forking(code):
+    """What a fixture yields: a `Forker`, which must end well."""
+    forker = Forker(code)
+    yield forker
+    forker.process.communicate()
+    assert forker.process.returncode == 0
 
 
 def asked_rows(log):

@@ -15,6 +15,28 @@ CHILD = "jax" if importlib.util.find_spec("jax") else keras.config.backend()
 ENVIRONMENT = {**os.environ, "KERAS_BACKEND": CHILD}
 
 
+def flipped(good, place, bit):
+    """A file's bytes, with a bit of one of them flipped."""
+    bad = bytearray(good)
+    bad[place] ^= 1 << bit
+    return bytes(bad)
+
+
+def spoilt(good, header, count):
+    """Versions of a `.npy` file's bytes: a flipped bit each, and cut off.
+
+    Args:
+        good: The bytes.
+        header: Places in the header.
+        count: How many places behind it, drawn at random.
+    """
+    random = np.random.default_rng(0)
+    for place in [*header, *random.integers(128, len(good), count)]:
+        yield flipped(good, place, random.integers(8))
+    for size in (0, 10, 127, len(good) - 1):
+        yield good[:size]
+
+
 def features(n=N, seed=0):
     return np.random.default_rng(seed).normal(size=(n, 3)).astype("float32")
 

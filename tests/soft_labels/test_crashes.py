@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from forker import Forker, asked_rows
+from forker import asked_rows, forking
 from stores import (
     ENVIRONMENT,
     N,
@@ -40,10 +40,7 @@ CODE = """
 
 @pytest.fixture(scope="module")
 def forker():
-    forker = Forker(CODE)
-    yield forker
-    forker.process.communicate()
-    assert forker.process.returncode == 0
+    yield from forking(CODE)
 
 
 @pytest.mark.parametrize(
@@ -58,10 +55,8 @@ def test_killed_at_random_points(path, tmp_path, forker, times):
         killed_here, stored = 0, 0
         while True:
             known, asked_before = stored, len(asked_rows(log))
-            pid = forker.start(store, log, pause=0.004)
-            time.sleep(random.uniform(0, 0.12))
-            os.kill(pid, signal.SIGKILL)
-            status = forker.wait()
+            seconds = random.uniform(0, 0.12)
+            status = forker.killed_after(seconds, store, log, pause=0.004)
             # The teacher was not asked for any row stored when it started.
             assert all(row >= known for row in asked_rows(log)[asked_before:])
             if status == 0:

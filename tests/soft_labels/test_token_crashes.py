@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import time
 
 import numpy as np
 import pytest
-from forker import Forker, asked_rows
-from stores import Batches
+from forker import asked_rows, forking
+from stores import Batches, flipped, spoilt
 from token_stores import Teacher, V, texts, write
 
 from keras_ptloss.soft_labels import SoftLabels, TokenLabels
@@ -40,10 +39,7 @@ CODE = """
 
 @pytest.fixture(scope="module")
 def forker():
-    forker = Forker(CODE)
-    yield forker
-    forker.process.communicate()
-    assert forker.process.returncode == 0
+    yield from forking(CODE)
 
 
 def test_killed_at_random_points(path, tmp_path, forker):
@@ -51,10 +47,8 @@ def test_killed_at_random_points(path, tmp_path, forker):
     log, kills, stored = tmp_path / "asked", 0, 0
     while True:
         before = len(asked_rows(log))
-        pid = forker.start(path, log, pause=0.01, size=3)
-        time.sleep(random.uniform(0.02, 0.12))
-        os.kill(pid, signal.SIGKILL)
-        status = forker.wait()
+        seconds = random.uniform(0.02, 0.12)
+        status = forker.killed_after(seconds, path, log, pause=0.01, size=3)
         # The teacher was not asked for any sequence stored when it started.
         assert all(row >= stored for row in asked_rows(log)[before:])
         if status == 0:
@@ -160,15 +154,8 @@ def test_any_damaged_file_is_named(path, name):
     write(path)
     file = path / FOLDER / f"{name}.npy"
     good = file.read_bytes()
-    random = np.random.default_rng(0)
-    for place in [*range(0, 128, 9), *random.integers(128, len(good), 10)]:
-        bad = bytearray(good)
-        bad[place] ^= 1 << random.integers(8)
+    for bad in spoilt(good, range(0, 128, 9), 10):
         file.write_bytes(bad)
-        with pytest.raises(ValueError, match=f"intact store.*{name}.npy"):
-            TokenLabels.open(path)
-    for size in (0, 10, 127, len(good) - 1):
-        file.write_bytes(good[:size])
         with pytest.raises(ValueError, match=f"intact store.*{name}.npy"):
             TokenLabels.open(path)
     file.write_bytes(good)
@@ -180,9 +167,7 @@ def test_a_flipped_bit_of_the_manifest_changes_nothing(path):
     file = path / FOLDER / "manifest.json"
     good = file.read_bytes()
     for place in range(len(good)):
-        bad = bytearray(good)
-        bad[place] ^= 1 << (place % 8)
-        file.write_bytes(bad)
+        file.write_bytes(flipped(good, place, place % 8))
         try:
             found = TokenLabels.open(path)[3]
         except ValueError as error:
