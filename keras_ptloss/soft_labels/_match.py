@@ -26,6 +26,19 @@ class Stored(Protocol):
     def __getitem__(self, index: Any) -> Any: ...
 
 
+class Contents:
+    """Stored rows, by their fingerprints."""
+
+    def __init__(self, stored: Any) -> None:
+        self._sorter = np.argsort(stored, kind="stable")
+        self._sorted = stored[self._sorter]
+
+    def nearest(self, found: Any) -> Any:
+        """Return the first row of each fingerprint; any, where none has it."""
+        place = np.searchsorted(self._sorted, found)
+        return self._sorter[np.minimum(place, len(self._sorter) - 1)]
+
+
 class Matcher:
     """Finds the stored rows of examples and checks that they are theirs."""
 
@@ -39,8 +52,7 @@ class Matcher:
         if isinstance(ids, str):
             if ids != "content":
                 fail("ids", "None, integers, or 'content'", ids)
-            self._sorter = np.argsort(self.stored, kind="stable")
-            self._sorted = self.stored[self._sorter]
+            self._contents = Contents(self.stored)
             return
         self.rows = np.arange(len(labels)) if ids is None else np.asarray(ids)
         if self.rows.ndim != 1 or self.rows.dtype.kind not in "iu":
@@ -56,8 +68,7 @@ class Matcher:
                 wrong_length(f"at least {first + len(found)}", len(self.rows))
             rows = self.rows[first : first + len(found)]
         else:
-            place = np.searchsorted(self._sorted, found)
-            rows = self._sorter[np.minimum(place, len(self._sorter) - 1)]
+            rows = self._contents.nearest(found)
         check_differing(self.stored, found, rows, first)
         return rows
 

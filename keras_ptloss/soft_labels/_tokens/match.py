@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_ptloss.soft_labels._match import Matcher
+from keras_ptloss.soft_labels._match import Contents, Matcher
 from keras_ptloss.soft_labels._tokens.sequences import (
     kept_of,
     leaves,
@@ -23,8 +23,7 @@ class TokenMatcher(Matcher):
     def __init__(self, files: TokenFiles) -> None:
         self._files, self.stored = files, files.fingerprints
         self.rows = None
-        self._sorter = np.argsort(self.stored, kind="stable")
-        self._sorted = self.stored[self._sorter]
+        self._contents = Contents(self.stored)
 
     def find(self, found: Any, first: int) -> Any:
         """Return the row of each fingerprint, -1 where there is none.
@@ -37,8 +36,7 @@ class TokenMatcher(Matcher):
             first: Position of the first of them in the data set.
         """
         last = len(self.stored) - 1
-        place = np.searchsorted(self._sorted, found)
-        rows = self._sorter[np.minimum(place, last)]
+        rows = self._contents.nearest(found)
         own = np.minimum(np.arange(first, first + len(found)), last)
         rows = np.where(self.stored[own] == found, own, rows)
         return np.where(self.stored[rows] == found, rows, -1)
