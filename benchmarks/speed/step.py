@@ -12,6 +12,7 @@ do not depend on the load.
 """
 
 import argparse
+import functools
 import os
 import pathlib
 import re
@@ -31,8 +32,10 @@ benchmarks/results/step.md`, once a backend.
   `teacher_metrics=[]`; *8 steps*: `steps_per_execution=8`.
 * *keras.distillation*: Keras's own, `LogitsDistillation(temperature=1)` with
   the same `PTLoss`, which keeps three metrics.
-* *loop*: a compiled step written by hand (teacher, student, loss, gradient,
-  optimizer), called in a Python loop over NumPy batches; no metrics.
+* *loop*: a step written by hand (teacher, student, loss, gradient, optimizer),
+  compiled by XLA, called in a Python loop over NumPy batches; no metrics.
+  TensorFlow's `fit` takes a plain graph on a CPU, not XLA: there are
+  *Distiller, XLA* and *loop, plain graph* too.
 * *stored labels*: `student.fit` on the teacher's outputs, kept beforehand.
 * *empty fit*: `fit` of a model whose step does nothing: what Keras's own loop
   takes.
@@ -132,12 +135,14 @@ def fitting(model, batch, *data):
     return epoch
 
 
-def distiller(make, x, batch, *, metrics=None, steps=1):
+def distiller(make, x, batch, *, metrics=None, steps=1, xla="auto"):
     """Return an epoch of `Distiller`."""
     from keras_ptloss import Distiller
 
     model = Distiller(make(), make(), teacher_metrics=metrics)
-    model.compile("adam", loss=new_loss(), steps_per_execution=steps)
+    model.compile(
+        "adam", loss=new_loss(), steps_per_execution=steps, jit_compile=xla
+    )
     return fitting(model, batch, x)
 
 
@@ -190,14 +195,16 @@ def empty(make, x, batch, *, steps=1):
     return fitting(model, batch, x)
 
 
-def loop(make, x, batch):
+def loop(make, x, batch, *, xla=True):
     """Return an epoch of a step written by hand."""
     import keras
 
     student, teacher, loss = make(), make(), new_loss()
     optimizer = keras.optimizers.Adam()
     optimizer.build(student.trainable_variables)
-    step = _jax_step if keras.backend.backend() == "jax" else _tensorflow_step
+    step = _jax_step
+    if keras.backend.backend() == "tensorflow":
+        step = functools.partial(_tensorflow_step, xla)
     step = step(student, teacher, loss, optimizer)
 
     def epoch():
@@ -256,10 +263,10 @@ def _jax_step(student, teacher, loss, optimizer):
     return step
 
 
-def _tensorflow_step(student, teacher, loss, optimizer):
+def _tensorflow_step(xla, student, teacher, loss, optimizer):
     import tensorflow as tf
 
-    @tf.function(jit_compile=True)
+    @tf.function(jit_compile=xla)
     def step(x):
         target = teacher(x, training=False)
         with tf.GradientTape() as tape:
@@ -285,6 +292,11 @@ WAYS = {
     "keras.distillation, 8 steps": lambda *a: keras_distiller(*a, steps=8),
     "stored labels, 8 steps": lambda *a: stored(*a, steps=8),
     "empty fit, 8 steps": lambda *a: empty(*a, steps=8),
+}
+# What Keras's `fit` compiles as a plain graph on a CPU.
+TENSORFLOW_WAYS = {
+    "Distiller, XLA": lambda *a: distiller(*a, xla=True),
+    "loop, plain graph": lambda *a: loop(*a, xla=False),
 }
 
 
@@ -312,7 +324,12 @@ def measure(epochs, rounds):
 def table(kind, arguments):
     """Measure one network; return Markdown rows."""
     make, x, batch = network(kind)
-    epochs = {name: way(make, x, batch) for name, way in WAYS.items()}
+    ways = dict(WAYS)
+    if arguments.backend == "tensorflow":
+        ways |= TENSORFLOW_WAYS
+    if arguments.ways:
+        ways = {name: ways[name] for name in [DISTILLER, *arguments.ways]}
+    epochs = {name: way(make, x, batch) for name, way in ways.items()}
     seconds = measure(epochs, arguments.rounds)
     steps = -(-examples(x) // batch)
     lines = []
@@ -405,7 +422,9 @@ def main():
     parser.add_argument("--models", nargs="+", default=["mlp", "cnn", "bert"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--only", choices=list(WAYS))
+    every_way = [*WAYS, *TENSORFLOW_WAYS]
+    parser.add_argument("--ways", nargs="+", choices=every_way)
+    parser.add_argument("--only", choices=every_way)
     parser.add_argument("--program", action="store_true")
     arguments = parser.parse_args()
     arguments.backend = arguments.backend or os.environ.get(
@@ -413,7 +432,8 @@ def main():
     )
     os.environ["KERAS_BACKEND"] = arguments.backend
     if arguments.only:
-        epoch = WAYS[arguments.only](*network(arguments.models[0]))
+        way = (WAYS | TENSORFLOW_WAYS)[arguments.only]
+        epoch = way(*network(arguments.models[0]))
         for _ in range(2):
             epoch()
         print(resident("VmHWM"))
