@@ -8,7 +8,8 @@ times in a search and whose result should not depend on the backend.
 import concurrent.futures
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -244,6 +245,37 @@ def block_elements() -> int:
     accelerator, whose arrays then take some 32 MiB each.
     """
     return 3 * 2**12 if _on_cpu() else 2**22
+
+
+def by_blocks(
+    function: Callable[..., Any], blocks: Sequence[tuple[Any, ...]]
+) -> list[Any]:
+    """Return `function(*block)` for each block of rows.
+
+    A compiled block keeps one core of a CPU busy (`block_elements`), so that
+    the blocks are shared out to threads, one a core. The first goes ahead: it
+    may have to be compiled. In turn on an accelerator, on PyTorch, which
+    shares out each operation, and wherever something is set for this thread
+    alone, a `keras.distribution` or a strategy of TensorFlow.
+    """
+    first = [function(*block) for block in blocks[:1]]
+    alone = (
+        keras.backend.backend() == "torch"
+        or not _on_cpu()
+        or keras.distribution.distribution() is not None
+        or replicas() > 1
+    )
+    if alone or len(blocks) < 3:
+        return first + [function(*block) for block in blocks[1:]]
+    with concurrent.futures.ThreadPoolExecutor(_cores()) as threads:
+        return first + list(threads.map(lambda b: function(*b), blocks[1:]))
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @functools.cache

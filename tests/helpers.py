@@ -18,6 +18,16 @@ import scipy.special
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden.json").read_text())
 
 
+def slow_beyond(backend):
+    """Mark a test of a whole script as slow on all backends but one.
+
+    What the scripts are made of is tested on each.
+    """
+    if keras.backend.backend() == backend:
+        return lambda test: test
+    return pytest.mark.slow
+
+
 def golden_parameters():
     return [
         pytest.param(case, id=f"{index}-C{case['C']}-{case['kind']}")

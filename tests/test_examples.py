@@ -38,6 +38,7 @@ def example(name, monkeypatch):
     return importlib.import_module(name)
 
 
+@helpers.slow_beyond("jax")
 def test_digits(tmp_path):
     """With one epoch and one seed: it runs, draws, exports and reloads."""
     out = run(
@@ -129,6 +130,7 @@ class TestImage:
         np.save(path, rng.dirichlet(np.ones(10), 240).astype("float16"))
         return path
 
+    @helpers.slow_beyond("tensorflow")
     @few_rows
     def test_from_a_teacher(self, images, image_resnet, tmp_path, capsys):
         """Trained here; then one of the students is the next teacher."""
@@ -145,6 +147,7 @@ class TestImage:
         student = keras.saving.load_model(tmp_path / "student_ptloss.keras")
         assert student.output_shape == (None, 10)
 
+    @helpers.slow_beyond("jax")
     @few_rows
     def test_from_stored_probabilities(
         self, images, probabilities, image_resnet, tmp_path, capsys
@@ -289,6 +292,7 @@ class TestText:
     def preset(self, text_bert, tmp_path):
         return helpers.save_tiny_bert(tmp_path / "preset")
 
+    @helpers.slow_beyond("tensorflow")
     @few_rows
     def test_from_a_teacher(self, text_bert, preset, tmp_path, capsys):
         """Run twice: the second time no teacher is trained."""
@@ -314,6 +318,7 @@ class TestText:
         with pytest.raises(ValueError, match="`teacher_name` must be"):
             call(text_bert, *command, "--epochs", 2)
 
+    @helpers.slow_beyond("jax")
     @few_rows
     def test_from_stored_probabilities(
         self, text_bert, preset, tmp_path, capsys

@@ -58,6 +58,7 @@ def named(*names):
 
 
 class TestHarness:
+    @helpers.slow_beyond("jax")
     @few_rows
     def test_every_method_runs(self, task, tmp_path):
         chosen = [
@@ -267,6 +268,7 @@ class TestTasks:
         bayes = np.mean(truth.argmax(axis=1) == labels)
         assert bayes == pytest.approx(truth.max(axis=1).mean(), abs=0.005)
 
+    @helpers.slow_beyond("jax")
     @few_rows
     def test_cifar100_of_a_file(self, tmp_path, monkeypatch):
         """As from TensorFlow Datasets; the teacher is trained once."""
@@ -296,6 +298,7 @@ class TestTasks:
         row = harness.run_one(task, named("KL")[0], None, 0)
         assert 0.0 <= float(row["accuracy_last"]) <= 1.0
 
+    @helpers.slow_beyond("tensorflow")
     @few_rows
     def test_pairs_of_texts(self, tmp_path, monkeypatch):
         """MNLI from files: two test sets, a teacher that is trained."""

@@ -15,6 +15,7 @@ from keras.backend import standardize_dtype
 
 from keras_ptloss._backend import (
     block_elements,
+    by_blocks,
     maximum,
     minimum,
     on_numpy,
@@ -343,12 +344,12 @@ def solve_newton(
     else:
         coefficients = coefficients.reshape(len(coefficients), 1, -1)
     several = epsilon.ndim == 3
-    parts = [
-        numpy_newton(
+    parts = by_blocks(
+        lambda rows: numpy_newton(
             rows, coefficients, tolerance=tolerance, max_steps=max_steps
-        )
-        for rows in row_blocks(teacher, times=len(epsilon) if several else 1)
-    ]
+        ),
+        row_blocks(teacher, times=len(epsilon) if several else 1),
+    )
     axis = 1 if several else 0
     unfilled = (slice(None),) * axis + (slice(len(teacher)),)
     return Solution(
@@ -366,7 +367,9 @@ def unperturbed(teacher: np.ndarray, several: tuple[int, ...]) -> Solution:
     return Solution(q, loss, np.zeros_like(loss), np.zeros(loss.shape, "int32"))
 
 
-def row_blocks(*arrays: np.ndarray, times: int = 1) -> list[Any]:
+def row_blocks(
+    *arrays: np.ndarray, times: int = 1
+) -> list[tuple[np.ndarray, ...]]:
     """Cut arrays `(N, C)` into blocks of rows, all of one shape.
 
     A compiled function serves one shape, and compiling takes longer than most
@@ -379,7 +382,7 @@ def row_blocks(*arrays: np.ndarray, times: int = 1) -> list[Any]:
         times: of how many epsilon each row is worked on at once.
 
     Returns:
-        One block a list entry: an array, or a tuple of them for several.
+        One block a list entry, a part of each array.
     """
     examples, classes = arrays[0].shape
     least = max(16, -(-LEAST_ROWS[Layout.of(classes).axis] // times))
@@ -390,8 +393,7 @@ def row_blocks(*arrays: np.ndarray, times: int = 1) -> list[Any]:
         np.concatenate([a, np.full((missing, classes), 1.0 / classes)])
         for a in arrays
     ]
-    cuts = [
+    return [
         tuple(a[start : start + size] for a in filled)
         for start in range(0, examples, size)
     ]
-    return [cut[0] for cut in cuts] if len(arrays) == 1 else cuts

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import scipy.optimize
 
+from keras_ptloss._backend import by_blocks
 from keras_ptloss._calibration import Calibration
 from keras_ptloss.proxy._proxy_teacher import (
     TOLERANCE,
@@ -154,17 +155,12 @@ def value_and_gradient(
     coefficients = np.ascontiguousarray(
         np.broadcast_to(point.epsilon, (t.shape[1], point.epsilon.shape[-1])).T
     )
-    by_epsilon = np.zeros_like(coefficients)
-    by_t = np.empty_like(t)
-    start = 0
-    for rows in row_blocks(t, q, upstream):
-        block_epsilon, block_t = numpy_adjoint(
-            rows[0], rows[1], coefficients, rows[2]
-        )
-        by_epsilon += block_epsilon
-        stop = min(start + len(block_t), len(t))
-        by_t[start:stop] = block_t[: stop - start]
-        start = stop
+    parts = by_blocks(
+        lambda t, q, upstream: numpy_adjoint(t, q, coefficients, upstream),
+        row_blocks(t, q, upstream),
+    )
+    by_epsilon = sum(part[0] for part in parts)
+    by_t = np.concatenate([part[1] for part in parts])[: len(t)]
     by_logits = t * (by_t - np.sum(t * by_t, axis=1, keepdims=True))
     by_scale = np.einsum("nc,nc->c", by_logits, examples.logits)
     gradient = Point(

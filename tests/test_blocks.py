@@ -1,0 +1,67 @@
+"""Blocks of rows: shared out to threads, with results in their order."""
+
+import threading
+
+import keras
+import numpy as np
+import pytest
+from keras.distribution import DataParallel, set_distribution
+
+from keras_ptloss._backend import by_blocks
+from keras_ptloss.proxy import _newton
+
+
+def where(row):
+    return row, threading.current_thread()
+
+
+class TestByBlocks:
+    @pytest.mark.parametrize("count", [0, 1, 2, 3, 50])
+    def test_order(self, count):
+        found = by_blocks(where, [(row,) for row in range(count)])
+        assert [row for row, _ in found] == list(range(count))
+        if count:
+            assert found[0][1] is threading.current_thread()
+
+    @pytest.mark.skipif(
+        keras.backend.backend() == "torch", reason="shares out operations"
+    )
+    def test_others_are_in_threads(self):
+        others = by_blocks(where, [(row,) for row in range(5)])[1:]
+        assert threading.current_thread() not in [t for _, t in others]
+
+    @pytest.mark.parametrize("bad", [0, 1, 4])
+    def test_an_error_is_raised(self, bad):
+        def fails(row):
+            if row == bad:
+                raise FloatingPointError(f"row {row}")
+
+        with pytest.raises(FloatingPointError, match=f"row {bad}"):
+            by_blocks(fails, [(row,) for row in range(5)])
+
+    @pytest.mark.skipif(
+        keras.backend.backend() != "jax", reason="keras.distribution needs JAX"
+    )
+    def test_under_a_distribution_in_turn(self):
+        """It is set for one thread; in others the rows would stay whole."""
+        set_distribution(DataParallel())
+        try:
+            found = by_blocks(where, [(row,) for row in range(5)])
+        finally:
+            set_distribution(None)
+        assert {thread for _, thread in found} == {threading.current_thread()}
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("classes", [3, 40])
+def test_blocks_are_as_the_whole(classes, several, monkeypatch):
+    rng = np.random.default_rng(0)
+    teacher = rng.dirichlet(np.full(classes, 0.3), 500)
+    shape = (4, 1, 2) if several else (classes, 2)
+    epsilon = rng.uniform(-0.2, 5.0, shape)
+    whole = None
+    for elements in (2**22, 1):
+        monkeypatch.setattr(_newton, "block_elements", lambda n=elements: n)
+        q = _newton.solve_newton(teacher, epsilon).q
+        whole = q if whole is None else whole
+    np.testing.assert_allclose(q, whole, rtol=1e-9, atol=1e-15)
