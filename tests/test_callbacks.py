@@ -185,3 +185,36 @@ class TestFilteredTeacher:
                 [FilteredTeacher(data[0][:, :3], from_logits=True)],
             )
         assert np.all(np.isfinite(teacher.predict(data[0], verbose=0)))
+
+    @pytest.mark.parametrize("during", ["its predict", "the next epoch"])
+    def test_an_interruption_leaves_the_teacher_usable(
+        self, data, labels, during
+    ):
+        """With the weights of the steps that were made."""
+
+        class Interrupt(Recorder):
+            def on_train_batch_end(self, batch, logs=None):
+                if self.weights:
+                    raise KeyboardInterrupt
+
+        class Examples(keras.utils.PyDataset):
+            def __len__(self):
+                return 2
+
+            def __getitem__(self, index):
+                if index and during == "its predict":
+                    raise KeyboardInterrupt
+                return (data[0],)
+
+        recorder, teacher = Interrupt(), make_model()
+        filtered = FilteredTeacher(Examples(), from_logits=True)
+        with pytest.raises(KeyboardInterrupt):
+            self.fit(teacher, data, labels, [recorder, filtered])
+        outputs = teacher.predict(data[0], verbose=0)
+        if during == "its predict":
+            kernel, bias = recorder.weights[0]
+            np.testing.assert_allclose(
+                outputs, data[0] @ kernel + bias, atol=1e-5
+            )
+        assert np.all(np.isfinite(outputs))
+        self.fit(teacher, data, labels, [])

@@ -500,6 +500,27 @@ def test_ignore_class(name, run, ignored, column):
 
 @everywhere
 @every_label_metric
+@pytest.mark.parametrize("hidden", [False, True])
+def test_ignore_class_beside_weights(name, run, hidden):
+    """An ignored class has no weight, whatever weights it is given."""
+    labels, logits = data(name, shape=(32, 4))
+    weight = np.random.default_rng(1).uniform(0.5, 2, size=32)
+    labels[10:16] = -100  # of these weights
+    kept = labels != -100
+    if hidden:  # of weight 0, some of them ignored as well
+        kept[13:20] = False
+        weight[13:20] = 0.0
+        logits[13:20] = np.nan
+    expected = reference(
+        name, labels[kept], softmax(logits[kept]), weight[kept]
+    )
+    metric = build(name, ignore_class=-100)
+    found = run(metric, labels, logits, weight.astype("float32"))
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+@everywhere
+@every_label_metric
 def test_ignore_class_of_pixels(name, run):
     """As `keras.losses.SparseCategoricalCrossentropy` ignores them."""
     labels, logits = data(name, shape=(2, 3, 5, 4))

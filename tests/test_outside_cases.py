@@ -62,6 +62,41 @@ class TestSuppressedTokens:
         assert np.all(np.isfinite(gradient))
         np.testing.assert_array_equal(gradient[:, self.hidden], 0.0)
 
+    @pytest.mark.parametrize(
+        "calibration",
+        [
+            {"teacher_temperature": 2.5},
+            {"teacher_scale": np.linspace(0.5, 2.0, 6)},
+            {"teacher_bias": np.linspace(-1.0, 3.0, 6)},
+            {
+                "teacher_scale": np.linspace(2.0, 0.25, 6),
+                "teacher_bias": np.linspace(1.0, -2.0, 6),
+            },
+        ],
+        ids=lambda calibration: "+".join(calibration),
+    )
+    def test_calibration(self, logits, calibration):
+        """As that of the four classes alone; a number of one class is its."""
+
+        def loss(teacher, student):
+            return pt_loss(
+                teacher, student, EPSILON, from_logits=True, **calibration
+            )
+
+        scale = calibration.get("teacher_scale", np.ones(6))
+        scale = scale / calibration.get("teacher_temperature", 1.0)
+        z = scale * logits[0] + calibration.get("teacher_bias", 0.0)
+        expected = helpers.pt_loss_of_logits(
+            helpers.softmax(z[:, self.kept]), logits[1][:, self.kept], EPSILON
+        )
+        for outputs in (logits[0], ops.convert_to_tensor(logits[0])):
+            got = loss(outputs, logits[1])
+            np.testing.assert_allclose(got, expected, rtol=1e-5)
+        for side in (0, 1):
+            gradient = helpers.gradient_of(loss, *logits, argument=side)
+            assert np.all(np.isfinite(gradient))
+            np.testing.assert_array_equal(gradient[:, self.hidden], 0.0)
+
     def test_metric(self, logits):
         metric = KLToTeacher(from_logits=True)
         metric.update_state(*logits)

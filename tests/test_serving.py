@@ -714,18 +714,32 @@ def ending_in(ending, units=3):
     return keras.Model(inputs, ending(logits))
 
 
+def some_format(name):
+    if name == "onnx":
+        pytest.importorskip(_export._NEEDS["onnx"][BACKEND])
+    return {"format": name}
+
+
+formats = pytest.mark.parametrize("format", ["tf_saved_model", "onnx"])
+
+
+@formats
 @pytest.mark.parametrize("units", [1, 3])
 @pytest.mark.parametrize(
     "ending", [lambda z: z, layers.Identity(), keras.ops.tanh]
 )
-def test_forgotten_from_logits(tmp_path, ending, units):
+def test_forgotten_from_logits(tmp_path, ending, units, format):
     """Also where the last layer does not tell."""
+    form, student = some_format(format), ending_in(ending, units)
     match = r"`from_logits` must be True.*Received: from_logits=False.*noise"
     with pytest.raises(ValueError, match=match):
-        export_student(ending_in(ending, units), tmp_path / "new")
+        export_student(student, tmp_path / "new", **form)
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*np.object:FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@formats
 @pytest.mark.parametrize(
     ("ending", "units"),
     [
@@ -735,17 +749,17 @@ def test_forgotten_from_logits(tmp_path, ending, units):
         (layers.Activation("sigmoid"), 1),
     ],
 )
-def test_from_logits_of_probabilities(tmp_path, ending, units):
-    student = ending_in(ending, units)
+def test_from_logits_of_probabilities(tmp_path, ending, units, format):
+    form, student = some_format(format), ending_in(ending, units)
     if units == 1:  # the last activation of a dense layer tells
         student = keras.Sequential(
             [keras.Input((4,)), layers.Dense(1, "sigmoid")]
         )
     match = "`from_logits` must be False.*Received: from_logits=True"
     with pytest.raises(ValueError, match=match):
-        export_student(student, tmp_path / "new", from_logits=True)
+        export_student(student, tmp_path / "new", from_logits=True, **form)
     assert not (tmp_path / "new").exists()
-    assert export_student(student, tmp_path).name == "1"
+    assert export_student(student, tmp_path, **form).name == "1"
 
 
 def test_a_model_that_takes_no_noise_is_believed(tmp_path):

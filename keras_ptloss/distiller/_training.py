@@ -4,6 +4,8 @@ Nothing here asks a teacher.
 """
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
@@ -103,8 +105,9 @@ class Training(keras.Model):
                 than JAX.
         """
         check_distribution()
-        _check_class_weight(kwargs.get("class_weight"), x, y)
-        _check_sample_weight(kwargs.get("sample_weight"), y)
+        given = _by_name(super().fit, x, y, *args, **kwargs)
+        _check_class_weight(given.get("class_weight"), x, y)
+        _check_sample_weight(given.get("sample_weight"), y)
         with weights_given_back(self):
             return super().fit(x, y, *args, **kwargs)
 
@@ -119,10 +122,13 @@ class Training(keras.Model):
         """Train on one batch; arguments as in `keras.Model.train_on_batch`.
 
         Raises:
-            ValueError: if there is `class_weight` or `sample_weight`, and no
-                labels.
+            ValueError: as `fit`.
         """
-        _check_class_weight(kwargs.get("class_weight"), x, y)
+        check_distribution()
+        given = _by_name(
+            super().train_on_batch, x, y, sample_weight, *args, **kwargs
+        )
+        _check_class_weight(given.get("class_weight"), x, y)
         _check_sample_weight(sample_weight, y)
         return super().train_on_batch(x, y, sample_weight, *args, **kwargs)
 
@@ -132,9 +138,12 @@ class Training(keras.Model):
         """Judge the student; arguments as in `keras.Model.evaluate`.
 
         Raises:
-            ValueError: if there is `sample_weight`, and no labels.
+            ValueError: if there is `sample_weight`, and no labels; if a
+                `keras.distribution` is set, on another backend than JAX.
         """
-        _check_sample_weight(kwargs.get("sample_weight"), y)
+        check_distribution()
+        given = _by_name(super().evaluate, x, y, *args, **kwargs)
+        _check_sample_weight(given.get("sample_weight"), y)
         with weights_given_back(self):
             return super().evaluate(x, y, *args, **kwargs)
 
@@ -149,8 +158,9 @@ class Training(keras.Model):
         """Judge one batch; arguments as in `keras.Model.test_on_batch`.
 
         Raises:
-            ValueError: if there is `sample_weight`, and no labels.
+            ValueError: as `evaluate`.
         """
+        check_distribution()
         _check_sample_weight(sample_weight, y)
         return super().test_on_batch(x, y, sample_weight, *args, **kwargs)
 
@@ -158,6 +168,13 @@ class Training(keras.Model):
         """Return the student's outputs, as `keras.Model.predict`."""
         with weights_given_back(self):
             return super().predict(*args, **kwargs)
+
+
+def _by_name(
+    method: Callable[..., Any], *args: Any, **kwargs: Any
+) -> dict[str, Any]:
+    """Return the arguments of a call by the names that the method has."""
+    return inspect.signature(method).bind_partial(*args, **kwargs).arguments
 
 
 def _check_class_weight(class_weight: Any, x: Any, y: Any) -> None:

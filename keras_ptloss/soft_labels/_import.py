@@ -17,6 +17,7 @@ import numpy as np
 from keras_ptloss._checks import check_choice, fail
 from keras_ptloss.soft_labels import _data as data
 from keras_ptloss.soft_labels._import_parquet import import_parquet
+from keras_ptloss.soft_labels._journal import at_once
 from keras_ptloss.soft_labels._names import shorten
 from keras_ptloss.soft_labels._numbers import ROUNDING
 from keras_ptloss.soft_labels._parquet_table import find_files
@@ -155,7 +156,7 @@ def import_soft_labels(
     spec = with_num_examples(spec, dataset)
     if spec.num_examples != len(table):
         _refuse_length(spec.num_examples, len(table), str(source), ids)
-    with ShardWriter(Path(path), spec, (0, 1)) as writer:
+    with at_once(ShardWriter(Path(path), spec, (0, 1))) as writer:
         for first, _, hashes in writer.missing(dataset, _BATCH):
             block = table[first : first + len(hashes)]
             writer.append(hashes, block.astype("float64"))

@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_ptloss._checks import fail
 from keras_ptloss.soft_labels import _data as data
+from keras_ptloss.soft_labels._journal import at_once
 from keras_ptloss.soft_labels._names import shorten
 from keras_ptloss.soft_labels._parquet_table import Table, read_table
 from keras_ptloss.soft_labels._report import ImportReport
@@ -60,7 +61,7 @@ def import_parquet(
     arrays = _with_uniform_row(table)
     distance = np.append(table.distance, 0.0)
     rows = np.where(found, rows, len(table.keys))
-    with ShardWriter(path, spec, (0, 1)) as writer:
+    with at_once(ShardWriter(path, spec, (0, 1))) as writer:
         for low in range(0, len(rows), _BATCH):
             part = rows[low : low + _BATCH]
             writer.append_encoded(

@@ -4,10 +4,11 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO, TypeVar
 
 from keras_ptloss._checks import fail
 from keras_ptloss.soft_labels._store import (
@@ -17,6 +18,8 @@ from keras_ptloss.soft_labels._store import (
     shard_count,
     shard_path,
 )
+
+Writer = TypeVar("Writer", bound="Journal")
 
 
 def sync(path: Path) -> None:
@@ -58,7 +61,8 @@ class Journal:
 
     Rows go to their place in the files and reach the disk; then the manifest,
     replaced in one step, counts them. Rows that it does not count are never
-    trusted. The finished directory gets its final name last.
+    trusted. The finished directory gets its final name last. Where an error
+    comes before the first row, nothing is left behind.
 
     Subclasses read what is there (`_resume`), and write.
 
@@ -70,6 +74,8 @@ class Journal:
 
     def __init__(self, store: Path, shard: tuple[int, int], rows: str) -> None:
         self._store, self._final = store, shard_path(store, shard)
+        self._lock_path = self._final.with_name(self._final.name + ".lock")
+        self._made = False
         self.shard, self._rows = shard, rows
         self._manifest: dict[str, Any] | None = None
         self._files = contextlib.ExitStack()
@@ -77,7 +83,6 @@ class Journal:
 
     def __enter__(self) -> Self:
         try:
-            self._store.mkdir(parents=True, exist_ok=True)
             self._lock()
             self._find()
             self._resume()
@@ -92,7 +97,17 @@ class Journal:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if error is not None and not self.complete and not self.stored:
+            self._leave_nothing()
         self._files.close()
+
+    def _leave_nothing(self) -> None:
+        """Remove what holds no row; the directory, unless it was there."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self._lock_path.unlink(missing_ok=True)
+        if self._made:
+            with contextlib.suppress(OSError):  # others write there
+                self._store.rmdir()
 
     @property
     def stored(self) -> int:
@@ -108,19 +123,33 @@ class Journal:
         # ends. Here, so that stores can be read where fcntl is missing.
         import fcntl
 
-        path = self._final.with_name(self._final.name + ".lock")
-        file = self._files.enter_context(path.open("a+", encoding="utf-8"))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise RuntimeError(
-                f"Shard {self.shard[0]} of {self.shard[1]} of {self._store}"
-                f" is being written by another process ({file.read()})"
-            ) from None
+        while True:
+            file = self._files.enter_context(self._open_lock())
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise RuntimeError(
+                    f"Shard {self.shard[0]} of {self.shard[1]} of {self._store}"
+                    f" is being written by another process ({file.read()})"
+                ) from None
+            # Whoever had it may have removed it, having written nothing.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(
+                    os.fstat(file.fileno()), self._lock_path.stat()
+                ):
+                    break
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {os.uname().nodename}")
         file.flush()
+
+    def _open_lock(self) -> TextIO:
+        while True:
+            self._made = not self._store.is_dir()
+            self._store.mkdir(parents=True, exist_ok=True)
+            # Another writer may remove what it made, before it is opened.
+            with contextlib.suppress(FileNotFoundError):
+                return self._lock_path.open("a+", encoding="utf-8")
 
     def _find(self) -> None:
         count = shard_count(self._store)
@@ -182,6 +211,12 @@ class Journal:
         sync(self.directory)
         self._manifest = manifest
 
+    def discard(self) -> None:
+        """Remove what is written of a shard that is not complete."""
+        if not self.complete:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self._manifest = None
+
     def finish(self) -> None:
         """Add the checksums and give the directory its final name."""
         if self.complete or self._manifest is None:
@@ -197,6 +232,17 @@ class Journal:
 
     def _close_files(self) -> None:
         """What the files still need before their checksums are taken."""
+
+
+@contextlib.contextmanager
+def at_once(writer: Writer) -> Iterator[Writer]:
+    """Write a store whole or not at all, for no later call goes on with it."""
+    with writer:
+        try:
+            yield writer
+        except BaseException:
+            writer.discard()
+            raise
 
 
 def reserve(path: Path) -> None:

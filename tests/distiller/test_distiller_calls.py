@@ -104,6 +104,8 @@ METRICS = {
         "down",
     ),
     "kl_to_teacher": (KLToTeacher(from_logits=True), "down"),
+    "mine": (KLToTeacher(from_logits=True, name="mine"), "down"),
+    "agree": (TeacherAgreement(name="agree"), "up"),
 }
 
 
@@ -144,7 +146,7 @@ class TestMonitors:
         better = METRICS[name][1] == "up"
         assert len(history.epoch) == (4 if better else 2)
 
-    @pytest.mark.parametrize("name", ["teacher_agreement", "kl_to_teacher"])
+    @pytest.mark.parametrize("name", ["teacher_agreement", "mine"])
     def test_model_checkpoint_and_plateau(self, x, name, tmp_path):
         path = str(tmp_path / "{epoch}.weights.h5")
         keep = keras.callbacks.ModelCheckpoint(

@@ -17,6 +17,14 @@ from distillers import (
 from keras_ptloss import Distiller, PTLoss
 
 BACKEND = keras.backend.backend()
+calls = pytest.mark.parametrize(
+    "call", ["fit", "evaluate", "train_on_batch", "test_on_batch"]
+)
+
+
+def run(distiller, call, x):
+    options = {} if call.endswith("batch") else {"verbose": 0}
+    getattr(distiller, call)(x, **options)
 
 
 class TestWrongInput:
@@ -54,7 +62,7 @@ class TestWrongInput:
             distiller.teacher = make_linear()
         assert record[0].filename == __file__
 
-    @pytest.mark.parametrize("data", ["array", "tf.data", "PyDataset", "batch"])
+    @pytest.mark.parametrize("data", ["array", "tf.data", "PyDataset"])
     def test_class_weight_without_labels(self, x, data):
         class Batches(keras.utils.PyDataset):
             def __len__(self):
@@ -63,17 +71,51 @@ class TestWrongInput:
             def __getitem__(self, index):
                 return (x,)
 
-        distiller = distil(make_linear(), make_linear(seed=1))
-        run, batches = distiller.fit, x
+        batches = x
         if data == "tf.data":
             tf = pytest.importorskip("tensorflow")
             batches = tf.data.Dataset.from_tensors((x,))
         elif data == "PyDataset":
             batches = Batches()
-        elif data == "batch":
-            run = distiller.train_on_batch
         with pytest.raises(ValueError, match="`class_weight` must come with"):
-            run(batches, class_weight={0: 1.0, 1: 2.0})
+            distil(make_linear(), make_linear(seed=1)).fit(
+                batches, class_weight={0: 1.0, 1: 2.0}
+            )
+
+    @pytest.mark.parametrize(
+        "call, before",
+        [
+            ("fit", (None, 32, 1, 0, None, 0.0, None, True)),
+            ("train_on_batch", (None, None)),
+        ],
+    )
+    @pytest.mark.parametrize("by_name", [False, True])
+    def test_class_weight_of_a_call(self, x, call, before, by_name):
+        """By its name, and by its place in Keras's signature."""
+        weight = {0: 1.0, 1: 2.0}
+        given = {"class_weight": weight} if by_name else {}
+        arguments = () if by_name else (*before, weight)
+        distiller = distil(make_linear(), make_linear(seed=1))
+        with pytest.raises(ValueError, match="`class_weight` must come with"):
+            getattr(distiller, call)(x, *arguments, **given)
+
+    @pytest.mark.parametrize(
+        "call, before",
+        [
+            ("fit", (None, 32, 1, 0, None, 0.0, None, True, None)),
+            ("evaluate", (None, 32, 0)),
+            ("train_on_batch", (None,)),
+            ("test_on_batch", (None,)),
+        ],
+    )
+    @pytest.mark.parametrize("by_name", [False, True])
+    def test_sample_weight_of_a_call(self, x, call, before, by_name):
+        weight = np.ones(len(x))
+        given = {"sample_weight": weight} if by_name else {}
+        arguments = () if by_name else (*before, weight)
+        distiller = distil(make_linear(), make_linear(seed=1))
+        with pytest.raises(ValueError, match="`sample_weight` must come with"):
+            getattr(distiller, call)(x, *arguments, **given)
 
     def test_class_weight_with_labels(self, x, y):
         """It weighs the teacher's rows by the labels, as Keras's does."""
@@ -103,8 +145,9 @@ class TestWrongInput:
         distil(student, teacher).fit(x, verbose=0)
         np.testing.assert_array_equal(before, teacher.predict(x, verbose=0))
 
+    @calls
     @pytest.mark.parametrize("several", ["dict", "list", "late list"])
-    def test_teacher_of_several_outputs(self, x, several):
+    def test_teacher_of_several_outputs(self, x, several, call):
         inputs = keras.Input((FEATURES,))
         outputs = [keras.layers.Dense(CLASSES)(inputs) for _ in range(2)]
         if several == "dict":
@@ -113,7 +156,7 @@ class TestWrongInput:
         late = keras.Sequential([keras.layers.Dense(CLASSES)])
         student = late if several == "late list" else make_linear(seed=1)
         with pytest.raises(ValueError, match="`teacher` must give one tensor"):
-            distil(student, teacher).fit(x, verbose=0)
+            run(distil(student, teacher), call, x)
 
     def test_student_of_several_outputs(self, x):
         inputs = keras.Input((FEATURES,))
@@ -130,12 +173,36 @@ class TestWrongInput:
         with pytest.raises(ValueError, match="same number of classes.*with 5"):
             distil(make_model(), make_model(5))
 
-    def test_class_counts_differ_seen_on_the_first_batch(self, x):
+    @calls
+    def test_class_counts_differ_seen_on_the_first_batch(self, x, call):
         late = keras.Sequential([keras.layers.Dense(5)])
         distiller = Distiller(make_model(), late)
         distiller.compile("sgd", loss=logits_loss())
         with pytest.raises(ValueError, match="same number of classes"):
-            distiller.fit(x, verbose=0)
+            run(distiller, call, x)
+
+    @calls
+    def test_probabilities_taken_for_logits_seen_on_the_first_batch(
+        self, x, call
+    ):
+        """Nothing says what a subclassed model gives, but its rows."""
+
+        class Late(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.dense = keras.layers.Dense(CLASSES)
+
+            def call(self, inputs):
+                return self.dense(inputs)
+
+        distiller = Distiller(make_linear(), Late())
+        distiller.compile(
+            "sgd",
+            loss=PTLoss(0.5, from_logits=True, teacher_from_logits=False),
+            run_eagerly=True,
+        )
+        with pytest.raises(ValueError, match="say teacher_from_logits=True"):
+            run(distiller, call, x)
 
     def test_teacher_that_is_no_model(self):
         with pytest.raises(ValueError, match="behind an API"):
@@ -176,7 +243,8 @@ class TestWrongInput:
                 hard_label_weight=0.5,
             )
 
-    def test_hard_labels_missing(self, x):
+    @calls
+    def test_hard_labels_missing(self, x, call):
         distiller = distil(
             make_model(),
             make_model(seed=1),
@@ -184,18 +252,33 @@ class TestWrongInput:
             hard_label_weight=0.5,
         )
         with pytest.raises(ValueError, match="`y` must hold labels"):
-            distiller.fit(x, verbose=0)
+            run(distiller, call, x)
 
-    def test_inputs_without_the_key(self, x):
+    @calls
+    @pytest.mark.parametrize("side", ["student", "teacher"])
+    def test_inputs_without_the_key(self, x, call, side):
+        keys = {"student_inputs": "a", "teacher_inputs": "a"}
         distiller = distil(
             make_model(),
             make_model(seed=1),
-            student_inputs="a",
-            teacher_inputs="b",
+            **{**keys, f"{side}_inputs": "b"},
         )
-        with pytest.raises(ValueError, match=r"`teacher_inputs`.*\['a'\]"):
-            distiller.fit({"a": x}, verbose=0)
+        with pytest.raises(ValueError, match=rf"`{side}_inputs`.*\['a'\]"):
+            run(distiller, call, {"a": x})
 
-    def test_no_teacher(self, x):
+    @calls
+    def test_no_teacher(self, x, call):
         with pytest.raises(ValueError, match="`teacher` must be set"):
-            distil(make_model(), None).fit(x, verbose=0)
+            run(distil(make_model(), None), call, x)
+
+    @pytest.mark.skipif(BACKEND == "jax", reason="JAX takes distributions")
+    @calls
+    def test_distribution(self, x, call):
+        distiller = distil(make_linear(), make_linear(seed=1))
+        devices = keras.distribution.DataParallel(devices=["cpu:0"])
+        keras.distribution.set_distribution(devices)
+        try:
+            with pytest.raises(ValueError, match="`keras.distribution` must"):
+                run(distiller, call, x)
+        finally:
+            keras.distribution.set_distribution(None)

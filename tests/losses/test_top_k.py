@@ -422,6 +422,7 @@ class TestLoss:
         values = reference(*rows, EPSILON)
         for reduction, expected in (
             ("sum_over_batch_size", (WEIGHT * values).mean()),
+            ("mean", (WEIGHT * values).mean()),
             ("sum", (WEIGHT * values).sum()),
             ("mean_with_sample_weight", (WEIGHT * values).sum() / WEIGHT.sum()),
             (None, WEIGHT * values),
@@ -455,9 +456,8 @@ class TestLoss:
         expected = values[mask.ravel()].mean()
         np.testing.assert_allclose(loss(y_true, logits), expected, rtol=1e-5)
 
-    @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-    def test_model_fit_and_saving(self, tmp_path, policy):
-        """A language model in small, padded, by arrays and by `tf.data`."""
+    def language_model(self, policy):
+        """A small one, compiled, and padded data for it."""
         vocabulary, time = 300, 5
         keras.utils.set_random_seed(0)
         layers = [
@@ -473,12 +473,17 @@ class TestLoss:
             ),
         )
         rng = np.random.default_rng(0)
-        x = rng.integers(0, vocabulary, (16, time))
+        x = rng.integers(0, vocabulary, (16, time)).astype("int32")
         teacher = helpers.dirichlet(0, vocabulary, vocabulary, 0.01)[x]
         y_true = largest(teacher, 4).astype("float32")
         weight = (np.arange(time) < 3).astype("float32")
         weight = np.tile(weight, (16, 1))
         y_true[:, 3:] = np.nan
+        return model, (x, y_true, weight)
+
+    @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+    def test_model_fit_and_saving(self, tmp_path, policy):
+        model, (x, y_true, weight) = self.language_model(policy)
         before = model.evaluate(x, y_true, sample_weight=weight, verbose=0)
         history = model.fit(
             x, y_true, sample_weight=weight, epochs=20, verbose=0
@@ -493,6 +498,21 @@ class TestLoss:
             model.evaluate(x, y_true, sample_weight=weight, verbose=0),
             rtol=1e-5,
         )
+
+    def test_model_fit_by_tf_data(self):
+        """As by arrays."""
+        tf = pytest.importorskip("tensorflow")
+        found = []
+        for by_tf_data in (False, True):
+            model, (x, y_true, weight) = self.language_model("float32")
+            run = {"x": x, "y": y_true, "sample_weight": weight}
+            run["batch_size"] = 8
+            if by_tf_data:
+                data = tf.data.Dataset.from_tensor_slices((x, y_true, weight))
+                run = {"x": data.batch(8)}
+            model.fit(**run, epochs=2, shuffle=False, verbose=0)
+            found.append(model.evaluate(**run, verbose=0))
+        np.testing.assert_allclose(*found, rtol=1e-5)
 
     def test_no_class_axis_of_known_size(self):
         """Where sizes are unknown, as in graphs of `tf.data`."""

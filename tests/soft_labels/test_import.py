@@ -236,6 +236,29 @@ def test_log_probabilities_are_checked(tmp_path, record, match):
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("a.csv", "negative,neutral,positive\n-1,-1,-1\n0.5,,-1\n", "line 3"),
+        ("a.npy", np.array([[-1, -1, -1], [-9, np.nan, 0.5]]), "row 1"),
+        ("a.jsonl", lines([-1, -1, -1], [-9, None, 0.5]), "line 2"),
+    ],
+)
+def test_log_probabilities_of_tables_are_checked(
+    tmp_path, name, content, where
+):
+    match = f"{where} of .* has a log-probability of 0.5, above 0"
+    with pytest.raises(ValueError, match=match):
+        run(tmp_path, name, content, n=2, values="log_probabilities")
+    assert not (tmp_path / "out.softlabels").exists()
+
+
+@pytest.mark.parametrize("header", ["a, a,b", "a,b,a ", ' a,"a",b'])
+def test_csv_header_whose_names_are_one_class(tmp_path, header):
+    with pytest.raises(ValueError, match="`(source|class_names)` must be"):
+        run(tmp_path, "a.csv", f"{header}\n0.5,0.25,0.25\n", names=None)
+
+
 def test_impossible_tokens_have_probability_zero(tmp_path):
     """As APIs write log(0): -9999, and -Infinity from Python's JSON."""
     report = run(

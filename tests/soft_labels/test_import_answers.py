@@ -157,28 +157,137 @@ def test_without_top_logprobs(tmp_path):
     assert report.filled.all()
 
 
-def test_pieces_and_marks(tmp_path):
-    pieces = {"\u2581yes": 0.8, "yes": 0.02, "\u2581no": 0.1, "\u0120No": 0.05}
-    report = run(tmp_path, "a.jsonl", lines(top_of(pieces)), names=NAMES)
-    expected = np.array([0.15, 0.82]) / 0.97
+BY_ID = {"9642": math.log(0.6), "2822": math.log(0.3), "13": math.log(0.05)}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        BY_ID,
+        {"logprobs": BY_ID},
+        {"top_logprobs": BY_ID},
+        {"top_logprobs": [BY_ID]},
+    ],
+)
+class TestBareNumbersById:
+    """`{"9642": -0.5}`: an id is a text like any other."""
+
+    def run(self, folder, record, names, values="log_probabilities"):
+        content = lines(record)
+        return run(folder, "a.jsonl", content, names=names, values=values)
+
+    def test_classes_of_these_names(self, tmp_path, record):
+        report = self.run(tmp_path, record, ("2822", "9642"))
+        np.testing.assert_allclose(report.labels[0], [1 / 3, 2 / 3], atol=1e-6)
+        assert report.other[0] == pytest.approx(0.05)
+        assert report.ignored == ("13",)
+
+    def test_other_classes(self, tmp_path, record):
+        match = "it has '9642', '2822', '13'; the classes are 'no', 'yes'"
+        with pytest.raises(ValueError, match=match):
+            self.run(tmp_path, record, NAMES)
+
+    def test_taken_for_probabilities(self, tmp_path, record):
+        if record is not BY_ID:  # keys say that these are logarithms
+            return
+        match = "probability of -1.20.* .or is it values=.log_prob"
+        with pytest.raises(ValueError, match=match):
+            self.run(tmp_path, record, ("2822", "9642"), "probabilities")
+
+
+def forms_of_a_row(row):
+    """A row of numbers by name: tokens, an object, a table."""
+    logs = {name: math.log(p) for name, p in row.items()}
+    header = ",".join(f'"{name}"' for name in row)
+    return {
+        "tokens": ("a.jsonl", lines(top_of(row)), "probabilities"),
+        "object": ("a.jsonl", lines(row), "probabilities"),
+        "logs": ("a.jsonl", lines(logs), "log_probabilities"),
+        "table": (
+            "a.csv",
+            f"{header}\n{','.join(map(str, row.values()))}\n",
+            "probabilities",
+        ),
+    }
+
+
+names_of = pytest.mark.parametrize(
+    "form", ["tokens", "object", "logs", "table"]
+)
+
+
+@names_of
+@pytest.mark.parametrize(
+    ("row", "names", "expected", "ignored"),
+    [
+        (
+            {" Yes ": 0.72, "\u2581NO": 0.24, "Maybe": 0.04},
+            NAMES,
+            [0.25, 0.75],
+            ("Maybe",),
+        ),
+        (
+            {"\u0120yes": 0.72, "##no": 0.24, "##ye": 0.04},
+            NAMES,
+            [0.25, 0.75],
+            ("##ye",),
+        ),
+        (
+            {"\u010aYes": 0.72, "\u00a0no": 0.24, "y es": 0.04},
+            NAMES,
+            [0.25, 0.75],
+            ("y es",),
+        ),
+        # Two classes that differ in case: the text decides.
+        (
+            {"US": 0.24, "us": 0.72, "Us": 0.04},
+            ("US", "us"),
+            [0.25, 0.75],
+            ("Us",),
+        ),
+        (
+            {"\u0120us": 0.72, " US": 0.24, "\u2581Us": 0.04},
+            ("US", "us"),
+            [0.25, 0.75],
+            ("\u2581Us",),
+        ),
+    ],
+)
+def test_one_rule_of_names(tmp_path, form, row, names, expected, ignored):
+    name, content, values = forms_of_a_row(row)[form]
+    report = run(tmp_path, name, content, names=names, values=values)
     np.testing.assert_allclose(report.labels[0], expected, atol=1e-6)
+    assert report.ignored == ignored
+    other = 0.04 if form in ("tokens", "logs") else 0.0
+    assert report.other[0] == pytest.approx(other)
 
 
-def test_classes_that_differ_in_case(tmp_path):
-    report = run(
-        tmp_path,
-        "a.jsonl",
-        lines(top_of({"US": 0.2, "us": 0.6, " Us": 0.1})),
-        names=("US", "us"),
-    )
-    np.testing.assert_allclose(report.labels[0], [0.25, 0.75], atol=1e-6)
-    assert report.ignored == (" Us",) and report.other[0] == pytest.approx(0.1)
+@names_of
+@pytest.mark.parametrize(
+    ("one", "two"), [("Yes", "\u2581yes"), ("##YES", " yes"), ("yes", "YES")]
+)
+def test_two_texts_of_one_class(tmp_path, form, one, two):
+    """Tokens add up; two keys or columns are an error."""
+    name, content, values = forms_of_a_row({one: 0.5, two: 0.25, "no": 0.25})[
+        form
+    ]
+    if form == "tokens":
+        report = run(tmp_path, name, content, names=NAMES)
+        np.testing.assert_allclose(report.labels[0], [0.25, 0.75], atol=1e-6)
+        return
+    match = f"{one!r} and {two!r}.* are one class"
+    with pytest.raises(ValueError, match=match):
+        run(tmp_path, name, content, names=NAMES, values=values)
 
 
-def test_csv_columns_are_matched_like_tokens(tmp_path):
-    report = run(tmp_path, "a.csv", " Yes ,NO,id\n0.75,0.25,7\n", names=NAMES)
-    np.testing.assert_allclose(report.labels[0], [0.25, 0.75], atol=1e-6)
-    assert report.ignored == ("id",)
+@names_of
+def test_what_is_found_is_shown_beside_what_is_wanted(tmp_path, form):
+    name, content, values = forms_of_a_row({"oui": 0.5, "non": 0.25})[form]
+    match = "it has 'oui', 'non'; the classes are 'no', 'yes'"
+    if form == "table":
+        match = r"a table of \('no', 'yes'\).*Received: .*'oui', 'non'"
+    with pytest.raises(ValueError, match=match):
+        run(tmp_path, name, content, names=NAMES, values=values)
 
 
 def test_a_model_that_refused(tmp_path):

@@ -187,6 +187,55 @@ def test_state_of_a_grain_iterator(path):
     np.testing.assert_array_equal(second[1], labels[8:16])
 
 
+def grain_range():
+    return import_grain().sources.RangeDataSource(start=0, stop=N, step=1)
+
+
+def grain_shared_memory():
+    source = import_grain().sources.SharedMemoryDataSource
+    return source([f"film {i}" for i in range(N)])
+
+
+def grain_array_record(folder):
+    module = pytest.importorskip("array_record.python.array_record_module")
+    file = str(folder / "films.array_record")
+    writer = module.ArrayRecordWriter(file, "group_size:1")
+    for i in range(N):
+        writer.write(b"film %d" % i)
+    writer.close()
+    return import_grain().sources.ArrayRecordDataSource(file)
+
+
+@pytest.mark.parametrize("kind", ["range", "shared memory", "array record"])
+def test_grains_own_sources(path, kind, tmp_path):
+    """Those that Grain has: whole numbers, texts, bytes."""
+    source = {
+        "range": grain_range,
+        "shared memory": grain_shared_memory,
+        "array record": lambda: grain_array_record(tmp_path),
+    }[kind]()
+    protocol = import_grain().sources.RandomAccessDataSource
+    assert isinstance(source, protocol)
+
+    def teacher(batch):
+        numbers = [int(one if kind == "range" else one[5:]) for one in batch]
+        shares = np.array(numbers) / N
+        return np.stack([shares, 1 - shares], axis=-1)
+
+    spec = SoftLabelSpec(dtype="float32")
+    labels = SoftLabels.write(
+        teacher, source, path, spec=spec, batch_size=7, verbose=0
+    )
+    np.testing.assert_allclose(labels[:][:, 0], np.arange(N) / N, atol=1e-6)
+    attached = labels.attach(source, batch_size=8, shuffle=True, seed=0)
+    inputs, soft = read(attached[i] for i in range(len(attached)))
+    np.testing.assert_allclose(soft, teacher(inputs), atol=1e-6)
+    assert len(set(inputs.tolist())) == N
+    assert inputs.tolist() != [source[i] for i in range(N)]
+    if kind == "shared memory":
+        source.close(), source.unlink()
+
+
 def test_a_source_of_records(path):
     """Without a library; of `(inputs, targets)` the inputs count."""
     x = features()

@@ -140,6 +140,53 @@ def test_rows_are_found_by_id(folder, ids):
         import_soft_labels(folder, features(), folder / "other", ids=ids[:9])
 
 
+class TestRowsById:
+    """Rows of a user's ids: of one id, of none, of others."""
+
+    ids = [f"film {i}" for i in range(N)]
+
+    def run(self, folder, ids, values, **kwargs):
+        table = pa.table({"id": ids, "probabilities": lists(values)})
+        order = np.random.default_rng(1).permutation(len(ids))
+        pq.write_table(table.take(order), folder / "a.parquet")
+        return import_soft_labels(
+            folder, features(), folder / "out", ids=self.ids, **kwargs
+        )
+
+    def test_equal_rows_count_once(self, folder):
+        again = slice(10, 15)
+        values = np.concatenate([rows(), rows()[again]])
+        report = self.run(folder, self.ids + self.ids[again], values)
+        np.testing.assert_allclose(report.labels[:], rows(), atol=1e-6)
+        assert (report.duplicates, report.foreign) == (5, 0)
+
+    def test_rows_that_differ_are_refused(self, folder):
+        values = np.concatenate([rows(), rows()[12:13, ::-1]])
+        with pytest.raises(ValueError, match="contradict .*'film 12'"):
+            self.run(folder, [*self.ids, "film 12"], values)
+        assert not (folder / "out").exists()
+
+    def test_missing_rows(self, folder):
+        ids, values = self.ids[:48], rows()[:48]
+        with pytest.raises(ValueError, match="lack 2: 'film 48', 'film 49'"):
+            self.run(folder, ids, values)
+        assert not (folder / "out").exists()
+        report = self.run(folder, ids, values, empty_rows="uniform")
+        np.testing.assert_allclose(report.labels[:48], values, atol=1e-6)
+        np.testing.assert_allclose(report.labels[48:], 1 / C)
+        assert report.failed == ("film 48", "film 49")
+        np.testing.assert_array_equal(np.flatnonzero(report.empty), [48, 49])
+
+    def test_foreign_rows_are_left_out(self, folder):
+        values = np.concatenate([rows()[::-1][:3], rows()])
+        report = self.run(folder, ["a", "film", "film 50", *self.ids], values)
+        np.testing.assert_allclose(report.labels[:], rows(), atol=1e-6)
+        assert (report.duplicates, report.foreign) == (0, 3)
+        (folder / "b").mkdir()
+        with pytest.raises(ValueError, match="lack 50: 'film 0', 'film 1'"):
+            self.run(folder / "b", list("abc"), values[:3])
+
+
 def test_ids_are_written(path, tmp_path):
     labels, ids = write(path), [f"film {i}" for i in range(N)]
     labels.to_parquet(tmp_path / "rows", ids=ids)
@@ -186,6 +233,21 @@ def test_log_probabilities_and_logits(folder, tmp_path):
     put(folder, {**table, "probabilities": lists(rows()[:, :1])})
     expected = np.stack([1 - rows()[:, 0], rows()[:, 0]], axis=-1)
     np.testing.assert_allclose(SoftLabels.open(folder)[:], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["log_probabilities", "logits"])
+def test_log_probabilities_above_0(folder, name):
+    """They are refused; logits may be anything."""
+    values = np.log(rows())
+    values[7, 2] = 0.5
+    table = {"fingerprint": fingerprint(features()), name: lists(values)}
+    put(folder, table)
+    if name == "logits":
+        np.testing.assert_allclose(SoftLabels.open(folder)[7][2], 0.5)
+        return
+    match = "log-probability of 0.5.* in row 7|row 7.*log-probability of 0.5"
+    with pytest.raises(ValueError, match=match):
+        SoftLabels.open(folder)
 
 
 def test_the_k_largest(folder, tmp_path):

@@ -6,6 +6,7 @@ from stores import C, N, Teacher, features, softmax, write
 
 from keras_ptloss.soft_labels import (
     SoftLabels,
+    SoftLabelSpec,
     fingerprint,
     import_soft_labels,
 )
@@ -13,11 +14,16 @@ from keras_ptloss.soft_labels import (
 pa = pytest.importorskip("pyarrow")
 
 
-def pandas(folder, prints, rows, ids):
+# Writers take columns of numbers `(N,)`, texts, and rows `(N, width)`.
+
+
+def pandas(folder, columns):
     tool = pytest.importorskip("pandas")
-    frame = tool.DataFrame({"fingerprint": prints, "id": ids})
-    frame["probabilities"] = list(rows)
-    frame.to_parquet(folder / "a.parquet")
+    lists = {
+        name: list(column) if np.ndim(column) == 2 else column
+        for name, column in columns.items()
+    }
+    tool.DataFrame(lists).to_parquet(folder / "a.parquet")
 
 
 def pandas_reads(file):
@@ -26,12 +32,9 @@ def pandas_reads(file):
     return frame["fingerprint"], np.stack(frame["probabilities"])
 
 
-def polars(folder, prints, rows, ids):
+def polars(folder, columns):
     tool = pytest.importorskip("polars")
-    frame = tool.DataFrame(
-        {"fingerprint": prints, "id": ids, "probabilities": rows}
-    )
-    frame.write_parquet(folder / "a.parquet")
+    tool.DataFrame(columns).write_parquet(folder / "a.parquet")
 
 
 def polars_reads(file):
@@ -40,33 +43,40 @@ def polars_reads(file):
     return frame["fingerprint"], np.stack(frame["probabilities"].to_list())
 
 
-def polars_lists(folder, prints, rows, ids):
+def polars_lists(folder, columns):
     tool = pytest.importorskip("polars")
-    frame = tool.DataFrame(
-        {"fingerprint": prints, "id": ids, "probabilities": rows.tolist()}
-    )
+    lists = {
+        name: column.tolist() if np.ndim(column) == 2 else column
+        for name, column in columns.items()
+    }
+    frame = tool.DataFrame(lists)
     frame.write_parquet(folder / "a.parquet", use_pyarrow=False)
 
 
-def duckdb(folder, prints, rows, ids):
+DUCKDB_TYPES = {
+    "fingerprint": "ubigint",
+    "id": "varchar",
+    "probabilities": "float[]",
+    "top_ids": "integer[]",
+    "top_log_probabilities": "float[]",
+    "log_tail": "double",
+}
+
+
+def duckdb(folder, columns):
     tool = pytest.importorskip("duckdb")
+    types = ", ".join(f"{name} {DUCKDB_TYPES[name]}" for name in columns)
+    marks = ", ".join("?" * len(columns))
     with tool.connect() as connection:
-        connection.execute(
-            "create table t (fingerprint ubigint, id varchar,"
-            " probabilities float[])"
-        )
-        for low in range(0, len(prints), 20):
-            some = slice(low, low + 20)
+        connection.execute(f"create table t ({types})")
+        for low in range(0, N, 20):
+            some = [
+                np.asarray(column)[low : low + 20].tolist()
+                for column in columns.values()
+            ]
             connection.executemany(
-                "insert into t values (?, ?, ?)",
-                list(
-                    zip(
-                        prints[some].tolist(),
-                        ids[some],
-                        rows[some].tolist(),
-                        strict=True,
-                    )
-                ),
+                f"insert into t values ({marks})",
+                list(zip(*some, strict=True)),
             )
         connection.execute(
             f"copy (from t order by id desc) to '{folder}/a.parquet'"
@@ -83,11 +93,9 @@ def duckdb_reads(file):
     return prints, np.array(rows)
 
 
-def hf_datasets(folder, prints, rows, ids):
+def hf_datasets(folder, columns):
     tool = pytest.importorskip("datasets")
-    data = tool.Dataset.from_dict(
-        {"fingerprint": prints, "id": ids, "probabilities": rows}
-    )
+    data = tool.Dataset.from_dict(columns)
     data.shuffle(seed=0).to_parquet(str(folder / "a.parquet"))
 
 
@@ -111,7 +119,8 @@ def test_what_they_write_is_attached(tmp_path, tool, dtype):
     rows = Teacher().rows(x).astype(dtype)
     ids = [f"film {i}" for i in range(N)]
     (tmp_path / "rows").mkdir()
-    tool(tmp_path / "rows", fingerprint(x), rows, ids)
+    columns = {"fingerprint": fingerprint(x), "id": ids, "probabilities": rows}
+    tool(tmp_path / "rows", columns)
     labels = SoftLabels.open(tmp_path / "rows")
     assert labels.shape == (N, C)
     inputs, soft = labels.attach(x, batch_size=N)[0]
@@ -121,6 +130,47 @@ def test_what_they_write_is_attached(tmp_path, tool, dtype):
         tmp_path / "rows", x, tmp_path / "store", ids=ids
     )
     np.testing.assert_allclose(report.labels[:], rows, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("tool", WRITERS)
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+@pytest.mark.parametrize("with_tail", [False, True])
+def test_the_k_largest_that_they_write(tmp_path, tool, dtype, with_tail):
+    """By fingerprint and by id, as rows and as targets of a loss."""
+    x, k = features(), 2
+    rows = Teacher().rows(x).astype("float64")
+    top = np.argsort(-rows, axis=-1)[:, :k]
+    shares = np.take_along_axis(rows, top, -1)
+    rest = 1 - shares.sum(-1, keepdims=True)
+    columns = {
+        "fingerprint": fingerprint(x),
+        "id": [f"film {i}" for i in range(N)],
+        "top_ids": top.astype(dtype),
+        "top_log_probabilities": np.log(shares),
+    }
+    if with_tail:
+        columns["log_tail"] = np.log(rest[:, 0])
+    (tmp_path / "rows").mkdir()
+    tool(tmp_path / "rows", columns)
+    spec = SoftLabelSpec(num_classes=C, dtype="float32")
+    labels = SoftLabels.open(tmp_path / "rows", spec=spec)
+    expected = np.repeat(rest / (C - k), C, axis=-1)
+    np.put_along_axis(expected, top, shares, -1)
+    attached = labels.attach(x, batch_size=N)[0][1]
+    np.testing.assert_allclose(attached, expected, atol=1e-5)
+    report = import_soft_labels(
+        tmp_path / "rows",
+        x,
+        tmp_path / "store",
+        spec=spec,
+        ids=columns["id"],
+    )
+    np.testing.assert_allclose(report.labels[:], expected, atol=1e-5)
+    targets = report.labels.top_k_targets[:]
+    np.testing.assert_array_equal(targets[:, :k, 0], top)
+    logs = np.log(np.concatenate([shares, rest], axis=-1))
+    np.testing.assert_allclose(targets[..., 1], logs, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("default")

@@ -44,18 +44,45 @@ def forker():
 
 def test_killed_at_random_points(path, tmp_path, forker):
     random = np.random.default_rng()
-    log, kills, stored = tmp_path / "asked", 0, 0
-    while True:
-        before = len(asked_rows(log))
-        seconds = random.uniform(0.02, 0.12)
-        status = forker.killed_after(seconds, path, log, pause=0.01, size=3)
-        # The teacher was not asked for any sequence stored when it started.
-        assert all(row >= stored for row in asked_rows(log)[before:])
-        if status == 0:
-            break
-        assert status == -signal.SIGKILL
-        kills, stored = kills + 1, check_incomplete(path, stored)
-    check_complete(path, log, 3 * kills)
+    kills, stores, times = 0, 0, 10
+    while kills < times:
+        store = path.with_suffix(f".{stores}")
+        log = tmp_path / f"asked-{stores}"
+        before, stored, status = kills, 0, -signal.SIGKILL
+        while status and kills < times:
+            asked = len(asked_rows(log))
+            seconds = random.uniform(0.02, 0.12)
+            status = forker.killed_after(
+                seconds, store, log, pause=0.01, size=3
+            )
+            # The teacher was not asked for what was stored when it started.
+            assert all(row >= stored for row in asked_rows(log)[asked:])
+            if status:
+                assert status == -signal.SIGKILL
+                kills, stored = kills + 1, check_incomplete(store, stored)
+        if status:
+            forker.start(store, log, size=3)
+            assert forker.wait() == 0
+        check_complete(store, log, 3 * (kills - before))
+        stores += 1
+
+
+def test_two_writers_are_refused(path):
+    """While the first writes, and it is not disturbed."""
+    teacher = Teacher(entries=4)
+
+    def while_writing(batch):
+        other = f"another process .pid {os.getpid()} on "
+        with pytest.raises(RuntimeError, match=other):
+            write(path)
+        return teacher(batch)
+
+    while_writing.entries = 4
+    labels = write(path, while_writing)
+    assert len(labels) == teacher.asked == N
+    np.testing.assert_array_equal(
+        labels[3], write(path.with_suffix(".alone"))[3]
+    )
 
 
 @pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from keras_ptloss._checks import check_choice, fail
+from keras_ptloss.soft_labels._journal import at_once
 from keras_ptloss.soft_labels._parquet_table import find_files
 from keras_ptloss.soft_labels._store import shard_count
 from keras_ptloss.soft_labels._tokens.answers import Lines
@@ -147,18 +148,14 @@ def import_token_labels(
     sequences = None if dataset is None else _sequences(dataset)
     places = Places(reader, sequences, ids)
     padding = 0
-    with TokenWriter(Path(path), spec) as writer:
-        try:
-            for batch in places.batches(reader.read(), _BATCH):
-                parts = [_tokens(placed, spec, reader) for placed in batch]
-                padding += sum(int((t.ids < 0).any(-1).sum()) for t in parts)
-                _append(writer, batch, parts, int(spec.vocabulary_size or 0))
-            if not writer.stored:
-                fail("source", "a file with at least one answer", str(source))
-            writer.finish()
-        except BaseException:
-            writer.discard()
-            raise
+    with at_once(TokenWriter(Path(path), spec)) as writer:
+        for batch in places.batches(reader.read(), _BATCH):
+            parts = [_tokens(placed, spec, reader) for placed in batch]
+            padding += sum(int((t.ids < 0).any(-1).sum()) for t in parts)
+            _append(writer, batch, parts, int(spec.vocabulary_size or 0))
+        if not writer.stored:
+            fail("source", "a file with at least one answer", str(source))
+        writer.finish()
     labels = TokenLabels.open(path)
     return TokenImportReport(
         labels,

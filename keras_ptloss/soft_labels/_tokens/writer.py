@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,11 +201,6 @@ class TokenWriter(Journal):
         for name in self._names():
             self.open_file(name)
         return manifest
-
-    def discard(self) -> None:
-        """Remove what is written of a store that is not complete."""
-        if not self.complete:
-            shutil.rmtree(self.directory, ignore_errors=True)
 
     def _close_files(self) -> None:
         """Cut what is not counted, and write the headers."""
