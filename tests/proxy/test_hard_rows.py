@@ -243,6 +243,65 @@ class TestSafeguards:
         assert np.all(q >= 0)
         np.testing.assert_allclose(q.sum(axis=1), 1.0)
 
+    @pytest.mark.parametrize(
+        ("teacher", "epsilon"),
+        [
+            (
+                [0.997214, 0.001583794, 0.001202206],
+                [[-1.0, -0.5], [4.99, -1.0], [0.831, -1.0]],
+            ),
+            (
+                [0.00869858, 0.798488920, 0.1928125],
+                [
+                    [8.354, 5.831, 7.474, -3.764, -2.379],
+                    [-3.643, 6.98, -3.751, -0.231, -2.293],
+                    [-3.11, -3.506, -1.282, 2.03, -3.025],
+                ],
+            ),
+            (
+                [0.022816, 0.976895912, 0.000288088],
+                [
+                    [4.109, 9.959, 4.689, 4.345, -0.717],
+                    [-1.895, 4.594, 0.834, -2.698, -2.934],
+                    [4.836, 5.98, -0.136, 0.929, 4.337],
+                ],
+            ),
+        ],
+    )
+    def test_start_is_not_above_the_teacher(self, teacher, epsilon):
+        """Where one step of the map is, another, higher minimum is near."""
+        result = proxy_teacher([teacher], epsilon)
+        t, q = np.array(teacher), result.probabilities[0]
+        assert result.converged.all()
+        assert helpers.pt_loss(t, q, epsilon) < helpers.pt_loss(t, t, epsilon)
+
+    @pytest.mark.parametrize(
+        ("teacher", "epsilon"),
+        [
+            (
+                [5.86e-7, 0.091400628, 0.908598786],
+                [
+                    [4.566, 6.96, -2.877, 3.938, 2.102],
+                    [-2.865, -3.585, -1.424, 3.734, 3.059],
+                    [1.07, -3.779, -1.683, 0.168, -3.523],
+                ],
+            ),
+            (
+                [8.669e-5, 1.3324e-5, 0.999899986],
+                [
+                    [1.113, -1.45, 2.987, 0.365, 1.802],
+                    [-0.788, 9.079, 6.159, 4.918, -3.387],
+                    [-1.151, -3.315, -3.905, -2.411, -3.356],
+                ],
+            ),
+        ],
+    )
+    def test_a_large_class_keeps_a_share(self, teacher, epsilon):
+        """Left with nothing by the others' leap, it would stay there."""
+        result = proxy_teacher([teacher], epsilon)
+        assert result.converged.all()
+        assert np.all(result.probabilities > 0)
+
     def test_no_loss_is_above_the_teacher_s(self):
         """The line search: Newton's own step may climb to a saddle."""
         rng = np.random.default_rng(0)

@@ -75,14 +75,33 @@ class TestDataSets:
             helpers.nll(outputs, labels), rel=1e-5
         )
 
-    def test_tf_data(self, live):
+    @pytest.mark.parametrize("shuffled", [False, True])
+    def test_tf_data(self, live, shuffled):
         tf = pytest.importorskip("tensorflow")
         teacher, x, labels, outputs = live
-        data = tf.data.Dataset.from_tensor_slices((x, labels)).batch(32)
-        found = TEMPERATURE.search(teacher, data)
+        data = tf.data.Dataset.from_tensor_slices((x, labels))
+        if shuffled:
+            data = data.shuffle(ROWS, seed=0, reshuffle_each_iteration=True)
+        found = TEMPERATURE.search(teacher, data.batch(32))
         assert found.score_at_zero == pytest.approx(
             helpers.nll(outputs, labels), rel=1e-5
         )
+
+    def test_positions_to_leave_out(self, live):
+        """Labels `(N, H, W)` beside inputs `(N, H, W, 4)`."""
+        teacher, x, labels, outputs = live
+        dense = keras.Sequential([keras.Input((3, 5, 4)), *teacher.layers])
+        kept = np.arange(ROWS) % 4 != 0
+        marked = np.where(kept, labels, 255).reshape(6, 3, 5)
+        batches = zip(
+            np.split(x.reshape(6, 3, 5, 4), 3), np.split(marked, 3), strict=True
+        )
+        found = TEMPERATURE.search(dense, batches, ignore_class=255)
+        alone = TEMPERATURE.search(outputs[kept], labels[kept])
+        assert found.score_at_zero == pytest.approx(
+            helpers.nll(outputs[kept], labels[kept]), rel=1e-5
+        )
+        assert found.score == pytest.approx(alone.score, rel=1e-5)
 
     def test_labels_of_another_pass_are_refused(self, live):
         teacher, x, labels, _ = live
@@ -132,6 +151,31 @@ class TestNothingIsPredictedInVain:
             TEMPERATURE.search(teacher, labels, inputs=x[:, :2])
         np.testing.assert_array_equal(teacher.predict(x, verbose=0), outputs)
 
+    @pytest.mark.parametrize("call", [0, 1])
+    @pytest.mark.parametrize("as_data_set", [False, True])
+    def test_teacher_survives_an_interruption(self, live, as_data_set, call):
+        """In a batch, when JAX has the weights and the model has not."""
+        x, labels, outputs = live[1:]
+        teacher = keras.models.clone_model(live[0])
+        teacher.set_weights(live[0].get_weights())
+        teacher.predict(x, verbose=0)
+        ask, calls = teacher.predict_function, []
+
+        def interrupted(*args):
+            calls.append(args)
+            if len(calls) > call:
+                raise KeyboardInterrupt
+            return ask(*args)
+
+        teacher.predict_function = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            if as_data_set:
+                TEMPERATURE.search(teacher, Shuffled(x, labels))
+            else:
+                TEMPERATURE.search(teacher, labels, inputs=x)
+        teacher.predict_function = ask
+        np.testing.assert_array_equal(teacher.predict(x, verbose=0), outputs)
+
 
 class TestShapes:
     def test_dense_prediction(self):
@@ -147,6 +191,22 @@ class TestShapes:
                 rows.reshape(*shape, CLASSES), labels.reshape(*shape, 1)
             )
             assert found.score == pytest.approx(flat.score)
+
+    def test_dense_prediction_with_positions_to_leave_out(self):
+        rows = helpers.dirichlet(0, 6 * 5 * 4, CLASSES)
+        labels = helpers.draw_labels(rows, 1)
+        kept = np.arange(len(rows)) % 4 != 0
+        search = ProxyTeacherSearch(GradientSearch(order=2, penalty=0.01))
+        alone = search.search(rows[kept], labels[kept])
+        cube = rows.reshape(6, 5, 4, CLASSES)
+        marked = np.where(kept, labels, 255).reshape(6, 5, 4)
+        found = search.search(cube, marked, ignore_class=255)
+        assert found.score == alone.score
+        np.testing.assert_allclose(
+            found.proxy_teacher(cube).probabilities.reshape(-1, CLASSES)[kept],
+            alone.proxy_teacher(rows[kept]).probabilities,
+            rtol=1e-12,
+        )
 
     @pytest.mark.parametrize("ignored", [-100, 255])
     def test_ignore_class(self, ignored):
