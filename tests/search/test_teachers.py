@@ -151,6 +151,15 @@ class TestNothingIsPredictedInVain:
             TEMPERATURE.search(teacher, labels, inputs=x[:, :2])
         np.testing.assert_array_equal(teacher.predict(x, verbose=0), outputs)
 
+    def test_a_mistake_does_not_bring_old_weights_back(self, live):
+        _, x, labels, outputs = live
+        teacher = keras.models.clone_model(live[0])
+        teacher.predict_on_batch(x)
+        teacher.set_weights(live[0].get_weights())
+        with pytest.raises(Exception, match="shape|ncompatible"):
+            TEMPERATURE.search(teacher, labels, inputs=x[:, :2])
+        np.testing.assert_array_equal(teacher.predict(x, verbose=0), outputs)
+
     @pytest.mark.parametrize("call", [0, 1])
     @pytest.mark.parametrize("as_data_set", [False, True])
     def test_teacher_survives_an_interruption(self, live, as_data_set, call):
