@@ -345,6 +345,10 @@ def weights_given_back(model: keras.Model) -> Iterator[None]:
         *(optimizer.variables if optimizer is not None else ()),
     ]
     before = [(v, v.value) for v in variables if _has_value(v)]
+    # `predict_on_batch` leaves its state behind, which would be put back after
+    # an error before the first step, when its arrays may be gone.
+    model.jax_state_sync()
+    model._jax_state = None  # no public way
     try:
         yield
     finally:

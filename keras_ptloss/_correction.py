@@ -217,6 +217,9 @@ class Correction:
                 check_probabilities("y_true", rows, advice)
             self.calibration.check_input("y_true", rows.shape[-1])
         teacher = self.calibration(rows, from_logits=from_logits)
+        self.recalibration.check_input("y_true", teacher.shape[-1])
+        if teacher.shape[-1] is not None:
+            check_constant_epsilon(self.epsilon, classes=teacher.shape[-1])
         if np.any(self.epsilon):
             teacher = proxy_tensor(teacher, self.epsilon)
         return self.recalibration(teacher, from_logits=False)

@@ -7,7 +7,12 @@ from keras_ptloss._calibration import Calibration
 from keras_ptloss._checks import check_choice, check_number, fail
 from keras_ptloss._correction import Correction
 from keras_ptloss.search._examples import Examples
-from keras_ptloss.search._linear import fit_linear, fit_temperature
+from keras_ptloss.search._linear import (
+    bounds_of_scale,
+    fit_linear,
+    fit_temperature,
+)
+from keras_ptloss.search._notes import notes_on_scale
 from keras_ptloss.search._objectives import Objective
 from keras_ptloss.search._progress import Progress
 from keras_ptloss.search._stack import Stack
@@ -137,4 +142,9 @@ class CalibrationSearch:
             solves=0,
             unconverged=0,
             per_class=self.by_class,
+            notes=notes_on_scale(
+                calibration.scale, bounds_of_scale(self.calibration)
+            )
+            if examples.teachers is None and self.calibration != "matrix"
+            else (),
         )

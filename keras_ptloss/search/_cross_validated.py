@@ -17,13 +17,22 @@ from keras_ptloss._calibration import Calibration, log_probabilities
 from keras_ptloss._checks import check_count, check_number, fail
 from keras_ptloss._correction import Correction
 from keras_ptloss.search._examples import Examples
-from keras_ptloss.search._fit import SCALES, Form, Point, fit, proxy
+from keras_ptloss.search._fit import (
+    SCALES,
+    UPPER,
+    Form,
+    Point,
+    fit,
+    proxy,
+)
 from keras_ptloss.search._folds import parts_of
 from keras_ptloss.search._linear import (
     all_right,
+    bounds_of_scale,
     fit_linear,
     fit_temperature,
 )
+from keras_ptloss.search._notes import notes_on_epsilon, notes_on_scale
 from keras_ptloss.search._objectives import Objective
 from keras_ptloss.search._progress import Progress
 from keras_ptloss.search._stack_choice import choose_stack
@@ -163,8 +172,29 @@ class CrossValidatedSearch:
             unconverged=race.unconverged,
             per_class=race.standings.candidates[chosen].calibration
             in ("vector", "matrix"),
-            notes=tuple(notes),
+            notes=(
+                *notes,
+                *_notes_on_bounds(
+                    race.standings.candidates[chosen], correction
+                ),
+            ),
         )
+
+
+def _notes_on_bounds(
+    candidate: Candidate, found: Correction
+) -> tuple[str, ...]:
+    """Say what of the chosen candidate ended at a bound."""
+    notes: tuple[str, ...] = ()
+    last = found.scale
+    if candidate.epsilon == "shared":
+        notes += notes_on_scale(found.scale, SCALES)
+        notes += notes_on_epsilon(found.epsilon, UPPER, calibrated=True)
+        last = found.proxy_scale
+    if candidate.calibration != "matrix":
+        bounds = bounds_of_scale(candidate.calibration)
+        notes += notes_on_scale(last, bounds)
+    return notes
 
 
 def _nothing_to_tell(examples: Examples) -> bool:

@@ -5,7 +5,15 @@ import dataclasses
 from keras_ptloss._checks import check_choice, check_count, check_number
 from keras_ptloss._correction import Correction
 from keras_ptloss.search._examples import Examples
-from keras_ptloss.search._fit import CALIBRATIONS, Form, fit, proxy
+from keras_ptloss.search._fit import (
+    CALIBRATIONS,
+    SCALES,
+    UPPER,
+    Form,
+    fit,
+    proxy,
+)
+from keras_ptloss.search._notes import notes_on_epsilon, notes_on_scale
 from keras_ptloss.search._objectives import Objective
 from keras_ptloss.search._progress import Progress
 from keras_ptloss.search._strategy import Found
@@ -102,4 +110,12 @@ class GradientSearch:
             solves=fitted.evaluations * len(q),
             unconverged=fitted.unconverged,
             per_class=self.by_class,
+            notes=(
+                *notes_on_scale(point.scale, SCALES),
+                *notes_on_epsilon(
+                    point.epsilon,
+                    UPPER,
+                    calibrated=self.calibration != "none",
+                ),
+            ),
         )

@@ -35,6 +35,11 @@ SCALES = (0.02, 20.0)
 MAX_ITERATIONS = 200
 
 
+def bounds_of_scale(calibration: str) -> tuple[float, float]:
+    """Return the bounds of `s`; a class's own has no upper one."""
+    return SCALES if calibration == "temperature" else (SCALES[0], np.inf)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinearFit:
     """A fitted calibration.

@@ -3,11 +3,8 @@
 import numpy as np
 import scipy.optimize
 
-from keras_ptloss._correction import Correction
 from keras_ptloss.search._examples import Examples
-from keras_ptloss.search._fit import UPPER
 from keras_ptloss.search._folds import standard_error
-from keras_ptloss.search._linear import SCALES
 from keras_ptloss.search._objectives import nll, nll_per_example
 
 # Classes with fewer labels than this carry parameters of their own badly.
@@ -54,23 +51,51 @@ def notes_on_teacher(examples: Examples) -> list[str]:
     return notes
 
 
-def notes_on_bounds(correction: Correction) -> list[str]:
-    """Say what ended at a bound of the search."""
-    notes = []
-    scale = correction.scale
-    if scale.ndim < 2 and (
-        np.any(scale <= SCALES[0] * 1.01) or np.any(scale >= SCALES[1] * 0.99)
-    ):
-        notes.append(
-            "the teacher's temperature ended at a bound of the search, "
-            f"{1 / SCALES[1]:g} to {1 / SCALES[0]:g}: it can hardly be trusted"
+def notes_on_scale(
+    scale: np.ndarray, bounds: tuple[float, float]
+) -> tuple[str, ...]:
+    """Say if an inverse temperature ended at a bound.
+
+    Args:
+        scale: `s`, `()` or `(C,)`.
+        bounds: those of the search that found it.
+    """
+    low, high = bounds
+    if np.all(scale > low * 1.01) and np.all(scale < high * 0.99):
+        return ()
+    return (
+        "the teacher's temperature ended at a bound of the search, "
+        f"{1 / high:g} to {1 / low:g}: it can hardly be trusted",
+    )
+
+
+def notes_on_epsilon(
+    epsilon: np.ndarray, upper: float, *, calibrated: bool
+) -> tuple[str, ...]:
+    """Say if `epsilon_1` ended at a bound, in all classes.
+
+    It is what a class of probability near 1 feels, `w -> t (1 + epsilon_1)`: at
+    its bound epsilon can make the teacher no flatter, or no sharper. Bounds of
+    higher orders, or of single classes, are often met and cost little.
+
+    Args:
+        epsilon: `(M,)` or `(C, M)`, fitted within `-1/m` and `upper`.
+        upper: the upper bound.
+        calibrated: whether a temperature was fitted ahead of it.
+    """
+    first = epsilon[..., 0]
+    advice = "" if calibrated else "; a temperature ahead of epsilon can"
+    if np.all(first <= -0.999):
+        return (
+            "epsilon ended at its lower bound, -1/m, below which the loss is "
+            "not convex: the teacher is surer than epsilon can mend" + advice,
         )
-    if np.any(correction.epsilon >= UPPER * 0.999):
-        notes.append(
-            f"epsilon of the teacher ended at its upper bound, {UPPER:g}: more "
-            "labels or a penalty would hold it"
+    if np.all(first >= 0.999 * upper):
+        return (
+            f"epsilon ended at its upper bound, {upper:g}: the teacher is less "
+            "sure than epsilon can mend" + advice,
         )
-    return notes
+    return ()
 
 
 def notes_on_few(labels: np.ndarray, classes: int, advice: str) -> list[str]:

@@ -15,6 +15,7 @@ from keras_ptloss.proxy._proxy_teacher import (
     solve_newton,
 )
 from keras_ptloss.search._examples import Examples
+from keras_ptloss.search._labels import rare_classes
 from keras_ptloss.search._objectives import Objective
 from keras_ptloss.search._progress import Progress
 from keras_ptloss.search._strategy import Found
@@ -83,6 +84,10 @@ class RandomSearch:
         """Search on the examples."""
         teacher, targets = examples.probabilities, examples.targets
         epsilons = self._draws(teacher.shape[1], seed)
+        if self.per_class and targets.ndim > 1:
+            # Of the rare ones the best of some draws is a draw by chance.
+            rare = rare_classes(examples.labels, examples.classes)
+            epsilons = [as_the_others(epsilon, rare) for epsilon in epsilons]
         scores: list[float] = []
         unconverged: list[int] = []
         # Trials differ in their steps: few together waste few.
@@ -155,6 +160,15 @@ class RandomSearch:
         q, _, residual, _ = solve_newton(teacher, padded)
         missed = np.sum(residual > TOLERANCE, axis=1)
         return q[: len(epsilons)], missed[: len(epsilons)]
+
+
+def as_the_others(epsilon: np.ndarray, rare: np.ndarray) -> np.ndarray:
+    """Return `(C, M)` with the mean of the other classes for the rare ones."""
+    if len(rare) == len(epsilon):
+        return np.zeros_like(epsilon)
+    epsilon = epsilon.copy()
+    epsilon[rare] = np.delete(epsilon, rare, axis=0).mean(axis=0)
+    return epsilon
 
 
 def _check_space(space: Any) -> tuple[float, float]:

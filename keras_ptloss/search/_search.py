@@ -15,7 +15,6 @@ from keras_ptloss.search._examples import Examples
 from keras_ptloss.search._gradient import GradientSearch
 from keras_ptloss.search._labels import left_to_the_teacher
 from keras_ptloss.search._notes import (
-    notes_on_bounds,
     notes_on_few,
     notes_on_teacher,
 )
@@ -203,7 +202,7 @@ class ProxyTeacherSearch:
                 "teacher": examples.probabilities.mean(axis=0),
                 "corrected": q.mean(axis=0),
             },
-            notes=(*notes, *notes_on_bounds(found.correction), *found.notes),
+            notes=(*notes, *found.notes),
         )
 
     def _notes(

@@ -146,3 +146,16 @@ def test_logits_by_mistake(rows):
     loss = ProxyKLDivergence(CORRECTION, from_logits=True)
     with pytest.raises(ValueError, match="teacher_from_logits=True of the"):
         loss(rows[1], rows[1])
+
+
+@pytest.mark.parametrize(
+    ("correction", "match"),
+    [
+        (Correction(1.0, scale=[1.0, 2.0, 3.0]), "`y_true` must have the 3"),
+        (Correction(proxy_scale=np.eye(3) + 1), "`y_true` must have the 3"),
+        (Correction(np.ones((3, 2))), "`epsilon`.*4 classes"),
+    ],
+)
+def test_other_class_counts(rows, correction, match):
+    with pytest.raises(ValueError, match=match):
+        ProxyKLDivergence(correction, from_logits=True)(*rows)

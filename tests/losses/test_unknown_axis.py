@@ -8,12 +8,13 @@ import keras
 import numpy as np
 import pytest
 
-from keras_ptloss import PTLoss
+from keras_ptloss import Correction, PTLoss
 from keras_ptloss.losses import (
     Flooding,
     FocalLoss,
     LabelPerturbedLoss,
     LabelSmoothingLoss,
+    ProxyKLDivergence,
 )
 
 PT_LOSSES = {
@@ -44,8 +45,18 @@ BASELINES = {
         "label_perturbed": LabelPerturbedLoss,
     }.items()
 }
+CORRECTED = {
+    "corrected": Correction([1.0, 0.5], scale=0.8),
+    "corrected_by_matrix": Correction(
+        [1.0, 0.5], proxy_scale=np.eye(3) + 0.1, proxy_bias=[0.3, 0.0, -0.3]
+    ),
+}
 LOSSES = {
     **PT_LOSSES,
+    **{
+        name: ProxyKLDivergence(correction, from_logits=True)
+        for name, correction in CORRECTED.items()
+    },
     **BASELINES,
     "flooding": Flooding(PT_LOSSES["shared"], 9.0),
 }
@@ -113,7 +124,7 @@ def test_same_value_and_training(name, jit_compile):
 
 
 @pytest.mark.parametrize(
-    "name", ["shared", "probabilities", *BASELINES, "flooding"]
+    "name", ["shared", "probabilities", "corrected", *BASELINES, "flooding"]
 )
 @pytest.mark.parametrize("columns", [1, 2])
 def test_binary_heads(name, columns):

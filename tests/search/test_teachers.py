@@ -1,5 +1,6 @@
 """Teachers and labels as users have them, and what is said of bad ones."""
 
+import re
 import warnings
 
 import helpers
@@ -9,7 +10,12 @@ import pytest
 import scipy.special
 
 from keras_ptloss import ProxyTeacherSearch
-from keras_ptloss.search import CalibrationSearch, GradientSearch
+from keras_ptloss.search import (
+    CalibrationSearch,
+    CrossValidatedSearch,
+    GradientSearch,
+    RandomSearch,
+)
 
 TEMPERATURE = ProxyTeacherSearch(CalibrationSearch("temperature"))
 ROWS, CLASSES = 90, 3
@@ -69,14 +75,33 @@ class TestDataSets:
             helpers.nll(outputs, labels), rel=1e-5
         )
 
-    def test_tf_data(self, live):
+    @pytest.mark.parametrize("shuffled", [False, True])
+    def test_tf_data(self, live, shuffled):
         tf = pytest.importorskip("tensorflow")
         teacher, x, labels, outputs = live
-        data = tf.data.Dataset.from_tensor_slices((x, labels)).batch(32)
-        found = TEMPERATURE.search(teacher, data)
+        data = tf.data.Dataset.from_tensor_slices((x, labels))
+        if shuffled:
+            data = data.shuffle(ROWS, seed=0, reshuffle_each_iteration=True)
+        found = TEMPERATURE.search(teacher, data.batch(32))
         assert found.score_at_zero == pytest.approx(
             helpers.nll(outputs, labels), rel=1e-5
         )
+
+    def test_positions_to_leave_out(self, live):
+        """Labels `(N, H, W)` beside inputs `(N, H, W, 4)`."""
+        teacher, x, labels, outputs = live
+        dense = keras.Sequential([keras.Input((3, 5, 4)), *teacher.layers])
+        kept = np.arange(ROWS) % 4 != 0
+        marked = np.where(kept, labels, 255).reshape(6, 3, 5)
+        batches = zip(
+            np.split(x.reshape(6, 3, 5, 4), 3), np.split(marked, 3), strict=True
+        )
+        found = TEMPERATURE.search(dense, batches, ignore_class=255)
+        alone = TEMPERATURE.search(outputs[kept], labels[kept])
+        assert found.score_at_zero == pytest.approx(
+            helpers.nll(outputs[kept], labels[kept]), rel=1e-5
+        )
+        assert found.score == pytest.approx(alone.score, rel=1e-5)
 
     def test_labels_of_another_pass_are_refused(self, live):
         teacher, x, labels, _ = live
@@ -126,6 +151,40 @@ class TestNothingIsPredictedInVain:
             TEMPERATURE.search(teacher, labels, inputs=x[:, :2])
         np.testing.assert_array_equal(teacher.predict(x, verbose=0), outputs)
 
+    def test_a_mistake_does_not_bring_old_weights_back(self, live):
+        _, x, labels, outputs = live
+        teacher = keras.models.clone_model(live[0])
+        teacher.predict_on_batch(x)
+        teacher.set_weights(live[0].get_weights())
+        with pytest.raises(Exception, match="shape|ncompatible"):
+            TEMPERATURE.search(teacher, labels, inputs=x[:, :2])
+        np.testing.assert_array_equal(teacher.predict(x, verbose=0), outputs)
+
+    @pytest.mark.parametrize("call", [0, 1])
+    @pytest.mark.parametrize("as_data_set", [False, True])
+    def test_teacher_survives_an_interruption(self, live, as_data_set, call):
+        """In a batch, when JAX has the weights and the model has not."""
+        x, labels, outputs = live[1:]
+        teacher = keras.models.clone_model(live[0])
+        teacher.set_weights(live[0].get_weights())
+        teacher.predict(x, verbose=0)
+        ask, calls = teacher.predict_function, []
+
+        def interrupted(*args):
+            calls.append(args)
+            if len(calls) > call:
+                raise KeyboardInterrupt
+            return ask(*args)
+
+        teacher.predict_function = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            if as_data_set:
+                TEMPERATURE.search(teacher, Shuffled(x, labels))
+            else:
+                TEMPERATURE.search(teacher, labels, inputs=x)
+        teacher.predict_function = ask
+        np.testing.assert_array_equal(teacher.predict(x, verbose=0), outputs)
+
 
 class TestShapes:
     def test_dense_prediction(self):
@@ -141,6 +200,22 @@ class TestShapes:
                 rows.reshape(*shape, CLASSES), labels.reshape(*shape, 1)
             )
             assert found.score == pytest.approx(flat.score)
+
+    def test_dense_prediction_with_positions_to_leave_out(self):
+        rows = helpers.dirichlet(0, 6 * 5 * 4, CLASSES)
+        labels = helpers.draw_labels(rows, 1)
+        kept = np.arange(len(rows)) % 4 != 0
+        search = ProxyTeacherSearch(GradientSearch(order=2, penalty=0.01))
+        alone = search.search(rows[kept], labels[kept])
+        cube = rows.reshape(6, 5, 4, CLASSES)
+        marked = np.where(kept, labels, 255).reshape(6, 5, 4)
+        found = search.search(cube, marked, ignore_class=255)
+        assert found.score == alone.score
+        np.testing.assert_allclose(
+            found.proxy_teacher(cube).probabilities.reshape(-1, CLASSES)[kept],
+            alone.proxy_teacher(rows[kept]).probabilities,
+            rtol=1e-12,
+        )
 
     @pytest.mark.parametrize("ignored", [-100, 255])
     def test_ignore_class(self, ignored):
@@ -174,36 +249,72 @@ class TestShapes:
         )
 
 
+def random_per_class(objective):
+    method = RandomSearch(order=2, trials=60, per_class=True)
+    return ProxyTeacherSearch(method, objective=objective)
+
+
+def gradient_per_class(objective):
+    method = GradientSearch(order=2, per_class=True)
+    return ProxyTeacherSearch(method, objective=objective)
+
+
+VECTOR = ProxyTeacherSearch(CalibrationSearch("vector", penalty=0.1))
+SEARCHES = {
+    "default": ProxyTeacherSearch(),
+    "default brier": ProxyTeacherSearch(objective="brier"),
+    "vector": VECTOR,
+    "matrix": ProxyTeacherSearch(CalibrationSearch("matrix", penalty=0.1)),
+    "per class": gradient_per_class("nll"),
+    "per class brier": gradient_per_class("brier"),
+    "random": random_per_class("nll"),
+    "random brier": random_per_class("brier"),
+}
+
+
 class TestRareClasses:
-    @pytest.mark.parametrize("few", [0, 3])
-    @pytest.mark.parametrize(
-        "search",
-        [
-            ProxyTeacherSearch(),
-            ProxyTeacherSearch(CalibrationSearch("vector", penalty=0.1)),
-            ProxyTeacherSearch(CalibrationSearch("matrix", penalty=0.1)),
-            ProxyTeacherSearch(GradientSearch(order=2, per_class=True)),
-        ],
-        ids=["default", "vector", "matrix", "per class"],
-    )
-    def test_are_left_as_the_teacher_has_them(self, search, few):
-        """Labels without class 4; new data with it."""
-        truth = helpers.dirichlet(0, 3000, 5, 0.8)
-        labels = helpers.draw_labels(truth, 1)
-        teacher = np.sqrt(truth) / np.sqrt(truth).sum(axis=1, keepdims=True)
-        rows = np.arange(1000)
-        common = rows[labels[:1000] != 4][:400]
-        rare = rows[labels[:1000] == 4][:few]
-        shown = np.concatenate([common, rare])
+    """Labels with none or a few of some classes; new data with them.
+
+    Not "risk", which rises and falls with the NLL of no class.
+    """
+
+    @staticmethod
+    def check(search, classes, rare, few, *, shown, power=0.5, seed=0):
+        truth = helpers.dirichlet(seed, shown + 2000, classes, 0.8)
+        labels = helpers.draw_labels(truth, seed + 1)
+        teacher = truth**power / (truth**power).sum(axis=1, keepdims=True)
+        rows = np.flatnonzero(~np.isin(labels[:shown], rare))
+        for c in rare:
+            of_class = np.flatnonzero(labels[:shown] == c)
+            rows = np.append(rows, of_class[:few])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = search.search(teacher[shown], labels[shown])
-        new = slice(1000, None)
-        q = found.proxy_teacher(teacher[new]).probabilities
-        assert helpers.nll(q, labels[new]) < helpers.nll(
-            teacher[new], labels[new]
-        )
-        assert 0.7 < q[:, 4].mean() / teacher[new][:, 4].mean() < 1.2
+            found = search.search(teacher[rows], labels[rows])
+        t, y = teacher[shown:], labels[shown:]
+        q = found.proxy_teacher(t).probabilities
+        assert helpers.nll(q, y) <= helpers.nll(t, y) + 1e-9
+        occurs = np.flatnonzero(np.isin(y, rare))
+        of_label = occurs, y[occurs]
+        rise = np.log(t[of_label]) - np.log(q[of_label])
+        noise = rise.std() / np.sqrt(len(rise))
+        assert rise.mean() <= 2 * noise + 1e-9
+        assert 0.9 < q[:, rare].mean() / t[:, rare].mean() < 1.1
+
+    @pytest.mark.parametrize("few", [0, 3])
+    @pytest.mark.parametrize("name", SEARCHES)
+    @pytest.mark.parametrize("power", [0.5, 2.0])
+    def test_are_left_as_the_teacher_has_them(self, name, few, power):
+        self.check(SEARCHES[name], 5, [4], few, shown=500, power=power)
+
+    @pytest.mark.parametrize("name", ["vector", "per class", "random"])
+    @pytest.mark.parametrize("seed", range(10, 40, 10))
+    def test_two_of_ten(self, name, seed):
+        self.check(SEARCHES[name], 10, [8, 9], 0, shown=600, seed=seed)
+
+    @pytest.mark.parametrize("name", ["vector", "random"])
+    def test_half_of_a_hundred(self, name):
+        rare = list(range(50, 100))
+        self.check(SEARCHES[name], 100, rare, 0, shown=1200)
 
 
 class TestTeachersToBeWarnedOf:
@@ -217,20 +328,69 @@ class TestTeachersToBeWarnedOf:
         assert "worse than a constant" in str(found)
         assert found.score < np.log(4)
 
-    def test_permuted_classes(self):
+    @pytest.mark.parametrize("order", [[1, 0, 2, 3], [1, 2, 0, 3]])
+    def test_permuted_classes(self, order):
+        """Its class c is what the labels call order[c]."""
         truth = helpers.dirichlet(0, 400, 4, 0.3)
         labels = helpers.draw_labels(truth, 1)
         with pytest.warns(UserWarning) as record:
-            TEMPERATURE.search(truth[:, [1, 0, 2, 3]], labels)
+            TEMPERATURE.search(truth[:, order], labels)
         text = " ".join(str(r.message) for r in record)
         assert "classes seem permuted" in text
-        assert "0 is 1, 1 is 0" in text
+        moved = [f"{c} is {of}" for c, of in enumerate(order) if c != of]
+        assert text.endswith("if its class " + ", ".join(moved))
 
-    def test_a_result_at_a_bound(self):
+    @pytest.mark.filterwarnings("ignore:the teacher is worse")
+    @pytest.mark.parametrize(
+        ("method", "said"),
+        [
+            (CalibrationSearch("temperature"), ["0.05 to 50"]),
+            (CalibrationSearch("vector", penalty=0.1), ["0 to 50"]),
+            (
+                GradientSearch(calibration="temperature"),
+                ["0.05 to 20", "epsilon ended at its lower bound.*mend$"],
+            ),
+            (
+                CrossValidatedSearch(calibrations=()),
+                ["0.05 to 20", "epsilon ended at its lower bound.*mend$"],
+            ),
+            (GradientSearch(), ["lower bound, -1/m, .*a temperature ahead"]),
+            (GradientSearch(order=2, per_class=True), ["at its lower bound"]),
+            (RandomSearch(order=1, trials=20), []),
+        ],
+    )
+    def test_what_ended_at_a_bound_of_the_search(self, method, said):
+        """A teacher that is wrong can be made no flatter."""
         z = np.random.default_rng(0).normal(0, 3, (400, 4))
-        with pytest.warns(UserWarning, match="worse than"):
-            found = TEMPERATURE.search(helpers.softmax(z), np.argmin(z, axis=1))
-        assert any("ended at a bound" in note for note in found.notes)
+        found = ProxyTeacherSearch(method, objective="nll").search(
+            helpers.softmax(z), np.argmin(z, axis=1)
+        )
+        notes = [note for note in found.notes if "ended at" in note]
+        assert len(notes) == len(said), notes
+        for note, match in zip(notes, said, strict=True):
+            assert re.search(match, note)
+
+    @pytest.mark.parametrize(
+        ("method", "said"),
+        [
+            (GradientSearch(order=1), True),
+            (GradientSearch(order=2, penalty=0.01), False),
+            # One coefficient of one class is there.
+            (GradientSearch(order=2, per_class=True), False),
+            (RandomSearch(order=1, trials=20, space=(0.0, 30.0)), False),
+        ],
+    )
+    def test_upper_bound_of_epsilon(self, method, said):
+        truth = helpers.dirichlet(0, 400, 4)
+        power = 0.05 if said else 0.4
+        teacher = truth**power / (truth**power).sum(axis=1, keepdims=True)
+        found = ProxyTeacherSearch(method, objective="nll").search(
+            teacher, helpers.draw_labels(truth, 1)
+        )
+        assert np.any(found.epsilon > 9.99) or not said
+        notes = [note for note in found.notes if "ended at" in note]
+        assert len(notes) == said, notes
+        assert all("at its upper bound, 10" in note for note in notes)
 
     def test_nothing_is_said_of_a_good_one(self):
         truth = helpers.dirichlet(0, 400, 4)
