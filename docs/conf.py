@@ -115,6 +115,7 @@ html_domain_indices = False
 html_show_sourcelink = False
 html_theme_options = {
     "navbar_end": ["theme-switcher"],
+    "navbar_persistent": ["search-button"],  # a field would not fit
     "header_links_before_dropdown": 7,
     "secondary_sidebar_items": {"**": ["page-toc"], "index": []},
     "footer_start": ["copyright"],
@@ -130,6 +131,8 @@ html_sidebars = {
         "get_started",
         "method",
         "interactive",
+        "results/index",
+        "results/before_the_matrix",
         "changelog",
         "contributing",
     )
