@@ -71,6 +71,7 @@ nb_execution_in_temp = True  # pages write files
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_execution_show_tb = True
+nb_merge_streams = True  # what a cell prints is one block
 nb_output_stderr = "remove"  # what TensorFlow says of the machine
 
 # Reference -----------------------------------------------------------------
@@ -130,6 +131,7 @@ html_sidebars = {
         "index",
         "get_started",
         "method",
+        "storage",
         "interactive",
         "results/index",
         "results/before_the_matrix",
