@@ -1,5 +1,6 @@
 """How the site is built: `make docs`."""
 
+import hashlib
 import importlib.metadata
 import os
 import re
@@ -14,6 +15,17 @@ import keras_ptloss
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE / "_extensions"))
+
+
+def hash_of(package):
+    """Return a hash of a package's sources."""
+    folder = Path(package.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
 
 project = "keras_ptloss"
 author = "The keras_ptloss authors"
@@ -51,11 +63,15 @@ source_suffix = {".rst": "restructuredtext", ".md": "myst-nb"}
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
-nb_execution_cache_path = str(HERE / "_build" / "jupyter_cache")
+# The cache knows a page by its cells; where the package is another, so is it.
+nb_execution_cache_path = str(
+    HERE / "_build" / "jupyter_cache" / hash_of(keras_ptloss)
+)
 nb_execution_in_temp = True  # pages write files
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_execution_show_tb = True
+nb_merge_streams = True  # what a cell prints is one block
 nb_output_stderr = "remove"  # what TensorFlow says of the machine
 
 # Reference -----------------------------------------------------------------
@@ -72,12 +88,19 @@ napoleon_custom_sections = [("Reference", "notes_style")]
 # Where a summary does not end.
 autosummary.WELL_KNOWN_ABBREVIATIONS += ("Eq.",)
 
+# Where the pages are, and the list of their names if it is not beside them.
 INVENTORIES = {
-    "python": "https://docs.python.org/3",
-    "keras": "https://keras.io/api",
-    "numpy": "https://numpy.org/doc/stable",
-    "scipy": "https://docs.scipy.org/doc/scipy",
-    "jax": "https://docs.jax.dev/en/latest",
+    "python": ("https://docs.python.org/3", None),
+    "keras": ("https://keras.io/api", None),
+    "numpy": ("https://numpy.org/doc/stable", None),
+    "scipy": ("https://docs.scipy.org/doc/scipy", None),
+    "jax": ("https://docs.jax.dev/en/latest", None),
+    # TensorFlow publishes none; this one is GPflow's.
+    "tensorflow": (
+        "https://www.tensorflow.org/api_docs/python",
+        "https://github.com/GPflow/tensorflow-intersphinx/raw/master/"
+        "tf2_py_objects.inv",
+    ),
 }
 
 # HTML ----------------------------------------------------------------------
@@ -93,6 +116,7 @@ html_domain_indices = False
 html_show_sourcelink = False
 html_theme_options = {
     "navbar_end": ["theme-switcher"],
+    "navbar_persistent": ["search-button"],  # a field would not fit
     "header_links_before_dropdown": 7,
     "secondary_sidebar_items": {"**": ["page-toc"], "index": []},
     "footer_start": ["copyright"],
@@ -107,8 +131,10 @@ html_sidebars = {
         "index",
         "get_started",
         "method",
+        "storage",
         "interactive",
-        "results",
+        "results/index",
+        "results/before_the_matrix",
         "changelog",
         "contributing",
     )
@@ -130,14 +156,15 @@ def reachable(inventories):
     Links to the other projects become code where theirs cannot be.
     """
     mapping = {}
-    for name, address in inventories.items():
+    for name, (address, inventory) in inventories.items():
         request = urllib.request.Request(
-            f"{address}/objects.inv", headers={"User-Agent": "Sphinx"}
+            inventory or f"{address}/objects.inv",
+            headers={"User-Agent": "Sphinx"},
         )
         try:
             with urllib.request.urlopen(request, timeout=5) as answer:
                 if answer.read(9) == b"# Sphinx ":
-                    mapping[name] = (address, None)
+                    mapping[name] = (address, inventory)
         except OSError:
             continue
     return mapping
@@ -190,9 +217,17 @@ def copy_tables(app):
 
 
 def link_tables(app, name, source):
-    """Make links out of `docs/` lead to these copies."""
-    text = source[0].replace("](../benchmarks/results)", "](tables.md)")
-    source[0] = text.replace("](../benchmarks/", "](benchmarks/")
+    """Make links out of `docs/` lead to these copies, and theirs into it."""
+    text = re.sub(
+        r"\]\(\.\./((?:\.\./)*)benchmarks/", r"](\1benchmarks/", source[0]
+    )
+    source[0] = text.replace("](../../docs/", "](../../")
+
+
+def link_included(app, path, parent, source):
+    """Make links of a file that a page includes lead on from this page."""
+    link_tables(app, parent, source)
+    source[0] = source[0].replace("](../docs/", "](")
 
 
 def find_public(app, env, node, contnode):
@@ -230,5 +265,6 @@ def setup(app):
     app.connect("autodoc-process-signature", leave_out_any)
     app.connect("builder-inited", copy_tables, priority=100)
     app.connect("source-read", link_tables)
+    app.connect("include-read", link_included)
     app.connect("missing-reference", find_public)
     app.connect("build-finished", copy_mathjax)

@@ -13,7 +13,7 @@ from playwright.sync_api import sync_playwright
 
 DOCS = pathlib.Path(__file__).parent.parent
 SITE = DOCS / "_build" / "html"
-sys.path.append(str(DOCS.parent / "tests"))  # what is public, of test_api.py
+sys.path.append(str(DOCS.parent / "tests"))  # test_api.py, helpers.py
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -3,6 +3,7 @@
 import re
 import sys
 
+import nbclient
 import nbformat
 import pytest
 from conftest import DOCS, SITE
@@ -45,6 +46,22 @@ def test_notebook(name):
             assert not re.search(r"\{[\w:]+\}`|\]\((?!https?:)", cell.source)
     page = (SITE / f"{name}.html").read_text()
     assert f'notebooks/{name}.ipynb" download' in page
+
+
+def test_notebook_runs_as_a_reader_runs_it(tmp_path):
+    """After a first cell that is a magic, as the installing one is.
+
+    Of this one of all, as it makes a script of the cells that were run.
+    """
+    notebook = nbformat.read(SITE / "notebooks/tutorials/images.ipynb", 4)
+    notebook.cells[0].source = "%pip --version"
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": tmp_path}}
+    )
+    client.execute()
+    printed = "".join(o.text for o in notebook.cells[-1].outputs)
+    assert "backend: tensorflow" in printed
+    assert "student of the search's loss" in printed
 
 
 def test_colab():

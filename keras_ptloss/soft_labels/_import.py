@@ -90,7 +90,8 @@ def import_soft_labels(
             examples that Parquet files lack.
         ids: The `custom_id` of each example, in the order of `dataset`. Needed
             where the rows have such a key or column, since batch jobs give
-            them in any order; each must occur exactly once.
+            them in any order. Each must occur exactly once, but for Parquet,
+            of which see above.
 
     Returns:
         An `ImportReport` with the opened store.

@@ -31,7 +31,7 @@ def with_retries(
         max_delay: Longest wait in seconds.
 
     Returns:
-        A callable for `SoftLabels.write`.
+        A callable for `SoftLabels.write` and `TokenLabels.write`.
 
     Raises:
         ValueError: If an argument is out of its range.

@@ -29,8 +29,9 @@ class SoftLabels(StoredRows):
 
     `labels[i]`, `labels[i:j]`, `labels[rows]` and `np.asarray(labels)` give
     float32 rows: probabilities that add up to 1, or logits if the teacher gave
-    logits. Only the rows asked for are read from disk. Make a store with
-    `SoftLabels.write`, read it again with `SoftLabels.open`.
+    logits. Only the rows asked for are read from disk, but of Parquet files,
+    which are read into memory. Make a store with `SoftLabels.write`, read it
+    again with `SoftLabels.open`.
 
     Attributes:
         spec: The store's `SoftLabelSpec`.

@@ -23,8 +23,8 @@ class SoftLabelSpec:
     the k largest classes.
 
     Args:
-        num_examples: Length of the data set; needed for `tf.data` and
-            `keras.utils.PyDataset`, which do not tell it.
+        num_examples: Length of the data set; needed for what does not tell it:
+            `tf.data`, `keras.utils.PyDataset`, Grain's and PyTorch's loaders.
         class_names: One name per class, in the order of the teacher's outputs.
         from_logits: Whether the teacher gives logits, not probabilities. They
             are stored and read as they are.
