@@ -15,6 +15,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_ptloss._keras import forget_jax_state
+
 Tensor = Any
 
 
@@ -345,10 +347,7 @@ def weights_given_back(model: keras.Model) -> Iterator[None]:
         *(optimizer.variables if optimizer is not None else ()),
     ]
     before = [(v, v.value) for v in variables if _has_value(v)]
-    # `predict_on_batch` leaves its state behind, which would be put back after
-    # an error before the first step, when its arrays may be gone.
-    model.jax_state_sync()
-    model._jax_state = None  # no public way
+    forget_jax_state(model)
     try:
         yield
     finally:

@@ -10,3 +10,14 @@ def supports_jit(model: keras.Model) -> bool:
     `Model.layers` does not show the layers inside of a layer.
     """
     return all(layer.supports_jit for layer in model._flatten_layers())
+
+
+def forget_jax_state(model: keras.Model) -> None:
+    """Put a model's state back into its variables, and keep no copy of it.
+
+    `predict_on_batch` leaves one behind. Keras would put it back after an error
+    before the first step of the next run, when its arrays may be gone: another
+    model with the same layers may have given them away.
+    """
+    model.jax_state_sync()
+    model._jax_state = None

@@ -34,7 +34,8 @@ class RandomSearch:
         order: highest number of coefficients M.
         trials: draws for each order.
         space: bounds of the draws, `(low, high)`.
-        per_class: whether each class has its own coefficients.
+        per_class: whether each class has its own coefficients; one of fewer
+            than 5 labels takes the mean of the others', by built-in objectives.
         solver: `"newton"`, or `"fsolve"`, the paper's.
 
     Raises:
