@@ -521,7 +521,8 @@ def main():
         "help": "CxN of these searches, as in 1000x5000",
     }
     add("--gradient", default=[(10, 1000), (100, 5000), (1000, 5000)], **sizes)
-    add("--default", default=[(3, 1000), (10, 1000), (100, 1000)], **sizes)
+    sizes_of_default = [(3, 1000), (10, 1000), (100, 1000), (1000, 5000)]
+    add("--default", default=sizes_of_default, **sizes)
     add("--run-gradient", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run_gradient:
