@@ -151,7 +151,7 @@ def draw(rows, path):
         axes[1, column].set_xlabel("labelled examples N")
     axes[0, 0].set_ylabel("NLL of the proxy, held out")
     axes[1, 0].set_ylabel("accuracy, %")
-    axes[1, 0].legend(fontsize="small")
+    axes[1, 1].legend(fontsize="small", loc="center")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
