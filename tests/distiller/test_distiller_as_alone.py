@@ -85,8 +85,8 @@ def pair(kind, teacher_kind=None, teacher_policy=None):
     with under(teacher_policy or keras.config.dtype_policy()):
         teacher, copy = (make(teacher_kind or kind, 2) for _ in range(2))
     if (teacher_kind or kind) == "deferred":
-        # On PyTorch the first `predict` of a Sequential that is not built rounds
-        # its inputs to the model's dtype, which later ones do not.
+        # On PyTorch the first `predict` of a Sequential that is not built
+        # rounds its inputs to the model's dtype, which later ones do not.
         copy.build((None, FEATURES))
     student, alone = make(kind, 1), make(kind, 1)
     distiller = Distiller(student, teacher)
