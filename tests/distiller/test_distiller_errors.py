@@ -263,7 +263,9 @@ class TestWrongInput:
             make_model(seed=1),
             **{**keys, f"{side}_inputs": "b"},
         )
-        with pytest.raises(ValueError, match=rf"`{side}_inputs`.*\['a'\]"):
+        # Keras 3.12 wraps it, where it builds the model by calling it.
+        errors = (ValueError, RuntimeError)
+        with pytest.raises(errors, match=rf"`{side}_inputs`.*\['a'\]"):
             run(distiller, call, {"a": x})
 
     @calls

@@ -220,8 +220,8 @@ class TestCompiled:
             return compiled.memory_analysis().temp_size_in_bytes
 
         logits = 4 * 512 * 4096
-        # The logits, their gradient and one more.
-        assert logits <= planned(plain) <= 3 * logits
+        # The logits, their gradient and one more, and numbers of tokens.
+        assert logits <= planned(plain) <= 3.1 * logits
         assert planned(lambda *rows: fused(*rows, chunk=256)) < logits / 4
 
     def test_unknown_number_of_tokens(self):

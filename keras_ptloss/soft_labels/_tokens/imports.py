@@ -257,7 +257,9 @@ def _compared(
         return {}
     rows = labels.rows_of(sequences)
     found = np.unique(labels.fingerprints[rows[rows >= 0]])
+    # By sorting: the tables of NumPy 2.0 overflow on the largest uint64.
+    known = np.isin(labels.fingerprints, found, kind="sort")
     return {
         "missing": tuple(np.flatnonzero(rows < 0).tolist()),
-        "foreign": int((~np.isin(labels.fingerprints, found)).sum()),
+        "foreign": int((~known).sum()),
     }
