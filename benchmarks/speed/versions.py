@@ -98,6 +98,10 @@ def drawn(data):
             yield key, seed, np.ravel(result.epsilon).tolist()
 
 
+# Of a checkout, in a process of its own.
+JOBS = {"time": lambda data: solve_times(3), "found": found, "drawn": drawn}
+
+
 def child(checkout, job, data):
     """Run this file on a checkout; return what it printed."""
     run = subprocess.run(
@@ -115,16 +119,10 @@ def main():
     parser.add_argument("checkouts", nargs="*", type=pathlib.Path)
     parser.add_argument("--data", type=pathlib.Path)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--job", choices=("time", "found", "drawn"))
+    parser.add_argument("--job", choices=JOBS)
     arguments = parser.parse_args()
     if arguments.job:
-        jobs = {"found": found, "drawn": drawn}
-        results = (
-            solve_times(3)
-            if arguments.job == "time"
-            else jobs[arguments.job](arguments.data)
-        )
-        print(json.dumps(list(results)))
+        print(json.dumps(list(JOBS[arguments.job](arguments.data))))
         return
     before, now = arguments.checkouts
     ratios = {}

@@ -104,10 +104,7 @@ class Training(keras.Model):
                 labels; if a `keras.distribution` is set, on another backend
                 than JAX.
         """
-        check_distribution()
-        given = _by_name(super().fit, x, y, *args, **kwargs)
-        _check_class_weight(given.get("class_weight"), x, y)
-        _check_sample_weight(given.get("sample_weight"), y)
+        _check_call(super().fit, x, y, *args, **kwargs)
         with weights_given_back(self):
             return super().fit(x, y, *args, **kwargs)
 
@@ -124,13 +121,9 @@ class Training(keras.Model):
         Raises:
             ValueError: as `fit`.
         """
-        check_distribution()
-        given = _by_name(
-            super().train_on_batch, x, y, sample_weight, *args, **kwargs
-        )
-        _check_class_weight(given.get("class_weight"), x, y)
-        _check_sample_weight(sample_weight, y)
-        return super().train_on_batch(x, y, sample_weight, *args, **kwargs)
+        train = super().train_on_batch
+        _check_call(train, x, y, sample_weight, *args, **kwargs)
+        return train(x, y, sample_weight, *args, **kwargs)
 
     def evaluate(
         self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any
@@ -141,9 +134,7 @@ class Training(keras.Model):
             ValueError: if there is `sample_weight`, and no labels; if a
                 `keras.distribution` is set, on another backend than JAX.
         """
-        check_distribution()
-        given = _by_name(super().evaluate, x, y, *args, **kwargs)
-        _check_sample_weight(given.get("sample_weight"), y)
+        _check_call(super().evaluate, x, y, *args, **kwargs)
         with weights_given_back(self):
             return super().evaluate(x, y, *args, **kwargs)
 
@@ -160,9 +151,9 @@ class Training(keras.Model):
         Raises:
             ValueError: as `evaluate`.
         """
-        check_distribution()
-        _check_sample_weight(sample_weight, y)
-        return super().test_on_batch(x, y, sample_weight, *args, **kwargs)
+        test = super().test_on_batch
+        _check_call(test, x, y, sample_weight, *args, **kwargs)
+        return test(x, y, sample_weight, *args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the student's outputs, as `keras.Model.predict`."""
@@ -170,11 +161,17 @@ class Training(keras.Model):
             return super().predict(*args, **kwargs)
 
 
-def _by_name(
-    method: Callable[..., Any], *args: Any, **kwargs: Any
-) -> dict[str, Any]:
-    """Return the arguments of a call by the names that the method has."""
-    return inspect.signature(method).bind_partial(*args, **kwargs).arguments
+def _check_call(
+    method: Callable[..., Any], x: Any, y: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Check what one of Keras's methods is about to be given.
+
+    By the names that the method has, for weights may come by position.
+    """
+    check_distribution()
+    bound = inspect.signature(method).bind_partial(x, y, *args, **kwargs)
+    _check_class_weight(bound.arguments.get("class_weight"), x, y)
+    _check_sample_weight(bound.arguments.get("sample_weight"), y)
 
 
 def _check_class_weight(class_weight: Any, x: Any, y: Any) -> None:

@@ -103,7 +103,7 @@ class Journal:
 
     def _leave_nothing(self) -> None:
         """Remove what holds no row; the directory, unless it was there."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self.discard()
         self._lock_path.unlink(missing_ok=True)
         if self._made:
             with contextlib.suppress(OSError):  # others write there
