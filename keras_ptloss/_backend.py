@@ -346,8 +346,8 @@ def weights_given_back(model: keras.Model) -> Iterator[None]:
         *model.metrics_variables,
         *(optimizer.variables if optimizer is not None else ()),
     ]
-    before = [(v, v.value) for v in variables if _has_value(v)]
     forget_jax_state(model)
+    before = [(v, v.value) for v in variables if _has_value(v)]
     try:
         yield
     finally:
