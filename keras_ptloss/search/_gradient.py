@@ -2,7 +2,12 @@
 
 import dataclasses
 
-from keras_ptloss._checks import check_choice, check_count, check_number
+from keras_ptloss._checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+)
 from keras_ptloss._correction import Correction
 from keras_ptloss.search._examples import Examples
 from keras_ptloss.search._fit import (
@@ -70,6 +75,7 @@ class GradientSearch:
     def __post_init__(self) -> None:
         """Check the arguments."""
         check_count("order", self.order)
+        check_flag("per_class", self.per_class)
         check_choice("calibration", self.calibration, CALIBRATIONS)
         check_number("penalty", self.penalty, at_least=0.0)
         check_count("starts", self.starts)

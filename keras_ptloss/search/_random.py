@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from keras_ptloss._backend import block_elements
-from keras_ptloss._checks import check_choice, check_count, fail
+from keras_ptloss._checks import check_choice, check_count, check_flag, fail
 from keras_ptloss._correction import Correction
 from keras_ptloss.proxy._proxy_teacher import (
     SOLVERS,
@@ -64,6 +64,7 @@ class RandomSearch:
     def __post_init__(self) -> None:
         """Check the arguments."""
         check_count("order", self.order)
+        check_flag("per_class", self.per_class)
         check_count("trials", self.trials)
         object.__setattr__(self, "space", _check_space(self.space))
         check_choice("solver", self.solver, SOLVERS)

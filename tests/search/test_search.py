@@ -559,10 +559,12 @@ class TestSettings:
         [
             (RandomSearch, "order", 0),
             (RandomSearch, "order", 2.0),
+            (RandomSearch, "per_class", "no"),
             (RandomSearch, "trials", 0),
             (RandomSearch, "trials", True),
             (RandomSearch, "solver", "bfgs"),
             (GradientSearch, "order", 0),
+            (GradientSearch, "per_class", 1),
             (GradientSearch, "calibration", "matrix"),
             (GradientSearch, "penalty", -0.1),
             (GradientSearch, "penalty", np.nan),
