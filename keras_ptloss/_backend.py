@@ -269,15 +269,25 @@ def by_blocks(
     )
     if alone or len(blocks) < 3:
         return first + [function(*block) for block in blocks[1:]]
-    with concurrent.futures.ThreadPoolExecutor(_cores()) as threads:
-        return first + list(threads.map(lambda b: function(*b), blocks[1:]))
+    return first + list(_threads().map(lambda b: function(*b), blocks[1:]))
 
 
-def _cores() -> int:
-    """Return how many cores this process may use."""
+@functools.cache
+def _threads() -> concurrent.futures.ThreadPoolExecutor:
+    """Return one thread for each core that this process may use.
+
+    They are kept: new ones for each call would each leave memory behind.
+    """
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return concurrent.futures.ThreadPoolExecutor(
+            len(os.sched_getaffinity(0))
+        )
+    return concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked process has none of them, and would wait for them.
+    os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Blocks of rows: shared out to threads, with results in their order."""
 
+import multiprocessing
 import threading
 
 import keras
@@ -29,6 +30,23 @@ class TestByBlocks:
     def test_others_are_in_threads(self):
         others = by_blocks(where, [(row,) for row in range(5)])[1:]
         assert threading.current_thread() not in [t for _, t in others]
+
+    @pytest.mark.skipif(
+        "fork" not in multiprocessing.get_all_start_methods(),
+        reason="no forked processes here",
+    )
+    @pytest.mark.filterwarnings("ignore:.*fork")
+    def test_in_a_forked_process(self):
+        """Its parent's threads are not there: it must not wait for them."""
+        by_blocks(where, [(row,) for row in range(5)])
+        child = multiprocessing.get_context("fork").Process(
+            target=by_blocks, args=(where, [(row,) for row in range(5)])
+        )
+        child.start()
+        child.join(timeout=60)
+        if child.is_alive():
+            child.kill()
+        assert child.exitcode == 0
 
     @pytest.mark.parametrize("bad", [0, 1, 4])
     def test_an_error_is_raised(self, bad):
