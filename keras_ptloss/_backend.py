@@ -129,6 +129,34 @@ def float64() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def compiled_on_jax(
+    function: Callable[..., Any], *, settings: Sequence[str]
+) -> Callable[..., Any]:
+    """Make a function of tensors one that is compiled once on JAX.
+
+    Called outside of a compiled function, JAX compiles a loop at each call
+    anew, and each operation apart. Elsewhere the function stays as it is.
+
+    Args:
+        function: takes tensors, and hashable settings by keyword.
+        settings: the names of these.
+    """
+    compiled = None
+
+    @functools.wraps(function)
+    def run(*tensors: Tensor, **values: Any) -> Any:
+        nonlocal compiled
+        if keras.backend.backend() != "jax":
+            return function(*tensors, **values)
+        if compiled is None:
+            import jax
+
+            compiled = jax.jit(function, static_argnames=settings)
+        return compiled(*tensors, **values)
+
+    return run
+
+
 def on_numpy(
     function: Callable[..., Any],
     *,
@@ -278,11 +306,9 @@ def _threads() -> concurrent.futures.ThreadPoolExecutor:
 
     They are kept: new ones for each call would each leave memory behind.
     """
-    if hasattr(os, "sched_getaffinity"):
-        return concurrent.futures.ThreadPoolExecutor(
-            len(os.sched_getaffinity(0))
-        )
-    return concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+    known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count()
+    return concurrent.futures.ThreadPoolExecutor(cores)
 
 
 if hasattr(os, "register_at_fork"):

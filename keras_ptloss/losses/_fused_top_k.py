@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from keras import backend, ops
 
-from keras_ptloss._backend import maximum, minimum
+from keras_ptloss._backend import compiled_on_jax, maximum, minimum
 from keras_ptloss._calibration import LOWEST, TINY
 from keras_ptloss._checks import check_choice, check_count, fail
 from keras_ptloss.losses._events import (
@@ -123,23 +123,43 @@ def fused_top_k_pt_loss(
     hidden = ops.reshape(hidden, (-1, hidden.shape[-1]))
     entries = ops.shape(y_true)[-2]
     targets = ops.reshape(y_true, (ops.shape(hidden)[0], entries, 2))
-    head = _Head(rows, classes, min(chunk, classes))
-    coefficients = [float(e) for e in own["epsilon"]]
-    temperature = own["teacher_temperature"]
+    values = _of_rows_compiled(
+        targets,
+        hidden,
+        weights,
+        bias,
+        head=_Head(rows, classes, min(chunk, classes)),
+        epsilon=tuple(float(e) for e in own["epsilon"]),
+        tail=tail,
+        temperature=own["teacher_temperature"],
+    )
+    return ops.reshape(values, leading)
+
+
+def _of_rows(
+    targets: Tensor,
+    hidden: Tensor,
+    weights: Tensor,
+    bias: Tensor,
+    *,
+    head: "_Head",
+    epsilon: tuple[float, ...],
+    tail: str,
+    temperature: float,
+) -> Tensor:
+    """Return the loss of N positions, `(N,)`, with its gradient."""
 
     @ops.custom_gradient
     def differentiable(
         targets: Tensor, hidden: Tensor, weights: Tensor, bias: Tensor
     ) -> Any:
         events = read_events(
-            targets, classes, tail=tail, temperature=temperature
+            targets, head.classes, tail=tail, temperature=temperature
         )
         given, log_others = head.project(hidden, weights, bias, events)
         if tail == "renormalize":
             log_others = ops.full_like(log_others, LOWEST)
-        loss, *derivatives = events_loss(
-            events, given, log_others, coefficients
-        )
+        loss, *derivatives = events_loss(events, given, log_others, epsilon)
 
         def gradient(*args: Tensor, upstream: Tensor = None) -> Any:
             if upstream is None:  # as TensorFlow and JAX call it
@@ -158,7 +178,12 @@ def fused_top_k_pt_loss(
 
         return loss, gradient
 
-    return ops.reshape(differentiable(targets, hidden, weights, bias), leading)
+    return differentiable(targets, hidden, weights, bias)
+
+
+_of_rows_compiled = compiled_on_jax(
+    _of_rows, settings=["head", "epsilon", "tail", "temperature"]
+)
 
 
 def _classes_are_rows(hidden: Tensor, weights: Tensor) -> bool:

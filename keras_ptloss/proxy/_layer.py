@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ptloss._backend import has_no_values
+from keras_ptloss._backend import compiled_on_jax, has_no_values
 from keras_ptloss._binary import two_events
 from keras_ptloss._calibration import teacher_calibration
 from keras_ptloss._checks import (
@@ -36,9 +36,13 @@ def proxy_tensor(
     """
     teacher = teacher / ops.sum(teacher, axis=-1, keepdims=True)
     epsilon = ops.cast(epsilon, teacher.dtype)
-    coefficients = ops.moveaxis(epsilon, -1, 0)  # (M,) or (M, C)
     if has_no_values(teacher):
         return teacher
+    return _proxy_tensor(teacher, epsilon, max_steps=max_steps)
+
+
+def _solve(teacher: Tensor, epsilon: Tensor, *, max_steps: int) -> Tensor:
+    coefficients = ops.moveaxis(epsilon, -1, 0)  # (M,) or (M, C)
     rank = len(teacher.shape)
     solution = newton(
         ops.stop_gradient(teacher),
@@ -61,6 +65,9 @@ def proxy_tensor(
     done = ops.expand_dims(solution.residual <= TOLERANCE, -1)
     off = ops.where(done, 0.0, ops.stop_gradient(step))
     return q + (step - off)
+
+
+_proxy_tensor = compiled_on_jax(_solve, settings=["max_steps"])
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")

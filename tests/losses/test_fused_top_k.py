@@ -8,7 +8,12 @@ import scipy.special
 from keras import ops
 
 from keras_ptloss._backend import as_array
-from keras_ptloss.losses import fused_top_k_pt_loss, top_k_pt_loss
+from keras_ptloss.losses import (
+    _fused_top_k,
+    fused_top_k_pt_loss,
+    top_k_pt_loss,
+)
+from keras_ptloss.losses._events import read_events
 
 TOKENS, SIZE, CLASSES, K = 6, 5, 23, 3
 EPSILON = [0.5, -0.2, 0.3]
@@ -203,6 +208,22 @@ class TestCompiled:
         rows = draw()
         compiled = helpers.compiled(lambda *rows: fused(*rows, chunk=7))
         np.testing.assert_allclose(compiled(*rows), reference(*rows), rtol=1e-5)
+
+    @pytest.mark.skipif(
+        keras.backend.backend() != "jax", reason="JAX compiles it"
+    )
+    def test_once_outside_of_compiled_functions(self, monkeypatch):
+        traced = []
+
+        def counted(*args, **settings):
+            traced.append(args)
+            return read_events(*args, **settings)
+
+        monkeypatch.setattr(_fused_top_k, "read_events", counted)
+        rows = draw(tokens=13)
+        for _ in range(3):
+            fused(*rows, chunk=7)
+        assert len(traced) == 1
 
     def test_no_array_of_tokens_and_vocabulary(self):
         """What XLA plans for value and gradients, in bytes of temporaries."""
