@@ -28,6 +28,14 @@ def slow_beyond(backend):
     return pytest.mark.slow
 
 
+def slow_but_on_one():
+    """Return the marks of a module about files, in which no backend computes.
+
+    It is run on TensorFlow, and by `make slow` on the others.
+    """
+    return [] if keras.backend.backend() == "tensorflow" else [pytest.mark.slow]
+
+
 def golden_parameters():
     return [
         pytest.param(case, id=f"{index}-C{case['C']}-{case['kind']}")

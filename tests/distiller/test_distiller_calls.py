@@ -43,9 +43,10 @@ def run(distiller, call, data):
 
 class TestLabelsInOneCallAndNoneInTheOther:
     @pytest.mark.parametrize(
-        "first, second", list(itertools.product(CALLS, repeat=2))
+        "first, second, labels_first",
+        [(*pair, True) for pair in itertools.product(CALLS, repeat=2)]
+        + [(call, call, False) for call in CALLS],
     )
-    @pytest.mark.parametrize("labels_first", [False, True])
     def test_every_order(self, x, y, first, second, labels_first):
         distiller = Distiller(make_linear(seed=1), make_model())
         distiller.compile(

@@ -60,11 +60,8 @@ class TestSolversAgree:
 
     @every_class_count()
     @every_shape()
-    @pytest.mark.parametrize("seed", [0, 1])
-    def test_newton_is_never_above_fsolve_nor_the_teacher(
-        self, classes, shape, seed
-    ):
-        rows = 20 if classes < 100 else 6
+    def test_newton_is_never_above_fsolve_nor_the_teacher(self, classes, shape):
+        rows, seed = 30 if classes < 100 else 4, 0
         teacher = helpers.dirichlet(seed, rows, classes, 0.3)
         epsilon = random_epsilon(seed, classes, shape=shape)
         newton = proxy_teacher(teacher, epsilon)

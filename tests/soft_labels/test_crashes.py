@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 
+import helpers
 import numpy as np
 import pytest
 from forker import asked_rows, forking
@@ -20,6 +21,8 @@ from stores import (
 )
 
 from keras_ptloss.soft_labels import SoftLabels
+
+pytestmark = helpers.slow_but_on_one()
 
 CODE = """
     from keras_ptloss.soft_labels import SoftLabels, SoftLabelSpec

@@ -2,11 +2,14 @@
 
 import json
 
+import helpers
 import numpy as np
 import pytest
 from stores import C, N, Teacher, features, flipped, spoilt, write
 
 from keras_ptloss.soft_labels import SoftLabels
+
+pytestmark = helpers.slow_but_on_one()
 
 
 def test_damage_is_found(path):

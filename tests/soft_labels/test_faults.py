@@ -8,11 +8,14 @@ import sys
 import tempfile
 import textwrap
 
+import helpers
 import numpy as np
 import pytest
 from stores import ENVIRONMENT, N, Teacher, features, write
 
 from keras_ptloss.soft_labels import SoftLabels, import_soft_labels
+
+pytestmark = helpers.slow_but_on_one()
 
 IN_A_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 

@@ -2,6 +2,7 @@
 
 import math
 
+import helpers
 import numpy as np
 import pytest
 from imports import NAMES, lines, run, top
@@ -11,6 +12,8 @@ from keras_ptloss.soft_labels import (
     SoftLabelSpec,
     import_soft_labels,
 )
+
+pytestmark = helpers.slow_but_on_one()
 
 
 def test_csv(tmp_path):

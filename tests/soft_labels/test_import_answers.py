@@ -7,12 +7,15 @@ import copy
 import json
 import math
 
+import helpers
 import numpy as np
 import pytest
 from imports import lines, run, top, top_of
 
 from keras_ptloss.soft_labels._numbers import RowProblem
 from keras_ptloss.soft_labels._responses import positions
+
+pytestmark = helpers.slow_but_on_one()
 
 NAMES = ("no", "yes")
 FIRST = top(Yes=0.6, No=0.3, Maybe=0.05)

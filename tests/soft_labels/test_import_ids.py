@@ -1,8 +1,11 @@
 """Import of rows that bear ids, such as a batch job's output."""
 
+import helpers
 import numpy as np
 import pytest
 from imports import lines, run, top
+
+pytestmark = helpers.slow_but_on_one()
 
 NAMES = ("no", "yes")
 

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 
+import helpers
 import numpy as np
 import pytest
 import stores
@@ -18,6 +19,8 @@ from keras_ptloss.soft_labels import (
     import_soft_labels,
     import_token_labels,
 )
+
+pytestmark = helpers.slow_but_on_one()
 
 
 class BrokenBatches(Batches):

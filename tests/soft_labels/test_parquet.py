@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import helpers
 import numpy as np
 import pytest
 from stores import (
@@ -26,6 +27,8 @@ from keras_ptloss.soft_labels import (
     fingerprint,
     import_soft_labels,
 )
+
+pytestmark = helpers.slow_but_on_one()
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

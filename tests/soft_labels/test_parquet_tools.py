@@ -1,5 +1,6 @@
 """Parquet files written and read by the tools that people have."""
 
+import helpers
 import numpy as np
 import pytest
 from stores import C, N, Teacher, features, softmax, write
@@ -10,6 +11,8 @@ from keras_ptloss.soft_labels import (
     fingerprint,
     import_soft_labels,
 )
+
+pytestmark = helpers.slow_but_on_one()
 
 pa = pytest.importorskip("pyarrow")
 

@@ -7,6 +7,7 @@ import math
 import pathlib
 import tempfile
 
+import helpers
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import numpy as np
@@ -19,6 +20,8 @@ from keras_ptloss.soft_labels import (
     import_soft_labels,
 )
 from keras_ptloss.soft_labels._readers import Reader
+
+pytestmark = helpers.slow_but_on_one()
 
 # Every example writes files, whose time the disk decides.
 settings = hypothesis.settings(

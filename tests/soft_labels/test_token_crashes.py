@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import helpers
 import numpy as np
 import pytest
 from forker import asked_rows, forking
@@ -11,6 +12,8 @@ from stores import Batches, flipped, spoilt
 from token_stores import Teacher, V, texts, write
 
 from keras_ptloss.soft_labels import SoftLabels, TokenLabels
+
+pytestmark = helpers.slow_but_on_one()
 
 N = 12
 FOLDER = "shard-00000-of-00001"

@@ -1,10 +1,13 @@
 """Parquet files as DistillKit writes them, plain and compressed."""
 
+import helpers
 import numpy as np
 import pytest
 from token_stores import Teacher, V, softmax, texts, top
 
 from keras_ptloss.soft_labels import TokenLabelSpec, import_token_labels
+
+pytestmark = helpers.slow_but_on_one()
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

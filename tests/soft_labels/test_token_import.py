@@ -2,11 +2,14 @@
 
 import json
 
+import helpers
 import numpy as np
 import pytest
 from token_stores import Teacher, V, softmax, texts, top
 
 from keras_ptloss.soft_labels import TokenLabelSpec, import_token_labels
+
+pytestmark = helpers.slow_but_on_one()
 
 HALF = 2.0**-11
 
