@@ -9,7 +9,7 @@ import pytest
 from keras.distribution import DataParallel, set_distribution
 
 from keras_ptloss._backend import by_blocks
-from keras_ptloss.proxy import _newton
+from keras_ptloss.proxy import _blocks
 
 
 def where(row):
@@ -79,7 +79,17 @@ def test_blocks_are_as_the_whole(classes, several, monkeypatch):
     epsilon = rng.uniform(-0.2, 5.0, shape)
     whole = None
     for elements in (2**22, 1):
-        monkeypatch.setattr(_newton, "block_elements", lambda n=elements: n)
-        q = _newton.solve_newton(teacher, epsilon).q
+        monkeypatch.setattr(_blocks, "block_elements", lambda n=elements: n)
+        q = _blocks.solve_newton(teacher, epsilon).q
         whole = q if whole is None else whole
     np.testing.assert_allclose(q, whole, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 6])
+def test_several_epsilon_in_groups(at_once):
+    teacher = np.random.default_rng(0).dirichlet(np.full(3, 0.3), 50)
+    epsilon = np.random.default_rng(1).uniform(-0.2, 5.0, (6, 1, 2))
+    epsilon[3] = 0.0
+    q = _blocks.solve_newton(teacher, epsilon, at_once=at_once).q
+    alone = [_blocks.solve_newton(teacher, one[0]).q for one in epsilon]
+    np.testing.assert_allclose(q, alone, rtol=1e-9)

@@ -17,8 +17,8 @@ import matplotlib
 import numpy as np
 from machine import load_average, machine
 
+from keras_ptloss.proxy._blocks import solve_newton
 from keras_ptloss.proxy._fsolve import _fsolve_row
-from keras_ptloss.proxy._newton import solve_newton
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

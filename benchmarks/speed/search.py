@@ -26,8 +26,8 @@ from machine import load_average, machine, resident
 from keras_ptloss import ProxyTeacherSearch
 from keras_ptloss._backend import block_elements
 from keras_ptloss._perturbation import perturbation, slope
+from keras_ptloss.proxy._blocks import solve_newton
 from keras_ptloss.proxy._fsolve import _fsolve_row
-from keras_ptloss.proxy._newton import solve_newton
 from keras_ptloss.search import GradientSearch, RandomSearch
 
 matplotlib.use("Agg")

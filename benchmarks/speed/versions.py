@@ -25,7 +25,7 @@ SHARPENED = (1, 10, 20)  # the factors of the teachers' logits
 def solve_times(repeats):
     """Yield `(C, "shared" | "per class", processor seconds of a solve)`."""
     try:
-        from keras_ptloss.proxy._newton import solve_newton
+        from keras_ptloss.proxy._proxy_teacher import solve_newton
     except ImportError:
         from keras_ptloss._proxy_teacher import solve_newton
 

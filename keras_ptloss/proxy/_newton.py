@@ -9,17 +9,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.special
 from keras import ops
 from keras.backend import standardize_dtype
 
-from keras_ptloss._backend import (
-    block_elements,
-    by_blocks,
-    maximum,
-    minimum,
-    on_numpy,
-)
+from keras_ptloss._backend import maximum, minimum
 from keras_ptloss.proxy._stationarity import (
     Layout,
     Terms,
@@ -32,16 +25,8 @@ from keras_ptloss.proxy._stationarity import (
 
 Tensor = Any
 
-# `newton`'s, wherever the caller does not ask for others.
-TOLERANCE = 1e-12
-MAX_STEPS = 100
-
 # Relative steps below which Newton's own step is worth what it costs.
 NEAR = 0.05
-
-# Fewer numbers side by side than this take longer each: in the first layout
-# rows, in the last one classes, so that fewer rows do.
-LEAST_ROWS = {0: 128, -1: 64}
 
 # How far above `w / nu` the tangent may carry a class in one step.
 REACH = 4.0
@@ -311,89 +296,3 @@ def leap(
     size, _ = classes(ops.exp(log_nu))
     total = layout.sum(ops.where(large, 0.0, size))
     return ops.where(large, maximum(1.0 - total, 0.05 * q), size)
-
-
-numpy_newton = on_numpy(newton, rows=(0,))
-
-
-def solve_newton(
-    teacher: np.ndarray,
-    epsilon: np.ndarray,
-    *,
-    tolerance: float = TOLERANCE,
-    max_steps: int = MAX_STEPS,
-) -> Solution:
-    """Run `newton` on blocks of rows of one compiled shape.
-
-    Args:
-        teacher: `(N, C)`.
-        epsilon: `(M,)`, `(C, M)`, or several of them: `(K, 1, M)`,
-            `(K, C, M)`.
-        tolerance: as in `newton`.
-        max_steps: as in `newton`.
-
-    Returns:
-        A `Solution` of `(N, C)`, `(N,)`, `(N,)`, `(N,)`; with several epsilon
-        `(K, N, C)`, `(K, N)`, `(K, N)`, `(K, N)`.
-    """
-    if not np.any(epsilon):
-        return unperturbed(teacher, epsilon.shape[: max(epsilon.ndim - 2, 0)])
-    coefficients = np.moveaxis(epsilon, -1, 0)  # (M,), (M, C), (M, K, 1 or C)
-    if coefficients.ndim == 3:
-        coefficients = coefficients[:, :, None, :]
-    else:
-        coefficients = coefficients.reshape(len(coefficients), 1, -1)
-    several = epsilon.ndim == 3
-    parts = by_blocks(
-        lambda rows: numpy_newton(
-            rows, coefficients, tolerance=tolerance, max_steps=max_steps
-        ),
-        row_blocks(teacher, times=len(epsilon) if several else 1),
-    )
-    axis = 1 if several else 0
-    unfilled = (slice(None),) * axis + (slice(len(teacher)),)
-    return Solution(
-        *(
-            np.concatenate(part, axis=axis)[unfilled]
-            for part in zip(*parts, strict=True)
-        )
-    )
-
-
-def unperturbed(teacher: np.ndarray, several: tuple[int, ...]) -> Solution:
-    """Return the solution at epsilon = 0, the teacher: nothing is compiled."""
-    q = np.broadcast_to(teacher, (*several, *teacher.shape)).copy()
-    loss = scipy.special.entr(q).sum(axis=-1)
-    return Solution(q, loss, np.zeros_like(loss), np.zeros(loss.shape, "int32"))
-
-
-def row_blocks(
-    *arrays: np.ndarray, times: int = 1
-) -> list[tuple[np.ndarray, ...]]:
-    """Cut arrays `(N, C)` into blocks of rows, all of one shape.
-
-    A compiled function serves one shape, and compiling takes longer than most
-    solves. Sizes are therefore powers of two from 1,024 on, so that the folds
-    of a search have that of the whole; the last block is filled with uniform
-    rows, which are solved soon.
-
-    Args:
-        *arrays: `(N, C)` each.
-        times: of how many epsilon each row is worked on at once.
-
-    Returns:
-        One block a list entry, a part of each array.
-    """
-    examples, classes = arrays[0].shape
-    least = max(16, -(-LEAST_ROWS[Layout.of(classes).axis] // times))
-    most = max(least, block_elements() // (classes * times) // 16 * 16)
-    size = min(most, max(1024, 2 ** (examples - 1).bit_length()))
-    missing = -examples % size
-    filled = [
-        np.concatenate([a, np.full((missing, classes), 1.0 / classes)])
-        for a in arrays
-    ]
-    return [
-        tuple(a[start : start + size] for a in filled)
-        for start in range(0, examples, size)
-    ]

@@ -16,13 +16,13 @@ from keras_ptloss._checks import (
     check_probabilities,
     fail,
 )
-from keras_ptloss.proxy._fsolve import solve_fsolve
-from keras_ptloss.proxy._newton import (
+from keras_ptloss.proxy._blocks import (
     MAX_STEPS,
     TOLERANCE,
     row_blocks,
     solve_newton,
 )
+from keras_ptloss.proxy._fsolve import solve_fsolve
 from keras_ptloss.proxy._stationarity import numpy_adjoint
 
 __all__ = [

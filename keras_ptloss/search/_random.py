@@ -94,8 +94,9 @@ class RandomSearch:
         unconverged: list[int] = []
         # Trials differ in their steps: few together waste few.
         at_once = max(1, block_elements() // 4 // teacher.size)
-        for start in range(0, len(epsilons), at_once):
-            chunk = epsilons[start : start + at_once]
+        size = at_once * max(1, min(16, 2**22 // (at_once * teacher.size)))
+        for start in range(0, len(epsilons), size):
+            chunk = epsilons[start : start + size]
             q, missed = self._proxies(teacher, chunk, at_once)
             scores.extend(float(objective.score(row, targets)) for row in q)
             unconverged.extend(int(count) for count in missed)
@@ -156,10 +157,11 @@ class RandomSearch:
             )
         # One compiled shape: lower orders and absent trials are zeros.
         rows = teacher.shape[1] if self.per_class else 1
-        padded = np.zeros((at_once, rows, self.order))
+        missing = -len(epsilons) % at_once
+        padded = np.zeros((len(epsilons) + missing, rows, self.order))
         for k, epsilon in enumerate(epsilons):
             padded[k, :, : epsilon.shape[-1]] = epsilon
-        q, _, residual, _ = solve_newton(teacher, padded)
+        q, _, residual, _ = solve_newton(teacher, padded, at_once=at_once)
         missed = np.sum(residual > TOLERANCE, axis=1)
         return q[: len(epsilons)], missed[: len(epsilons)]
 

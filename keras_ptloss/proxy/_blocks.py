@@ -1,0 +1,115 @@
+"""The solver on NumPy arrays: blocks of rows, all of one compiled shape."""
+
+import numpy as np
+import scipy.special
+
+from keras_ptloss._backend import block_elements, by_blocks, on_numpy
+from keras_ptloss.proxy._newton import Solution, newton
+from keras_ptloss.proxy._stationarity import Layout
+
+# `newton`'s, wherever the caller does not ask for others.
+TOLERANCE = 1e-12
+MAX_STEPS = 100
+
+# Fewer numbers side by side than this take longer each: in the first layout
+# rows, in the last one classes, so that fewer rows do.
+LEAST_ROWS = {0: 128, -1: 64}
+
+numpy_newton = on_numpy(newton, rows=(0,))
+
+
+def solve_newton(
+    teacher: np.ndarray,
+    epsilon: np.ndarray,
+    *,
+    at_once: int | None = None,
+    tolerance: float = TOLERANCE,
+    max_steps: int = MAX_STEPS,
+) -> Solution:
+    """Run `newton` on blocks of rows of one compiled shape.
+
+    Args:
+        teacher: `(N, C)`.
+        epsilon: `(M,)`, `(C, M)`, or several of them: `(K, 1, M)`,
+            `(K, C, M)`.
+        at_once: of several, how many a block is solved for; a divisor of K,
+            which is meant by None.
+        tolerance: as in `newton`.
+        max_steps: as in `newton`.
+
+    Returns:
+        A `Solution` of `(N, C)`, `(N,)`, `(N,)`, `(N,)`; with several epsilon
+        `(K, N, C)`, `(K, N)`, `(K, N)`, `(K, N)`.
+    """
+    if not np.any(epsilon):
+        return unperturbed(teacher, epsilon.shape[: max(epsilon.ndim - 2, 0)])
+    coefficients = np.moveaxis(epsilon, -1, 0)  # (M,), (M, C), (M, K, 1 or C)
+    several = epsilon.ndim == 3
+    if several:
+        times = at_once or len(epsilon)
+        groups = np.split(
+            coefficients[:, :, None, :], len(epsilon) // times, axis=1
+        )
+    else:
+        times = 1
+        groups = [coefficients.reshape(len(coefficients), 1, -1)]
+    blocks = row_blocks(teacher, times=times)
+    parts = by_blocks(
+        lambda rows, coefficients: numpy_newton(
+            rows, coefficients, tolerance=tolerance, max_steps=max_steps
+        ),
+        [(*block, group) for group in groups for block in blocks],
+    )
+    axis = 1 if several else 0
+    unfilled = (slice(None),) * axis + (slice(len(teacher)),)
+    solved = [
+        [
+            np.concatenate(part, axis=axis)[unfilled]
+            for part in zip(*parts[first : first + len(blocks)], strict=True)
+        ]
+        for first in range(0, len(parts), len(blocks))
+    ]
+    if len(solved) == 1:
+        return Solution(*solved[0])
+    return Solution(
+        *(np.concatenate(part) for part in zip(*solved, strict=True))
+    )
+
+
+def unperturbed(teacher: np.ndarray, several: tuple[int, ...]) -> Solution:
+    """Return the solution at epsilon = 0, the teacher: nothing is compiled."""
+    q = np.broadcast_to(teacher, (*several, *teacher.shape)).copy()
+    loss = scipy.special.entr(q).sum(axis=-1)
+    return Solution(q, loss, np.zeros_like(loss), np.zeros(loss.shape, "int32"))
+
+
+def row_blocks(
+    *arrays: np.ndarray, times: int = 1
+) -> list[tuple[np.ndarray, ...]]:
+    """Cut arrays `(N, C)` into blocks of rows, all of one shape.
+
+    A compiled function serves one shape, and compiling takes longer than most
+    solves. Sizes are therefore powers of two from 1,024 on, so that the folds
+    of a search have that of the whole; the last block is filled with uniform
+    rows, which are solved soon.
+
+    Args:
+        *arrays: `(N, C)` each.
+        times: of how many epsilon each row is worked on at once.
+
+    Returns:
+        One block a list entry, a part of each array.
+    """
+    examples, classes = arrays[0].shape
+    least = max(16, -(-LEAST_ROWS[Layout.of(classes).axis] // times))
+    most = max(least, block_elements() // (classes * times) // 16 * 16)
+    size = min(most, max(1024, 2 ** (examples - 1).bit_length()))
+    missing = -examples % size
+    filled = [
+        np.concatenate([a, np.full((missing, classes), 1.0 / classes)])
+        for a in arrays
+    ]
+    return [
+        tuple(a[start : start + size] for a in filled)
+        for start in range(0, examples, size)
+    ]
