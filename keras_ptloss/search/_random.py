@@ -35,7 +35,8 @@ class RandomSearch:
         trials: draws for each order.
         space: bounds of the draws, `(low, high)`.
         per_class: whether each class has its own coefficients; one of fewer
-            than 5 labels takes the mean of the others', by built-in objectives.
+            than 5 labels takes the mean of the others', by built-in objectives
+            (what is best by "risk" may be worse for it than the teacher is).
         solver: `"newton"`, or `"fsolve"`, the paper's.
 
     Raises:

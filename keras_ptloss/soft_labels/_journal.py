@@ -154,6 +154,7 @@ class Journal:
     def _find(self) -> None:
         count = shard_count(self._store)
         if count not in (None, self.shard[1]):
+            self._lock_path.unlink()  # of a shard that there is not to be
             fail("shard", f"of the store's {count} shards", self.shard)
         complete = self._final.is_dir()
         self.directory = self._final if complete else partial_path(self._final)

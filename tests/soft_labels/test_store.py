@@ -327,8 +327,10 @@ def test_shards_are_read_as_one(path, tmp_path):
     assert labels.mean_total_variation == pytest.approx(
         expected.mean_total_variation, abs=1e-7
     )
+    files = sorted(path.iterdir())
     with pytest.raises(ValueError, match="`shard` must be of the store's 3"):
         write(path)
+    assert sorted(path.iterdir()) == files
 
 
 def test_a_shard_loads_its_own_batches_only(path):
