@@ -121,5 +121,5 @@ require_python = @$(1) -c "import sys; sys.exit( \
 	needed: make PYTHON=python3.11' % sys.version_info[:2])"
 
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info demo-output docs/_build \
+	rm -rf .venv .venv-* build dist *.egg-info *-output docs/_build \
 		docs/api/generated docs/benchmarks
