@@ -10,7 +10,13 @@ of a row is
     t                                                 label in R
 
 so that a fit keeps the rare classes' share as the teacher, up to what all
-classes share, has it. A fit of what all classes share takes the labels as they
+classes share, has it. Where they have labels enough together, these tell their
+share, and the teacher how it is divided:
+
+    one_hot(label)                                    label not in R
+    t restricted to R, over t_R                       label in R
+
+A fit of what all classes share takes the labels as they
 are: it cannot take a single class away.
 """
 
@@ -23,7 +29,8 @@ from keras_ptloss.search._examples import Examples
 from keras_ptloss.search._linear import fit_temperature
 from keras_ptloss.search._objectives import OBJECTIVES, one_hot
 
-# Classes with fewer labels than this are left to the teacher.
+# Classes with fewer labels than this are left to the teacher, one by one; and
+# all of them, where they have fewer together.
 RARE = 5
 
 
@@ -45,10 +52,15 @@ def targets(
     """
     if not len(rare):
         return labels
-    of_rare = teacher[:, rare]
-    rows = one_hot(teacher, labels) * (1.0 - of_rare.sum(1, keepdims=True))
-    rows[:, rare] = of_rare
-    return np.where(np.isin(labels, rare)[:, None], teacher, rows)
+    is_rare = np.isin(labels, rare)[:, None]
+    of_rare = np.zeros_like(teacher)
+    of_rare[:, rare] = teacher[:, rare]
+    share = of_rare.sum(1, keepdims=True)
+    exact = one_hot(teacher, labels)
+    if np.count_nonzero(is_rare) < RARE:
+        return np.where(is_rare, teacher, exact * (1.0 - share) + of_rare)
+    told = is_rare & (share > 0.0)
+    return np.where(told, of_rare / np.where(told, share, 1.0), exact)
 
 
 def left_to_the_teacher(examples: Examples) -> Examples:

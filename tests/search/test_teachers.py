@@ -312,6 +312,30 @@ class TestRareClasses:
     def test_two_of_ten(self, name, seed):
         self.check(SEARCHES[name], 10, [8, 9], 0, shown=600, seed=seed)
 
+    @pytest.mark.parametrize("seed", [1, 3])
+    @pytest.mark.parametrize("name", ["default", "vector", "matrix"])
+    def test_labels_enough_together(self, name, seed):
+        """Seven classes of 1 to 4 labels each, 20 in all, of a teacher that
+        gives them 94 % where they have 10 %."""
+        rng = np.random.default_rng(seed)
+        shown, rare = 200, np.arange(10) > 2
+        labels = rng.choice(10, shown + 5000, p=np.where(rare, 0.1 / 7, 0.3))
+        logits = rng.normal(size=(len(labels), 10)) + 2.5 * rare
+        logits[np.arange(len(labels)), labels] += 1.0
+        counts = np.bincount(labels[:shown], minlength=10)[rare]
+        assert 1 <= counts.min() and counts.max() < 5
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = SEARCHES[name].search(
+                logits[:shown], labels[:shown], from_logits=True
+            )
+        t, y = logits[shown:], labels[shown:]
+        q = found.proxy_teacher(t).probabilities
+        share = np.log(np.where(rare, 0.1 / 7, 0.3))
+        exact = helpers.softmax(t - 2.5 * rare + share)
+        assert helpers.nll(q, y) <= helpers.nll(exact, y) + 0.15
+        assert helpers.nll(helpers.softmax(t), y) > helpers.nll(q, y) + 1.0
+
     @pytest.mark.parametrize("name", ["vector", "random"])
     def test_half_of_a_hundred(self, name):
         rare = list(range(50, 100))
