@@ -35,7 +35,8 @@ class CalibrationSearch:
         penalty C / N (sum_c D_cc^2 + b_c^2 + (C - 1) sum_{c != k} D_ck^2)
 
     with `A = s (I + D)`: `"matrix"` at `penalty=1` is structured matrix
-    scaling. Of several teachers, `"temperature"` is a weight a teacher, and the
+    scaling (of a teacher whose logits hardly vary `D` counts in their spread,
+    which is kinder to it). Of several teachers, `"temperature"` is a weight a teacher, and the
     others start from the geometric mean of all. `trials` of the result has one
     row: `calibration`, `penalty`, `score`.
 
