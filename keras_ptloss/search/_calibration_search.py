@@ -36,9 +36,9 @@ class CalibrationSearch:
 
     with `A = s (I + D)`: `"matrix"` at `penalty=1` is structured matrix
     scaling (of a teacher whose logits hardly vary `D` counts in their spread,
-    which is kinder to it). Of several teachers, `"temperature"` is a weight a teacher, and the
-    others start from the geometric mean of all. `trials` of the result has one
-    row: `calibration`, `penalty`, `score`.
+    which is kinder to it). Of several teachers, `"temperature"` is a weight a
+    teacher, and the others start from the geometric mean of all. `trials` of
+    the result has one row: `calibration`, `penalty`, `score`.
 
     Args:
         calibration: `"temperature"`, `"vector"` or `"matrix"`.

@@ -120,18 +120,26 @@ class TestChoice:
         assert objective == "risk" or gain[0] > 0.05
 
 
+LABELLED = {
+    "unbiased": 500,
+    "confused": 500,
+    "over-confident": 500,
+    "nearly perfect": 1000,
+}
+
+
 def softmax_teacher(kind, classes, seed):
     """A teacher of one kind, and labels drawn from the truth."""
     rng = np.random.default_rng(seed)
-    rows = 500 + FRESH
-    if kind == "nearly perfect":
+    rows = LABELLED[kind] + FRESH
+    if kind == "nearly perfect":  # on 98 to 98.5 % of the rows
         labels = rng.integers(0, classes, rows)
-        shift = 4.5 if classes == 2 else 5.5
+        shift = {2: 3.1, 3: 3.4, 10: 3.9, 50: 4.3}[classes]
         logits = rng.normal(size=(rows, classes))
         logits[np.arange(rows), labels] += shift
         truth = scipy.special.softmax(shift * logits, axis=1)
         return (
-            scipy.special.softmax(1.6 * shift * logits, axis=1),
+            scipy.special.softmax(1.5 * shift * logits, axis=1),
             labels,
             truth,
         )
@@ -147,29 +155,29 @@ def softmax_teacher(kind, classes, seed):
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10, 50])
-@pytest.mark.parametrize(
-    "kind", ["unbiased", "confused", "over-confident", "nearly perfect"]
-)
+@pytest.mark.parametrize("kind", LABELLED)
 def test_never_worse_than_plain_kl_and_temperature(kind, classes):
     """The promise, on rows that the search has not seen."""
     teacher, labels, truth = softmax_teacher(kind, classes, seed=classes)
+    n = LABELLED[kind]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes with few labels
-        chosen = search(teacher[:500], labels[:500], order=3, folds=5)
+        chosen = search(teacher[:n], labels[:n], order=3, folds=5)
         temperature = ProxyTeacherSearch(
             CalibrationSearch("temperature")
-        ).search(teacher[:500], labels[:500])
+        ).search(teacher[:n], labels[:n])
     # Against the truth itself, not against drawn labels: little noise.
-    truth, rows = truth[500:], teacher[500:]
+    truth, rows = truth[n:], teacher[n:]
 
     def cross_entropy(q):
         return -np.sum(truth * np.log(np.maximum(q, 1e-7)), axis=1)
 
     own = cross_entropy(chosen.proxy_teacher(rows).probabilities)
     for rival in (rows, temperature.proxy_teacher(rows).probabilities):
-        behind = np.mean(own - cross_entropy(rival))
-        # What a temperature's own fit to 500 labels may cost.
-        assert behind < 0.01
+        theirs = cross_entropy(rival)
+        # What a temperature's own fit to as many labels may cost; of a small
+        # loss, a share of it.
+        assert np.mean(own - theirs) < min(0.01, 0.15 * np.mean(theirs))
     if kind == "confused" and classes in (3, 10):
         assert np.mean(own) < np.mean(cross_entropy(rows)) - 0.02
 
