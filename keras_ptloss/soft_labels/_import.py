@@ -24,7 +24,7 @@ from keras_ptloss.soft_labels._parquet_table import find_files
 from keras_ptloss.soft_labels._readers import Reader, Row
 from keras_ptloss.soft_labels._report import ImportReport
 from keras_ptloss.soft_labels._soft_labels import SoftLabels
-from keras_ptloss.soft_labels._spec import SoftLabelSpec
+from keras_ptloss.soft_labels._spec import SoftLabelSpec, check_spec
 from keras_ptloss.soft_labels._store import shard_count
 from keras_ptloss.soft_labels._writer import ShardWriter, with_num_examples
 
@@ -122,6 +122,8 @@ def import_soft_labels(
     """
     check_choice("values", values, ("probabilities", "log_probabilities"))
     check_choice("empty_rows", empty_rows, ("error", "uniform"))
+    if spec is not None:
+        check_spec(spec, SoftLabelSpec)
     if shard_count(Path(path)) is not None:
         # A corrected file must not silently keep the rows of the first one.
         fail("path", "a new directory: imports do not resume", str(path))

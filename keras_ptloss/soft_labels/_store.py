@@ -18,7 +18,11 @@ from typing import Any, NoReturn
 import numpy as np
 
 from keras_ptloss._checks import fail
-from keras_ptloss.soft_labels._spec import SoftLabelSpec, array_formats
+from keras_ptloss.soft_labels._spec import (
+    SoftLabelSpec,
+    array_formats,
+    read_spec,
+)
 
 # Format 1 stored the k largest as probabilities, not as their logarithms.
 FORMATS = ("keras_ptloss.soft_labels/1", "keras_ptloss.soft_labels/2")
@@ -162,7 +166,7 @@ def load(directory: Path, name: str) -> Any:
 
 
 def spec_of(manifest: dict[str, Any]) -> SoftLabelSpec:
-    return SoftLabelSpec(**manifest["spec"])
+    return read_spec(SoftLabelSpec, manifest["spec"])
 
 
 def has_logs(manifest: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_ptloss.soft_labels._spec import read_spec
 from keras_ptloss.soft_labels._store import (
     TOKEN_FORMATS,
     damaged,
@@ -38,7 +39,7 @@ def read_token_manifest(directory: Path) -> dict[str, Any] | None:
 
 def spec_of(manifest: dict[str, Any]) -> TokenLabelSpec:
     """The spec that was written."""
-    return TokenLabelSpec(**manifest["spec"])
+    return read_spec(TokenLabelSpec, manifest["spec"])
 
 
 def formats_of(manifest: dict[str, Any]) -> dict[str, dict[str, Format]]:
