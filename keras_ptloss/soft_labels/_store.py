@@ -11,7 +11,7 @@ import itertools
 import json
 import mmap
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -131,7 +131,14 @@ def _plausible(manifest: dict[str, Any]) -> bool:
         and 0 <= manifest["stored"] <= rows[1] - rows[0]
         and 0 <= error["sum"] < float("inf")
         and 0 <= error["max"] < float("inf")
-        and (checksums is None or set(checksums) == set(formats_of(manifest)))
+        and check_sums(checksums, formats_of(manifest))
+    )
+
+
+def check_sums(checksums: Any, names: Iterable[str]) -> bool:
+    """Whether there is one of each array; there are none before the end."""
+    return checksums is None or (
+        isinstance(checksums, dict) and set(checksums) == set(names)
     )
 
 
@@ -155,11 +162,26 @@ def damaged(directory: Path, why: str) -> NoReturn:
     )
 
 
+def is_of_the_machine(error: Exception) -> bool:
+    """Whether an error says nothing of what a file holds.
+
+    Too many files are open, the disk fails, or reading is forbidden. What
+    pyarrow finds wrong in a file is an OSError too, but without a number.
+    """
+    if isinstance(error, (FileNotFoundError, IsADirectoryError)):
+        return False
+    numbered = isinstance(error, OSError) and error.errno is not None
+    return numbered or isinstance(error, MemoryError)
+
+
 def load(directory: Path, name: str) -> Any:
     """Map one of a shard's arrays; never a pickle, which could run code."""
     try:
-        return np.load(directory / f"{name}.npy", mmap_mode="r")
+        # Not np.load, which takes archives too.
+        return np.lib.format.open_memmap(directory / f"{name}.npy", mode="r")
     except Exception as error:
+        if is_of_the_machine(error):
+            raise
         # A damaged header makes NumPy raise what its parser raises: EOFError,
         # SyntaxError, tokenize.TokenError.
         damaged(directory, f"{name}.npy is unreadable ({error!r})")

@@ -12,6 +12,7 @@ import numpy as np
 from keras_ptloss.soft_labels._spec import read_spec
 from keras_ptloss.soft_labels._store import (
     TOKEN_FORMATS,
+    check_sums,
     damaged,
     give_back,
     map_array,
@@ -59,16 +60,16 @@ def _plausible(manifest: dict[str, Any]) -> bool:
     spec.check_vocabulary(size)
     formats = formats_of(manifest)
     names = {name for unit in formats.values() for name in unit}
-    checksums = manifest["checksums"]
     return bool(
-        set(stored) == set(formats)
+        isinstance(stored, dict)
+        and set(stored) == set(formats)
         # True is equal to a whole number, and serves as such nowhere.
         and all(type(n) is int for n in (*stored.values(), size))
         and all(n >= 0 for n in stored.values())
         and manifest["shard"] == list(SHARD)
         and 0 <= error["sum"] < float("inf")
         and 0 <= error["max"] < float("inf")
-        and (checksums is None or set(checksums) == names)
+        and check_sums(manifest["checksums"], names)
     )
 
 
