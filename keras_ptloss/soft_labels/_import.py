@@ -17,7 +17,7 @@ import numpy as np
 from keras_ptloss._checks import check_choice, fail
 from keras_ptloss.soft_labels import _data as data
 from keras_ptloss.soft_labels._import_parquet import import_parquet
-from keras_ptloss.soft_labels._journal import at_once
+from keras_ptloss.soft_labels._journal import at_once, refuse_old
 from keras_ptloss.soft_labels._names import shorten
 from keras_ptloss.soft_labels._numbers import ROUNDING
 from keras_ptloss.soft_labels._parquet_table import find_files
@@ -84,7 +84,7 @@ def import_soft_labels(
             objects and tokens; a CSV file's columns serve if there are none.
         values: `"probabilities"` or `"log_probabilities"` (natural), what the
             numbers are. Those of tokens are always the latter; of Parquet a
-            column's name says it.
+            column's name says it, and this must be left out.
         empty_rows: `"error"`, or `"uniform"` to give equal probabilities to
             rows in which no class occurs, to requests that failed, and to
             examples that Parquet files lack.
@@ -125,10 +125,12 @@ def import_soft_labels(
     if spec is not None:
         check_spec(spec, SoftLabelSpec)
     if shard_count(Path(path)) is not None:
-        # A corrected file must not silently keep the rows of the first one.
-        fail("path", "a new directory: imports do not resume", str(path))
+        refuse_old(Path(path))
     files = find_files(source)
     if files is not None:
+        if values != "probabilities":
+            wanted = "left out for Parquet, of which a column's name says it"
+            fail("values", wanted, values)
         return import_parquet(
             files,
             data.as_dataset(dataset),

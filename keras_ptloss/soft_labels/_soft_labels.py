@@ -244,6 +244,8 @@ class SoftLabels(StoredRows):
 
         Raises:
             FileNotFoundError: If there is no store at `path`.
+            OSError: As the system has it, such as where too many files are
+                open: of a store, each array of each shard is one.
             ValueError: If shards are missing, unfinished or damaged, or rows
                 of one example differ. The message says which, and what to do.
 
@@ -339,9 +341,9 @@ class SoftLabels(StoredRows):
                 to find each example by its fingerprint, which suits a data
                 set that is shuffled or a part of the whole, and is the default
                 for Parquet.
-            batch_size: Examples in a batch; arrays only.
+            batch_size: Examples in a batch of arrays; batches stay as they are.
             shuffle: Whether to draw a new order in every epoch; arrays only.
-            seed: Seed of that order.
+            seed: Seed of that order; unused where nothing is shuffled.
             preprocessor: Called on the inputs of a batch, after the check, for
                 students that need other inputs than the teacher. On `tf.data`
                 it is applied by `map`, so it must consist of TensorFlow ops.

@@ -339,14 +339,7 @@ def test_data_sets_that_are_refused(path, dataset, options, match):
     [
         {"stored": ["sequences", "tokens", "kept"]},
         {"stored": None},
-        {
-            "checksums": [
-                "fingerprints",
-                "lengths",
-                "counts",
-                *"ids log_values log_tail kept".split(),
-            ]
-        },
+        {"checksums": [*SEQUENCE_FORMATS, *KEPT_FORMATS, *token_formats(4, V)]},
         {"total_variation": 3},
         {"spec": [["top_k", 4]]},
         {"vocabulary_size": "37"},

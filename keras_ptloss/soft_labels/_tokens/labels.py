@@ -311,10 +311,11 @@ class TokenLabels:
 
         Args:
             dataset: Token ids, in any of the forms of `write`.
-            batch_size: Sequences in a batch; arrays and lists only.
+            batch_size: Sequences in a batch of arrays and lists; batches stay
+                as they are.
             shuffle: Whether to draw a new order in every epoch; arrays and
                 lists only.
-            seed: Seed of that order.
+            seed: Seed of that order; unused where nothing is shuffled.
             preprocessor: Called on the inputs of a batch, after the check, for
                 students that need other inputs than the teacher. On `tf.data`
                 it is applied by `map`, so it must consist of TensorFlow ops.
