@@ -245,7 +245,7 @@ class SoftLabels(StoredRows):
         Raises:
             FileNotFoundError: If there is no store at `path`.
             OSError: As the system has it, such as where too many files are
-                open: of a store, each array of each shard is one.
+                open: of a store one a shard; with `top_k`, three.
             ValueError: If shards are missing, unfinished or damaged, or rows
                 of one example differ. The message says which, and what to do.
 

@@ -181,6 +181,7 @@ def load(directory: Path, name: str) -> Any:
         return np.lib.format.open_memmap(directory / f"{name}.npy", mode="r")
     except Exception as error:
         if is_of_the_machine(error):
+            error.add_note(f"While mapping {name}.npy of {directory}")
             raise
         # A damaged header makes NumPy raise what its parser raises: EOFError,
         # SyntaxError, tokenize.TokenError.
@@ -273,6 +274,9 @@ class Shard:
             name: map_array(directory, name, form, rows, known)
             for name, form in formats_of(manifest).items()
         }
+        # Read whole anyway. What is mapped keeps its file open, and a process
+        # may open 1024, as a rule.
+        self.arrays["fingerprints"] = np.array(self.arrays["fingerprints"])
 
     def read(self, rows: Any) -> dict[str, Any]:
         """Read rows, counted from the start of the data set, as stored."""

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import gc
 import os
+import re
 import resource
 
 import helpers
@@ -28,14 +29,14 @@ def files_left(count):
     gc.collect()  # what is open no more, and would be closed meanwhile
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(open(os.devnull, "rb"))
-        limit = first.fileno() + 1 + count
-        # The lowest that was free: all below are taken.
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        # The lowest that are free: what is below the next one.
+        for _ in range(count + 1):
+            limit = stack.enter_context(open(os.devnull)).fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_too_many_files(path):
@@ -43,9 +44,14 @@ def test_too_many_files(path):
     for index in range(10):
         SoftLabels.write_shard(teacher, x, path, shard=(index, 10), verbose=0)
     before = sorted(path.rglob("*"))
-    with files_left(12), pytest.raises(OSError) as error:
+    with files_left(6), pytest.raises(OSError) as error:
         SoftLabels.open(path)
     assert error.value.errno == errno.EMFILE
+    assert re.match(r"While mapping \w+\.npy of ", error.value.__notes__[0])
+    with files_left(14):  # one a shard, and what is open for a moment
+        labels = SoftLabels.open(path)
+    np.testing.assert_allclose(labels[:], teacher.rows(x), atol=1e-3)
+    np.testing.assert_array_equal(labels.fingerprints, fingerprint(x))
     assert sorted(path.rglob("*")) == before
     assert len(SoftLabels.open(path)) == stores.N
 
