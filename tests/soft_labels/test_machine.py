@@ -15,10 +15,10 @@ import token_stores
 
 from keras_ptloss.soft_labels import (
     SoftLabels,
-    TokenLabelSpec,
     fingerprint,
-    import_token_labels,
+    import_soft_labels,
 )
+from keras_ptloss.soft_labels._tokens.distillkit import ParquetLists
 
 pytestmark = helpers.slow_but_on_one()
 
@@ -89,38 +89,29 @@ def test_errors_of_the_system_pass(path, monkeypatch, kind, error):
     assert len(type(labels).open(path)) == len(labels)
 
 
-@pytest.mark.parametrize("kind", ["rows", "distillkit"])
-def test_too_many_files_of_parquet(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["rows", "tokens"])
+def test_too_many_files_of_parquet(path, kind):
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
-
-    file = tmp_path / "a.parquet"
-    if kind == "distillkit":
-        columns = {
-            "input_ids": [[1, 2]],
-            "token_ids": [[[3]]],
-            "top_values": [[[-1.0]]],
-        }
-    else:
-        rows = [[0.5, 0.5]] * stores.N
-        prints = fingerprint(stores.features())
-        columns = {"fingerprint": prints, "probabilities": rows}
+    file = path.with_suffix(".parquet")
+    columns = {
+        "input_ids": [[1, 2]] * stores.N,
+        "token_ids": [[[3]]] * stores.N,
+        "top_values": [[[-1.0]]] * stores.N,
+        "fingerprint": fingerprint(stores.features()),
+        "probabilities": [[0.5, 0.5]] * stores.N,
+    }
     pq.write_table(pa.table(columns), file)
 
     def read():
-        if kind != "distillkit":
-            return SoftLabels.open(tmp_path)
-        return import_token_labels(
-            file,
-            tmp_path / "store",
-            spec=TokenLabelSpec(top_k=1, vocabulary_size=9),
-            format="distillkit",
-        ).labels
+        if kind == "tokens":
+            return list(ParquetLists([file]).read())
+        return import_soft_labels(file, stores.features(), path).labels
 
-    with files_left(0), pytest.raises(OSError) as error:
+    with files_left(0), pytest.raises(OSError, match=r"\.parquet") as error:
         read()
     assert error.value.errno == errno.EMFILE
-    assert len(read())
+    assert len(read()) == stores.N
 
 
 @pytest.mark.parametrize("verify", [True, False])
