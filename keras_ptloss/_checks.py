@@ -52,6 +52,17 @@ def check_count(argument: str, value: Any, *, at_least: int = 1) -> int:
     return int(value)
 
 
+def check_real(argument: str, value: Any, expected: str) -> float:
+    """Require one real number, which a text or a flag is not; return it."""
+    known = (int, float, np.integer, np.floating)
+    if isinstance(value, bool) or not isinstance(value, known):
+        fail(argument, expected, value)
+    try:
+        return float(value)
+    except OverflowError:
+        fail(argument, expected, value)
+
+
 def check_number(argument: str, value: Any, *, at_least: float) -> float:
     """Require a finite number of at least `at_least`, and return it."""
     array = as_floats(argument, value, "a number")

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_ptloss._checks import check_count, fail
+from keras_ptloss._checks import check_count, check_flag, fail
 from keras_ptloss.soft_labels._data import (
     as_dataset,
     check_size,
@@ -40,12 +40,16 @@ def attach(
     preprocessor: Callable[[Tensor], Tensor] | None,
 ) -> Any:
     """Pair the data set with rows; see `SoftLabels.attach`."""
+    batch_size = check_count("batch_size", batch_size)
+    shuffle = check_flag("shuffle", shuffle)
+    if preprocessor is not None and not callable(preprocessor):
+        fail("preprocessor", "a callable, or None", preprocessor)
     dataset = as_dataset(dataset)
     if not is_streamed(dataset):
         return _AttachedArrays(
             match,
             dataset,
-            batch_size=check_count("batch_size", batch_size),
+            batch_size=batch_size,
             order=np.random.default_rng(seed) if shuffle else None,
             preprocessor=preprocessor,
         )

@@ -17,14 +17,14 @@ import numpy as np
 from keras_ptloss._checks import check_choice, fail
 from keras_ptloss.soft_labels import _data as data
 from keras_ptloss.soft_labels._import_parquet import import_parquet
-from keras_ptloss.soft_labels._journal import at_once
+from keras_ptloss.soft_labels._journal import at_once, refuse_old
 from keras_ptloss.soft_labels._names import shorten
 from keras_ptloss.soft_labels._numbers import ROUNDING
 from keras_ptloss.soft_labels._parquet_table import find_files
 from keras_ptloss.soft_labels._readers import Reader, Row
 from keras_ptloss.soft_labels._report import ImportReport
 from keras_ptloss.soft_labels._soft_labels import SoftLabels
-from keras_ptloss.soft_labels._spec import SoftLabelSpec
+from keras_ptloss.soft_labels._spec import SoftLabelSpec, check_spec
 from keras_ptloss.soft_labels._store import shard_count
 from keras_ptloss.soft_labels._writer import ShardWriter, with_num_examples
 
@@ -84,7 +84,7 @@ def import_soft_labels(
             objects and tokens; a CSV file's columns serve if there are none.
         values: `"probabilities"` or `"log_probabilities"` (natural), what the
             numbers are. Those of tokens are always the latter; of Parquet a
-            column's name says it.
+            column's name says it, and this must be left out.
         empty_rows: `"error"`, or `"uniform"` to give equal probabilities to
             rows in which no class occurs, to requests that failed, and to
             examples that Parquet files lack.
@@ -120,13 +120,11 @@ def import_soft_labels(
         >>> print(report.labels[0].round(2))
         [0.8 0.2]
     """
-    check_choice("values", values, ("probabilities", "log_probabilities"))
-    check_choice("empty_rows", empty_rows, ("error", "uniform"))
-    if shard_count(Path(path)) is not None:
-        # A corrected file must not silently keep the rows of the first one.
-        fail("path", "a new directory: imports do not resume", str(path))
+    _check_arguments(Path(path), spec, values, empty_rows)
     files = find_files(source)
     if files is not None:
+        if values != "probabilities":
+            fail("values", "left out for Parquet: a column says it", values)
         return import_parquet(
             files,
             data.as_dataset(dataset),
@@ -171,6 +169,17 @@ def import_soft_labels(
         ignored=tuple(sorted(reader.ignored)),
         failed=tuple(row.custom_id or row.where for row in failed),
     )
+
+
+def _check_arguments(
+    path: Path, spec: Any, values: Any, empty_rows: Any
+) -> None:
+    check_choice("values", values, ("probabilities", "log_probabilities"))
+    check_choice("empty_rows", empty_rows, ("error", "uniform"))
+    if spec is not None:
+        check_spec(spec, SoftLabelSpec)
+    if shard_count(path) is not None:
+        refuse_old(path)
 
 
 def _refuse_length(

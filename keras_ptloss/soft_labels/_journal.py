@@ -4,11 +4,10 @@ import contextlib
 import errno
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO, TypeVar
+from typing import Any, NoReturn, Self, TextIO, TypeVar
 
 from keras_ptloss._checks import fail
 from keras_ptloss.soft_labels._store import (
@@ -20,6 +19,28 @@ from keras_ptloss.soft_labels._store import (
 )
 
 Writer = TypeVar("Writer", bound="Journal")
+
+
+# All that is ever in the directory of a shard; first what makes the rest count.
+OWN = (
+    "manifest.json",
+    "manifest.json.new",
+    *(
+        f"{name}.npy"
+        for name in (
+            *("fingerprints", "labels", "classes", "values"),
+            *("log_values", "log_tail", "ids", "lengths", "counts", "kept"),
+        )
+    ),
+)
+
+
+def refuse_old(store: Path) -> NoReturn:
+    """Raise the error of imports to a store that is there.
+
+    A corrected file must not silently keep the rows of the first one.
+    """
+    fail("path", "a new directory: imports do not resume", str(store))
 
 
 def sync(path: Path) -> None:
@@ -75,7 +96,7 @@ class Journal:
     def __init__(self, store: Path, shard: tuple[int, int], rows: str) -> None:
         self._store, self._final = store, shard_path(store, shard)
         self._lock_path = self._final.with_name(self._final.name + ".lock")
-        self._made = False
+        self._made, self.resumes = False, True
         self.shard, self._rows = shard, rows
         self._manifest: dict[str, Any] | None = None
         self._files = contextlib.ExitStack()
@@ -85,6 +106,7 @@ class Journal:
         try:
             self._lock()
             self._find()
+            self._check_new()
             self._resume()
         except BaseException:
             self._files.close()
@@ -161,6 +183,12 @@ class Journal:
         self.directory.mkdir(exist_ok=True)
         sync(self._store)
 
+    def _check_new(self) -> None:
+        # Under the lock: another import may just have finished.
+        begun = (self.directory / "manifest.json").exists()
+        if begun and not self.resumes:
+            refuse_old(self._store)
+
     @property
     def complete(self) -> bool:
         """Whether the directory has its final name."""
@@ -213,10 +241,18 @@ class Journal:
         self._manifest = manifest
 
     def discard(self) -> None:
-        """Remove what is written of a shard that is not complete."""
-        if not self.complete:
-            shutil.rmtree(self.directory, ignore_errors=True)
-            self._manifest = None
+        """Remove what is written of a shard that is not complete.
+
+        What others have put there stays.
+        """
+        if self.complete:
+            return
+        if not self.directory.is_symlink():
+            with contextlib.suppress(OSError):
+                for name in OWN:
+                    (self.directory / name).unlink(missing_ok=True)
+                self.directory.rmdir()
+        self._manifest = None
 
     def finish(self) -> None:
         """Add the checksums and give the directory its final name."""
@@ -237,7 +273,12 @@ class Journal:
 
 @contextlib.contextmanager
 def at_once(writer: Writer) -> Iterator[Writer]:
-    """Write a store whole or not at all, for no later call goes on with it."""
+    """Write a store whole or not at all, for no later call goes on with it.
+
+    Raises:
+        ValueError: If there is one already.
+    """
+    writer.resumes = False
     with writer:
         try:
             yield writer

@@ -16,20 +16,21 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from keras_ptloss._checks import fail
+from keras_ptloss._checks import check_choice, check_count, check_real, fail
 from keras_ptloss.soft_labels._names import shorten
 from keras_ptloss.soft_labels._numbers import ROUNDING
 from keras_ptloss.soft_labels._spec import (
     SoftLabelSpec,
     decode,
     probabilities_of,
+    read_spec,
     top_k_of,
 )
 from keras_ptloss.soft_labels._store import checksum
@@ -67,9 +68,20 @@ def read_metadata(stored: bytes | None) -> dict[str, Any] | None:
     """
     if stored is None:
         return None
-    values: dict[str, Any] = json.loads(stored)
-    if values["format"] != FORMAT:
-        raise ValueError(f"its format is {values['format']}, not {FORMAT}")
+    try:
+        values: dict[str, Any] = json.loads(stored)
+        check_choice("format", values["format"], (FORMAT,))
+        read_spec(SoftLabelSpec, values["spec"])
+        check_count("num_classes", values["num_classes"], at_least=2)
+        check_count("rows", values["rows"], at_least=0)
+        for name in ("sum", "max"):
+            error = check_real(
+                name, values["total_variation"][name], "a number"
+            )
+            if not 0 <= error < float("inf"):
+                fail(name, "a finite number of at least 0", error)
+    except (ValueError, TypeError, KeyError, RecursionError) as problem:
+        raise ValueError(f"its metadata are wrong: {problem!r}") from problem
     return values
 
 
@@ -84,9 +96,13 @@ def check_files(files: list[Path]) -> None:
         if not record.exists():
             continue
         try:
-            known = dict(json.loads(record.read_text("utf-8")))
-        except ValueError as error:
+            known = json.loads(record.read_text("utf-8"))
+        except (ValueError, RecursionError) as error:
             fail("path", f"JSON ({error})", str(record))
+        if not isinstance(known, dict):
+            fail(
+                "path", "an object of JSON, from file to checksum", str(record)
+            )
         for path in files:
             if path.parent != folder:
                 continue
@@ -252,15 +268,17 @@ def _id_column(pa: Any, ids: Any, count: int) -> Any:
 def new_directory(final: Path) -> Iterator[Path]:
     """Make a directory that gets its name once all of it is on the disk.
 
-    A process that is killed leaves `NAME.partial`, which the next one empties.
+    A process that is killed leaves `NAME.partial`, which the next one empties
+    if there is nothing else in it.
     """
     import fcntl  # absent where stores can only be read
 
-    if final.exists():
-        fail("directory", "a new directory", str(final))
+    _check_new(final)
     partial = final.with_name(final.name + ".partial")
+    if partial.is_symlink() or partial.is_file():
+        fail("directory", f"one without {partial} beside it", str(final))
     partial.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY)
+    descriptor = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -268,9 +286,9 @@ def new_directory(final: Path) -> Iterator[Path]:
             raise RuntimeError(
                 f"{final} is being written by another process"
             ) from None
-        for left in partial.iterdir():
-            left.unlink()
+        _check_new(final)  # another process may just have finished
         try:
+            _remove_own(partial, final)
             yield partial
             for path in partial.iterdir():
                 with path.open("rb") as file:
@@ -278,7 +296,35 @@ def new_directory(final: Path) -> Iterator[Path]:
             os.fsync(descriptor)
             partial.rename(final)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError, ValueError):
+                _remove_own(partial, final)
+                partial.rmdir()
             raise
     finally:
         os.close(descriptor)
+
+
+def _check_new(final: Path) -> None:
+    if os.path.lexists(final):
+        fail("directory", "a new directory", str(final))
+
+
+def _remove_own(partial: Path, final: Path) -> None:
+    """Remove what is written here, if there is nothing else."""
+    found = list(partial.iterdir())
+    foreign = [
+        path.name
+        for path in found
+        if path.is_symlink()
+        or not path.is_file()
+        or not re.fullmatch(rf"part-\d{{5,}}\.parquet|{CHECKSUMS}", path.name)
+    ]
+    if foreign:
+        fail(
+            "directory",
+            f"one beside which {partial} has no files of others:"
+            f" {shorten(foreign)}",
+            str(final),
+        )
+    for path in found:
+        path.unlink()

@@ -25,6 +25,7 @@ from keras_ptloss.soft_labels._spec import (
     encode_top_k,
     probabilities_of,
 )
+from keras_ptloss.soft_labels._store import is_of_the_machine
 
 _IDS = ("id", "custom_id")
 
@@ -44,6 +45,8 @@ class ParquetFile:
         except FileNotFoundError:
             raise
         except Exception as error:
+            if is_of_the_machine(error):
+                raise
             # Damaged footers make pyarrow raise what its parsers raise.
             self.fail(f"is unreadable ({error})")
         kinds = [n for n in (*DENSE, TOP[0]) if n in self.schema.names]
@@ -138,6 +141,8 @@ class ParquetFile:
         try:
             yield from self._file.iter_batches(size, columns=columns)
         except (OSError, self._pa.ArrowException) as error:
+            if is_of_the_machine(error):
+                raise
             self.fail(f"is damaged ({error})")
 
     def _storage(self, kind: Any) -> Any:

@@ -16,7 +16,7 @@ from keras_ptloss.soft_labels._parquet import (
     import_pyarrow,
 )
 from keras_ptloss.soft_labels._parquet_file import ParquetFile
-from keras_ptloss.soft_labels._spec import SoftLabelSpec
+from keras_ptloss.soft_labels._spec import SoftLabelSpec, read_spec
 
 
 def find_files(source: str | os.PathLike[str]) -> list[Path] | None:
@@ -159,7 +159,7 @@ def _spec(
     """Complete the spec by what the files say."""
     logits = file.kind == "logits"
     if spec is None and file.metadata:
-        spec = SoftLabelSpec(**file.metadata["spec"])
+        spec = read_spec(SoftLabelSpec, file.metadata["spec"])
     elif spec is None:
         dtype = "float16" if file.is_half else "float32"
         spec = SoftLabelSpec(from_logits=logits, dtype=dtype)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from keras_ptloss._binary import two_events
-from keras_ptloss._checks import SUM_TOLERANCE, check_choice, fail
+from keras_ptloss._checks import SUM_TOLERANCE, fail
 from keras_ptloss.soft_labels._names import ClassNames, shorten
 from keras_ptloss.soft_labels._numbers import (
     RowProblem,
@@ -83,8 +83,10 @@ class Reader:
     def read(self) -> Iterator[Row]:
         """Yield the rows in the order of the file."""
         kind = self.source.suffix
-        check_choice("source", kind, (".csv", ".jsonl", ".npy"))
         read = {".csv": self._csv, ".jsonl": self._jsonl, ".npy": self._npy}
+        if kind not in read:
+            wanted = "a file .csv, .jsonl, .npy or .parquet, or a directory of"
+            fail("source", f"{wanted} .parquet files", str(self.source))
         width = None
         try:
             for row in read[kind]():
@@ -177,7 +179,10 @@ class Reader:
             if key is not None:
                 columns[key] = column
         if not columns.keys() - {"custom_id"}:
-            fail("source", f"a table of {self.names}", header)
+            wanted = f"a table of {self.names}"
+            if not self.names:
+                wanted = "a table whose first line names the classes"
+            fail("source", wanted, f"{self.source}, with {header}")
         return columns
 
     def _cells(self, cells: list[str], columns: dict[int | str, int]) -> Row:

@@ -5,7 +5,7 @@ from typing import Any
 
 import tenacity
 
-from keras_ptloss._checks import check_count, fail
+from keras_ptloss._checks import check_count, check_real, fail
 
 Tensor = Any
 
@@ -59,11 +59,13 @@ def with_retries(
         if not (isinstance(kind, type) and issubclass(kind, BaseException)):
             fail("retry_on", "a tuple of exception types", retry_on)
     check_count("retries", retries, at_least=0)
-    if not 0 <= first_delay <= max_delay:
+    first = check_real("first_delay", first_delay, "a number of seconds")
+    longest = check_real("max_delay", max_delay, "a number of seconds")
+    if not 0 <= first <= longest:
         fail("first_delay", "between 0 and `max_delay`", first_delay)
 
     # Half of each wait is certain, half is random.
-    half = {"multiplier": first_delay / 2, "max": max_delay / 2}
+    half = {"multiplier": first / 2, "max": longest / 2}
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(retry_on),
         stop=tenacity.stop_after_attempt(retries + 1),

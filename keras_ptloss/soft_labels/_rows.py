@@ -34,6 +34,9 @@ class Rows:
         self.fingerprints = np.concatenate(
             [shard.arrays["fingerprints"] for shard in shards]
         )
+        for shard in shards:  # instead of another copy
+            mine = self.fingerprints[shard.start : shard.stop]
+            shard.arrays["fingerprints"] = mine
         # Whether the rows have an order; else they are found by content only.
         self.ordered = all(shard.ordered for shard in shards)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from keras_ptloss._checks import check_choice, check_count, fail
+from keras_ptloss._checks import check_choice, check_count, check_flag, fail
 from keras_ptloss.soft_labels import _data as data
 from keras_ptloss.soft_labels import _store as store
 from keras_ptloss.soft_labels._ask import ask
@@ -18,7 +18,7 @@ from keras_ptloss.soft_labels._match import Matcher
 from keras_ptloss.soft_labels._parquet import write_parquet
 from keras_ptloss.soft_labels._parquet_table import find_files, open_table
 from keras_ptloss.soft_labels._rows import StoredRows
-from keras_ptloss.soft_labels._spec import SoftLabelSpec
+from keras_ptloss.soft_labels._spec import SoftLabelSpec, check_spec
 from keras_ptloss.soft_labels._writer import ShardWriter, with_num_examples
 
 Tensor = Any
@@ -192,7 +192,9 @@ class SoftLabels(StoredRows):
         check_choice("verbose", str(verbose), ("0", "1", "2"))
         dataset = data.as_dataset(dataset)
         check_order(dataset)
-        spec = with_num_examples(spec or SoftLabelSpec(), dataset)
+        spec = SoftLabelSpec() if spec is None else spec
+        check_spec(spec, SoftLabelSpec)
+        spec = with_num_examples(spec, dataset)
         with ShardWriter(Path(path), spec, shard) as writer:
             bar = keras.utils.Progbar(
                 writer.stop - writer.start - writer.stored,
@@ -242,6 +244,8 @@ class SoftLabels(StoredRows):
 
         Raises:
             FileNotFoundError: If there is no store at `path`.
+            OSError: As the system has it, such as where too many files are
+                open: of a store one a shard; with `top_k`, three.
             ValueError: If shards are missing, unfinished or damaged, or rows
                 of one example differ. The message says which, and what to do.
 
@@ -252,6 +256,9 @@ class SoftLabels(StoredRows):
                 ...
             FileNotFoundError: No soft labels at absent.softlabels
         """
+        check_flag("verify", verify)
+        if spec is not None:
+            check_spec(spec, SoftLabelSpec)
         files = find_files(path) if Path(path).is_dir() else None
         if files is not None and store.shard_count(Path(path)) is None:
             return cls(path, [open_table(files, spec=spec, verify=verify)])
@@ -334,9 +341,9 @@ class SoftLabels(StoredRows):
                 to find each example by its fingerprint, which suits a data
                 set that is shuffled or a part of the whole, and is the default
                 for Parquet.
-            batch_size: Examples in a batch; arrays only.
+            batch_size: Examples in a batch of arrays; batches stay as they are.
             shuffle: Whether to draw a new order in every epoch; arrays only.
-            seed: Seed of that order.
+            seed: Seed of that order; unused where nothing is shuffled.
             preprocessor: Called on the inputs of a batch, after the check, for
                 students that need other inputs than the teacher. On `tf.data`
                 it is applied by `map`, so it must consist of TensorFlow ops.

@@ -1,12 +1,19 @@
 """What a store of soft labels holds, and how a row is put on disk."""
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from keras_ptloss._checks import check_choice, check_count, check_flag, fail
+from keras_ptloss._checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_real,
+    fail,
+)
 
+Spec = TypeVar("Spec")
 _DTYPES = {"float16": "<f2", "float32": "<f4"}
 
 
@@ -58,35 +65,80 @@ class SoftLabelSpec:
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the fields."""
+        """Check the fields; keep what JSON has, not NumPy's numbers."""
+        found: dict[str, Any] = check_notes(self)
         if self.num_examples is not None:
-            check_count("num_examples", self.num_examples)
+            found["num_examples"] = check_count(
+                "num_examples", self.num_examples
+            )
         names = self.class_names
         if names is not None:
-            valid = not isinstance(names, str) and all(
-                isinstance(name, str) for name in names
-            )
-            if not valid or len(names) < 2 or len(set(names)) != len(names):
-                fail("class_names", "at least two different strings", names)
-            object.__setattr__(self, "class_names", tuple(names))
-        count = self.num_classes
-        if count is not None:
-            check_count("num_classes", count, at_least=2)
+            names = found["class_names"] = _class_names(names)
+        if self.num_classes is not None:
+            count = check_count("num_classes", self.num_classes, at_least=2)
             if names is not None and len(names) != count:
                 fail("num_classes", f"the {len(names)} class names'", count)
-        check_flag("from_logits", self.from_logits)
-        if not 0 < self.temperature < float("inf"):
-            fail("temperature", "a positive number", self.temperature)
+            found["num_classes"] = count
         check_choice("dtype", self.dtype, _DTYPES)
+        found["dtype"] = str(self.dtype)
         if self.top_k is not None:
-            check_count("top_k", self.top_k)
-            if self.from_logits:
+            found["top_k"] = check_count("top_k", self.top_k)
+            if found["from_logits"]:
                 fail(
                     "top_k",
                     "None for logits (let the teacher end in a softmax to"
                     " store its k largest probabilities)",
                     self.top_k,
                 )
+        for field, value in found.items():
+            object.__setattr__(self, field, value)
+
+
+def _class_names(names: Any) -> tuple[str, ...]:
+    wanted = "at least two different strings"
+    try:
+        listed = () if isinstance(names, str) else tuple(names)
+    except TypeError:
+        fail("class_names", wanted, names)
+    texts = all(isinstance(name, str) for name in listed)
+    if not texts or len(listed) < 2 or len(set(listed)) != len(listed):
+        fail("class_names", wanted, names)
+    return tuple(str(name) for name in listed)
+
+
+def check_notes(spec: Any) -> dict[str, Any]:
+    """What a spec of either kind says of the teacher, checked."""
+    temperature = check_real(
+        "temperature", spec.temperature, "a positive number"
+    )
+    if not 0 < temperature < float("inf"):
+        fail("temperature", "a positive number", spec.temperature)
+    name = spec.teacher_name
+    if not isinstance(name, (str, type(None))):
+        fail("teacher_name", "a text, or None", name)
+    return {
+        "from_logits": check_flag("from_logits", spec.from_logits),
+        "temperature": temperature,
+        "teacher_name": None if name is None else str(name),
+    }
+
+
+def check_spec(spec: Any, kind: type) -> None:
+    """Require a spec of the kind, not a dictionary of its fields."""
+    if not isinstance(spec, kind):
+        fail("spec", f"a {kind.__name__}", spec)
+
+
+def read_spec(kind: type[Spec], stored: dict[str, Any]) -> Spec:
+    """The spec in a file's record.
+
+    Earlier stores may have any JSON as the name of the teacher.
+    """
+    fields = {**stored}
+    name = fields.get("teacher_name")
+    if not isinstance(name, (str, type(None))):
+        fields["teacher_name"] = str(name)
+    return kind(**fields)
 
 
 def array_formats(

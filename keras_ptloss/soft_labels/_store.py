@@ -11,14 +11,18 @@ import itertools
 import json
 import mmap
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from keras_ptloss._checks import fail
-from keras_ptloss.soft_labels._spec import SoftLabelSpec, array_formats
+from keras_ptloss.soft_labels._spec import (
+    SoftLabelSpec,
+    array_formats,
+    read_spec,
+)
 
 # Format 1 stored the k largest as probabilities, not as their logarithms.
 FORMATS = ("keras_ptloss.soft_labels/1", "keras_ptloss.soft_labels/2")
@@ -127,7 +131,14 @@ def _plausible(manifest: dict[str, Any]) -> bool:
         and 0 <= manifest["stored"] <= rows[1] - rows[0]
         and 0 <= error["sum"] < float("inf")
         and 0 <= error["max"] < float("inf")
-        and (checksums is None or set(checksums) == set(formats_of(manifest)))
+        and check_sums(checksums, formats_of(manifest))
+    )
+
+
+def check_sums(checksums: Any, names: Iterable[str]) -> bool:
+    """Whether there is one of each array; there are none before the end."""
+    return checksums is None or (
+        isinstance(checksums, dict) and set(checksums) == set(names)
     )
 
 
@@ -151,18 +162,34 @@ def damaged(directory: Path, why: str) -> NoReturn:
     )
 
 
+def is_of_the_machine(error: Exception) -> bool:
+    """Whether an error says nothing of what a file holds.
+
+    Too many files are open, the disk fails, or reading is forbidden. What
+    pyarrow finds wrong in a file is an OSError too, but without a number.
+    """
+    if isinstance(error, (FileNotFoundError, IsADirectoryError)):
+        return False
+    numbered = isinstance(error, OSError) and error.errno is not None
+    return numbered or isinstance(error, MemoryError)
+
+
 def load(directory: Path, name: str) -> Any:
     """Map one of a shard's arrays; never a pickle, which could run code."""
     try:
-        return np.load(directory / f"{name}.npy", mmap_mode="r")
+        # Not np.load, which takes archives too.
+        return np.lib.format.open_memmap(directory / f"{name}.npy", mode="r")
     except Exception as error:
+        if is_of_the_machine(error):
+            error.add_note(f"While mapping {name}.npy of {directory}")
+            raise
         # A damaged header makes NumPy raise what its parser raises: EOFError,
         # SyntaxError, tokenize.TokenError.
         damaged(directory, f"{name}.npy is unreadable ({error!r})")
 
 
 def spec_of(manifest: dict[str, Any]) -> SoftLabelSpec:
-    return SoftLabelSpec(**manifest["spec"])
+    return read_spec(SoftLabelSpec, manifest["spec"])
 
 
 def has_logs(manifest: dict[str, Any]) -> bool:
@@ -247,6 +274,9 @@ class Shard:
             name: map_array(directory, name, form, rows, known)
             for name, form in formats_of(manifest).items()
         }
+        # Read whole anyway. What is mapped keeps its file open, and a process
+        # may open 1024, as a rule.
+        self.arrays["fingerprints"] = np.array(self.arrays["fingerprints"])
 
     def read(self, rows: Any) -> dict[str, Any]:
         """Read rows, counted from the start of the data set, as stored."""

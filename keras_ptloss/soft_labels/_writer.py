@@ -35,6 +35,7 @@ from keras_ptloss.soft_labels._store import (
     formats_of,
     has_logs,
     load,
+    map_array,
     read_manifest,
     shard_rows,
     spec_of,
@@ -135,8 +136,10 @@ class ShardWriter(Journal):
         return manifest
 
     def _open_arrays(self) -> None:
-        for name in formats_of(self._manifest or {}):
-            self._offsets[name] = np.load(self.path(name), mmap_mode="r").offset
+        rows = self.stop - self.start
+        for name, form in formats_of(self._manifest or {}).items():
+            array = map_array(self.directory, name, form, rows, None)
+            self._offsets[name] = array.offset
             self.open_file(name)
 
     def missing(

@@ -85,6 +85,8 @@ def test_a_flipped_bit_of_the_manifest_changes_no_row(path, k):
         ({"stored": N - 1}, "has 49 rows only"),
         ({"checksums": {"../../labels": "x"}}, "contradicts itself"),
         ({"checksums": None}, "checksum of labels.npy differs"),
+        ({"checksums": ["labels", "fingerprints"]}, "contradicts itself"),
+        ({"checksums": "x"}, "contradicts itself"),
         ({"total_variation": {"sum": -1, "max": 0}}, "contradicts itself"),
     ],
 )

@@ -44,6 +44,9 @@ def test_csv_without_a_class_fills_it(tmp_path):
     np.testing.assert_allclose(report.labels[0], [0.1, 0.2, 0.7], atol=1e-6)
 
 
+READ = r"`source` must be a file .csv, .jsonl, .npy or .parquet, or a dir.*"
+
+
 @pytest.mark.parametrize("logs", [False, True])
 def test_jsonl_lists_and_objects(tmp_path, logs):
     def number(p):
@@ -114,7 +117,7 @@ def test_empty_rows(tmp_path):
         ("a.csv", "negative\nx\n", "line 2 of .* has 'x', not a number"),
         ("a.csv", "negative,b\n1\n", "line 2 of .* has 1 of 2 cells"),
         ("a.csv", "x,y\n0,1\n", "`source` must be a table of"),
-        ("a.csv", "", "`source` must be a table of"),
+        ("a.csv", "", r"`source` must be a table of .*a\.csv, with \[\]"),
         ("a.csv", "no,negative,no\n1,2,3\n", "'no' stands twice"),
         (
             "a.csv",
@@ -166,7 +169,8 @@ def test_empty_rows(tmp_path):
         ("a.npy", np.array([[{}]]), "a readable .npy file"),
         ("a.npy", b"", "a readable .npy file"),
         ("a.npy", b"\x93NUMPY\x01\x00\x02\x00({", "a readable .npy file"),
-        ("a.txt", "0.5", "`source` must be one of '.csv', '.jsonl', '.npy'"),
+        ("a.txt", "0.5", READ + r"Received: source='.*a\.txt'"),
+        ("a.CSV", "x,y\n0,1\n", READ + r"Received: source='.*a\.CSV'"),
     ],
 )
 def test_unreadable_files(tmp_path, name, content, match):

@@ -19,6 +19,7 @@ from keras_ptloss.soft_labels import (
     import_soft_labels,
     import_token_labels,
 )
+from keras_ptloss.soft_labels._journal import OWN
 
 pytestmark = helpers.slow_but_on_one()
 
@@ -112,6 +113,37 @@ def test_nothing_is_left(path, fail, there):
     assert path.exists() == there
     if there:
         assert [file.name for file in path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("fail", [ask_rows, store_rows, ask_tokens])
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_others_have_put_there_stays(path, fail, linked):
+    """In the very directory that is removed, or in one that it links to."""
+    partial = path / "shard-00000-of-00001.partial"
+    mine = path.with_name("mine") if linked else partial
+    mine.mkdir(parents=True)
+    if linked:
+        path.mkdir()
+        partial.symlink_to(mine)
+    (mine / "notes.txt").write_text("mine")
+    (mine / "mine.npy").write_text("mine")
+    with pytest.raises((RuntimeError, ValueError)):
+        fail(path)
+    assert {file.name for file in mine.iterdir()} == {"notes.txt", "mine.npy"}
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        stores.write,
+        lambda path: stores.write(path, top_k=2),
+        token_stores.write,
+    ],
+)
+def test_all_files_of_a_shard_are_known_as_own(path, write):
+    write(path)
+    (shard,) = path.glob("shard-*-of-00001")
+    assert {file.name for file in shard.iterdir()} <= set(OWN)
 
 
 @pytest.mark.parametrize(

@@ -31,5 +31,9 @@ def test_retries(monkeypatch):
         with_retries(client, retry_on=(OSError,), retries=-1)
     with pytest.raises(ValueError, match="`first_delay` must be"):
         with_retries(client, retry_on=(OSError,), first_delay=-1)
+    for name, wrong in (("first_delay", "1"), ("max_delay", None)):
+        match = f"`{name}` must be a number of seconds.*{name}={wrong!r}"
+        with pytest.raises(ValueError, match=match):
+            with_retries(client, retry_on=(OSError,), **{name: wrong})
     with pytest.raises(ValueError, match="`teacher` must be a callable"):
         with_retries(3, retry_on=(OSError,))

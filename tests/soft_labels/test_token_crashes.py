@@ -12,6 +12,11 @@ from stores import Batches, flipped, spoilt
 from token_stores import Teacher, V, texts, write
 
 from keras_ptloss.soft_labels import SoftLabels, TokenLabels
+from keras_ptloss.soft_labels._tokens.spec import (
+    KEPT_FORMATS,
+    SEQUENCE_FORMATS,
+    token_formats,
+)
 
 pytestmark = helpers.slow_but_on_one()
 
@@ -327,3 +332,24 @@ def test_rows_that_are_refused(path, value, logits, match):
 def test_data_sets_that_are_refused(path, dataset, options, match):
     with pytest.raises(ValueError, match=match):
         write(path, dataset=dataset, **options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stored": ["sequences", "tokens", "kept"]},
+        {"stored": None},
+        {"checksums": [*SEQUENCE_FORMATS, *KEPT_FORMATS, *token_formats(4, V)]},
+        {"total_variation": 3},
+        {"spec": [["top_k", 4]]},
+        {"vocabulary_size": "37"},
+    ],
+)
+def test_manifests_from_elsewhere(path, change):
+    write(path)
+    file = path / FOLDER / "manifest.json"
+    manifest = {**json.loads(file.read_text()), **change}
+    del manifest["checksum"]
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="an intact store, but its manifest"):
+        TokenLabels.open(path)

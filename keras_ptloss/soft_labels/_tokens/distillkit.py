@@ -19,6 +19,7 @@ import numpy as np
 
 from keras_ptloss._checks import fail
 from keras_ptloss.soft_labels._parquet import import_pyarrow
+from keras_ptloss.soft_labels._store import is_of_the_machine
 from keras_ptloss.soft_labels._tokens.answers import Answer
 from keras_ptloss.soft_labels._tokens.packing import (
     bits_of,
@@ -60,6 +61,8 @@ class ParquetLists:
                 file = self._pa.parquet.ParquetFile(path)
                 names = file.schema_arrow.names
             except (OSError, self._pa.ArrowException) as error:
+                if is_of_the_machine(error):
+                    raise
                 self.fail("the footer", f"is unreadable ({error})")
             found = [p for p in (_PLAIN, _PACKED) if set(p) <= set(names)]
             if not found or "input_ids" not in names:
@@ -79,6 +82,8 @@ class ParquetLists:
         try:
             yield from file.iter_batches(64, columns=columns)
         except (OSError, self._pa.ArrowException) as error:
+            if is_of_the_machine(error):
+                raise
             self.fail("a page", f"is damaged ({error})")
 
     def _answer(
@@ -171,7 +176,14 @@ def _config(folder: Path) -> dict[str, Any]:
         config = dict(config.get("logprob_compressor", config))
         compressed_size(config)
         bits_of(config["d"])
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+    except (
+        yaml.YAMLError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:
         fail("source", f"beside a valid {_CONFIG} ({error!r})", str(path))
     if bits_of(config["d"]) > 24:
         fail("source", "of a vocabulary of at most 2**24", str(path))

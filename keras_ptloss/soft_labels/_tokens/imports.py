@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from keras_ptloss._checks import check_choice, fail
-from keras_ptloss.soft_labels._journal import at_once
+from keras_ptloss.soft_labels._journal import at_once, refuse_old
 from keras_ptloss.soft_labels._parquet_table import find_files
+from keras_ptloss.soft_labels._spec import check_spec
 from keras_ptloss.soft_labels._store import shard_count
 from keras_ptloss.soft_labels._tokens.answers import Lines
 from keras_ptloss.soft_labels._tokens.distillkit import ParquetLists
@@ -143,8 +144,7 @@ def import_token_labels(
     """
     reader = _reader(Path(source), spec, format, tokenizer)
     if shard_count(Path(path)) is not None:
-        # A corrected file must not silently keep what the first one had.
-        fail("path", "a new directory: imports do not resume", str(path))
+        refuse_old(Path(path))
     sequences = None if dataset is None else _sequences(dataset)
     places = Places(reader, sequences, ids)
     padding = 0
@@ -170,10 +170,7 @@ def import_token_labels(
 def _reader(
     source: Path, spec: TokenLabelSpec, format: str, tokenizer: Any
 ) -> Lines | ParquetLists:
-    if not isinstance(spec, TokenLabelSpec):
-        raise ValueError(
-            f"`spec` must be a TokenLabelSpec. Received: spec={spec!r}"
-        )
+    check_spec(spec, TokenLabelSpec)
     if spec.vocabulary_size is None:
         fail("vocabulary_size", "given in the spec of an import", None)
     if spec.from_logits:

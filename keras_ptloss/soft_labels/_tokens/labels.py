@@ -9,10 +9,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_ptloss._checks import check_choice, check_count
+from keras_ptloss._checks import check_choice, check_count, check_flag
 from keras_ptloss.soft_labels import _data as data
 from keras_ptloss.soft_labels._attach import attach
 from keras_ptloss.soft_labels._loaders import check_order
+from keras_ptloss.soft_labels._spec import check_spec
 from keras_ptloss.soft_labels._tokens.ask import ask_tokens, asked
 from keras_ptloss.soft_labels._tokens.match import TokenMatcher
 from keras_ptloss.soft_labels._tokens.sequences import (
@@ -159,10 +160,7 @@ class TokenLabels:
             >>> labels.num_tokens
             5
         """
-        if not isinstance(spec, TokenLabelSpec):
-            raise ValueError(
-                f"`spec` must be a TokenLabelSpec. Received: spec={spec!r}"
-            )
+        check_spec(spec, TokenLabelSpec)
         check_count("batch_size", batch_size)
         check_choice("verbose", str(verbose), ("0", "1", "2"))
         run = asked(teacher, spec)
@@ -226,6 +224,7 @@ class TokenLabels:
                 ...
             FileNotFoundError: No token labels at absent.tokens
         """
+        check_flag("verify", verify)
         return cls(path, TokenFiles(Path(path), verify=verify))
 
     @property
@@ -312,10 +311,11 @@ class TokenLabels:
 
         Args:
             dataset: Token ids, in any of the forms of `write`.
-            batch_size: Sequences in a batch; arrays and lists only.
+            batch_size: Sequences in a batch of arrays and lists; batches stay
+                as they are.
             shuffle: Whether to draw a new order in every epoch; arrays and
                 lists only.
-            seed: Seed of that order.
+            seed: Seed of that order; unused where nothing is shuffled.
             preprocessor: Called on the inputs of a batch, after the check, for
                 students that need other inputs than the teacher. On `tf.data`
                 it is applied by `map`, so it must consist of TensorFlow ops.

@@ -7,6 +7,7 @@ import numpy as np
 
 from keras_ptloss._checks import check_count, fail
 from keras_ptloss.losses._events import LARGEST_ID, REST
+from keras_ptloss.soft_labels._spec import check_notes
 from keras_ptloss.soft_labels._tokens.packing import (
     bits_of,
     pack,
@@ -54,15 +55,13 @@ class TokenLabelSpec:
     teacher_name: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the fields."""
-        k = check_count("top_k", self.top_k)
-        if not isinstance(self.from_logits, bool):
-            fail("from_logits", "True or False", self.from_logits)
-        if not 0 < self.temperature < float("inf"):
-            fail("temperature", "a positive number", self.temperature)
+        """Check the fields; keep what JSON has, not NumPy's numbers."""
+        found = {**check_notes(self), "top_k": check_count("top_k", self.top_k)}
         if self.vocabulary_size is not None:
             self.check_vocabulary(self.vocabulary_size)
-        object.__setattr__(self, "top_k", k)
+            found["vocabulary_size"] = int(self.vocabulary_size)
+        for field, value in found.items():
+            object.__setattr__(self, field, value)
 
     def check_vocabulary(self, size: int) -> None:
         """Require a number of ids that fits the other fields."""

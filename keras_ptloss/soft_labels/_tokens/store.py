@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from keras_ptloss.soft_labels._spec import read_spec
 from keras_ptloss.soft_labels._store import (
     TOKEN_FORMATS,
+    check_sums,
     damaged,
     give_back,
     map_array,
@@ -38,7 +40,7 @@ def read_token_manifest(directory: Path) -> dict[str, Any] | None:
 
 def spec_of(manifest: dict[str, Any]) -> TokenLabelSpec:
     """The spec that was written."""
-    return TokenLabelSpec(**manifest["spec"])
+    return read_spec(TokenLabelSpec, manifest["spec"])
 
 
 def formats_of(manifest: dict[str, Any]) -> dict[str, dict[str, Format]]:
@@ -58,16 +60,16 @@ def _plausible(manifest: dict[str, Any]) -> bool:
     spec.check_vocabulary(size)
     formats = formats_of(manifest)
     names = {name for unit in formats.values() for name in unit}
-    checksums = manifest["checksums"]
     return bool(
-        set(stored) == set(formats)
+        isinstance(stored, dict)
+        and set(stored) == set(formats)
         # True is equal to a whole number, and serves as such nowhere.
         and all(type(n) is int for n in (*stored.values(), size))
         and all(n >= 0 for n in stored.values())
         and manifest["shard"] == list(SHARD)
         and 0 <= error["sum"] < float("inf")
         and 0 <= error["max"] < float("inf")
-        and (checksums is None or set(checksums) == names)
+        and check_sums(manifest["checksums"], names)
     )
 
 
