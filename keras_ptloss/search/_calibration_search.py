@@ -41,7 +41,8 @@ class CalibrationSearch:
 
     Args:
         calibration: `"temperature"`, `"vector"` or `"matrix"`.
-        penalty: weight of the ridge, at least 0; a temperature has none.
+        penalty: weight of the ridge, at least 0; a temperature has none,
+            and `trials` 0.
 
     Raises:
         ValueError: if an argument is not of this form.
@@ -136,7 +137,7 @@ class CalibrationSearch:
             ),
             trials={
                 "calibration": [self.calibration],
-                "penalty": [self.penalty],
+                "penalty": [self.penalty if self.by_class else 0.0],
                 "score": [float(objective.score(q, targets))],
             },
             solves=0,

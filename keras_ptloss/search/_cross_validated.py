@@ -9,6 +9,7 @@ map can. Then the ladder on either base: nothing, a vector or a matrix `A`, with
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -110,9 +111,9 @@ class CrossValidatedSearch:
         """Check the arguments."""
         check_count("order", self.order)
         check_number("penalty", self.penalty, at_least=0.0)
-        known = {"vector", "matrix"}
-        names = self.calibrations
-        if isinstance(names, str) or not set(names) <= known:
+        names, known = self.calibrations, ["vector", "matrix"]
+        several = isinstance(names, Collection) and not isinstance(names, str)
+        if not several or not all(name in known for name in names):
             fail("calibrations", 'of "vector" and "matrix"', names)
         check_count("folds", self.folds, at_least=2)
 

@@ -30,7 +30,6 @@ SCALES = (0.05, 20.0)
 UPPER = 10.0
 
 CALIBRATIONS = ("none", "temperature", "vector")
-SHAPES = ("zero", "shared", "per_class")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,9 +90,7 @@ class ProxyTeacherSearch:
         if isinstance(method, str):
             check_choice("method", method, METHODS)
             method = METHODS[method]()
-        if not callable(getattr(method, "run", None)) or isinstance(
-            method, type
-        ):
+        if isinstance(method, type) or not isinstance(method, Strategy):
             choices = ", ".join(map(repr, METHODS))
             fail("method", f"a search, as RandomSearch(), or {choices}", method)
         self.method = method
@@ -110,7 +108,7 @@ class ProxyTeacherSearch:
         from_logits: Any = None,
         ignore_class: int | None = None,
         classes: int | None = None,
-        verbose: bool | None = None,
+        verbose: bool | int | str | None = None,
     ) -> SearchResult:
         """Search on labelled examples that the teacher was not trained on.
 
@@ -133,11 +131,13 @@ class ProxyTeacherSearch:
                 teachers one flag for all or one each; None is what
                 `SoftLabels` say of themselves, and False of others.
             ignore_class: a label that marks positions to leave out, as in
-                `keras.losses.SparseCategoricalCrossentropy`.
+                `keras.losses.SparseCategoricalCrossentropy`; the teacher's
+                outputs there may be anything.
             classes: C, the number of classes of labels and student. None is
                 the teacher's; it must be said where a teacher has others.
-            verbose: whether to show a progress bar; None shows it on a
-                terminal, on runs of more than some seconds.
+            verbose: whether to show a progress bar, 0 or 1, as in Keras; None
+                and "auto" show it on a terminal, on runs of more than some
+                seconds.
 
         Returns:
             A `SearchResult`.
@@ -151,6 +151,7 @@ class ProxyTeacherSearch:
                 `notes` have these, and what ended at a bound.
         """
         begin = time.perf_counter()
+        progress = Progress(verbose)
         read = read_labelled(
             teacher,
             labels,
@@ -178,7 +179,7 @@ class ProxyTeacherSearch:
                 self.objective,
                 from_logits=read.from_logits,
                 seed=self.seed,
-                progress=Progress(verbose),
+                progress=progress,
             )
         notes = self._notes(examples, read.labels, found.per_class)
         for note in notes:
