@@ -118,7 +118,14 @@ class CalibrationSearch:
                 self.calibration,
             )
         stack = Stack.of(examples, objective)
-        return stack.fit(self.calibration, self.penalty).calibration
+        found = stack.fit(self.calibration, self.penalty).calibration
+        # No fit starts at the teachers as they are: it may end above them.
+        return min(
+            (found, stack.fit("none").calibration),
+            key=lambda one: float(
+                objective.score(examples.calibrated(one), examples.targets)
+            ),
+        )
 
     def _found(
         self,

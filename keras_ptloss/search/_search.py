@@ -45,7 +45,9 @@ class ProxyTeacherSearch:
     teachers that err differently make a better one.
 
     Plain KL stands for election whatever the method, so that the result is
-    never worse than it on these examples.
+    never worse than it on what is fitted to. That is the labels, and of classes
+    with fewer than 5 of them what the teacher says: on all labels, `score` may
+    then be above `score_at_zero`.
 
     Args:
         method: how: `CrossValidatedSearch(...)`, which chooses the form on
