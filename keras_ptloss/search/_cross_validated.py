@@ -127,21 +127,10 @@ class CrossValidatedSearch:
         progress: Progress,
     ) -> Found:
         """Search on the examples."""
-        count, columns = examples.logits.shape
-        classes = examples.classes
+        count = len(examples.labels)
         if count < 2 * self.folds:
             fail("folds", f"at most half the {count} examples", self.folds)
-        calibrations = list(self.calibrations)
-        notes = []
-        if (
-            classes * columns > NUMBERS_PER_EXAMPLE * count
-            and "matrix" in calibrations
-        ):
-            calibrations.remove("matrix")
-            notes.append(
-                f"no matrix of {classes} x {columns} was tried: {count} "
-                "examples are too few for it"
-            )
+        calibrations, notes = self._fitting(examples)
         if examples.teachers is not None:
             return choose_stack(
                 examples,
@@ -180,6 +169,22 @@ class CrossValidatedSearch:
                 ),
             ),
         )
+
+    def _fitting(self, examples: Examples) -> tuple[list[str], list[str]]:
+        """Return the calibrations that so many examples can tell, and a note."""
+        calibrations = list(self.calibrations)
+        count, columns = examples.logits.shape
+        numbers = examples.classes * columns
+        if numbers <= NUMBERS_PER_EXAMPLE * count or (
+            "matrix" not in calibrations
+        ):
+            return calibrations, []
+        calibrations.remove("matrix")
+        note = (
+            f"no matrix of {examples.classes} x {columns} was tried: {count} "
+            "examples are too few for it"
+        )
+        return calibrations, [note]
 
 
 def _notes_on_bounds(

@@ -9,7 +9,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from keras_ptloss._checks import check_choice, check_count, fail
-from keras_ptloss._teacher import read_labelled
+from keras_ptloss._teacher import LabelledOutputs, read_labelled
 from keras_ptloss.search._cross_validated import CrossValidatedSearch
 from keras_ptloss.search._examples import Examples
 from keras_ptloss.search._gradient import GradientSearch
@@ -162,14 +162,7 @@ class ProxyTeacherSearch:
             ignore_class=ignore_class,
             classes=classes,
         )
-        if read.row is not None and not self.method.several:
-            raise ValueError(
-                "`teacher` must be one teacher of the labels' classes for "
-                f"method={self.method.name!r}; CrossValidatedSearch and "
-                "CalibrationSearch take others. Received: teachers of "
-                f"{', '.join(map(str, read.row.counts))} classes, with labels "
-                f"of {read.classes}"
-            )
+        self._check_several(read)
         examples = Examples.of(read)
         if self.objective in OBJECTIVES.values() and self.method.by_class:
             examples = left_to_the_teacher(examples)
@@ -207,6 +200,17 @@ class ProxyTeacherSearch:
             },
             notes=(*notes, *found.notes),
         )
+
+    def _check_several(self, read: LabelledOutputs) -> None:
+        """Require a method that takes several teachers where there are some."""
+        if read.row is not None and not self.method.several:
+            raise ValueError(
+                "`teacher` must be one teacher of the labels' classes for "
+                f"method={self.method.name!r}; CrossValidatedSearch and "
+                "CalibrationSearch take others. Received: teachers of "
+                f"{', '.join(map(str, read.row.counts))} classes, with labels "
+                f"of {read.classes}"
+            )
 
     def _notes(
         self, examples: Examples, labels: np.ndarray, per_class: bool
