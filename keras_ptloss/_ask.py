@@ -11,8 +11,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ptloss._backend import as_array, weights_given_back
-from keras_ptloss._checks import check_class_indices, fail
+from keras_ptloss._backend import weights_given_back
+from keras_ptloss._checks import as_rows, check_class_indices, fail
 
 
 def answers(
@@ -27,7 +27,7 @@ def answers(
                 f"teacher of type {type(teachers[0]).__name__}"
             )
         labels = _integers(labels)
-        return [as_array(one) for one in teachers], labels
+        return [as_rows("teacher", one) for one in teachers], labels
     if inputs is None and len(models) < len(teachers):
         raise ValueError(
             "`inputs` must hold the labelled examples where models stand "
@@ -37,7 +37,9 @@ def answers(
     predicted, labels = _predict(models, labels, inputs)
     of_models = iter(predicted)
     return [
-        next(of_models) if isinstance(one, keras.Model) else as_array(one)
+        next(of_models)
+        if isinstance(one, keras.Model)
+        else as_rows("teacher", one)
         for one in teachers
     ], labels
 
@@ -144,7 +146,7 @@ def _as_own(x: Any) -> Any:
 
 
 def _integers(labels: Any) -> np.ndarray:
-    array = as_array(labels)
+    array = as_rows("labels", labels)
     if not array.size or not array.ndim:
         raise ValueError(
             "`labels` must be non-empty, one class an example. Received: "

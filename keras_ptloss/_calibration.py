@@ -53,8 +53,9 @@ class Calibration:
                 "`scale` and `bias` must be of the same classes. Received: "
                 f"scale of shape {scale.shape}, bias of shape {bias.shape}"
             )
-        object.__setattr__(self, "scale", scale)
-        object.__setattr__(self, "bias", bias)
+        for name, array in {"scale": scale, "bias": bias}.items():
+            array.setflags(write=False)
+            object.__setattr__(self, name, array)
 
     @property
     def is_identity(self) -> bool:
@@ -172,11 +173,17 @@ def hold_masked(logits: Tensor, xp: Any) -> Tensor:
     return xp.where(logits == -np.inf, floor, logits)
 
 
-def check_scale(argument: str, value: Any) -> np.ndarray:
-    """Require `A`: a number or `(C,)` above 0, or `(C, C_in)`."""
-    form = "a finite number above 0, one a class, or a matrix (C, C_in)"
+def check_scale(argument: str, value: Any, *, max_rank: int = 2) -> np.ndarray:
+    """Require `A`: a number or `(C,)` above 0, or at rank 2 `(C, C_in)`.
+
+    Returns:
+        A float64 array of its own.
+    """
+    form = "a finite number above 0, or one a class"
+    if max_rank == 2:
+        form += ", or a matrix (C, C_in)"
     array = as_floats(argument, value, form)
-    good = array.ndim < 3 and array.size and np.all(np.isfinite(array))
+    good = array.ndim <= max_rank and array.size and np.all(np.isfinite(array))
     if not good or (array.ndim < 2 and not np.all(array > 0)):
         fail(argument, form, value)
     return array
@@ -206,12 +213,8 @@ def check_teacher_calibration(
             different classes.
     """
     name = "teacher_temperature"
-    temperature = check_scale(name, teacher_temperature)
-    if temperature.ndim > 1:
-        expected = "a finite number above 0, or one a class"
-        fail(name, expected, teacher_temperature)
     arrays = {
-        name: temperature,
+        name: check_scale(name, teacher_temperature, max_rank=1),
         "teacher_scale": check_scale("teacher_scale", teacher_scale),
         "teacher_bias": check_bias("teacher_bias", teacher_bias),
     }

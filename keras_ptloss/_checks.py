@@ -63,6 +63,16 @@ def check_real(argument: str, value: Any, expected: str) -> float:
         fail(argument, expected, value)
 
 
+def check_ignore_class(ignore_class: Any) -> int | None:
+    """Require an integer, of any sign, or None."""
+    if ignore_class is None:
+        return None
+    integral = isinstance(ignore_class, (int, np.integer))
+    if not integral or isinstance(ignore_class, bool):
+        fail("ignore_class", "an integer, or None", ignore_class)
+    return int(ignore_class)
+
+
 def check_number(argument: str, value: Any, *, at_least: float) -> float:
     """Require a finite number of at least `at_least`, and return it."""
     array = as_floats(argument, value, "a number")
@@ -289,19 +299,38 @@ def check_labels(labels: Any, *, examples: int, classes: int) -> np.ndarray:
             "`labels` must have one entry for each of the teacher's rows, "
             f"{examples}. Received: labels of length {len(array)}"
         )
-    outside = (array < 0) | (array >= classes)
-    if outside.any():
-        index = int(np.argmax(outside))
-        raise ValueError(
-            f"`labels` must be in [0, {classes}), the teacher's classes. "
-            f"Received: labels[{index}]={array[index]}"
-        )
+    check_label_range(array, classes, "the teacher's classes")
     return array.astype("int64")
 
 
-def as_floats(argument: str, value: Any, expected: str) -> np.ndarray:
-    """Require numbers, and return them as a float64 array."""
+def check_label_range(labels: np.ndarray, classes: int, whose: str) -> None:
+    """Require class indices `(N,)` below C; `whose` classes, for the error."""
+    outside = (labels < 0) | (labels >= classes)
+    if outside.any():
+        index = int(np.argmax(outside))
+        raise ValueError(
+            f"`labels` must be in [0, {classes}), {whose}. "
+            f"Received: labels[{index}]={labels[index]}"
+        )
+
+
+def as_rows(argument: str, value: Any) -> np.ndarray:
+    """Return an array of a list, an array or a tensor; its rows are alike."""
     try:
-        return np.asarray(as_array(value), dtype="float64")
+        return as_array(value)
+    except ValueError:
+        raise ValueError(
+            f"`{argument}` must have rows of the same length. Received: "
+            f"{argument}, a {type(value).__name__} of {len(value)} that differ"
+        ) from None
+
+
+def as_floats(argument: str, value: Any, expected: str) -> np.ndarray:
+    """Require real numbers; return them as a float64 array of its own."""
+    try:
+        array = as_array(value)
+        if array.dtype.kind not in "cUSmM":  # NumPy would convert these
+            return np.array(array, dtype="float64")
     except (TypeError, ValueError):
-        fail(argument, expected, value)
+        pass
+    fail(argument, expected, value)

@@ -22,6 +22,7 @@ from keras_ptloss._checks import (
     check_constant_epsilon,
     check_flag,
     check_probabilities,
+    differ,
 )
 from keras_ptloss._several import SideBySide
 from keras_ptloss._teacher import read_outputs, read_row
@@ -36,6 +37,9 @@ Tensor = Any
 @dataclasses.dataclass(frozen=True, eq=False)
 class Correction:
     """How a teacher's outputs are corrected: calibration, then epsilon.
+
+    It is a value: nothing of it can be written to, and two of equal arguments
+    are equal.
 
     Args:
         epsilon: coefficients of PTLoss: a number (order 1), `(M,)` shared by
@@ -100,6 +104,8 @@ class Correction:
         epsilon = check_constant_epsilon(
             self.epsilon, classes=calibration.classes
         )
+        epsilon.setflags(write=False)
+        _check_classes(calibration, epsilon, recalibration)
         row = None
         flags: Any
         if self.teachers is None:
@@ -121,6 +127,21 @@ class Correction:
             "recalibration": recalibration,
         }.items():
             object.__setattr__(self, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same correction: of equal arguments."""
+        if not isinstance(other, Correction):
+            return NotImplemented
+        return self.get_config() == other.get_config()
+
+    def __hash__(self) -> int:
+        """Return one number of all corrections that are equal."""
+        arrays = (self.epsilon, self.scale, self.bias, self.proxy_scale)
+        return hash(tuple(np.concatenate([a.ravel() for a in arrays]).tolist()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Build copies anew: those of NumPy's arrays could be written to."""
+        return type(self).from_config, (self.get_config(),)
 
     @property
     def is_identity(self) -> bool:
@@ -184,6 +205,7 @@ class Correction:
             ValueError: as `teacher`.
         """
         teacher = self.teacher(outputs)
+        self.recalibration.check_input("teacher", teacher.shape[-1])
         rows = teacher.reshape(-1, teacher.shape[-1])
         solved = proxy_teacher(rows, self.epsilon)
         if self.recalibration.is_identity:
@@ -267,6 +289,25 @@ class Correction:
     def from_config(cls, config: dict[str, Any]) -> "Correction":
         """Build the correction from what `get_config` returned."""
         return cls(**config)
+
+
+def _check_classes(
+    calibration: Calibration, epsilon: np.ndarray, recalibration: Calibration
+) -> None:
+    """Require that what follows epsilon is of the classes of what it follows.
+
+    Those of calibration and epsilon are compared already.
+    """
+    classes = calibration.classes
+    if classes is None and epsilon.ndim == 2:
+        classes = len(epsilon)
+    if differ(classes, recalibration.input_classes):
+        raise ValueError(
+            f"`proxy_scale` and `proxy_bias` must be of the {classes} classes "
+            "that scale, bias and epsilon are of. Received: proxy_scale of "
+            f"shape {recalibration.scale.shape}, proxy_bias of shape "
+            f"{recalibration.bias.shape}"
+        )
 
 
 def _check_columns(calibration: Calibration, row: SideBySide) -> None:

@@ -10,11 +10,13 @@ import keras
 import numpy as np
 
 from keras_ptloss._ask import answers
-from keras_ptloss._backend import as_array
 from keras_ptloss._binary import two_events
 from keras_ptloss._checks import (
+    as_rows,
     check_count,
     check_flag,
+    check_ignore_class,
+    check_label_range,
     check_output_form,
     check_probabilities,
     fail,
@@ -85,16 +87,23 @@ def read_labelled(
     Raises:
         ValueError: if an argument is not of this form.
     """
+    ignore_class = check_ignore_class(ignore_class)
     several = is_several(teacher) and len(teacher) > 1
     teachers = list(teacher) if is_several(teacher) else [teacher]
     flags = _flags(teachers, from_logits)
     outputs, labels = answers(teachers, labels, inputs)
-    names = [f"teacher[{k}]" for k in range(len(teachers))]
-    read = read_answers if several else _read_alone
-    parts = [
-        read(name, rows, flag)
-        for name, rows, flag in zip(names, outputs, flags, strict=True)
-    ]
+    if ignore_class is not None:
+        seen = labels != ignore_class
+        if not seen.any():
+            fail("ignore_class", "a label that some rows lack", ignore_class)
+        outputs = [_looked_at(rows, seen) for rows in outputs]
+    if several:
+        parts = [
+            read_answers(f"teacher[{k}]", rows, flag)
+            for k, (rows, flag) in enumerate(zip(outputs, flags, strict=True))
+        ]
+    else:
+        parts = [read_outputs(outputs[0], from_logits=flags[0])]
     counts = tuple(part.shape[-1] for part in parts)
     classes = _classes(classes, counts)
     row = None
@@ -107,9 +116,13 @@ def read_labelled(
     if ignore_class is not None:
         kept = labels != ignore_class
         rows, labels = rows[kept], labels[kept]
-        if not len(labels):
-            fail("ignore_class", "a label that some rows lack", ignore_class)
-    _check_range(labels, classes, "the teacher's" if row is None else "the")
+    whose = "the teacher's" if row is None else "the"
+    check_label_range(
+        labels,
+        classes,
+        f"{whose} classes (`ignore_class` leaves rows out; `classes` says how "
+        "many there are where the teacher has others)",
+    )
     return LabelledOutputs(
         rows,
         labels.astype("int64"),
@@ -141,8 +154,18 @@ def _classes(classes: int | None, counts: tuple[int, ...]) -> int:
     return counts[0]
 
 
-def _read_alone(argument: str, outputs: Any, from_logits: bool) -> np.ndarray:
-    return read_outputs(outputs, from_logits=from_logits)
+def _looked_at(outputs: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Return a teacher's outputs, uniform ones where labels are ignored.
+
+    Outputs that do not fit the labels, or are no numbers, come back as they
+    are: what follows refuses them.
+    """
+    if outputs.dtype.kind not in "fiu" or outputs.ndim < 2 or not outputs.size:
+        return outputs
+    *axes, classes = outputs.shape
+    if seen.size != np.prod(axes):
+        return outputs
+    return np.where(seen.reshape(*axes, 1), outputs, 1.0 / classes)
 
 
 def read_outputs(
@@ -160,7 +183,7 @@ def read_outputs(
         ValueError: if they are not numbers of this form, or not logits or
             probabilities as `from_logits` says.
     """
-    rows = as_array(outputs)
+    rows = as_rows(argument, outputs)
     if rows.dtype.kind not in "fiu" or rows.ndim < 2 or not rows.size:
         raise ValueError(
             f"`{argument}` must give numbers of shape (examples, ..., "
@@ -199,7 +222,7 @@ def read_row(row: SideBySide, outputs: Any) -> np.ndarray:
     if isinstance(outputs, (list, tuple)):
         row.check_number("teacher", len(outputs))
     else:
-        whole = row.join("teacher", np.asarray(outputs))
+        whole = row.join("teacher", as_rows("teacher", outputs))
         outputs = [whole[..., columns] for columns in row.columns]
     parts = [
         read_answers(f"teacher[{k}]", output, flag)
@@ -212,7 +235,7 @@ def read_row(row: SideBySide, outputs: Any) -> np.ndarray:
 
 def read_answers(argument: str, outputs: Any, from_logits: bool) -> np.ndarray:
     """Check one of several teachers' outputs, `(..., C_k)`, all answered."""
-    rows = np.asarray(outputs)
+    rows = as_rows(argument, outputs)
     if rows.dtype.kind == "f" and rows.ndim:
         missing = np.isnan(rows).any(axis=-1).ravel()
         if missing.any():
@@ -256,15 +279,3 @@ def _aligned(labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
             f"{shape[:-1]}. Received: labels of shape {labels.shape}"
         )
     return labels.ravel()
-
-
-def _check_range(labels: np.ndarray, classes: int, whose: str) -> None:
-    outside = (labels < 0) | (labels >= classes)
-    if outside.any():
-        index = int(np.argmax(outside))
-        raise ValueError(
-            f"`labels` must be in [0, {classes}), {whose} classes "
-            "(`ignore_class` leaves rows out; `classes` says how many there "
-            "are where the teacher has others). Received: "
-            f"labels[{index}]={labels[index]}"
-        )

@@ -125,6 +125,8 @@ BACKEND_CODE = {
 # Private attributes of Keras, by file: why there is no public way.
 PRIVATE_KERAS = {
     ("_keras.py", "_flatten_layers"): "whether all layers can be compiled",
+    ("_keras.py", "_jax_state"): "an error leaves a state that would come back",
+    ("metrics/_cases.py", "_direction"): "Keras's callbacks read it",
     ("distiller/_distiller.py", "_update_teacher_metrics"): "the package's own",
 }
 
@@ -216,12 +218,17 @@ def private_read(tree):
 
 
 def private_defined(tree):
-    """Yield the private names that a file defines itself."""
+    """Yield the private names that a file defines itself.
+
+    An attribute is set on `self`: on another thing, `x._y = ...`, it is of
+    whatever `x` is.
+    """
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.name
         elif isinstance(node, ast.Attribute):
-            if isinstance(node.ctx, ast.Store):
+            own = isinstance(node.value, ast.Name) and node.value.id == "self"
+            if own and isinstance(node.ctx, ast.Store):
                 yield node.attr
         elif isinstance(node, ast.Name):
             if isinstance(node.ctx, ast.Store):

@@ -275,7 +275,8 @@ class TestTeacherCalibration:
     def test_wrong_temperature(self, value):
         with pytest.raises(
             ValueError,
-            match="`teacher_temperature` must be .*teacher_temperature=",
+            match="`teacher_temperature` must be a finite number above 0, or "
+            "one a class. Received: teacher_temperature=",
         ):
             teacher_calibration(value, 1.0, 0.0)
 

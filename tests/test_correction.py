@@ -1,5 +1,9 @@
 """Correction: one value from the search to the loss, against NumPy."""
 
+import copy
+import json
+import pickle
+
 import helpers
 import keras
 import numpy as np
@@ -29,6 +33,10 @@ def composed(**arguments):
         proxy_bias=BIAS,
         **arguments,
     )
+
+
+def through_pickle(thing):
+    return pickle.loads(pickle.dumps(thing))
 
 
 def by_hand(z):
@@ -170,6 +178,10 @@ class TestConfig:
             ("bias", [[1.0]]),
             ("proxy_scale", -1.0),
             ("proxy_bias", np.inf),
+            ("epsilon", 1j),
+            ("scale", np.array([1.0, 1j])),
+            ("bias", 0j),
+            ("scale", "2.0"),
         ],
     )
     def test_wrong(self, argument, value):
@@ -184,6 +196,27 @@ class TestConfig:
         with pytest.raises(ValueError, match="`epsilon`.*one row a class"):
             Correction(EPSILON, scale=[1.0, 2.0])
 
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"epsilon": EPSILON, "proxy_scale": [1.0, 2.0]},
+            {"scale": [1.0, 1.0, 1.0], "proxy_scale": [1.0, 2.0]},
+            {"bias": BIAS, "proxy_bias": [1.0, 2.0]},
+            {"scale": MATRIX, "proxy_scale": np.ones((3, 2))},
+        ],
+    )
+    def test_classes_that_differ_after_epsilon(self, arguments):
+        match = "`proxy_scale` and `proxy_bias` must be of the 3 classes"
+        with pytest.raises(ValueError, match=match):
+            Correction(**arguments)
+
+    @pytest.mark.parametrize("scale", [[2.0], [1.0, 2.0], np.ones((3, 4))])
+    @pytest.mark.parametrize("method", ["proxy", "target"])
+    def test_input_of_other_classes_after_epsilon(self, teacher, scale, method):
+        correction = Correction(proxy_scale=scale)
+        with pytest.raises(ValueError, match="must have the [124] classes"):
+            getattr(correction, method)(teacher.astype("float32"))
+
     @pytest.mark.parametrize("columns", [2, 4])
     def test_input_of_other_classes(self, columns):
         rows = np.full((4, columns), 1 / columns)
@@ -193,6 +226,66 @@ class TestConfig:
     def test_logits_by_mistake(self):
         with pytest.raises(ValueError, match="say teacher_from_logits=True"):
             Correction().proxy([[2.0, -1.0, 0.5]])
+
+
+class TestValue:
+    """A correction does not change, and equals what is alike."""
+
+    NAMES = ("epsilon", "scale", "bias", "proxy_scale", "proxy_bias")
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_is_not_the_array_that_it_was_given(self, name):
+        given = np.array([1.0, 2.0, 3.0])
+        correction = Correction(**{name: given})
+        given[0] = -9.0
+        assert getattr(correction, name)[0] == 1.0
+
+    @pytest.mark.parametrize("made", [copy.copy, copy.deepcopy, through_pickle])
+    @pytest.mark.parametrize("name", NAMES)
+    def test_cannot_be_written_to(self, made, name):
+        correction = made(composed(bias=BIAS))
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(correction, name)[...] = np.nan
+        with pytest.raises(ValueError, match="read-only"):
+            correction.calibration.scale[...] = np.nan
+
+    @pytest.mark.parametrize(
+        "made",
+        [
+            copy.deepcopy,
+            through_pickle,
+            lambda one: Correction.from_config(
+                json.loads(json.dumps(one.get_config()))
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("several", [False, True])
+    def test_equal(self, made, several):
+        one = composed()
+        if several:
+            one = Correction(scale=np.ones((2, 4)), teachers=(2, 2))
+        again = made(one)
+        assert again == one
+        assert hash(again) == hash(one)
+        assert len({one, again}) == 1
+
+    @pytest.mark.parametrize(
+        "changed",
+        [{name: 0.5} for name in NAMES] + [{"teacher_from_logits": True}],
+    )
+    def test_not_equal(self, changed):
+        assert Correction(**changed) != Correction()
+        assert Correction() != 0.0
+
+    def test_zeros_of_both_signs(self):
+        assert Correction(0.0) == Correction(-0.0)
+        assert hash(Correction(0.0)) == hash(Correction(-0.0))
+
+    def test_pt_loss_is_not_the_array_that_it_was_given(self):
+        scale = np.array([1.0, 2.0])
+        loss = PTLoss(0.5, teacher_scale=scale)
+        scale[0] = -9.0
+        assert loss.teacher_scale[0] == 1.0
 
 
 class TestLayer:

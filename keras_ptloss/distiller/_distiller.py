@@ -18,7 +18,9 @@ from keras_ptloss.distiller._metrics import (
 from keras_ptloss.distiller._options import (
     check_forms,
     check_hard_labels,
+    check_is_trained,
     check_weights,
+    one_loss,
 )
 from keras_ptloss.distiller._teachers import (
     OutOfSight,
@@ -73,7 +75,8 @@ class Distiller(Training):
         hard_label_loss: a Keras loss of labels and student outputs, such as
             `keras.losses.SparseCategoricalCrossentropy(from_logits=True)`.
         hard_label_weight: its weight, from 0 (labels are not used) to 1 (the
-            teacher is not used); the distillation loss has the rest.
+            teacher is not used); the distillation loss has the rest. To be
+            said where there is a `hard_label_loss`; None is 0.
         teacher_metrics: Keras metrics of teacher and student outputs, such as
             `KLToTeacher`; None is `[TeacherAgreement()]`. Where the loss takes
             other classes than the student's, the teacher is the corrected one.
@@ -110,7 +113,7 @@ class Distiller(Training):
         student_inputs: str | None = None,
         teacher_inputs: str | None = None,
         hard_label_loss: Any = None,
-        hard_label_weight: float = 0.0,
+        hard_label_weight: float | None = None,
         teacher_metrics: Sequence[keras.metrics.Metric] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -204,7 +207,8 @@ class Distiller(Training):
 
         Args:
             optimizer: as in Keras.
-            loss: of teacher, as `y_true`, and student, as `y_pred`.
+            loss: of teacher, as `y_true`, and student, as `y_pred`; one, or a
+                list, a tuple or a dict of one.
             loss_weights: as in Keras.
             metrics: of labels and student.
             weighted_metrics: the same, with sample weights.
@@ -212,14 +216,16 @@ class Distiller(Training):
 
         Raises:
             ValueError: if the loss was told that a model that ends in a softmax
-                or a sigmoid gives logits, or is for other class counts, or a
-                metric is one of teacher and student.
+                or a sigmoid gives logits, or is for other class counts, or
+                there are several; or a metric is one of teacher and student.
 
         Warns:
             UserWarning: if the loss was told that a model that ends in a linear
                 dense layer gives probabilities.
         """
         check_label_metrics(metrics, weighted_metrics)
+        loss = one_loss("loss", loss)
+        loss_weights = one_loss("loss_weights", loss_weights)
         hidden = self._hidden
         check_forms(
             loss,
@@ -339,6 +345,8 @@ class Distiller(Training):
             y = self._targets(x, y)
             # Some metrics make their variables when they first see data.
             self._update_teacher_metrics(y, y_pred, sample_weight)
+        elif training:
+            check_is_trained(self)
         weight = self.hard_label_weight
         hard = own = 0.0
         if weight:

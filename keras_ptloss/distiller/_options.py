@@ -6,7 +6,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_ptloss._checks import check_number, check_output_form, fail
+from keras_ptloss._checks import (
+    as_floats,
+    check_number,
+    check_output_form,
+    fail,
+)
 from keras_ptloss.distiller._teachers import (
     check_class_count,
     check_class_counts,
@@ -25,9 +30,11 @@ def check_weights(
     """
     if weights is None:
         return None
-    array = np.asarray(weights, dtype="float64")
-    if array.ndim != 1 or not np.all(array >= 0) or not array.sum() > 0:
-        fail("teacher_weights", "non-negative numbers, not all 0", weights)
+    expected = "finite non-negative numbers, not all 0"
+    array = as_floats("teacher_weights", weights, expected)
+    finite = array.ndim == 1 and np.isfinite(array.sum())
+    if not finite or not np.all(array >= 0) or not array.sum() > 0:
+        fail("teacher_weights", expected, weights)
     if teachers is not None and len(array) != teachers:
         raise ValueError(
             "`teacher_weights` must have one number a teacher. Received: "
@@ -40,6 +47,14 @@ def check_hard_labels(loss: Any, weight: Any) -> float:
     """Require a Keras loss where its weight is above 0; return the weight."""
     if loss is not None and not isinstance(loss, keras.losses.Loss):
         fail("hard_label_loss", "a keras.losses.Loss, or None", loss)
+    if loss is not None and weight is None:
+        fail(
+            "hard_label_weight",
+            "a number from 0 to 1 where there is a `hard_label_loss`",
+            weight,
+        )
+    if weight is None:
+        return 0.0
     number = check_number("hard_label_weight", weight, at_least=0.0)
     if number > 1.0:
         fail("hard_label_weight", "at most 1", weight)
@@ -50,6 +65,32 @@ def check_hard_labels(loss: Any, weight: Any) -> float:
             f"hard_label_weight={weight}"
         )
     return number
+
+
+def check_is_trained(distiller: Any) -> None:
+    """Require a loss, or losses of the student's own, where it is trained."""
+    weight = distiller.hard_label_weight
+    if distiller.loss is None and weight < 1.0 and not distiller.losses:
+        raise ValueError(
+            "`loss` must be given to `compile` before fit: the student, "
+            "without losses of its own, learns nothing from the teacher "
+            f"otherwise. Received: loss=None, hard_label_weight={weight}"
+        )
+
+
+def one_loss(argument: str, value: Any) -> Any:
+    """Return what a list, a tuple or a dict of one holds, as Keras takes one.
+
+    Args:
+        argument: name of the argument.
+        value: a loss, or the weight of one.
+    """
+    if not isinstance(value, (list, tuple, dict)):
+        return value
+    leaves = keras.tree.flatten(value)
+    if len(leaves) != 1:
+        fail(argument, "one, for the student has one output", value)
+    return leaves[0]
 
 
 def check_forms(

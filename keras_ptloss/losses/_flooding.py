@@ -78,6 +78,15 @@ class Flooding(keras.losses.Loss):
         """The flooded loss's; an AttributeError if it knows no teacher."""
         return self.loss.teacher_from_logits
 
+    @property
+    def teacher_classes(self) -> tuple[int, ...] | None:
+        """The flooded loss's; None if it has none."""
+        return getattr(self.loss, "teacher_classes", None)
+
+    def teacher(self, y_true: Tensor) -> Tensor:
+        """Return the teacher as the flooded loss corrects it."""
+        return self.loss.teacher(y_true)
+
     def __call__(
         self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
     ) -> Tensor:

@@ -13,6 +13,7 @@ from keras_ptloss._checks import (
     check_classes,
     check_count,
     check_flag,
+    check_ignore_class,
     check_probabilities,
     differ,
     fail,
@@ -132,15 +133,6 @@ def _of_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return finite, is_class, ops.zeros_like(is_class)
 
 
-def _check_ignore_class(ignore_class: Any) -> int | None:
-    if ignore_class is None:
-        return None
-    integral = isinstance(ignore_class, (int, np.integer))
-    if not integral or isinstance(ignore_class, bool):
-        fail("ignore_class", "an integer, or None", ignore_class)
-    return int(ignore_class)
-
-
 @keras.saving.register_keras_serializable(package="keras_ptloss")
 class BrierScore(MeanOfCases):
     """Squared distance between probabilities and labels, 0 to 2.
@@ -198,7 +190,7 @@ class BrierScore(MeanOfCases):
     ) -> None:
         super().__init__(better="down", name=name, dtype=dtype)
         self.from_logits = check_flag("from_logits", from_logits)
-        self.ignore_class = _check_ignore_class(ignore_class)
+        self.ignore_class = check_ignore_class(ignore_class)
 
     def cases(
         self, y_true: Tensor, y_pred: Tensor, weight: Tensor
@@ -292,7 +284,7 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         set_direction(self, "down")
         self.num_bins = check_count("num_bins", num_bins)
         self.from_logits = check_flag("from_logits", from_logits)
-        self.ignore_class = _check_ignore_class(ignore_class)
+        self.ignore_class = check_ignore_class(ignore_class)
         self._visible = Visible()
         # |B| (accuracy - confidence) is all that the formula needs of a bin.
         self.gaps = self.add_variable(

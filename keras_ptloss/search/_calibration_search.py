@@ -42,7 +42,8 @@ class CalibrationSearch:
 
     Args:
         calibration: `"temperature"`, `"vector"` or `"matrix"`.
-        penalty: weight of the ridge, at least 0; a temperature has none.
+        penalty: weight of the ridge, at least 0; a temperature has none,
+            and `trials` 0.
 
     Raises:
         ValueError: if an argument is not of this form.
@@ -118,7 +119,14 @@ class CalibrationSearch:
                 self.calibration,
             )
         stack = Stack.of(examples, objective)
-        return stack.fit(self.calibration, self.penalty).calibration
+        found = stack.fit(self.calibration, self.penalty).calibration
+        # No fit starts at the teachers as they are: it may end above them.
+        return min(
+            (found, stack.fit("none").calibration),
+            key=lambda one: float(
+                objective.score(examples.calibrated(one), examples.targets)
+            ),
+        )
 
     def _found(
         self,
@@ -137,7 +145,7 @@ class CalibrationSearch:
             ),
             trials={
                 "calibration": [self.calibration],
-                "penalty": [self.penalty],
+                "penalty": [self.penalty if self.by_class else 0.0],
                 "score": [float(objective.score(q, targets))],
             },
             solves=0,

@@ -9,6 +9,7 @@ map can. Then the ladder on either base: nothing, a vector or a matrix `A`, with
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -112,9 +113,9 @@ class CrossValidatedSearch:
         """Check the arguments."""
         check_count("order", self.order)
         check_number("penalty", self.penalty, at_least=0.0)
-        known = {"vector", "matrix"}
-        names = self.calibrations
-        if isinstance(names, str) or not set(names) <= known:
+        names, known = self.calibrations, ["vector", "matrix"]
+        several = isinstance(names, Collection) and not isinstance(names, str)
+        if not several or not all(name in known for name in names):
             fail("calibrations", 'of "vector" and "matrix"', names)
         check_count("folds", self.folds, at_least=2)
 
@@ -128,21 +129,10 @@ class CrossValidatedSearch:
         progress: Progress,
     ) -> Found:
         """Search on the examples."""
-        count, columns = examples.logits.shape
-        classes = examples.classes
+        count = len(examples.labels)
         if count < 2 * self.folds:
             fail("folds", f"at most half the {count} examples", self.folds)
-        calibrations = list(self.calibrations)
-        notes = []
-        if (
-            classes * columns > NUMBERS_PER_EXAMPLE * count
-            and "matrix" in calibrations
-        ):
-            calibrations.remove("matrix")
-            notes.append(
-                f"no matrix of {classes} x {columns} was tried: {count} "
-                "examples are too few for it"
-            )
+        calibrations, notes = self._fitting(examples)
         if examples.teachers is not None:
             return choose_stack(
                 examples,
@@ -181,6 +171,22 @@ class CrossValidatedSearch:
                 ),
             ),
         )
+
+    def _fitting(self, examples: Examples) -> tuple[list[str], list[str]]:
+        """Return the calibrations that so many examples can tell, and a note."""
+        calibrations = list(self.calibrations)
+        count, columns = examples.logits.shape
+        numbers = examples.classes * columns
+        if numbers <= NUMBERS_PER_EXAMPLE * count or (
+            "matrix" not in calibrations
+        ):
+            return calibrations, []
+        calibrations.remove("matrix")
+        note = (
+            f"no matrix of {examples.classes} x {columns} was tried: {count} "
+            "examples are too few for it"
+        )
+        return calibrations, [note]
 
 
 def _notes_on_bounds(

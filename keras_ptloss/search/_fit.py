@@ -30,7 +30,10 @@ SCALES = (0.05, 20.0)
 UPPER = 10.0
 
 CALIBRATIONS = ("none", "temperature", "vector")
-SHAPES = ("zero", "shared", "per_class")
+
+# Where L-BFGS-B stops: when the parameters stand still, or the objective.
+PRECISE = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-14, "gtol": 1e-8}
+COARSE = {"maxiter": 200, "ftol": 1e-8, "gtol": 1e-5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,11 +243,6 @@ def fit(
         slope = gradient.pack(form.free) + its_gradient.pack(form.free)
         return value + added, slope
 
-    options = (
-        {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-14, "gtol": 1e-8}
-        if precise
-        else {"maxiter": 200, "ftol": 1e-8, "gtol": 1e-5}
-    )
     lowest = initial.bounds()
     highest = [
         np.full(getattr(initial, name).size, HIGHEST[name])
@@ -265,7 +263,7 @@ def fit(
             bounds=scipy.optimize.Bounds(
                 lowest.pack(form.free), np.concatenate(highest)
             ),
-            options=options,
+            options=PRECISE if precise else COARSE,
         )
         if best is None or found.fun < best.fun:
             best = found

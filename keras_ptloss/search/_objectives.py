@@ -129,7 +129,7 @@ def as_objective(objective: Any) -> Objective:
 
     def score(q: np.ndarray, labels: np.ndarray) -> Any:
         value = objective(q, labels)
-        return value[0] if isinstance(value, tuple) else value
+        return _number(value[0] if isinstance(value, tuple) else value)
 
     def evaluate(q: np.ndarray, labels: np.ndarray) -> tuple[Any, np.ndarray]:
         value = objective(q, labels)
@@ -140,10 +140,20 @@ def as_objective(objective: Any) -> Objective:
                 "search by gradient",
                 objective,
             )
-        return value[0], np.asarray(value[1])
+        return _number(value[0]), np.asarray(value[1])
 
     name = getattr(objective, "__name__", type(objective).__name__)
     return Objective(name, score, evaluate)
+
+
+def _number(score: Any) -> float:
+    """Return the score that a function of the user's gave, one number."""
+    try:
+        if np.ndim(score) == 0:
+            return float(score)
+    except (TypeError, ValueError):
+        pass
+    fail("objective", "a function whose score is one number", score)
 
 
 def _of_label(q: np.ndarray, labels: np.ndarray) -> np.ndarray:

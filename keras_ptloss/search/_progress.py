@@ -6,17 +6,26 @@ from typing import Any
 
 import keras
 
+from keras_ptloss._checks import fail
+
 
 class Progress:
     """Shows a bar on a terminal once a run takes more than some seconds.
 
     Args:
-        verbose: True shows it at once, False never, None on a terminal.
+        verbose: as in Keras: 1 or True shows it at once, 0 or False never,
+            "auto" or None on a terminal.
         patience: seconds before it appears.
+
+    Raises:
+        ValueError: if `verbose` is none of these.
     """
 
-    def __init__(self, verbose: bool | None, patience: float = 3.0) -> None:
-        self._verbose = verbose
+    def __init__(self, verbose: Any, patience: float = 3.0) -> None:
+        on_terminal = verbose is None or verbose == "auto"
+        if not on_terminal and verbose not in (0, 1):
+            fail("verbose", '0, 1, True, False, "auto" or None', verbose)
+        self._verbose = None if on_terminal else bool(verbose)
         self._patience = patience
         self._start = time.perf_counter()
         self._bar: Any = None

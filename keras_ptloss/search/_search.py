@@ -9,7 +9,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from keras_ptloss._checks import check_choice, check_count, fail
-from keras_ptloss._teacher import read_labelled
+from keras_ptloss._teacher import LabelledOutputs, read_labelled
 from keras_ptloss.search._cross_validated import CrossValidatedSearch
 from keras_ptloss.search._examples import Examples
 from keras_ptloss.search._gradient import GradientSearch
@@ -45,7 +45,9 @@ class ProxyTeacherSearch:
     teachers that err differently make a better one.
 
     Plain KL stands for election whatever the method, so that the result is
-    never worse than it on these examples.
+    never worse than it on what is fitted to. That is the labels, and of classes
+    with fewer than 5 of them what the teacher says: on all labels, `score` may
+    then be above `score_at_zero`.
 
     Args:
         method: how: `CrossValidatedSearch(...)`, which chooses the form on
@@ -90,9 +92,7 @@ class ProxyTeacherSearch:
         if isinstance(method, str):
             check_choice("method", method, METHODS)
             method = METHODS[method]()
-        if not callable(getattr(method, "run", None)) or isinstance(
-            method, type
-        ):
+        if isinstance(method, type) or not isinstance(method, Strategy):
             choices = ", ".join(map(repr, METHODS))
             fail("method", f"a search, as RandomSearch(), or {choices}", method)
         self.method = method
@@ -110,7 +110,7 @@ class ProxyTeacherSearch:
         from_logits: Any = None,
         ignore_class: int | None = None,
         classes: int | None = None,
-        verbose: bool | None = None,
+        verbose: bool | int | str | None = None,
     ) -> SearchResult:
         """Search on labelled examples that the teacher was not trained on.
 
@@ -133,11 +133,13 @@ class ProxyTeacherSearch:
                 teachers one flag for all or one each; None is what
                 `SoftLabels` say of themselves, and False of others.
             ignore_class: a label that marks positions to leave out, as in
-                `keras.losses.SparseCategoricalCrossentropy`.
+                `keras.losses.SparseCategoricalCrossentropy`; the teacher's
+                outputs there may be anything.
             classes: C, the number of classes of labels and student. None is
                 the teacher's; it must be said where a teacher has others.
-            verbose: whether to show a progress bar; None shows it on a
-                terminal, on runs of more than some seconds.
+            verbose: whether to show a progress bar, 0 or 1, as in Keras; None
+                and "auto" show it on a terminal, on runs of more than some
+                seconds.
 
         Returns:
             A `SearchResult`.
@@ -151,6 +153,7 @@ class ProxyTeacherSearch:
                 `notes` have these, and what ended at a bound.
         """
         begin = time.perf_counter()
+        progress = Progress(verbose)
         read = read_labelled(
             teacher,
             labels,
@@ -159,14 +162,7 @@ class ProxyTeacherSearch:
             ignore_class=ignore_class,
             classes=classes,
         )
-        if read.row is not None and not self.method.several:
-            raise ValueError(
-                "`teacher` must be one teacher of the labels' classes for "
-                f"method={self.method.name!r}; CrossValidatedSearch and "
-                "CalibrationSearch take others. Received: teachers of "
-                f"{', '.join(map(str, read.row.counts))} classes, with labels "
-                f"of {read.classes}"
-            )
+        self._check_several(read)
         examples = Examples.of(read)
         if self.objective in OBJECTIVES.values() and self.method.by_class:
             examples = left_to_the_teacher(examples)
@@ -178,7 +174,7 @@ class ProxyTeacherSearch:
                 self.objective,
                 from_logits=read.from_logits,
                 seed=self.seed,
-                progress=Progress(verbose),
+                progress=progress,
             )
         notes = self._notes(examples, read.labels, found.per_class)
         for note in notes:
@@ -204,6 +200,17 @@ class ProxyTeacherSearch:
             },
             notes=(*notes, *found.notes),
         )
+
+    def _check_several(self, read: LabelledOutputs) -> None:
+        """Require a method that takes several teachers where there are some."""
+        if read.row is not None and not self.method.several:
+            raise ValueError(
+                "`teacher` must be one teacher of the labels' classes for "
+                f"method={self.method.name!r}; CrossValidatedSearch and "
+                "CalibrationSearch take others. Received: teachers of "
+                f"{', '.join(map(str, read.row.counts))} classes, with labels "
+                f"of {read.classes}"
+            )
 
     def _notes(
         self, examples: Examples, labels: np.ndarray, per_class: bool

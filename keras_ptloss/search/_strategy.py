@@ -1,7 +1,7 @@
 """What every way of searching is given, and what it returns."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from keras_ptloss._correction import Correction
 from keras_ptloss.search._examples import Examples
@@ -30,6 +30,7 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
+@runtime_checkable
 class Strategy(Protocol):
     """A way to search: an object that holds its own arguments only."""
 

@@ -27,6 +27,46 @@ def run(distiller, call, x):
     getattr(distiller, call)(x, **options)
 
 
+HOLDERS = {
+    "list": lambda loss: [loss],
+    "tuple": lambda loss: (loss,),
+    "dict": lambda loss: {"dense": loss},
+}
+
+
+class TestLossInAContainer:
+    """Keras takes one; it is the loss that it holds."""
+
+    @pytest.mark.parametrize("holder", HOLDERS)
+    @pytest.mark.parametrize(
+        "columns, ending", [(3, "softmax"), (1, "sigmoid")]
+    )
+    def test_checked_as_alone(self, holder, columns, ending):
+        teacher = make_linear(columns, ending, seed=1)
+        distiller = Distiller(make_linear(columns), teacher)
+        with pytest.raises(ValueError, match="`teacher_from_logits` must be"):
+            distiller.compile("sgd", HOLDERS[holder](logits_loss()))
+
+    @pytest.mark.parametrize("holder", HOLDERS)
+    @pytest.mark.parametrize("columns", [1, CLASSES])
+    def test_same_numbers_as_alone(self, x, holder, columns):
+        logs = []
+        for hold in (lambda value: value, HOLDERS[holder]):
+            distiller = Distiller(
+                make_linear(columns), make_linear(columns, seed=1)
+            )
+            distiller.compile(
+                "sgd", hold(logits_loss()), loss_weights=hold(0.5)
+            )
+            logs.append(distiller.evaluate(x, verbose=0, return_dict=True))
+        assert logs[0] == logs[1]
+
+    def test_several(self):
+        distiller = Distiller(make_linear(), make_linear(seed=1))
+        with pytest.raises(ValueError, match="`loss` must be one"):
+            distiller.compile("sgd", [logits_loss(), logits_loss()])
+
+
 class TestWrongInput:
     @pytest.mark.parametrize("ending", ["softmax", "sigmoid"])
     def test_probabilities_taken_for_logits(self, ending):
@@ -219,6 +259,36 @@ class TestWrongInput:
     def test_negative_weights(self):
         with pytest.raises(ValueError, match="`teacher_weights`.*-1"):
             Distiller(make_model(), make_model(seed=1), teacher_weights=[-1])
+
+    @pytest.mark.parametrize(
+        "weights", [[np.inf, 1.0], [1e308, 1e308], ["a", 1.0], {"a": 1.0}]
+    )
+    def test_weights_that_are_no_numbers(self, weights):
+        with pytest.raises(ValueError, match="`teacher_weights` must be fin"):
+            Distiller(
+                make_model(),
+                [make_model(seed=1), make_model(seed=2)],
+                teacher_weights=weights,
+            )
+
+    def test_hard_label_loss_without_a_weight(self):
+        loss = keras.losses.MeanSquaredError()
+        with pytest.raises(ValueError, match="`hard_label_weight` must.*None"):
+            Distiller(make_model(), hard_label_loss=loss)
+        unused = Distiller(
+            make_model(), hard_label_loss=loss, hard_label_weight=0.0
+        )
+        assert unused.hard_label_weight == 0.0
+        assert Distiller(make_model()).hard_label_weight == 0.0
+
+    @pytest.mark.parametrize("call", ["fit", "train_on_batch"])
+    def test_nothing_to_train_for(self, x, call):
+        """With labels alone, or losses of its own, a student is trained."""
+        distiller = Distiller(make_linear(), make_linear(seed=1))
+        distiller.compile("sgd")
+        distiller.evaluate(x, verbose=0)
+        with pytest.raises(ValueError, match="`loss` must be given.*None"):
+            run(distiller, call, x)
 
     @pytest.mark.parametrize("weight", [-0.1, 1.5, float("nan")])
     def test_hard_label_weight_out_of_range(self, weight):

@@ -7,6 +7,7 @@ import pytest
 from distillers import CLASSES, labels, logits, make_linear
 
 from keras_ptloss import Correction, Distiller, ProxyTeacherSearch, PTLoss
+from keras_ptloss.losses import Flooding
 from keras_ptloss.search import CalibrationSearch
 
 RNG = np.random.default_rng(0)
@@ -48,6 +49,19 @@ def test_loss_and_agreement(x):
     np.testing.assert_allclose(logs["loss"], kl(q, outputs), rtol=1e-4)
     same = np.mean(q.argmax(axis=1) == outputs.argmax(axis=1))
     np.testing.assert_allclose(logs["teacher_agreement"], same)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda loss: [loss], lambda loss: Flooding(loss, 0.0)]
+)
+def test_the_same_in_a_list_and_flooded(x, wrap):
+    """`|L - 0| + 0` is `L`; both were refused."""
+    logs = []
+    for loss in (CORRECTION.loss(from_logits=True),) * 2:
+        distiller = Distiller(make_linear(seed=1), make_teachers())
+        distiller.compile("sgd", wrap(loss) if logs else loss)
+        logs.append(distiller.evaluate(x, verbose=0, return_dict=True))
+    assert logs[0] == pytest.approx(logs[1], rel=1e-6)
 
 
 def test_fit_is_that_on_stored_outputs(x):

@@ -23,9 +23,17 @@ from keras_ptloss.search import (
     RandomSearch,
 )
 from keras_ptloss.search._objectives import OBJECTIVES, brier_derivative
+from keras_ptloss.search._progress import Progress
 from keras_ptloss.soft_labels import SoftLabelSpec
 
 ROWS, CLASSES = 60, 3
+
+
+class OnlyRuns:
+    """Has no objective, and all else that a way to search says of itself."""
+
+    def run(self, examples, objective, **arguments):
+        raise NotImplementedError
 
 
 @pytest.fixture(scope="module")
@@ -513,10 +521,28 @@ class TestProgress:
         searcher.search(*data, verbose=True)
         assert "10/10" in capsys.readouterr().out
 
-    @pytest.mark.parametrize("verbose", [None, False])
+    @pytest.mark.parametrize("verbose", [None, "auto", False, 0])
     def test_silent(self, data, capsys, verbose):
         small_random_search().search(*data, verbose=verbose)
         assert not capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        "verbose, shown",
+        [(0, ""), (False, ""), (1, "2/2"), (None, "2/2"), ("auto", "2/2")],
+    )
+    def test_on_a_terminal(self, capsys, monkeypatch, verbose, shown):
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+        bar = Progress(verbose, patience=0.0)
+        bar.update(1, 2)
+        bar.update(2, 2)
+        out = capsys.readouterr().out
+        assert shown in out
+        assert bool(out) == bool(shown)
+
+    @pytest.mark.parametrize("verbose", ["no", 2, -1])
+    def test_wrong(self, data, verbose):
+        with pytest.raises(ValueError, match="`verbose` must be.*verbose="):
+            small_random_search().search(*data, verbose=verbose)
 
 
 class TestCallableObjective:
@@ -575,8 +601,12 @@ class TestSettings:
             (CrossValidatedSearch, "penalty", -1.0),
             (CrossValidatedSearch, "calibrations", "matrix"),
             (CrossValidatedSearch, "calibrations", ("matrix", "beta")),
+            (CrossValidatedSearch, "calibrations", 5),
+            (CrossValidatedSearch, "calibrations", None),
+            (CrossValidatedSearch, "calibrations", [["matrix"]]),
             (CrossValidatedSearch, "folds", 1),
             (ProxyTeacherSearch, "method", "grid"),
+            (ProxyTeacherSearch, "method", OnlyRuns()),
             (ProxyTeacherSearch, "method", None),
             (ProxyTeacherSearch, "method", RandomSearch),
             (ProxyTeacherSearch, "objective", "accuracy"),
@@ -653,6 +683,19 @@ class TestInputs:
         with pytest.raises(ValueError, match=match):
             self.SEARCH.search(teacher, self.LABELS)
 
+    @pytest.mark.parametrize(
+        "teacher, labels, name",
+        [
+            ([[0.5, 0.5], [0.3]], [0, 1], "teacher"),
+            ([np.ones((2, 2)) / 2, [[0.5, 0.5], [0.3]]], [0, 1], "teacher"),
+            ([[0.5, 0.5], [0.3, 0.7]], [[0], [1, 1]], "labels"),
+        ],
+    )
+    def test_rows_of_different_lengths(self, teacher, labels, name):
+        match = f"`{name}` must have rows of the same length.*list of 2"
+        with pytest.raises(ValueError, match=match):
+            self.SEARCH.search(teacher, labels)
+
     def test_error_points_to_from_logits(self):
         with pytest.raises(ValueError, match="say from_logits=True"):
             self.SEARCH.search(self.TEACHER * 9, self.LABELS)
@@ -708,6 +751,22 @@ def test_objective_that_is_not_finite():
     )
     with pytest.raises(ValueError, match="`objective` must return finite"):
         search.search(rows, [0, 1, 2, 0])
+
+
+@pytest.mark.parametrize("score", [np.zeros(3), np.zeros(1), None, "low"])
+@pytest.mark.parametrize("method", ["random", "gradient", "cross_validation"])
+def test_objective_that_is_no_number(data, method, score):
+    search = ProxyTeacherSearch(
+        method, objective=lambda q, labels: (score, np.zeros_like(q))
+    )
+    with pytest.raises(ValueError, match="`objective` must be a.*one number"):
+        search.search(*data)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 100.0])
+def test_a_temperature_has_no_penalty(data, penalty):
+    method = CalibrationSearch("temperature", penalty=penalty)
+    assert ProxyTeacherSearch(method).search(*data).trials["penalty"] == [0.0]
 
 
 def test_objective_that_is_not_a_number_in_a_descent(data):

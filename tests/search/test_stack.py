@@ -247,6 +247,24 @@ class TestSearch:
         off = blocks[:, ~np.eye(3, dtype=bool)]
         assert np.any(off) == (calibration == "matrix")
 
+    @pytest.mark.parametrize("seed", [20, 48, 61, 62])
+    @pytest.mark.parametrize("objective", ["nll", "brier"])
+    @pytest.mark.parametrize("calibration", ["vector", "matrix"])
+    def test_never_worse_than_the_teachers_as_they_are(
+        self, calibration, objective, seed
+    ):
+        """A strong ridge holds a fit where it begins, which is not there."""
+        rng = np.random.default_rng(seed)
+        truth = helpers.dirichlet(seed, 60, 3, 0.5)
+        labels = helpers.draw_labels(truth, seed + 1)
+        power, factors = rng.uniform(0.3, 3), rng.uniform(0.3, 1, 3)
+        one = helpers.skewed(truth**power, factors)
+        other = 0.7 * one + 0.3 * one[::-1]
+        method = CalibrationSearch(calibration, penalty=1000.0)
+        search = ProxyTeacherSearch(method, objective=objective)
+        found = search.search([one, other], labels)
+        assert found.score <= found.score_at_zero + 1e-12
+
     def test_logits_and_probabilities_are_the_same_teacher(self, problem):
         teachers, labels = problem[:2]
         logits = np.log(teachers[0]) + 7.0

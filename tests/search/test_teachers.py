@@ -232,6 +232,43 @@ class TestShapes:
         with pytest.raises(ValueError, match="`ignore_class` must be a label"):
             TEMPERATURE.search(rows, np.full(80, ignored), ignore_class=ignored)
 
+    @pytest.mark.parametrize("padding", [np.nan, -np.inf, 7.0])
+    @pytest.mark.parametrize("from_logits", [False, True])
+    @pytest.mark.parametrize("columns", [1, 3])
+    @pytest.mark.parametrize("teachers", [1, 2])
+    def test_rows_of_ignored_labels_may_be_anything(
+        self, padding, from_logits, columns, teachers
+    ):
+        """They are found as if they were not there."""
+        rng = np.random.default_rng(0)
+        rows = rng.normal(size=(20, 4, columns))
+        if not from_logits:
+            rows = helpers.softmax(rows) if columns > 1 else 0.8 * rows**0
+        labels = rng.integers(0, max(columns, 2), size=(20, 4))
+        labels[:, 3], padded = -1, rows.copy()
+        padded[:, 3] = padding
+        results = [
+            TEMPERATURE.search(
+                [one] * teachers, y, from_logits=from_logits, ignore_class=-1
+            )
+            for one, y in ((padded, labels), (rows[:, :3], labels[:, :3]))
+        ]
+        assert results[0].score == results[1].score
+        assert results[0].correction == results[1].correction
+
+    def test_a_row_that_is_looked_at_keeps_its_place(self):
+        rows = np.full((4, 3), 1 / 3)
+        rows[[0, 2]] = np.nan
+        with pytest.raises(ValueError, match=r"teacher\[2\]=\[nan"):
+            TEMPERATURE.search(rows, [-1, 0, 1, 2], ignore_class=-1)
+
+    @pytest.mark.parametrize("ignored", [1.5, "1", True, [0, 1], np.arange(3)])
+    def test_ignore_class_is_an_integer(self, ignored):
+        rows = np.full((3, 3), 1 / 3)
+        match = "`ignore_class` must be an integer, or None.*ignore_class="
+        with pytest.raises(ValueError, match=match):
+            TEMPERATURE.search(rows, [0, 1, 2], ignore_class=ignored)
+
     @pytest.mark.parametrize("from_logits", [False, True])
     def test_binary_head(self, from_logits):
         z = np.random.default_rng(0).normal(0, 2, (300, 1))
