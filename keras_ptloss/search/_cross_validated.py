@@ -173,7 +173,7 @@ class CrossValidatedSearch:
         )
 
     def _fitting(self, examples: Examples) -> tuple[list[str], list[str]]:
-        """Return the calibrations that so many examples can tell, and a note."""
+        """Return the calibrations that the examples can tell, and a note."""
         calibrations = list(self.calibrations)
         count, columns = examples.logits.shape
         numbers = examples.classes * columns
