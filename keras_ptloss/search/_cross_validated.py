@@ -171,7 +171,7 @@ class CrossValidatedSearch:
         )
 
     def _fitting(self, examples: Examples) -> tuple[list[str], list[str]]:
-        """Return the calibrations that so many examples can tell, and a note."""
+        """Return what so many examples can tell apart, and a note."""
         calibrations = list(self.calibrations)
         count, columns = examples.logits.shape
         numbers = examples.classes * columns
