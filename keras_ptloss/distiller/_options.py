@@ -33,8 +33,9 @@ def check_weights(
     expected = "finite non-negative numbers, not all 0"
     array = as_floats("teacher_weights", weights, expected)
     with np.errstate(over="ignore"):
-        finite = array.ndim == 1 and np.isfinite(array.sum())
-    if not finite or not np.all(array >= 0) or not array.sum() > 0:
+        total = array.sum()
+    good = array.ndim == 1 and np.all(array >= 0) and 0 < total < np.inf
+    if not good:
         fail("teacher_weights", expected, weights)
     if teachers is not None and len(array) != teachers:
         raise ValueError(

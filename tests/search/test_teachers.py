@@ -240,11 +240,12 @@ class TestShapes:
         self, padding, from_logits, columns, teachers
     ):
         """They are found as if they were not there."""
-        rng = np.random.default_rng(0)
-        rows = rng.normal(size=(20, 4, columns))
-        if not from_logits:
-            rows = helpers.softmax(rows) if columns > 1 else 0.8 * rows**0
-        labels = rng.integers(0, max(columns, 2), size=(20, 4))
+        truth = helpers.dirichlet(0, 80, max(columns, 2))
+        labels = helpers.draw_labels(truth, 1).reshape(20, 4)
+        rows = np.log(truth) if from_logits else truth
+        if columns == 1:
+            rows = rows[:, 1:] - (rows[:, :1] if from_logits else 0.0)
+        rows = rows.reshape(20, 4, columns)
         labels[:, 3], padded = -1, rows.copy()
         padded[:, 3] = padding
         results = [
