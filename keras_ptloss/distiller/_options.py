@@ -49,14 +49,14 @@ def check_hard_labels(loss: Any, weight: Any) -> float:
     """Require a Keras loss where its weight is above 0; return the weight."""
     if loss is not None and not isinstance(loss, keras.losses.Loss):
         fail("hard_label_loss", "a keras.losses.Loss, or None", loss)
-    if loss is not None and weight is None:
+    if weight is None:
+        if loss is None:
+            return 0.0
         fail(
             "hard_label_weight",
             "a number from 0 to 1 where there is a `hard_label_loss`",
             weight,
         )
-    if weight is None:
-        return 0.0
     number = check_number("hard_label_weight", weight, at_least=0.0)
     if number > 1.0:
         fail("hard_label_weight", "at most 1", weight)

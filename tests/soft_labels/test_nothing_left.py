@@ -20,6 +20,12 @@ from keras_ptloss.soft_labels import (
     import_token_labels,
 )
 from keras_ptloss.soft_labels._journal import OWN
+from keras_ptloss.soft_labels._spec import array_formats
+from keras_ptloss.soft_labels._tokens.spec import (
+    KEPT_FORMATS,
+    SEQUENCE_FORMATS,
+    token_formats,
+)
 
 pytestmark = helpers.slow_but_on_one()
 
@@ -179,3 +185,16 @@ def test_a_lock_that_was_removed_meanwhile(path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     assert len(stores.write(path, teacher)) == stores.N
     assert len(calls) == 2 + 7  # 7 batches, each with another writer
+
+
+def test_own_files_are_all_that_writers_make():
+    """What `discard` does not know it would leave behind."""
+    formats = [
+        array_formats(SoftLabelSpec(top_k=k), 5, logs=logs)
+        for k in (None, 2)
+        for logs in (True, False)
+    ]
+    formats += [token_formats(2, 100), SEQUENCE_FORMATS, KEPT_FORMATS]
+    arrays = {f"{name}.npy" for arrays in formats for name in arrays}
+    manifest = {"manifest.json", "manifest.json.new"}
+    assert set(OWN) == arrays | manifest
