@@ -54,9 +54,7 @@ def read_cases(
     student = two_events(y_pred, from_logits=from_logits)
     labels, is_class, ignored = _labels(y_true, student, ignore_class)
     weight = ops.where(ignored, 0.0, weight)
-    wrong = ops.logical_and(
-        ops.not_equal(weight, 0.0), ops.logical_not(is_class)
-    )
+    wrong = ops.not_equal(weight, 0.0) & ~is_class
     seen = visible_values(wrong)
     if seen is not None and seen.any():
         classes = student.shape[-1]
@@ -116,8 +114,8 @@ def _of_indices(
     indices: Tensor, classes: Any, ignore_class: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Read class indices `(...)`."""
-    within = ops.logical_and(indices >= 0, indices < classes)
-    is_class = ops.logical_and(within, ops.equal(ops.floor(indices), indices))
+    whole = ops.equal(ops.floor(indices), indices)
+    is_class = whole & (indices >= 0) & (indices < classes)
     ignored = ops.zeros_like(is_class)
     if ignore_class is not None:
         ignored = ops.equal(indices, ignore_class)
@@ -128,7 +126,7 @@ def _of_indices(
 def _of_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Read one-hot (or soft) rows `(..., C)`."""
     sums = ops.abs(ops.sum(rows, axis=-1) - 1.0) <= SUM_TOLERANCE
-    is_class = ops.logical_and(ops.all(rows >= 0, axis=-1), sums)
+    is_class = ops.all(rows >= 0, axis=-1) & sums
     finite = ops.where(ops.expand_dims(is_class, axis=-1), rows, 0.0)
     return finite, is_class, ops.zeros_like(is_class)
 
@@ -188,7 +186,7 @@ class BrierScore(MeanOfCases):
         name: str = "brier_score",
         dtype: Any = "float32",
     ) -> None:
-        super().__init__(better="down", name=name, dtype=dtype)
+        super().__init__(name=name, dtype=dtype)
         self.from_logits = check_flag("from_logits", from_logits)
         self.ignore_class = check_ignore_class(ignore_class)
 
@@ -341,6 +339,5 @@ class ExpectedCalibrationError(keras.metrics.Metric):
             "num_bins": self.num_bins,
             "from_logits": self.from_logits,
             "ignore_class": self.ignore_class,
-            "name": self.name,
-            "dtype": self.dtype,
+            **super().get_config(),
         }

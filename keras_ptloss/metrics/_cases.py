@@ -19,14 +19,16 @@ class MeanOfCases(keras.metrics.Mean):
     """Mean over the cases that are looked at.
 
     Args:
-        better: "up" if more is better, "down" if less is.
         name: name of the metric.
         dtype: dtype of the running sums and the result.
     """
 
-    def __init__(self, *, better: str, name: str, dtype: Any) -> None:
+    # "up" if more is better, "down" if less is.
+    _better = "down"
+
+    def __init__(self, *, name: str, dtype: Any) -> None:
         super().__init__(name=name, dtype=dtype)
-        set_direction(self, better)
+        set_direction(self, self._better)
         self._visible = Visible()
 
     def cases(
@@ -54,10 +56,6 @@ class MeanOfCases(keras.metrics.Mean):
         weight = self._visible.weights(y_pred, sample_weight)
         values, weight = self.cases(y_true, y_pred, weight)
         super().update_state(values, sample_weight=weight)
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the arguments that build the same metric again."""
-        return {"name": self.name, "dtype": self.dtype}
 
 
 class Visible(keras.losses.Loss):

@@ -24,24 +24,23 @@ class TeacherMetric(MeanOfCases):
         from_logits: whether the student's outputs are logits.
         teacher_from_logits: whether the teacher's are; None means the same as
             `from_logits`.
-        better: "up" if more is better, "down" if less is.
-        name: name of the metric.
+        name: name of the metric; None is the metric's own.
         dtype: dtype of the running sums and the result.
     """
 
+    _own_name: str
     # Whether logits and probabilities of two columns or more do alike.
     _any_form = False
 
     def __init__(
         self,
         *,
-        from_logits: bool,
-        teacher_from_logits: bool | None,
-        better: str,
-        name: str,
-        dtype: Any,
+        from_logits: bool = False,
+        teacher_from_logits: bool | None = None,
+        name: str | None = None,
+        dtype: Any = "float32",
     ) -> None:
-        super().__init__(better=better, name=name, dtype=dtype)
+        super().__init__(name=name or self._own_name, dtype=dtype)
         if teacher_from_logits is None:
             teacher_from_logits = from_logits
         self.from_logits = check_flag("from_logits", from_logits)
@@ -107,7 +106,7 @@ class TeacherAgreement(TeacherMetric):
             one column only.
         teacher_from_logits: whether the teacher's are; None means the same as
             `from_logits`.
-        name: name of the metric.
+        name: name of the metric; None is `"teacher_agreement"`.
         dtype: dtype of the running sums and the result.
 
     Raises:
@@ -129,23 +128,9 @@ class TeacherAgreement(TeacherMetric):
         (https://arxiv.org/abs/2106.05945).
     """
 
+    _own_name = "teacher_agreement"
+    _better = "up"
     _any_form = True
-
-    def __init__(
-        self,
-        *,
-        from_logits: bool = False,
-        teacher_from_logits: bool | None = None,
-        name: str = "teacher_agreement",
-        dtype: Any = "float32",
-    ) -> None:
-        super().__init__(
-            from_logits=from_logits,
-            teacher_from_logits=teacher_from_logits,
-            better="up",
-            name=name,
-            dtype=dtype,
-        )
 
     def values(self, teacher: Tensor, student: Tensor) -> Tensor:
         """Return 1 where both name the same class, else 0."""
@@ -173,7 +158,7 @@ class TotalVariationDistance(TeacherMetric):
         from_logits: whether the student's outputs are logits.
         teacher_from_logits: whether the teacher's are; None means the same as
             `from_logits`.
-        name: name of the metric.
+        name: name of the metric; None is `"total_variation_distance"`.
         dtype: dtype of the running sums and the result.
 
     Raises:
@@ -195,21 +180,7 @@ class TotalVariationDistance(TeacherMetric):
         Levin, Peres and Wilmer 2017, Markov Chains and Mixing Times, §4.1.
     """
 
-    def __init__(
-        self,
-        *,
-        from_logits: bool = False,
-        teacher_from_logits: bool | None = None,
-        name: str = "total_variation_distance",
-        dtype: Any = "float32",
-    ) -> None:
-        super().__init__(
-            from_logits=from_logits,
-            teacher_from_logits=teacher_from_logits,
-            better="down",
-            name=name,
-            dtype=dtype,
-        )
+    _own_name = "total_variation_distance"
 
     def values(self, teacher: Tensor, student: Tensor) -> Tensor:
         """Return half the L1 distance."""
@@ -243,7 +214,7 @@ class KLToTeacher(TeacherMetric):
         from_logits: whether the student's outputs are logits.
         teacher_from_logits: whether the teacher's are; None means the same as
             `from_logits`.
-        name: name of the metric.
+        name: name of the metric; None is `"kl_to_teacher"`.
         dtype: dtype of the running sums and the result.
 
     Raises:
@@ -265,21 +236,7 @@ class KLToTeacher(TeacherMetric):
         (https://arxiv.org/abs/1503.02531).
     """
 
-    def __init__(
-        self,
-        *,
-        from_logits: bool = False,
-        teacher_from_logits: bool | None = None,
-        name: str = "kl_to_teacher",
-        dtype: Any = "float32",
-    ) -> None:
-        super().__init__(
-            from_logits=from_logits,
-            teacher_from_logits=teacher_from_logits,
-            better="down",
-            name=name,
-            dtype=dtype,
-        )
+    _own_name = "kl_to_teacher"
 
     def values(self, teacher: Tensor, student: Tensor) -> Tensor:
         """Return PTLoss without its perturbation."""
