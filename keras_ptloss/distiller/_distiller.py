@@ -1,5 +1,6 @@
 """Keras's own training, with the outputs of frozen teachers as targets."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,6 @@ from keras_ptloss.distiller._options import (
 from keras_ptloss.distiller._teachers import (
     OutOfSight,
     call_alone,
-    call_model,
     check_rows,
     check_stands_still,
     check_teachers,
@@ -171,14 +171,16 @@ class Distiller(Training):
         return list(self._hidden.metrics)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; past Keras, which tracks models, for a teacher."""
+        """Set an attribute; a teacher past Keras."""
+        # Keras makes a layer of a model, to be trained and saved, before the
+        # setter of a property is called.
         if name == "teacher":
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        """Hide what Keras, which saves all that `dir` shows, must not save."""
+        """Hide what must not be saved: Keras saves whatever `dir` shows."""
         hidden = {"teacher", "teacher_metrics"}
         return [name for name in super().__dir__() if name not in hidden]
 
@@ -261,7 +263,7 @@ class Distiller(Training):
                     model(select(inputs, key, "teacher_inputs"), training=False)
         inputs = select(inputs, self.student_inputs, "student_inputs")
         if self._hidden.stateless:
-            return call_alone(self.student, inputs, training)
+            return call_alone(self.student, inputs, training=training)
         return self.student(inputs, training=training)
 
     def train_step(self, *step: Any) -> Any:
@@ -297,7 +299,7 @@ class Distiller(Training):
         return *states, keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
 
     def _targets(
-        self, x: Any, labels: Any, call: Callable[..., Any] = call_model
+        self, x: Any, labels: Any, call: Callable[..., Any] = operator.call
     ) -> Targets:
         """Return the labels, and what the teachers answer, as one tensor."""
         if self.hard_label_weight and labels is None:
@@ -316,7 +318,7 @@ class Distiller(Training):
             )
         inputs = select(x, self.teacher_inputs, "teacher_inputs")
         with no_gradient():
-            outputs = [call(model, inputs, False) for model in models]
+            outputs = [call(model, inputs, training=False) for model in models]
         target = joint_output(outputs, self.teacher_weights, self.loss)
         return Targets(labels, target)
 

@@ -109,11 +109,6 @@ def check_stands_still(
             )
 
 
-def call_model(model: keras.Model, inputs: Any, training: Any) -> Tensor:
-    """Call a model."""
-    return model(inputs, training=training)
-
-
 def call_alone(model: keras.Model, inputs: Any, training: Any) -> Tensor:
     """Call a built model as Keras's own steps on JAX do, by `call` itself.
 
@@ -134,20 +129,16 @@ def joint_output(
     outputs: Sequence[Tensor], weights: Sequence[float] | None, loss: Any
 ) -> Tensor:
     """Return what the loss takes as `y_true`: the mean, or all side by side."""
-    counts, from_logits = (
-        teacher_classes(loss),
-        getattr(loss, "teacher_from_logits", None),
-    )
-    if counts is None or len(counts) == 1:
-        if isinstance(from_logits, tuple):
-            (from_logits,) = from_logits
-        weights = weights or [1.0] * len(outputs)
-        return mean_output(outputs, weights, from_logits)
-    rows = [
-        ops.cast(one_tensor("teacher", output), "float32") for output in outputs
-    ]
-    joined = SideBySide(counts, from_logits).join("teacher", rows)
-    return ops.stop_gradient(joined)
+    counts = teacher_classes(loss)
+    from_logits = getattr(loss, "teacher_from_logits", None)
+    outputs = [ops.cast(one_tensor("teacher", o), "float32") for o in outputs]
+    if counts is not None and len(counts) > 1:
+        joined = SideBySide(counts, from_logits).join("teacher", outputs)
+        return ops.stop_gradient(joined)
+    if isinstance(from_logits, tuple):
+        (from_logits,) = from_logits
+    weights = weights or [1.0] * len(outputs)
+    return ops.stop_gradient(mean_output(outputs, weights, from_logits))
 
 
 def compared(loss: Any, target: Tensor) -> Tensor:
@@ -166,14 +157,11 @@ def mean_output(
     are affine in each other: the mean is the same in either form.
 
     Args:
-        outputs: one tensor a teacher.
+        outputs: one tensor a teacher, in float32.
         weights: one number a teacher.
         from_logits: whether they are logits; None if that is not known, and
             one column is not to be turned into two.
     """
-    outputs = [
-        ops.cast(one_tensor("teacher", output), "float32") for output in outputs
-    ]
     columns = {output.shape[-1] for output in outputs}
     if columns == {1, 2} and from_logits is not None:
         outputs = [two_events(o, from_logits=from_logits) for o in outputs]
@@ -181,7 +169,7 @@ def mean_output(
     for output, weight in zip(outputs, weights, strict=True):
         check_classes("teacher", output, "teacher", outputs[0])
         mean = mean + weight / sum(weights) * output
-    return ops.stop_gradient(mean)
+    return mean
 
 
 def check_rows(target: Tensor, y_pred: Tensor, loss: Any) -> None:

@@ -94,9 +94,7 @@ class Training(keras.Model):
                 results.update(result)
         return results
 
-    def fit(
-        self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
         """Train the student; arguments as in `keras.Model.fit`.
 
         Raises:
@@ -104,56 +102,38 @@ class Training(keras.Model):
                 labels; if a `keras.distribution` is set, on another backend
                 than JAX.
         """
-        _check_call(super().fit, x, y, *args, **kwargs)
+        _check_call(super().fit, *args, **kwargs)
         with weights_given_back(self):
-            return super().fit(x, y, *args, **kwargs)
+            return super().fit(*args, **kwargs)
 
-    def train_on_batch(
-        self,
-        x: Any,
-        y: Any = None,
-        sample_weight: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Train on one batch; arguments as in `keras.Model.train_on_batch`.
 
         Raises:
             ValueError: as `fit`.
         """
-        train = super().train_on_batch
-        _check_call(train, x, y, sample_weight, *args, **kwargs)
-        return train(x, y, sample_weight, *args, **kwargs)
+        _check_call(super().train_on_batch, *args, **kwargs)
+        return super().train_on_batch(*args, **kwargs)
 
-    def evaluate(
-        self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Judge the student; arguments as in `keras.Model.evaluate`.
 
         Raises:
             ValueError: if there is `sample_weight`, and no labels; if a
                 `keras.distribution` is set, on another backend than JAX.
         """
-        _check_call(super().evaluate, x, y, *args, **kwargs)
+        _check_call(super().evaluate, *args, **kwargs)
         with weights_given_back(self):
-            return super().evaluate(x, y, *args, **kwargs)
+            return super().evaluate(*args, **kwargs)
 
-    def test_on_batch(
-        self,
-        x: Any,
-        y: Any = None,
-        sample_weight: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Judge one batch; arguments as in `keras.Model.test_on_batch`.
 
         Raises:
             ValueError: as `evaluate`.
         """
-        test = super().test_on_batch
-        _check_call(test, x, y, sample_weight, *args, **kwargs)
-        return test(x, y, sample_weight, *args, **kwargs)
+        _check_call(super().test_on_batch, *args, **kwargs)
+        return super().test_on_batch(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the student's outputs, as `keras.Model.predict`."""
@@ -161,39 +141,33 @@ class Training(keras.Model):
             return super().predict(*args, **kwargs)
 
 
-def _check_call(
-    method: Callable[..., Any], x: Any, y: Any, *args: Any, **kwargs: Any
-) -> None:
-    """Check what one of Keras's methods is about to be given.
+def _check_call(method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Require labels where one of Keras's methods is given weights.
 
-    By the names that the method has, for weights may come by position.
+    By the names that the method has, for arguments may come by position.
     """
     check_distribution()
-    bound = inspect.signature(method).bind_partial(x, y, *args, **kwargs)
-    _check_class_weight(bound.arguments.get("class_weight"), x, y)
-    _check_sample_weight(bound.arguments.get("sample_weight"), y)
-
-
-def _check_class_weight(class_weight: Any, x: Any, y: Any) -> None:
-    """Require labels where there are weights of classes."""
-    if class_weight is None or y is not None:
+    given = inspect.signature(method).bind_partial(*args, **kwargs).arguments
+    if given.get("y") is not None:
         return
-    batch = getattr(x, "element_spec", None)  # of a tf.data.Dataset
-    if isinstance(x, keras.utils.PyDataset):
-        batch = x[0]
-    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+    class_weight = given.get("class_weight")
+    if class_weight is not None and not _has_labels(given.get("x")):
         raise ValueError(
             "`class_weight` must come with labels, whose classes it weighs. "
             f"Received: class_weight={class_weight}, y=None"
         )
-
-
-def _check_sample_weight(sample_weight: Any, y: Any) -> None:
-    """Require labels beside weights, which Keras drops without them."""
-    if sample_weight is not None and y is None:
+    if given.get("sample_weight") is not None:
         raise ValueError(
             "`sample_weight` must come with `y`; Keras drops it otherwise. "
             "Labels that are not known may be any, zeros for example, where "
             "no metric and no `hard_label_weight` looks at them. Received: "
             "y=None"
         )
+
+
+def _has_labels(x: Any) -> bool:
+    """Return whether a data set has labels, as far as it tells."""
+    batch = getattr(x, "element_spec", None)  # of a tf.data.Dataset
+    if isinstance(x, keras.utils.PyDataset):
+        batch = x[0]
+    return isinstance(batch, (tuple, list)) and len(batch) > 1
