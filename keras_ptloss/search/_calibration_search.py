@@ -1,7 +1,6 @@
 """Calibration alone, and what may follow epsilon."""
 
 import dataclasses
-from typing import Any
 
 from keras_ptloss._calibration import Calibration
 from keras_ptloss._checks import check_choice, check_number, fail
@@ -87,27 +86,47 @@ class CalibrationSearch:
         examples: Examples,
         objective: Objective,
         *,
-        from_logits: Any,
         seed: int,
         progress: Progress,
     ) -> Found:
         """Search on the examples."""
-        logits, targets = examples.logits, examples.targets
+        calibration = self._fit(examples, objective)
+        q = examples.calibrated(calibration)
+        one = examples.teachers is None
+        return Found(
+            correction=Correction(
+                scale=calibration.scale,
+                bias=calibration.bias,
+                teachers=examples.teachers,
+            ),
+            trials={
+                "calibration": [self.calibration],
+                "penalty": [self.penalty if self.by_class else 0.0],
+                "score": [float(objective.score(q, examples.targets))],
+            },
+            per_class=self.by_class,
+            notes=notes_on_scale(
+                calibration.scale, bounds_of_scale(self.calibration)
+            )
+            if one and self.calibration != "matrix"
+            else (),
+        )
+
+    def _fit(self, examples: Examples, objective: Objective) -> Calibration:
         if examples.teachers is not None:
-            calibration = self._of_several(examples, objective)
-            return self._found(examples, objective, calibration, from_logits)
+            return self._of_several(examples, objective)
+        logits, targets = examples.logits, examples.targets
         scale = fit_temperature(logits, targets, objective)
-        calibration = Calibration(scale)
-        if self.calibration != "temperature":
-            calibration = fit_linear(
-                logits,
-                targets,
-                objective,
-                calibration=self.calibration,
-                penalty=self.penalty,
-                scale=scale,
-            ).calibration
-        return self._found(examples, objective, calibration, from_logits)
+        if self.calibration == "temperature":
+            return Calibration(scale)
+        return fit_linear(
+            logits,
+            targets,
+            objective,
+            calibration=self.calibration,
+            penalty=self.penalty,
+            scale=scale,
+        ).calibration
 
     def _of_several(
         self, examples: Examples, objective: Objective
@@ -126,34 +145,4 @@ class CalibrationSearch:
             key=lambda one: float(
                 objective.score(examples.calibrated(one), examples.targets)
             ),
-        )
-
-    def _found(
-        self,
-        examples: Examples,
-        objective: Objective,
-        calibration: Calibration,
-        from_logits: Any,
-    ) -> Found:
-        q, targets = examples.calibrated(calibration), examples.targets
-        return Found(
-            correction=Correction(
-                scale=calibration.scale,
-                bias=calibration.bias,
-                teacher_from_logits=from_logits,
-                teachers=examples.teachers,
-            ),
-            trials={
-                "calibration": [self.calibration],
-                "penalty": [self.penalty if self.by_class else 0.0],
-                "score": [float(objective.score(q, targets))],
-            },
-            solves=0,
-            unconverged=0,
-            per_class=self.by_class,
-            notes=notes_on_scale(
-                calibration.scale, bounds_of_scale(self.calibration)
-            )
-            if examples.teachers is None and self.calibration != "matrix"
-            else (),
         )

@@ -10,7 +10,6 @@ map can. Then the ladder on either base: nothing, a vector or a matrix `A`, with
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from keras_ptloss.search._fit import (
 )
 from keras_ptloss.search._folds import parts_of
 from keras_ptloss.search._linear import (
+    LinearFit,
     all_right,
     bounds_of_scale,
     fit_linear,
@@ -41,7 +41,6 @@ from keras_ptloss.search._standings import (
     PENALTIES,
     Candidate,
     Standings,
-    worsening,
 )
 from keras_ptloss.search._strategy import Found
 
@@ -124,7 +123,6 @@ class CrossValidatedSearch:
         examples: Examples,
         objective: Objective,
         *,
-        from_logits: Any,
         seed: int,
         progress: Progress,
     ) -> Found:
@@ -139,7 +137,6 @@ class CrossValidatedSearch:
                 objective,
                 calibrations=calibrations,
                 folds=self.folds,
-                from_logits=from_logits,
                 seed=seed,
                 progress=progress,
                 notes=tuple(notes),
@@ -154,22 +151,15 @@ class CrossValidatedSearch:
         else:
             race.run(("zero", "shared"), calibrations)
         chosen = race.standings.chosen()
-        correction, cost = race.refit(chosen)
+        candidate = race.standings.candidates[chosen]
+        correction = race.refit(candidate)
         return Found(
-            correction=dataclasses.replace(
-                correction, teacher_from_logits=from_logits
-            ),
+            correction=correction,
             trials=race.standings.columns(chosen),
-            solves=race.solves + cost,
+            per_class=candidate.calibration in ("vector", "matrix"),
+            solves=race.solves,
             unconverged=race.unconverged,
-            per_class=race.standings.candidates[chosen].calibration
-            in ("vector", "matrix"),
-            notes=(
-                *notes,
-                *_notes_on_bounds(
-                    race.standings.candidates[chosen], correction
-                ),
-            ),
+            notes=(*notes, *_notes_on_bounds(candidate, correction)),
         )
 
     def _fitting(self, examples: Examples) -> tuple[list[str], list[str]]:
@@ -225,6 +215,7 @@ class _Base:
         objective: Objective,
         epsilon: str,
     ) -> None:
+        self.examples, self.objective = examples, objective
         scale = fit_temperature(examples.logits, examples.targets, objective)
         self.scale, self.epsilon = np.asarray(scale), np.zeros(1)
         self.solves = self.unconverged = 0
@@ -240,19 +231,32 @@ class _Base:
             self.scale, self.epsilon = fitted.point.scale, fitted.point.epsilon
             self.solves = fitted.evaluations * len(examples.labels)
             self.unconverged = fitted.unconverged
-
-    def logits(self, examples: Examples) -> np.ndarray:
-        """Return what the ladder stands on, `(N, C)`."""
-        return (
-            log_probabilities(self.apply(examples))
-            if self.bent
-            else (examples.logits)
-        )
+        self.rows = self.logits(examples)
 
     def apply(self, examples: Examples) -> np.ndarray:
         """Return the base's distributions, `(N, C)`."""
         t = examples.calibrated(Calibration(self.scale))
         return proxy(t, self.epsilon)[0]
+
+    def logits(self, examples: Examples) -> np.ndarray:
+        """Return what the ladder stands on, `(N, C)`."""
+        if self.bent:
+            return log_probabilities(self.apply(examples))
+        return examples.logits
+
+    def fit(
+        self, calibration: str, penalty: float, begin: np.ndarray | None = None
+    ) -> LinearFit:
+        """Fit what follows the base, to the base's own examples."""
+        return fit_linear(
+            self.rows,
+            self.examples.targets,
+            self.objective,
+            calibration=calibration,
+            penalty=penalty,
+            scale=1.0 if self.bent else float(self.scale),
+            begin=begin,
+        )
 
 
 class _Race:
@@ -280,92 +284,53 @@ class _Race:
 
     def run(self, epsilons: tuple[str, ...], calibrations: list[str]) -> None:
         """Score the candidates in stages: plain KL, then base by base."""
-        trains = [self.examples[train] for train, _ in self.parts]
         tests = [self.examples[test] for _, test in self.parts]
-        self._add(Candidate("zero", "none"), [e.probabilities for e in tests])
+        self.standings.add(
+            *self._candidate("zero", "none"), [e.probabilities for e in tests]
+        )
         for epsilon in epsilons:
             bases = [
-                _Base(self.search, train, self.objective, epsilon)
-                for train in trains
+                _Base(
+                    self.search, self.examples[train], self.objective, epsilon
+                )
+                for train, _ in self.parts
             ]
             self.solves += sum(base.solves for base in bases)
             self.unconverged += sum(base.unconverged for base in bases)
-            scaled = [b.apply(e) for b, e in zip(bases, tests, strict=True)]
-            self._add(Candidate(epsilon, "temperature"), scaled)
+            pairs = list(zip(bases, tests, strict=True))
+            self.standings.add(
+                *self._candidate(epsilon, "temperature"),
+                [base.apply(test) for base, test in pairs],
+            )
+            fits = [base.fit for base in bases]
+            rows = [base.logits(test) for base, test in pairs]
             for calibration in calibrations:
-                self._ladder(
-                    epsilon,
-                    calibration,
-                    [b.logits(e) for b, e in zip(bases, trains, strict=True)],
-                    [b.logits(e) for b, e in zip(bases, tests, strict=True)],
-                    [_scale(base) for base in bases],
+                self.standings.climb(
+                    *self._candidate(epsilon, calibration), fits, rows
                 )
 
-    def _ladder(
-        self,
-        epsilon: str,
-        calibration: str,
-        trains: list[np.ndarray],
-        tests: list[np.ndarray],
-        scales: list[float],
-    ) -> None:
-        """Score ever weaker penalties, until two have made it worse."""
-        begins: list[Any] = [None] * len(trains)
-        scores: list[float] = []
-        for penalty in PENALTIES:
-            held_out = []
-            for k, (train, _) in enumerate(self.parts):
-                fitted = fit_linear(
-                    trains[k],
-                    self.examples.targets[train],
-                    self.objective,
-                    calibration=calibration,
-                    penalty=penalty,
-                    scale=scales[k],
-                    begin=begins[k],
-                )
-                begins[k] = fitted.parameters
-                held_out.append(fitted.calibration(tests[k], from_logits=True))
-            candidate = Candidate(epsilon, calibration, penalty)
-            scores.append(self._add(candidate, held_out))
-            if worsening(scores):
-                return
+    def _candidate(
+        self, epsilon: str, calibration: str
+    ) -> tuple[Candidate, int]:
+        """Return a candidate, and how many numbers it fits."""
+        candidate = Candidate(epsilon, calibration)
+        classes, order = self.examples.classes, self.search.order
+        return candidate, candidate.parameters(classes, order)
 
-    def _add(self, candidate: Candidate, held_out: list[np.ndarray]) -> float:
-        parameters = candidate.parameters(
-            self.examples.classes, self.search.order
-        )
-        return self.standings.add(candidate, parameters, held_out)
-
-    def refit(self, chosen: int) -> tuple[Correction, int]:
-        """Fit the chosen candidate to all examples; also count the solves."""
-        candidate = self.standings.candidates[chosen]
-        if candidate.calibration == "none":
-            return Correction(), 0
-        base = _Base(
-            self.search, self.examples, self.objective, candidate.epsilon
-        )
-        if candidate.calibration == "temperature":
-            return Correction(base.epsilon, scale=base.scale), base.solves
-        map_ = fit_linear(
-            base.logits(self.examples),
-            self.examples.targets,
-            self.objective,
-            calibration=candidate.calibration,
-            penalty=candidate.penalty,
-            scale=_scale(base),
-        ).calibration
+    def refit(self, chosen: Candidate) -> Correction:
+        """Fit the chosen candidate to all examples."""
+        if chosen.calibration == "none":
+            return Correction()
+        base = _Base(self.search, self.examples, self.objective, chosen.epsilon)
+        self.solves += base.solves
+        if chosen.calibration == "temperature":
+            return Correction(base.epsilon, scale=base.scale)
+        map_ = base.fit(chosen.calibration, chosen.penalty).calibration
         if not base.bent:
-            return Correction(scale=map_.scale, bias=map_.bias), 0
-        correction = Correction(
+            return Correction(scale=map_.scale, bias=map_.bias)
+        return Correction(
             base.epsilon,
             scale=base.scale,
             proxy_scale=map_.scale,
             proxy_bias=map_.bias,
         )
-        return correction, base.solves
-
-
-def _scale(base: _Base) -> float:
-    """Return the inverse temperature that the ladder starts from."""
-    return 1.0 if base.bent else float(base.scale)

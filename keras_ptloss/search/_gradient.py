@@ -90,7 +90,6 @@ class GradientSearch:
         examples: Examples,
         objective: Objective,
         *,
-        from_logits: bool,
         seed: int,
         progress: Progress,
     ) -> Found:
@@ -102,10 +101,7 @@ class GradientSearch:
         q, _ = proxy(examples.calibrated(point.calibration), point.epsilon)
         return Found(
             correction=Correction(
-                point.epsilon,
-                scale=point.scale,
-                bias=point.bias,
-                teacher_from_logits=from_logits,
+                point.epsilon, scale=point.scale, bias=point.bias
             ),
             trials={
                 "order": [self.order],

@@ -80,7 +80,6 @@ class RandomSearch:
         examples: Examples,
         objective: Objective,
         *,
-        from_logits: bool,
         seed: int,
         progress: Progress,
     ) -> Found:
@@ -119,7 +118,7 @@ class RandomSearch:
         if not scores[best] < objective.score(teacher, targets):
             epsilon = np.zeros_like(epsilon)
         return Found(
-            correction=Correction(epsilon, teacher_from_logits=from_logits),
+            correction=Correction(epsilon),
             trials={
                 "order": [epsilon.shape[-1] for epsilon in epsilons],
                 "score": scores,

@@ -1,5 +1,6 @@
 """The search for a correction on a small labelled set."""
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Callable
@@ -172,16 +173,18 @@ class ProxyTeacherSearch:
             found = self.method.run(
                 examples,
                 self.objective,
-                from_logits=read.from_logits,
                 seed=self.seed,
                 progress=progress,
             )
         notes = self._notes(examples, read.labels, found.per_class)
         for note in notes:
             warnings.warn(note, stacklevel=2)
-        q = found.correction.proxy(read.outputs).probabilities
+        correction = dataclasses.replace(
+            found.correction, teacher_from_logits=read.from_logits
+        )
+        q = correction.proxy(read.outputs).probabilities
         return SearchResult(
-            correction=found.correction,
+            correction=correction,
             score=float(self.objective.score(q, read.labels)),
             score_at_zero=float(
                 self.objective.score(examples.probabilities, read.labels)

@@ -6,8 +6,6 @@ it bends before a matrix, the confidence of one teacher, the others' outputs
 tell better, and each would need its own.
 """
 
-from typing import Any
-
 from keras_ptloss._correction import Correction
 from keras_ptloss.search._examples import Examples
 from keras_ptloss.search._folds import parts_of
@@ -18,7 +16,6 @@ from keras_ptloss.search._standings import (
     PENALTIES,
     Candidate,
     Standings,
-    worsening,
 )
 from keras_ptloss.search._strategy import Found
 
@@ -29,7 +26,6 @@ def choose_stack(
     *,
     calibrations: list[str],
     folds: int,
-    from_logits: Any,
     seed: int,
     progress: Progress,
     notes: tuple[str, ...],
@@ -41,7 +37,6 @@ def choose_stack(
         objective: what is minimised.
         calibrations: of `"vector"` and `"matrix"`.
         folds: number of folds.
-        from_logits: whether each teacher's outputs are logits.
         seed: of the folds.
         progress: the bar.
         notes: of the result, put before what is found here.
@@ -57,38 +52,28 @@ def choose_stack(
         progress,
         most=2 + len(calibrations) * len(PENALTIES),
     )
+    held_out = [examples.logits[test] for _, test in parts]
     for kind in kinds:
-        begins: list[Any] = [None] * len(parts)
-        scores: list[float] = []
-        for penalty in PENALTIES if kind in calibrations else (0.0,):
-            held_out = []
-            for k, (_, test) in enumerate(parts):
-                fitted = stacks[k].fit(kind, penalty, begins[k])
-                begins[k] = fitted.parameters if kind in calibrations else None
-                z = examples.logits[test]
-                held_out.append(fitted.calibration(z, from_logits=True))
-            candidate = Candidate("zero", kind, penalty)
-            numbers = _parameters(examples, kind)
-            scores.append(standings.add(candidate, numbers, held_out))
-            if worsening(scores):
-                break
+        candidate = Candidate("zero", kind)
+        numbers = _parameters(examples, kind)
+        if kind in calibrations:
+            fits = [stack.fit for stack in stacks]
+            standings.climb(candidate, numbers, fits, held_out)
+        else:
+            maps = [stack.fit(kind).calibration for stack in stacks]
+            rows = zip(maps, held_out, strict=True)
+            standings.add(
+                candidate, numbers, [a(z, from_logits=True) for a, z in rows]
+            )
     chosen = standings.chosen()
     found = standings.candidates[chosen]
-    map_ = (
-        Stack.of(examples, objective)
-        .fit(found.calibration, found.penalty)
-        .calibration
-    )
+    stack = Stack.of(examples, objective)
+    map_ = stack.fit(found.calibration, found.penalty).calibration
     return Found(
         correction=Correction(
-            scale=map_.scale,
-            bias=map_.bias,
-            teachers=examples.teachers,
-            teacher_from_logits=from_logits,
+            scale=map_.scale, bias=map_.bias, teachers=examples.teachers
         ),
         trials=standings.columns(chosen),
-        solves=0,
-        unconverged=0,
         per_class=found.calibration in calibrations,
         notes=notes,
     )

@@ -1,11 +1,13 @@
 """Candidates of a cross-validation, their held-out losses, and the choice."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from keras_ptloss.search._folds import choose, standard_error
+from keras_ptloss.search._linear import LinearFit
 from keras_ptloss.search._objectives import Objective
 from keras_ptloss.search._progress import Progress
 
@@ -103,6 +105,35 @@ class Standings:
         self.progress.update(len(self.candidates), self.most)
         return float(self.losses[-1].mean())
 
+    def climb(
+        self,
+        candidate: Candidate,
+        parameters: int,
+        fits: Sequence[Callable[[str, float, Any], LinearFit]],
+        rows: Sequence[np.ndarray],
+    ) -> None:
+        """Add a candidate at ever weaker penalties, until two made it worse.
+
+        Args:
+            candidate: the candidate, without a penalty.
+            parameters: how many numbers it fits.
+            fits: of each part, `(calibration, penalty, begin)` to a fit;
+                `begin` are the parameters of the part's last fit, or None.
+            rows: each part's held-out logits.
+        """
+        begins: list[Any] = [None] * len(fits)
+        scores: list[float] = []
+        for penalty in PENALTIES:
+            held_out = []
+            for k, (fit, z) in enumerate(zip(fits, rows, strict=True)):
+                fitted = fit(candidate.calibration, penalty, begins[k])
+                begins[k] = fitted.parameters
+                held_out.append(fitted.calibration(z, from_logits=True))
+            rung = dataclasses.replace(candidate, penalty=penalty)
+            scores.append(self.add(rung, parameters, held_out))
+            if len(scores) > 2 and min(scores[-2:]) > min(scores[:-2]):
+                return
+
     def chosen(self) -> int:
         """Return the index of the candidate that is chosen."""
         losses = np.stack(self.losses)
@@ -132,8 +163,3 @@ class Standings:
             "standard_error": standard_error(gains).tolist(),
             "chosen": [i == chosen for i in range(len(self.candidates))],
         }
-
-
-def worsening(scores: list[float]) -> bool:
-    """Return whether the last two of ever weaker penalties made it worse."""
-    return len(scores) > 2 and min(scores[-2:]) > min(scores[:-2])

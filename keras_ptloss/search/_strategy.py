@@ -14,19 +14,19 @@ class Found:
     """What a strategy found.
 
     Attributes:
-        correction: of the teacher, given as logits or probabilities.
+        correction: of the teacher; the search says whether it gives logits.
         trials: what was tried, column by column.
+        per_class: whether it fitted parameters of single classes.
         solves: proxy teachers computed, one a row and trial.
         unconverged: those that did not converge.
-        per_class: whether it fitted parameters of single classes.
         notes: what the user should know of it.
     """
 
     correction: Correction
     trials: dict[str, list[Any]]
-    solves: int
-    unconverged: int
     per_class: bool
+    solves: int = 0
+    unconverged: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -55,7 +55,6 @@ class Strategy(Protocol):
         examples: Examples,
         objective: Objective,
         *,
-        from_logits: Any,
         seed: int,
         progress: Progress,
     ) -> Found:
