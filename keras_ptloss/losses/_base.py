@@ -155,19 +155,6 @@ def read_teacher(
     *,
     from_logits: bool,
     calibration: Calibration | None = None,
-) -> Tensor:
-    """Return the teacher's probabilities; see `read_teacher_and_log`."""
-    return read_teacher_and_log(
-        y_true, student, from_logits=from_logits, calibration=calibration
-    )[0]
-
-
-def read_teacher_and_log(
-    y_true: Tensor,
-    student: Tensor,
-    *,
-    from_logits: bool,
-    calibration: Calibration | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the teacher's `t` and `log t`, in the form of the student's rows.
 

@@ -1,34 +1,17 @@
 """KL to the corrected teacher: the correction inside the loss."""
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import keras
 from keras import ops
 
-from keras_ptloss._calibration import Calibration
 from keras_ptloss.losses._base import TeacherLoss, read_student
 from keras_ptloss.losses._pt_loss import pt_loss
 
+if TYPE_CHECKING:  # it builds this loss
+    from keras_ptloss._correction import Correction
+
 Tensor = Any
-
-
-class CorrectsTensors(Protocol):
-    """What the loss needs of a `keras_ptloss.Correction`."""
-
-    @property
-    def teacher_from_logits(self) -> Any:
-        """Whether the teacher's outputs are logits; of several, one each."""
-
-    @property
-    def row(self) -> Any:
-        """The `SideBySide` of several teachers, or None."""
-
-    @property
-    def calibration(self) -> Calibration:
-        """The calibration of the outputs."""
-
-    def target(self, outputs: Tensor) -> Tensor:
-        """Return the corrected distributions, `(..., C)`."""
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
@@ -79,7 +62,7 @@ class ProxyKLDivergence(TeacherLoss):
 
     def __init__(
         self,
-        correction: CorrectsTensors,
+        correction: "Correction",
         *,
         from_logits: bool = False,
         name: str | None = "proxy_kl_divergence",

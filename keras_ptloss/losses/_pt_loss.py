@@ -22,8 +22,9 @@ from keras_ptloss._checks import (
 from keras_ptloss._perturbation import perturbation, slope
 from keras_ptloss.losses._base import (
     TeacherLoss,
+    log_student,
     read_student,
-    read_teacher_and_log,
+    read_teacher,
 )
 
 Tensor = Any
@@ -103,7 +104,7 @@ def pt_loss(
     if teacher_from_logits is None:
         teacher_from_logits = from_logits
     student = read_student(y_pred, from_logits=from_logits)
-    teacher, log_teacher = read_teacher_and_log(
+    teacher, log_teacher = read_teacher(
         y_true,
         student,
         from_logits=teacher_from_logits,
@@ -125,8 +126,8 @@ def pt_loss(
         epsilon = ops.cast(epsilon, student.dtype)
         coefficients = [epsilon[..., m] for m in range(epsilon.shape[-1])]
     if not from_logits:
-        log_student = ops.log(ops.maximum(student, keras.config.epsilon()))
-        return _value(*rows, student, log_student, coefficients)
+        log_p = log_student(student, from_logits=False)
+        return _value(*rows, student, log_p, coefficients)
     if constant:
         return _with_gradient(*rows, student, coefficients)
     # Coefficients may be differentiated as well: leave it to autodiff.
