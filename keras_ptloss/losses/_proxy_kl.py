@@ -90,7 +90,7 @@ class ProxyKLDivergence(TeacherLoss):
     def teacher_classes(self) -> tuple[int, ...] | None:
         """Class counts of the teachers that `y_true` has side by side."""
         if self.correction.row is not None:
-            return tuple(self.correction.row.counts)
+            return self.correction.row.counts
         return self.correction.calibration.rectangle
 
     def teacher(self, y_true: Tensor) -> Tensor:

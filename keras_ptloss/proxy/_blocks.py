@@ -69,11 +69,8 @@ def solve_newton(
         ]
         for first in range(0, len(parts), len(blocks))
     ]
-    if len(solved) == 1:
-        return Solution(*solved[0])
-    return Solution(
-        *(np.concatenate(part) for part in zip(*solved, strict=True))
-    )
+    fields = zip(*solved, strict=True)
+    return Solution(*(np.concatenate(field) for field in fields))
 
 
 def unperturbed(teacher: np.ndarray, several: tuple[int, ...]) -> Solution:

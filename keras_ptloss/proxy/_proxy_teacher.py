@@ -16,24 +16,8 @@ from keras_ptloss._checks import (
     check_probabilities,
     fail,
 )
-from keras_ptloss.proxy._blocks import (
-    MAX_STEPS,
-    TOLERANCE,
-    row_blocks,
-    solve_newton,
-)
+from keras_ptloss.proxy._blocks import MAX_STEPS, TOLERANCE, solve_newton
 from keras_ptloss.proxy._fsolve import solve_fsolve
-from keras_ptloss.proxy._stationarity import numpy_adjoint
-
-__all__ = [
-    "SOLVERS",
-    "TOLERANCE",
-    "ProxyTeacherResult",
-    "numpy_adjoint",
-    "proxy_teacher",
-    "row_blocks",
-    "solve_newton",
-]
 
 SOLVERS = ("newton", "fsolve")
 

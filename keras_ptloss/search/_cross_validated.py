@@ -223,7 +223,7 @@ class _Base:
             examples.logits, examples.labels
         )
         if self.bent:
-            form = Form("temperature", "shared", search.order, search.penalty)
+            form = Form("temperature", False, search.order, search.penalty)
             begin = Point(
                 np.clip(scale, *SCALES), np.asarray(0.0), np.zeros(search.order)
             )

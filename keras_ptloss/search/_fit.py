@@ -14,12 +14,8 @@ import scipy.optimize
 
 from keras_ptloss._backend import by_blocks
 from keras_ptloss._calibration import Calibration
-from keras_ptloss.proxy._proxy_teacher import (
-    TOLERANCE,
-    numpy_adjoint,
-    row_blocks,
-    solve_newton,
-)
+from keras_ptloss.proxy._blocks import TOLERANCE, row_blocks, solve_newton
+from keras_ptloss.proxy._stationarity import numpy_adjoint
 from keras_ptloss.search._examples import Examples
 from keras_ptloss.search._objectives import Objective
 
@@ -29,7 +25,12 @@ SCALES = (0.05, 20.0)
 # Highest epsilon, that of the paper's search space.
 UPPER = 10.0
 
-CALIBRATIONS = ("none", "temperature", "vector")
+# What is fitted, by calibration: fields of `Point`.
+CALIBRATIONS = {
+    "none": ["epsilon"],
+    "temperature": ["scale", "epsilon"],
+    "vector": ["scale", "bias", "epsilon"],
+}
 
 # Where L-BFGS-B stops: when the parameters stand still, or the objective.
 PRECISE = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-14, "gtol": 1e-8}
@@ -43,25 +44,20 @@ class Form:
     Attributes:
         calibration: `"none"`, `"temperature"` (one number) or `"vector"` (one
             temperature and bias a class).
-        shape: epsilon is `"zero"`, `"shared"` by the classes or `"per_class"`.
+        per_class: whether each class has an epsilon of its own.
         order: M.
         penalty: weight of the squared parameters, see `penalty_of`.
     """
 
     calibration: str
-    shape: str
+    per_class: bool
     order: int
     penalty: float
 
     @property
     def free(self) -> list[str]:
         """The names of what is fitted."""
-        free = {
-            "scale": self.calibration != "none",
-            "bias": self.calibration == "vector",
-            "epsilon": self.shape != "zero",
-        }
-        return [name for name, is_free in free.items() if is_free]
+        return CALIBRATIONS[self.calibration]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,7 +78,7 @@ class Point:
     def start(cls, form: Form, classes: int) -> "Point":
         """Return the teacher as it is: no calibration, epsilon = 0."""
         vector = (classes,) if form.calibration == "vector" else ()
-        rows = (classes,) if form.shape == "per_class" else ()
+        rows = (classes,) if form.per_class else ()
         return cls(
             np.ones(vector), np.zeros(vector), np.zeros((*rows, form.order))
         )
@@ -227,9 +223,6 @@ def fit(
         The best `Fit`, with the cost of all.
     """
     initial = Point.start(form, examples.logits.shape[1])
-    if not form.free:
-        value = objective.score(examples.probabilities, examples.targets)
-        return Fit(initial, float(value), 0, 0)
     cost = {"evaluations": 0, "unconverged": 0}
 
     def function(vector: np.ndarray) -> tuple[float, np.ndarray]:

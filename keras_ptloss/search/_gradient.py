@@ -94,8 +94,7 @@ class GradientSearch:
         progress: Progress,
     ) -> Found:
         """Search on the examples."""
-        shape = "per_class" if self.per_class else "shared"
-        form = Form(self.calibration, shape, self.order, self.penalty)
+        form = Form(self.calibration, self.per_class, self.order, self.penalty)
         fitted = fit(form, examples, objective, starts=self.starts, seed=seed)
         point = fitted.point
         q, _ = proxy(examples.calibrated(point.calibration), point.epsilon)

