@@ -141,18 +141,17 @@ def compiled_on_jax(
         function: takes tensors, and hashable settings by keyword.
         settings: the names of these.
     """
-    compiled = None
+
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        import jax
+
+        return jax.jit(function, static_argnames=settings)
 
     @functools.wraps(function)
     def run(*tensors: Tensor, **values: Any) -> Any:
-        nonlocal compiled
-        if keras.backend.backend() != "jax":
-            return function(*tensors, **values)
-        if compiled is None:
-            import jax
-
-            compiled = jax.jit(function, static_argnames=settings)
-        return compiled(*tensors, **values)
+        jax_runs = keras.backend.backend() == "jax"
+        return (compiled() if jax_runs else function)(*tensors, **values)
 
     return run
 

@@ -67,10 +67,8 @@ class Calibration:
     @property
     def classes(self) -> int | None:
         """C, the classes that come out; None if any number may."""
-        for array in (self.scale, self.bias):
-            if array.ndim:
-                return len(array)
-        return None
+        sizes = [len(a) for a in (self.scale, self.bias) if a.ndim]
+        return sizes[0] if sizes else None
 
     @property
     def input_classes(self) -> int | None:

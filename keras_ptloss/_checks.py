@@ -236,16 +236,15 @@ def check_output_form(
     if isinstance(layer, keras.layers.Softmax):
         activation = keras.activations.softmax
     one_output = getattr(layer, "units", None) == 1
-    for name, ending, gives_probabilities in (
-        ("softmax", keras.activations.softmax, True),
-        ("sigmoid", keras.activations.sigmoid, one_output),
+    if from_logits and (
+        activation is keras.activations.softmax
+        or (activation is keras.activations.sigmoid and one_output)
     ):
-        if from_logits and activation is ending and gives_probabilities:
-            raise ValueError(
-                f"`{flag}` must be False for a model that ends in a {name}, "
-                f"which gives probabilities. Received: {flag}=True, with "
-                f"{argument}={model.name!r}"
-            )
+        raise ValueError(
+            f"`{flag}` must be False for a model that ends in a "
+            f"{activation.__name__}, which gives probabilities. Received: "
+            f"{flag}=True, with {argument}={model.name!r}"
+        )
     linear = isinstance(layer, keras.layers.Dense) and (
         activation is keras.activations.linear
     )

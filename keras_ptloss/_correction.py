@@ -160,10 +160,8 @@ class Correction:
 
     def classes(self, inputs: int) -> int:
         """Return C, the classes that come out of a teacher of `inputs`."""
-        for known in (self.recalibration.classes, self.calibration.classes):
-            if known is not None:
-                return known
-        return max(inputs, 2)
+        known = self.recalibration.classes or self.calibration.classes
+        return known or max(inputs, 2)
 
     def teacher(self, outputs: Any) -> np.ndarray:
         """Return the calibrated teacher, `(..., C)`, in float64.

@@ -90,7 +90,8 @@ def read_labelled(
     ignore_class = check_ignore_class(ignore_class)
     several = is_several(teacher) and len(teacher) > 1
     teachers = list(teacher) if is_several(teacher) else [teacher]
-    flags = _flags(teachers, from_logits)
+    given = given_each("from_logits", from_logits, len(teachers))
+    flags = tuple(map(_says_logits, teachers, given))
     outputs, labels = answers(teachers, labels, inputs)
     if ignore_class is not None:
         seen = labels != ignore_class
@@ -129,15 +130,6 @@ def read_labelled(
         flags[0] if row is None else row.from_logits,
         classes,
         row,
-    )
-
-
-def _flags(teachers: list[Any], from_logits: Any) -> tuple[bool, ...]:
-    """Return whether each teacher's outputs are logits."""
-    given = given_each("from_logits", from_logits, len(teachers))
-    return tuple(
-        _says_logits(one, flag)
-        for one, flag in zip(teachers, given, strict=True)
     )
 
 

@@ -116,7 +116,7 @@ class SearchResult:
         """
         several = isinstance(teacher, (list, tuple))
         models = list(teacher) if several else [teacher]
-        row = self.correction.row
+        row, flags = self.correction.row, self.correction.teacher_from_logits
         if row is not None:
             row.check_number("teacher", len(models))
         elif len(models) != 1:
@@ -124,12 +124,7 @@ class SearchResult:
                 "`teacher` must be the one teacher that was searched. "
                 f"Received: teacher={teacher!r}"
             )
-        flags = (
-            [self.correction.teacher_from_logits]
-            if row is None
-            else row.from_logits
-        )
-        for model, from_logits in zip(models, flags, strict=True):
+        for model, from_logits in zip(models, np.ravel(flags), strict=True):
             if not isinstance(model, keras.Model):
                 raise ValueError(
                     "`teacher` must be a Keras model; for stored outputs there "
