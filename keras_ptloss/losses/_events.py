@@ -14,7 +14,7 @@ With `w_e = t_e (1 + p_e h(1 - p_e))`, h the slope of the perturbation:
     d loss / d z_c = (p_r sum_e w_e - w_r) exp(z_c - L_r)    of the others
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,6 +128,69 @@ def events_loss(
     derivative = p * ops.sum(w, axis=-1, keepdims=True) - w
     loss = ops.sum(t * terms, axis=-1)
     return loss, derivative[..., :-1], derivative[..., -1:]
+
+
+def loss_of_events(
+    targets: Tensor,
+    inputs: Sequence[Tensor],
+    project: Callable[..., tuple[Tensor, Tensor]],
+    gradients: Callable[..., Sequence[Tensor]],
+    *,
+    classes: Any,
+    epsilon: Sequence[float],
+    tail: str,
+    temperature: float,
+) -> Tensor:
+    """Return Eq. 7 on the events, `(N,)`, with its gradient written out.
+
+    Kept for it are `inputs` and some numbers a position, not the student's
+    probabilities.
+
+    Args:
+        targets: ids and log-probabilities, `(N, K, 2)`; no gradient is theirs.
+        inputs: what the student's logits are made of.
+        project: `(events, *inputs)` to the logits of the events, `(N, K)`, and
+            `L_r`, `(N, 1)`.
+        gradients: `(of_logits, events, *inputs)` to the gradients by `inputs`,
+            with `of_logits` from the logits of some classes, and the events
+            numbered within them, to the gradient by these logits.
+        classes: how many classes the student has.
+        epsilon: coefficients, one a power.
+        tail: what is done with the rest.
+        temperature: of the teacher.
+    """
+
+    @ops.custom_gradient
+    def differentiable(targets: Tensor, *inputs: Tensor) -> Any:
+        events = read_events(
+            targets, classes, tail=tail, temperature=temperature
+        )
+        given, log_others = project(events, *inputs)
+        if tail == "renormalize":
+            log_others = ops.full_like(log_others, LOWEST)
+        loss, *derivatives = events_loss(events, given, log_others, epsilon)
+
+        def gradient(*args: Tensor, upstream: Tensor = None) -> Any:
+            if upstream is None:  # as TensorFlow and JAX call it
+                (upstream,) = args
+            upstream = ops.expand_dims(upstream, -1)
+            of_given, of_others = (upstream * d for d in derivatives)
+
+            def of_logits(logits: Tensor, events: Events) -> Tensor:
+                # A given class may be far above the others; its value is put.
+                share = ops.exp(minimum(logits - log_others, 0.0))
+                return put(
+                    share * of_others, events.ids, events.known, of_given
+                )
+
+            return (
+                ops.zeros_like(targets),
+                *gradients(of_logits, events, *inputs),
+            )
+
+        return loss, gradient
+
+    return differentiable(targets, *inputs)
 
 
 def pick(rows: Tensor, events: Events) -> Tensor:

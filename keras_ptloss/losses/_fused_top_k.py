@@ -19,15 +19,14 @@ from typing import Any, NamedTuple
 
 from keras import backend, ops
 
-from keras_ptloss._backend import compiled_on_jax, maximum, minimum
+from keras_ptloss._backend import compiled_on_jax, maximum
 from keras_ptloss._calibration import LOWEST, TINY
 from keras_ptloss._checks import check_choice, check_count, fail
 from keras_ptloss.losses._events import (
     Events,
     check_targets,
-    events_loss,
+    loss_of_events,
     put,
-    read_events,
 )
 from keras_ptloss.losses._top_k import check_arguments
 
@@ -148,37 +147,16 @@ def _of_rows(
     temperature: float,
 ) -> Tensor:
     """Return the loss of N positions, `(N,)`, with its gradient."""
-
-    @ops.custom_gradient
-    def differentiable(
-        targets: Tensor, hidden: Tensor, weights: Tensor, bias: Tensor
-    ) -> Any:
-        events = read_events(
-            targets, head.classes, tail=tail, temperature=temperature
-        )
-        given, log_others = head.project(hidden, weights, bias, events)
-        if tail == "renormalize":
-            log_others = ops.full_like(log_others, LOWEST)
-        loss, *derivatives = events_loss(events, given, log_others, epsilon)
-
-        def gradient(*args: Tensor, upstream: Tensor = None) -> Any:
-            if upstream is None:  # as TensorFlow and JAX call it
-                (upstream,) = args
-            upstream = ops.expand_dims(upstream, -1)
-            of_given, of_others = (upstream * d for d in derivatives)
-
-            def of_logits(logits: Tensor, part: Events) -> Tensor:
-                share = ops.exp(minimum(logits - log_others, 0.0))
-                return put(share * of_others, part.ids, part.known, of_given)
-
-            return (
-                ops.zeros_like(targets),
-                *head.gradients(hidden, weights, bias, events, of_logits),
-            )
-
-        return loss, gradient
-
-    return differentiable(targets, hidden, weights, bias)
+    return loss_of_events(
+        targets,
+        (hidden, weights, bias),
+        head.project,
+        head.gradients,
+        classes=head.classes,
+        epsilon=epsilon,
+        tail=tail,
+        temperature=temperature,
+    )
 
 
 _of_rows_compiled = compiled_on_jax(
@@ -213,7 +191,7 @@ class _Head(NamedTuple):
     chunk: int
 
     def project(
-        self, hidden: Tensor, weights: Tensor, bias: Tensor, events: Events
+        self, events: Events, hidden: Tensor, weights: Tensor, bias: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return logits of the events, `(N, K)`, and `L_r`, `(N, 1)`."""
         nothing = ops.full_like(events.log_t, -float("inf"))
@@ -245,21 +223,21 @@ class _Head(NamedTuple):
 
     def gradients(
         self,
+        of_logits: Callable[[Tensor, Events], Tensor],
+        events: Events,
         hidden: Tensor,
         weights: Tensor,
         bias: Tensor,
-        events: Events,
-        of_logits: Callable[[Tensor, Events], Tensor],
     ) -> Sequence[Tensor]:
         """Return the gradients by hidden states, weights and bias.
 
         Args:
+            of_logits: from a chunk's logits and its events, numbered within
+                it, the gradient by these logits.
+            events: of N positions.
             hidden: `(N, H)`.
             weights: `(C, H)` or `(H, C)`.
             bias: `(C,)`.
-            events: of N positions.
-            of_logits: from a chunk's logits and its events, numbered within
-                it, the gradient by these logits.
         """
         wide = events.log_t.dtype
 

@@ -1,6 +1,5 @@
 """PTLoss from a teacher that gives k log-probabilities and nothing else."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -13,15 +12,12 @@ from keras_ptloss._checks import (
     check_number,
     fail,
 )
-from keras_ptloss.losses._base import (
-    TeacherLoss,
-    read_student,
-)
+from keras_ptloss.losses._base import TeacherLoss, read_student
 from keras_ptloss.losses._events import (
     TAILS,
     Events,
     check_targets,
-    events_loss,
+    loss_of_events,
     pick,
     put,
     read_events,
@@ -80,22 +76,26 @@ def top_k_pt_loss(
     if classes is None:
         classes = ops.shape(student)[-1]
     logits = ops.reshape(student, (-1, classes))
-    entries = ops.shape(y_true)[-2]
-    targets = ops.reshape(y_true, (-1, entries, 2))
-    coefficients = [float(e) for e in own["epsilon"]]
+    targets = ops.reshape(y_true, (-1, ops.shape(y_true)[-2], 2))
+    temperature = own["teacher_temperature"]
     if tail == "spread":
-        temperature = own["teacher_temperature"]
-        teacher = spread(targets, logits, temperature)
         loss = pt_loss(
-            teacher,
+            spread(targets, logits, temperature),
             logits,
             own["epsilon"],
             from_logits=True,
             teacher_from_logits=False,
         )
     else:
-        loss = _with_gradient(
-            targets, logits, coefficients, tail, own["teacher_temperature"]
+        loss = loss_of_events(
+            targets,
+            (logits,),
+            lambda events, z: (pick(z, events), log_of_others(z, events)),
+            lambda of_logits, events, z: (of_logits(z, events),),
+            classes=classes,
+            epsilon=[float(e) for e in own["epsilon"]],
+            tail=tail,
+            temperature=temperature,
         )
     return ops.reshape(loss, leading)
 
@@ -138,54 +138,6 @@ def log_of_others(logits: Tensor, events: Events) -> Tensor:
     largest = ops.maximum(ops.max(others, axis=-1, keepdims=True), LOWEST)
     total = ops.sum(ops.exp(others - largest), axis=-1, keepdims=True)
     return largest + ops.log(ops.maximum(total, TINY))
-
-
-def _with_gradient(
-    targets: Tensor,
-    logits: Tensor,
-    coefficients: Sequence[float],
-    tail: str,
-    temperature: float,
-) -> Tensor:
-    """Eq. 7 on the events with its gradient written out.
-
-    Kept for it are the logits and some numbers a position, not the student's
-    probabilities.
-    """
-
-    @ops.custom_gradient
-    def differentiable(targets: Tensor, logits: Tensor) -> Any:
-        events = read_events(
-            targets,
-            ops.shape(logits)[-1],
-            tail=tail,
-            temperature=temperature,
-        )
-        if tail == "renormalize":
-            log_others = ops.zeros_like(events.log_rest) + LOWEST
-        else:
-            log_others = log_of_others(logits, events)
-        loss, of_given, of_others = events_loss(
-            events, pick(logits, events), log_others, coefficients
-        )
-
-        def gradient(*args: Tensor, upstream: Tensor = None) -> Any:
-            if upstream is None:  # as TensorFlow and JAX call it
-                (upstream,) = args
-            upstream = ops.expand_dims(upstream, -1)
-            # A given class may be far above the others; its value is put.
-            share = ops.exp(ops.minimum(logits - log_others, 0.0))
-            rows = put(
-                share * (upstream * of_others),
-                events.ids,
-                events.known,
-                upstream * of_given,
-            )
-            return ops.zeros_like(targets), rows
-
-        return loss, gradient
-
-    return differentiable(targets, logits)
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
