@@ -99,10 +99,7 @@ def read_labelled(
             fail("ignore_class", "a label that some rows lack", ignore_class)
         outputs = [_looked_at(rows, seen) for rows in outputs]
     if several:
-        parts = [
-            read_answers(f"teacher[{k}]", rows, flag)
-            for k, (rows, flag) in enumerate(zip(outputs, flags, strict=True))
-        ]
+        parts = _read_each(outputs, flags)
     else:
         parts = [read_outputs(outputs[0], from_logits=flags[0])]
     counts = tuple(part.shape[-1] for part in parts)
@@ -216,16 +213,16 @@ def read_row(row: SideBySide, outputs: Any) -> np.ndarray:
     else:
         whole = row.join("teacher", as_rows("teacher", outputs))
         outputs = [whole[..., columns] for columns in row.columns]
-    parts = [
-        read_answers(f"teacher[{k}]", output, flag)
-        for k, (output, flag) in enumerate(
-            zip(outputs, row.from_logits, strict=True)
-        )
-    ]
+    parts = _read_each(outputs, row.from_logits)
     return np.asarray(row.join("teacher", parts))
 
 
-def read_answers(argument: str, outputs: Any, from_logits: bool) -> np.ndarray:
+def _read_each(outputs: Any, flags: tuple[bool, ...]) -> list[np.ndarray]:
+    pairs = enumerate(zip(outputs, flags, strict=True))
+    return [_read_answers(f"teacher[{k}]", *pair) for k, pair in pairs]
+
+
+def _read_answers(argument: str, outputs: Any, from_logits: bool) -> np.ndarray:
     """Check one of several teachers' outputs, `(..., C_k)`, all answered."""
     rows = as_rows(argument, outputs)
     if rows.dtype.kind == "f" and rows.ndim:
