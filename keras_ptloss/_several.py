@@ -51,7 +51,9 @@ class SideBySide:
         counts = tuple(
             check_count("teachers", c, at_least=2) for c in self.counts
         )
-        flags = one_each("teacher_from_logits", self.from_logits, len(counts))
+        name = "teacher_from_logits"
+        given = given_each(name, self.from_logits, len(counts))
+        flags = tuple(check_flag(name, flag) for flag in given)
         object.__setattr__(self, "counts", counts)
         object.__setattr__(self, "from_logits", flags)
 
@@ -164,12 +166,6 @@ def is_several(teacher: Any) -> bool:
         or (hasattr(one, "__array__") and len(getattr(one, "shape", ())) > 1)
         for one in teacher
     )
-
-
-def one_each(argument: str, value: Any, teachers: int) -> tuple[bool, ...]:
-    """Return one flag a teacher, of a flag for all or a list of them."""
-    given = given_each(argument, value, teachers)
-    return tuple(check_flag(argument, flag) for flag in given)
 
 
 def given_each(argument: str, value: Any, teachers: int) -> tuple[Any, ...]:

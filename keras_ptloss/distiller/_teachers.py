@@ -128,7 +128,11 @@ def teacher_classes(loss: Any) -> tuple[int, ...] | None:
 def joint_output(
     outputs: Sequence[Tensor], weights: Sequence[float] | None, loss: Any
 ) -> Tensor:
-    """Return what the loss takes as `y_true`: the mean, or all side by side."""
+    """Return what the loss takes as `y_true`: the mean, or all side by side.
+
+    One column, `p` or `z` of a binary head, and two, `[1 - p, p]` or `[0, z]`,
+    are affine in each other: the mean is the same in either form.
+    """
     counts = teacher_classes(loss)
     from_logits = getattr(loss, "teacher_from_logits", None)
     outputs = [ops.cast(one_tensor("teacher", o), "float32") for o in outputs]
@@ -137,39 +141,20 @@ def joint_output(
         return ops.stop_gradient(joined)
     if isinstance(from_logits, tuple):
         (from_logits,) = from_logits
+    columns = {output.shape[-1] for output in outputs}
+    if columns == {1, 2} and from_logits is not None:
+        outputs = [two_events(o, from_logits=from_logits) for o in outputs]
     weights = weights or [1.0] * len(outputs)
-    return ops.stop_gradient(mean_output(outputs, weights, from_logits))
+    mean = 0.0
+    for output, weight in zip(outputs, weights, strict=True):
+        check_classes("teacher", output, "teacher", outputs[0])
+        mean = mean + weight / sum(weights) * output
+    return ops.stop_gradient(mean)
 
 
 def compared(loss: Any, target: Tensor) -> Tensor:
     """Return the teacher in the student's classes, for metrics of both."""
     return target if teacher_classes(loss) is None else loss.teacher(target)
-
-
-def mean_output(
-    outputs: Sequence[Tensor],
-    weights: Sequence[float],
-    from_logits: bool | None,
-) -> Tensor:
-    """Return the weighted mean of the teachers' outputs, `(..., C)`.
-
-    One column, `p` or `z` of a binary head, and two, `[1 - p, p]` or `[0, z]`,
-    are affine in each other: the mean is the same in either form.
-
-    Args:
-        outputs: one tensor a teacher, in float32.
-        weights: one number a teacher.
-        from_logits: whether they are logits; None if that is not known, and
-            one column is not to be turned into two.
-    """
-    columns = {output.shape[-1] for output in outputs}
-    if columns == {1, 2} and from_logits is not None:
-        outputs = [two_events(o, from_logits=from_logits) for o in outputs]
-    mean = 0.0
-    for output, weight in zip(outputs, weights, strict=True):
-        check_classes("teacher", output, "teacher", outputs[0])
-        mean = mean + weight / sum(weights) * output
-    return mean
 
 
 def check_rows(target: Tensor, y_pred: Tensor, loss: Any) -> None:

@@ -66,7 +66,8 @@ def nll(q: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def nll_per_example(q: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return `-log q_{n,y}`, `(..., N)`."""
     if labels.ndim == 1:
-        return -np.log(np.maximum(_of_label(q, labels), FLOOR))
+        of_label = q[..., np.arange(len(labels)), labels]
+        return -np.log(np.maximum(of_label, FLOOR))
     log_q = np.log(np.maximum(q, FLOOR))
     return -np.einsum("...nc,nc->...n", log_q, labels)
 
@@ -154,11 +155,6 @@ def _number(score: Any) -> float:
     except (TypeError, ValueError):
         pass
     fail("objective", "a function whose score is one number", score)
-
-
-def _of_label(q: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the probability of each row's label, `(..., N)`."""
-    return q[..., np.arange(len(labels)), labels]
 
 
 def _negentropy(q: np.ndarray) -> np.ndarray:

@@ -130,14 +130,13 @@ class RandomSearch:
         )
 
     def _draws(self, classes: int, seed: int) -> list[np.ndarray]:
-        generator = np.random.default_rng(seed)
-        epsilons: list[np.ndarray] = []
-        for m in range(1, self.order + 1):
-            shape = (classes, m) if self.per_class else (m,)
-            epsilons.extend(
-                generator.uniform(*self.space, size=(self.trials, *shape))
-            )
-        return epsilons
+        draw = np.random.default_rng(seed).uniform
+        rows = (self.trials, classes) if self.per_class else (self.trials,)
+        return [
+            epsilon
+            for m in range(1, self.order + 1)
+            for epsilon in draw(*self.space, size=(*rows, m))
+        ]
 
     def _proxies(
         self, teacher: np.ndarray, epsilons: list[np.ndarray], at_once: int
