@@ -88,8 +88,8 @@ def read_labelled(
         ValueError: if an argument is not of this form.
     """
     ignore_class = check_ignore_class(ignore_class)
-    several = is_several(teacher) and len(teacher) > 1
     teachers = list(teacher) if is_several(teacher) else [teacher]
+    several = len(teachers) > 1
     given = given_each("from_logits", from_logits, len(teachers))
     flags = tuple(map(_says_logits, teachers, given))
     outputs, labels = answers(teachers, labels, inputs)

@@ -97,16 +97,14 @@ def _labels(
     size = y_true.shape[-1]
     if differ(size, 1):
         check_classes("y_true", y_true, "y_pred", student)
-    of_rows = _of_rows(y_true)
-    if differ(size, 1):
-        return of_rows
+        return _of_rows(y_true)
     of_indices = _of_indices(y_true[..., 0], classes, ignore_class)
     if size == 1:
         return of_indices
     is_column = ops.equal(ops.shape(y_true)[-1], 1)
     return tuple(
         ops.where(is_column, one, other)
-        for one, other in zip(of_indices, of_rows, strict=True)
+        for one, other in zip(of_indices, _of_rows(y_true), strict=True)
     )
 
 

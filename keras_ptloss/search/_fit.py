@@ -7,7 +7,6 @@ the loss is convex.
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import scipy.optimize
@@ -88,14 +87,20 @@ class Point:
         """The calibration ahead of epsilon."""
         return Calibration(self.scale, self.bias)
 
-    def bounds(self) -> "Point":
-        """Return the least values: those of epsilon keep the loss convex."""
+    def bounds(self) -> tuple["Point", "Point"]:
+        """Return the least values, which keep the loss convex, and the most."""
         lower = -1.0 / np.arange(1, self.epsilon.shape[-1] + 1)
-        return Point(
+        least = Point(
             np.full_like(self.scale, SCALES[0]),
             np.full_like(self.bias, -np.inf),
             np.broadcast_to(lower, self.epsilon.shape),
         )
+        most = Point(
+            np.full_like(self.scale, SCALES[1]),
+            np.full_like(self.bias, np.inf),
+            np.full_like(self.epsilon, UPPER),
+        )
+        return least, most
 
     def pack(self, names: list[str]) -> np.ndarray:
         """Return these values as one vector."""
@@ -112,10 +117,6 @@ class Point:
                 for name, part in zip(names, parts, strict=True)
             },
         )
-
-
-# Above them, epsilon's end and the scales'; biases have none.
-HIGHEST = {"scale": SCALES[1], "bias": np.inf, "epsilon": UPPER}
 
 
 def proxy(teacher: np.ndarray, epsilon: np.ndarray) -> tuple[np.ndarray, int]:
@@ -236,30 +237,26 @@ def fit(
         slope = gradient.pack(form.free) + its_gradient.pack(form.free)
         return value + added, slope
 
-    lowest = initial.bounds()
-    highest = [
-        np.full(getattr(initial, name).size, HIGHEST[name])
-        for name in form.free
-    ]
+    least, most = initial.bounds()
     generator = np.random.default_rng(seed)
-    best: Any = None
-    for index in range(starts):
-        point = begin or initial
-        if index:
-            random = generator.uniform(lowest.epsilon, 1.0)
-            point = dataclasses.replace(initial, epsilon=random)
-        found = scipy.optimize.minimize(
+    points = [begin or initial]
+    for _ in range(1, starts):
+        random = generator.uniform(least.epsilon, 1.0)
+        points.append(dataclasses.replace(initial, epsilon=random))
+    ends = [
+        scipy.optimize.minimize(
             function,
             point.pack(form.free),
             jac=True,
             method="L-BFGS-B",
             bounds=scipy.optimize.Bounds(
-                lowest.pack(form.free), np.concatenate(highest)
+                least.pack(form.free), most.pack(form.free)
             ),
             options=PRECISE if precise else COARSE,
         )
-        if best is None or found.fun < best.fun:
-            best = found
+        for point in points
+    ]
+    best = min(ends, key=lambda end: end.fun)
     if not np.isfinite(best.fun):
         raise ValueError(
             "`objective` must return finite scores. Received: "
