@@ -242,9 +242,8 @@ class SearchResult:
     def _of_trials(self) -> list[str]:
         trials = self.trials
         if "chosen" in trials:
-            row = {
-                k: v[trials["chosen"].index(True)] for k, v in trials.items()
-            }
+            chosen = trials["chosen"].index(True)
+            row = {name: column[chosen] for name, column in trials.items()}
             return [
                 "  chosen   {calibration} calibration, {epsilon} epsilon, "
                 "penalty {penalty:g}: {gain:.4g} +- {standard_error:.2g} below "
@@ -285,11 +284,8 @@ def _describe(name: str, values: np.ndarray) -> list[str]:
     identity = 1.0 if name.startswith(("scale", "A")) else 0.0
     if values.ndim < 2 and np.all(values == identity):
         return []
-    if (
-        values.ndim < 2
-        and values.size <= CLASSES_SHOWN + 5
-        or (values.ndim == 2 and max(values.shape) <= CLASSES_SHOWN)
-    ):
+    most = CLASSES_SHOWN if values.ndim == 2 else CLASSES_SHOWN + 5
+    if max(values.shape, default=1) <= most:
         text = np.array2string(values, precision=3, suppress_small=True)
         return [f"  {name} {text.replace(chr(10), chr(10) + ' ' * 11)}"]
     if values.ndim == 2 and values.shape[0] == values.shape[1]:

@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_ptloss._backend import as_array
 from keras_ptloss.losses import (
-    _fused_top_k,
+    _events,
     fused_top_k_pt_loss,
     top_k_pt_loss,
 )
@@ -219,7 +219,7 @@ class TestCompiled:
             traced.append(args)
             return read_events(*args, **settings)
 
-        monkeypatch.setattr(_fused_top_k, "read_events", counted)
+        monkeypatch.setattr(_events, "read_events", counted)
         rows = draw(tokens=13)
         for _ in range(3):
             fused(*rows, chunk=7)
