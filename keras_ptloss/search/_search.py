@@ -171,10 +171,7 @@ class ProxyTeacherSearch:
         # cost more than half of the search.
         with threadpool_limits(limits=1, user_api="blas"):
             found = self.method.run(
-                examples,
-                self.objective,
-                seed=self.seed,
-                progress=progress,
+                examples, self.objective, seed=self.seed, progress=progress
             )
         notes = self._notes(examples, read.labels, found.per_class)
         for note in notes:
