@@ -1,6 +1,7 @@
 """What all writers of stores share: files whose writing may be cut anywhere."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -9,7 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self, TextIO, TypeVar
 
+import numpy as np
+
 from keras_ptloss._checks import fail
+from keras_ptloss.soft_labels._spec import read_spec
 from keras_ptloss.soft_labels._store import (
     checksum,
     manifest_checksum,
@@ -52,31 +56,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def with_error(before: dict[str, float], distance: Any) -> dict[str, float]:
-    """Add rows' total variation from the teacher's to what is counted.
-
-    Args:
-        before: Its `sum` and `max` so far.
-        distance: That of the next rows, `(n,)`.
-    """
-    return {
-        "sum": before["sum"] + float(distance.sum()),
-        "max": float(max(before["max"], distance.max(initial=0.0))),
-    }
-
-
-def check_same(spec: Any, stored: Any, fields: list[str]) -> None:
-    """Require of a spec what the stored rows were written with."""
-    for field in fields:
-        before, now = getattr(stored, field), getattr(spec, field)
-        if now != before:
-            fail(
-                field,
-                f"{before!r} as in the stored rows (or choose another `path`)",
-                now,
-            )
-
-
 class Journal:
     """Writes one shard's directory, one process at a time.
 
@@ -85,20 +64,29 @@ class Journal:
     trusted. The finished directory gets its final name last. Where an error
     comes before the first row, nothing is left behind.
 
-    Subclasses read what is there (`_resume`), and write.
+    Subclasses say what the files are, and write.
 
     Args:
         store: Directory of the store.
         shard: Index and count.
-        rows: What is counted, for errors.
+        spec: What is stored.
     """
 
-    def __init__(self, store: Path, shard: tuple[int, int], rows: str) -> None:
+    # Of subclasses: what is counted, for errors; and the function that returns
+    # the manifest in a directory, or None.
+    rows: str
+    read: Any
+
+    def __init__(
+        self, store: Path, shard: tuple[int, int], spec: Any
+    ) -> None:
         self._store, self._final = store, shard_path(store, shard)
         self._lock_path = self._final.with_name(self._final.name + ".lock")
         self._made, self.resumes = False, True
-        self.shard, self._rows = shard, rows
-        self._manifest: dict[str, Any] | None = None
+        self.shard, self.spec = shard, spec
+        # Empty until something is stored, or may be.
+        self._manifest: dict[str, Any] = {}
+        self._fingerprints: Any = np.empty(0, "<u8")
         self._files = contextlib.ExitStack()
         self.descriptors: dict[str, int] = {}
 
@@ -137,7 +125,30 @@ class Journal:
         raise NotImplementedError
 
     def _resume(self) -> None:
-        """Read the manifest and what else there is of an earlier call."""
+        """Read what there is of an earlier call, and require the same spec."""
+        self._manifest = self.read(self.directory) or {}
+        if not self._manifest:
+            return
+        stored = read_spec(type(self.spec), self._manifest["spec"])
+        for field in dataclasses.fields(self.spec):
+            before, now = (getattr(s, field.name) for s in (stored, self.spec))
+            if now != before:
+                fail(
+                    field.name,
+                    f"{before!r} as in the stored rows (or choose another"
+                    " `path`)",
+                    now,
+                )
+        self._fingerprints = self._stored_fingerprints()
+        if not self.complete:
+            self._open_files()
+
+    def _stored_fingerprints(self) -> Any:
+        """Those that the manifest counts."""
+        raise NotImplementedError
+
+    def _open_files(self) -> None:
+        """Open the files of all arrays by `open_file`."""
         raise NotImplementedError
 
     def _lock(self) -> None:
@@ -203,7 +214,7 @@ class Journal:
             raise OSError(
                 error.errno,
                 f"{error.strerror or error}, writing to {self._final}. The"
-                f" {self.stored} {self._rows} that are stored stay good: make"
+                f" {self.stored} {self.rows} that are stored stay good: make"
                 " room and call again to go on",
             ) from error
 
@@ -240,6 +251,22 @@ class Journal:
         sync(self.directory)
         self._manifest = manifest
 
+    def count(self, stored: Any, distance: Any) -> None:
+        """Put a manifest that counts what has been written.
+
+        Args:
+            stored: How many rows there now are.
+            distance: Total variation of the new ones from the teacher's.
+        """
+        error = self._manifest["total_variation"]
+        error = {
+            "sum": error["sum"] + float(distance.sum()),
+            "max": float(max(error["max"], distance.max(initial=0.0))),
+        }
+        self.put_manifest(
+            {**self._manifest, "stored": stored, "total_variation": error}
+        )
+
     def discard(self) -> None:
         """Remove what is written of a shard that is not complete.
 
@@ -252,11 +279,11 @@ class Journal:
                 for name in OWN:
                     (self.directory / name).unlink(missing_ok=True)
                 self.directory.rmdir()
-        self._manifest = None
+        self._manifest = {}
 
     def finish(self) -> None:
         """Add the checksums and give the directory its final name."""
-        if self.complete or self._manifest is None:
+        if self.complete or not self._manifest:
             return
         with self.disk():
             self._close_files()

@@ -16,13 +16,7 @@ from keras_ptloss.soft_labels._data import (
     length,
     take,
 )
-from keras_ptloss.soft_labels._journal import (
-    Journal,
-    check_same,
-    reserve,
-    sync,
-    with_error,
-)
+from keras_ptloss.soft_labels._journal import Journal, reserve, sync
 from keras_ptloss.soft_labels._spec import (
     SoftLabelSpec,
     array_formats,
@@ -38,7 +32,6 @@ from keras_ptloss.soft_labels._store import (
     map_array,
     read_manifest,
     shard_rows,
-    spec_of,
 )
 
 
@@ -62,6 +55,8 @@ def with_num_examples(spec: SoftLabelSpec, dataset: Any) -> SoftLabelSpec:
 class ShardWriter(Journal):
     """Writes one shard into files of its whole length, reserved at once."""
 
+    rows, read = "rows", staticmethod(read_manifest)
+
     def __init__(
         self, store: Path, spec: SoftLabelSpec, shard: tuple[int, int]
     ) -> None:
@@ -77,16 +72,14 @@ class ShardWriter(Journal):
                 f"(index, count) with index < count <= {total} examples",
                 shard,
             )
-        super().__init__(store, (index, count), "rows")
-        self.spec = spec
+        super().__init__(store, (index, count), spec)
         self.start, self.stop = shard_rows(spec, index, count)
         self._offsets: dict[str, int] = {}
-        self._fingerprints: Any = np.empty(0, "<u8")
 
     @property
     def stored(self) -> int:
         """How many rows of the shard are stored."""
-        return self._manifest["stored"] if self._manifest else 0
+        return self._manifest.get("stored", 0)
 
     @property
     def num_classes(self) -> int | None:
@@ -96,18 +89,11 @@ class ShardWriter(Journal):
         names = self.spec.class_names
         return len(names) if names else self.spec.num_classes
 
-    def _resume(self) -> None:
-        self._manifest = read_manifest(self.directory)
-        if self._manifest is None:
-            return
-        fields = [field.name for field in dataclasses.fields(SoftLabelSpec)]
-        check_same(self.spec, spec_of(self._manifest), fields)
+    def _stored_fingerprints(self) -> Any:
         hashes = load(self.directory, "fingerprints")
-        self._fingerprints = np.array(hashes[: self.stored])
-        if not self.complete:
-            self._open_arrays()
+        return np.array(hashes[: self.stored])
 
-    def _create(self, num_classes: int) -> dict[str, Any]:
+    def _create(self, num_classes: int) -> None:
         """Preallocate the arrays; the manifest that counts them is last."""
         rows = self.stop - self.start
         arrays = array_formats(self.spec, num_classes)
@@ -121,7 +107,8 @@ class ShardWriter(Journal):
             )
             reserve(path)
             sync(path)
-        manifest = {
+        self.put_manifest(
+            {
             "format": FORMATS[-1],
             "spec": dataclasses.asdict(self.spec),
             "num_classes": num_classes,
@@ -131,13 +118,12 @@ class ShardWriter(Journal):
             "total_variation": {"sum": 0.0, "max": 0.0},
             "checksums": None,
         }
-        self.put_manifest(manifest)
-        self._open_arrays()
-        return manifest
+        )
+        self._open_files()
 
-    def _open_arrays(self) -> None:
+    def _open_files(self) -> None:
         rows = self.stop - self.start
-        for name, form in formats_of(self._manifest or {}).items():
+        for name, form in formats_of(self._manifest).items():
             array = map_array(self.directory, name, form, rows, None)
             self._offsets[name] = array.offset
             self.open_file(name)
@@ -169,7 +155,7 @@ class ShardWriter(Journal):
         """Store the next rows, `(n, C)` float64."""
         num_classes = outputs.shape[1]
         self._check_top_k(num_classes)
-        logs = self._manifest is None or has_logs(self._manifest)
+        logs = not self._manifest or has_logs(self._manifest)
         encoded = encode(self.spec, outputs, logs=logs)
         with np.errstate(invalid="ignore"):
             decoded = decode(self.spec, encoded, num_classes)
@@ -201,16 +187,13 @@ class ShardWriter(Journal):
         """
         self._check_top_k(num_classes)
         with self.disk():
-            manifest = dict(self._manifest or self._create(num_classes))
+            if not self._manifest:
+                self._create(num_classes)
             for name, rows in {**encoded, "fingerprints": hashes}.items():
                 offset = self._offsets[name]
                 offset += self.stored * (rows.nbytes // len(rows))
                 self.write_at(name, rows.tobytes(), offset)
-            manifest["total_variation"] = with_error(
-                manifest["total_variation"], distance
-            )
-            manifest["stored"] += len(hashes)
-            self.put_manifest(manifest)
+            self.count(self.stored + len(hashes), distance)
 
     def _check_top_k(self, num_classes: int) -> None:
         k = self.spec.top_k

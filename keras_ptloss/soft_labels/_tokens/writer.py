@@ -10,12 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_ptloss.soft_labels._data import take, wrong_length
-from keras_ptloss.soft_labels._journal import (
-    Journal,
-    check_same,
-    sync,
-    with_error,
-)
+from keras_ptloss.soft_labels._journal import Journal, sync
 from keras_ptloss.soft_labels._store import TOKEN_FORMATS, damaged
 from keras_ptloss.soft_labels._tokens.sequences import (
     Sequences,
@@ -33,7 +28,6 @@ from keras_ptloss.soft_labels._tokens.store import (
     SHARD,
     formats_of,
     read_token_manifest,
-    spec_of,
 )
 
 # Bytes before the data of a `.npy` file, whatever its length.
@@ -65,10 +59,10 @@ class TokenWriter(Journal):
     the files have beyond the counts of the manifest is written over.
     """
 
+    rows, read = "sequences", staticmethod(read_token_manifest)
+
     def __init__(self, store: Path, spec: TokenLabelSpec) -> None:
-        super().__init__(store, SHARD, "sequences")
-        self.spec = spec
-        self._fingerprints: Any = np.empty(0, "<u8")
+        super().__init__(store, SHARD, spec)
 
     @property
     def stored(self) -> int:
@@ -82,27 +76,22 @@ class TokenWriter(Journal):
             return int(self._manifest["vocabulary_size"])
         return self.spec.vocabulary_size
 
-    def _resume(self) -> None:
-        self._manifest = read_token_manifest(self.directory)
-        if self._manifest is None:
-            return
-        fields = [field.name for field in dataclasses.fields(TokenLabelSpec)]
-        check_same(self.spec, spec_of(self._manifest), fields)
-        self._fingerprints = np.fromfile(
+    def _stored_fingerprints(self) -> Any:
+        # Their header is the last that is written.
+        found = np.fromfile(
             self.path("fingerprints"),
             "<u8",
             count=self.stored,
             offset=_HEADER,
         )
-        if len(self._fingerprints) != self.stored:
+        if len(found) != self.stored:
             damaged(self.directory, "fingerprints.npy is too short")
-        if not self.complete:
-            for name in self._names():
-                self.open_file(name)
+        return found
 
-    def _names(self) -> list[str]:
-        formats = formats_of(self._manifest or {})
-        return [name for arrays in formats.values() for name in arrays]
+    def _open_files(self) -> None:
+        for arrays in formats_of(self._manifest).values():
+            for name in arrays:
+                self.open_file(name)
 
     def missing(
         self, dataset: Any, sample_weight: Any, batch_size: int
@@ -168,21 +157,18 @@ class TokenWriter(Journal):
             "kept": {"kept": np.concatenate(bits)},
         }
         with self.disk():
-            manifest = dict(self._manifest or self._create(vocabulary_size))
-            stored = dict(manifest["stored"])
+            if not self._manifest:
+                self._create(vocabulary_size)
+            stored = dict(self._manifest["stored"])
             for unit, named in arrays.items():
                 for name, rows in named.items():
                     size = rows.dtype.itemsize * int(np.prod(rows.shape[1:]))
                     offset = _HEADER + stored[unit] * size
                     self.write_at(name, rows.tobytes(), offset)
                 stored[unit] += len(rows)
-            manifest["total_variation"] = with_error(
-                manifest["total_variation"], distance
-            )
-            manifest["stored"] = stored
-            self.put_manifest(manifest)
+            self.count(stored, distance)
 
-    def _create(self, vocabulary_size: int) -> dict[str, Any]:
+    def _create(self, vocabulary_size: int) -> None:
         """Make empty files; the manifest that counts their rows is last."""
         manifest = {
             "format": TOKEN_FORMATS[-1],
@@ -198,16 +184,13 @@ class TokenWriter(Journal):
                 self.path(name).write_bytes(b"\0" * _HEADER)
                 sync(self.path(name))
         self.put_manifest(manifest)
-        for name in self._names():
-            self.open_file(name)
-        return manifest
+        self._open_files()
 
     def _close_files(self) -> None:
         """Cut what is not counted, and write the headers."""
-        manifest = self._manifest or {}
-        for unit, arrays in formats_of(manifest).items():
+        for unit, arrays in formats_of(self._manifest).items():
             for name, (dtype, columns) in arrays.items():
-                rows = manifest["stored"][unit]
+                rows = self._manifest["stored"][unit]
                 shape = (rows,) if columns is None else (rows, columns)
                 size = np.dtype(dtype).itemsize * int(np.prod(shape))
                 os.ftruncate(self.descriptors[name], _HEADER + size)
