@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from keras_ptloss._binary import two_events
-from keras_ptloss._checks import SUM_TOLERANCE, fail
+from keras_ptloss._checks import SUM_TOLERANCE
 from keras_ptloss.soft_labels._ask import invalid_row
 from keras_ptloss.soft_labels._names import shorten
 from keras_ptloss.soft_labels._numbers import ROUNDING
@@ -20,10 +20,8 @@ from keras_ptloss.soft_labels._parquet import (
 )
 from keras_ptloss.soft_labels._spec import (
     SoftLabelSpec,
-    decode,
-    encode,
+    encode_measured,
     encode_top_k,
-    probabilities_of,
 )
 from keras_ptloss.soft_labels._store import is_of_the_machine
 
@@ -120,16 +118,7 @@ class ParquetFile:
             else:
                 values = self._lists(batch, self.kind, row, width)
                 values = self._rows(values, row)
-                arrays = encode(spec, values)
-                given = probabilities_of(values, spec.from_logits)
-                with np.errstate(invalid="ignore"):
-                    read = decode(spec, arrays, num_classes)
-                if not np.isfinite(read).all():
-                    fail(
-                        "dtype", "'float32' for outputs so extreme", spec.dtype
-                    )
-                read = probabilities_of(read, spec.from_logits)
-                distance = 0.5 * np.abs(read - given).sum(-1)
+                arrays, distance = encode_measured(spec, values)
                 off = np.abs(values.sum(-1) - 1) > ROUNDING
                 renormalised = off & (self.kind != "logits")
             yield keys, arrays, distance, renormalised

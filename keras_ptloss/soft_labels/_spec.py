@@ -190,6 +190,26 @@ def encode(
         }
 
 
+def encode_measured(
+    spec: SoftLabelSpec, outputs: Any, *, logs: bool = True
+) -> tuple[dict[str, Any], Any]:
+    """As `encode`; and the total variation of what is read, `(n,)`.
+
+    Raises:
+        ValueError: If the numbers are too large to be stored.
+    """
+    arrays = encode(spec, outputs, logs=logs)
+    with np.errstate(invalid="ignore"):
+        read = decode(spec, arrays, outputs.shape[1])
+    if not np.isfinite(read).all():
+        if spec.dtype == "float32":
+            fail("teacher", "one whose outputs float32 can hold", outputs)
+        fail("dtype", "'float32' for outputs so extreme", spec.dtype)
+    logits = spec.from_logits
+    apart = probabilities_of(read, logits) - probabilities_of(outputs, logits)
+    return arrays, 0.5 * np.abs(apart).sum(-1)
+
+
 def encode_top_k(
     spec: SoftLabelSpec,
     num_classes: int,
@@ -210,17 +230,19 @@ def encode_top_k(
         The arrays, and the total variation of their rows, `(n,)`.
     """
     formats = array_formats(spec, num_classes)
-    given = {"log_values": log_values, "log_tail": log_tail}
+    given = {"classes": classes, "log_values": log_values, "log_tail": log_tail}
     arrays = {n: a.astype(formats[n][0]) for n, a in given.items()}
-    arrays["classes"] = classes.astype(formats["classes"][0])
-    before, after = (
-        np.exp(
-            np.column_stack([logs["log_values"], logs["log_tail"]]), dtype=float
-        )
-        for logs in (given, arrays)
+    return arrays, log_distance(given, arrays)
+
+
+def log_distance(one: dict[str, Any], other: dict[str, Any]) -> Any:
+    """Total variation `(n,)` of events, given by `log_values` and `log_tail`."""
+    first, second = (
+        np.exp(np.column_stack([m["log_values"], m["log_tail"]]), dtype=float)
+        for m in (one, other)
     )
-    before, after = (m / m.sum(-1, keepdims=True) for m in (before, after))
-    return arrays, 0.5 * np.abs(before - after).sum(-1)
+    first, second = (m / m.sum(-1, keepdims=True) for m in (first, second))
+    return 0.5 * np.abs(first - second).sum(-1)
 
 
 def decode(

@@ -20,9 +20,7 @@ from keras_ptloss.soft_labels._journal import Journal, reserve, sync
 from keras_ptloss.soft_labels._spec import (
     SoftLabelSpec,
     array_formats,
-    decode,
-    encode,
-    probabilities_of,
+    encode_measured,
 )
 from keras_ptloss.soft_labels._store import (
     FORMATS,
@@ -156,18 +154,7 @@ class ShardWriter(Journal):
         num_classes = outputs.shape[1]
         self._check_top_k(num_classes)
         logs = not self._manifest or has_logs(self._manifest)
-        encoded = encode(self.spec, outputs, logs=logs)
-        with np.errstate(invalid="ignore"):
-            decoded = decode(self.spec, encoded, num_classes)
-        if not np.isfinite(decoded).all():
-            if self.spec.dtype == "float32":
-                fail("teacher", "one whose outputs float32 can hold", outputs)
-            fail("dtype", "'float32' for outputs so extreme", self.spec.dtype)
-        logits = self.spec.from_logits
-        distance = 0.5 * np.abs(
-            probabilities_of(decoded, logits)
-            - probabilities_of(outputs, logits)
-        ).sum(-1)
+        encoded, distance = encode_measured(self.spec, outputs, logs=logs)
         self.append_encoded(hashes, encoded, num_classes, distance)
 
     def append_encoded(

@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_ptloss._checks import check_count, fail
 from keras_ptloss.losses._events import LARGEST_ID, REST
-from keras_ptloss.soft_labels._spec import check_notes
+from keras_ptloss.soft_labels._spec import check_notes, log_distance
 from keras_ptloss.soft_labels._tokens.packing import (
     bits_of,
     pack,
@@ -137,21 +137,11 @@ def encode_tokens(
             "log_values": logs.astype("<f2"),
             "log_tail": tokens.log_tail.astype("<f2"),
         }
-    given = {"log_values": tokens.log_values, "log_tail": tokens.log_tail}
-    before, after = (
-        np.exp(
-            np.column_stack(
-                [
-                    np.where(absent, -np.inf, rows["log_values"]),
-                    rows["log_tail"],
-                ]
-            ),
-            dtype=float,
-        )
-        for rows in (given, arrays)
+    given, read = (
+        {**rows, "log_values": np.where(absent, -np.inf, rows["log_values"])}
+        for rows in (tokens._asdict(), arrays)
     )
-    before, after = (m / m.sum(-1, keepdims=True) for m in (before, after))
-    return arrays, 0.5 * np.abs(before - after).sum(-1)
+    return arrays, log_distance(given, read)
 
 
 def decode_tokens(arrays: dict[str, Any], vocabulary_size: int) -> Any:
