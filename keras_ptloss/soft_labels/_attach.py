@@ -45,29 +45,25 @@ def attach(
     if preprocessor is not None and not callable(preprocessor):
         fail("preprocessor", "a callable, or None", preprocessor)
     dataset = as_dataset(dataset)
+    if not is_tf_dataset(dataset):
+        match.preprocessor = preprocessor
     if not is_streamed(dataset):
         return _AttachedArrays(
             match,
             dataset,
             batch_size=batch_size,
             order=np.random.default_rng(seed) if shuffle else None,
-            preprocessor=preprocessor,
         )
     if shuffle:
         fail("shuffle", "False where the data set has its own order", shuffle)
+    batches = functools.partial(_pairs, match, dataset)
     if is_tf_dataset(dataset):
-        return with_targets(
-            dataset,
-            functools.partial(_pairs, match, dataset),
-            match.shapes,
-            preprocessor,
-        )
+        return with_targets(dataset, batches, match.shapes, preprocessor)
     if isinstance(dataset, keras.utils.PyDataset):
-        return _AttachedBatches(match, dataset, preprocessor)
+        return _AttachedBatches(match, dataset)
     if is_grain_map(dataset):
-        pairs = _Pairs(match, len(dataset), dataset[0], preprocessor)
+        pairs = _Pairs(match, len(dataset), dataset[0])
         return dataset.map_with_index(pairs)
-    batches = functools.partial(_pairs, match, dataset, preprocessor)
     if is_torch_loader(dataset):
         pinned = dataset.pin_memory
         return torch_pairs(dataset, batches, pin_memory=pinned)
@@ -90,7 +86,6 @@ class _AttachedArrays(keras.utils.PyDataset):
         *,
         batch_size: int,
         order: np.random.Generator | None,
-        preprocessor: Callable[[Tensor], Tensor] | None,
     ) -> None:
         super().__init__()
         match.finish(length(x))
@@ -103,8 +98,7 @@ class _AttachedArrays(keras.utils.PyDataset):
             ]
         )
         self._match, self._x = match, x
-        self._batch_size, self._preprocessor = batch_size, preprocessor
-        self._generator = order
+        self._batch_size, self._generator = batch_size, order
         self._order = np.arange(length(x))
         self.on_epoch_end()
 
@@ -120,10 +114,7 @@ class _AttachedArrays(keras.utils.PyDataset):
         low = index * self._batch_size
         chosen = self._order[low : low + self._batch_size]
         x = take(self._x, chosen)
-        targets, weight = self._match.targets(self._rows[chosen], x, None)
-        if self._preprocessor is not None:
-            x = self._preprocessor(x)
-        return x, targets, *(() if weight is None else (weight,))
+        return self._match.batch(self._rows[chosen], x, None)
 
 
 class _Pairs:
@@ -133,18 +124,10 @@ class _Pairs:
         match: Finds the rows.
         count: How many batches there are.
         first: The first of them.
-        preprocessor: Called on the inputs, after the check.
     """
 
-    def __init__(
-        self,
-        match: Matcher,
-        count: int,
-        first: Any,
-        preprocessor: Callable[[Tensor], Tensor] | None,
-    ) -> None:
-        self._match, self._preprocessor = match, preprocessor
-        self.num_batches = count
+    def __init__(self, match: Matcher, count: int, first: Any) -> None:
+        self._match, self.num_batches = match, count
         batch = keras.utils.unpack_x_y_sample_weight(first)
         self._size = length(batch[0])
         if match.rows is not None:
@@ -160,21 +143,14 @@ class _Pairs:
             check_size(length(x), self._size, index, self.num_batches)
             if index == self.num_batches - 1:
                 self._match.finish(first + length(x))
-        rows = self._match(x, first)
-        targets, weight = self._match.targets(rows, x, weight)
-        if self._preprocessor is not None:
-            x = self._preprocessor(x)
-        return x, targets, *(() if weight is None else (weight,))
+        return self._match.batch(self._match(x, first), x, weight)
 
 
 class _AttachedBatches(keras.utils.PyDataset):
     """A `PyDataset` with its targets replaced by the stored rows."""
 
     def __init__(
-        self,
-        match: Matcher,
-        dataset: keras.utils.PyDataset,
-        preprocessor: Callable[[Tensor], Tensor] | None,
+        self, match: Matcher, dataset: keras.utils.PyDataset
     ) -> None:
         super().__init__(
             workers=dataset.workers,
@@ -182,9 +158,7 @@ class _AttachedBatches(keras.utils.PyDataset):
             max_queue_size=dataset.max_queue_size,
         )
         self._dataset = dataset
-        self._pair = _Pairs(
-            match, dataset.num_batches, dataset[0], preprocessor
-        )
+        self._pair = _Pairs(match, dataset.num_batches, dataset[0])
 
     @property
     def num_batches(self) -> int:
@@ -201,17 +175,10 @@ class _AttachedBatches(keras.utils.PyDataset):
         return self._pair(index, self._dataset[index])
 
 
-def _pairs(
-    match: Matcher,
-    dataset: Any,
-    preprocessor: Callable[[Tensor], Tensor] | None = None,
-) -> Iterator[tuple[Any, ...]]:
+def _pairs(match: Matcher, dataset: Any) -> Iterator[tuple[Any, ...]]:
     """Yield the batches of a stream with their stored rows."""
     end = 0
     for first, (x, _, weight) in streamed(dataset):
         end = first + length(x)
-        targets, weight = match.targets(match(x, first), x, weight)
-        if preprocessor is not None:
-            x = preprocessor(x)
-        yield keras.utils.pack_x_y_sample_weight(x, targets, weight)
+        yield match.batch(match(x, first), x, weight)
     match.finish(end)

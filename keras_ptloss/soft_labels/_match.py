@@ -1,7 +1,9 @@
 """The stored rows of the examples at hand, proven to be theirs."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
+import keras
 import numpy as np
 
 from keras_ptloss._checks import fail
@@ -42,6 +44,9 @@ class Contents:
 class Matcher:
     """Finds the stored rows of examples and checks that they are theirs."""
 
+    # Called on the inputs of a batch, after the check.
+    preprocessor: Callable[[Tensor], Tensor] | None = None
+
     def __init__(self, labels: Stored, ids: Any) -> None:
         self.labels = labels
         self.stored = labels.fingerprints
@@ -71,6 +76,13 @@ class Matcher:
             rows = self._contents.nearest(found)
         check_differing(self.stored, found, rows, first)
         return rows
+
+    def batch(self, rows: Any, x: Tensor, weight: Any) -> tuple[Any, ...]:
+        """Return what `fit` takes of a batch that is checked; see `targets`."""
+        targets, weight = self.targets(rows, x, weight)
+        if self.preprocessor is not None:
+            x = self.preprocessor(x)
+        return keras.utils.pack_x_y_sample_weight(x, targets, weight)
 
     def targets(self, rows: Any, x: Tensor, weight: Any) -> tuple[Any, Any]:
         """Return what `fit` takes beside a batch: targets, sample weights.
