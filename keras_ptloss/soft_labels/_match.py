@@ -29,7 +29,7 @@ class Stored(Protocol):
 
 
 class Contents:
-    """Stored rows, by their fingerprints."""
+    """Stored rows, by their fingerprints (or ids)."""
 
     def __init__(self, stored: Any) -> None:
         self._sorter = np.argsort(stored, kind="stable")
