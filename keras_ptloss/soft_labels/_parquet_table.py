@@ -67,13 +67,17 @@ class Table:
     total_variation: dict[str, float] | None = None
     duplicates: int = 0
 
+    def read(self, rows: Any) -> dict[str, Any]:
+        """The arrays of these rows."""
+        return {name: array[rows] for name, array in self.arrays.items()}
+
     def without_duplicates(self) -> "Table":
         """Keep one row of each key."""
         kept = first_of_each(
             self.keys,
             self.spec,
             self.num_classes,
-            lambda rows: {k: a[rows] for k, a in self.arrays.items()},
+            self.read,
             self.source,
         )
         if len(kept) == len(self.keys):
@@ -81,7 +85,7 @@ class Table:
         return dataclasses.replace(
             self,
             spec=dataclasses.replace(self.spec, num_examples=len(kept)),
-            arrays={k: a[kept] for k, a in self.arrays.items()},
+            arrays=self.read(kept),
             keys=self.keys[kept],
             distance=self.distance[kept],
             renormalised=self.renormalised[kept],
@@ -219,8 +223,8 @@ class MemoryShard:
     start = 0
 
     def __init__(self, table: Table) -> None:
-        self.stop = len(table.keys)
-        self.arrays = {**table.arrays, "fingerprints": table.keys}
+        self.stop, self.fingerprints = len(table.keys), table.keys
+        self.read = table.read
         self.manifest = {
             "spec": dataclasses.asdict(table.spec),
             "num_classes": table.num_classes,
@@ -229,12 +233,4 @@ class MemoryShard:
                 "sum": float(table.distance.sum()),
                 "max": float(table.distance.max()),
             },
-        }
-
-    def read(self, rows: Any) -> dict[str, Any]:
-        """Read rows, as stored."""
-        return {
-            name: array[rows]
-            for name, array in self.arrays.items()
-            if name != "fingerprints"
         }

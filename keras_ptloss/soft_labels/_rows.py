@@ -32,11 +32,10 @@ class Rows:
         self._shards = shards
         self.shape: tuple[int, ...] = (shards[-1].stop, *row_shape)
         self.fingerprints = np.concatenate(
-            [shard.arrays["fingerprints"] for shard in shards]
+            [shard.fingerprints for shard in shards]
         )
         for shard in shards:  # instead of another copy
-            mine = self.fingerprints[shard.start : shard.stop]
-            shard.arrays["fingerprints"] = mine
+            shard.fingerprints = self.fingerprints[shard.start : shard.stop]
         # Whether the rows have an order; else they are found by content only.
         self.ordered = all(shard.ordered for shard in shards)
 

@@ -276,15 +276,14 @@ class Shard:
         }
         # Read whole anyway. What is mapped keeps its file open, and a process
         # may open 1024, as a rule.
-        self.arrays["fingerprints"] = np.array(self.arrays["fingerprints"])
+        self.fingerprints = np.array(self.arrays.pop("fingerprints"))
 
     def read(self, rows: Any) -> dict[str, Any]:
         """Read rows, counted from the start of the data set, as stored."""
         stored = {}
         for name, array in self.arrays.items():
-            if name != "fingerprints":
-                stored[name] = np.array(array[rows - self.start])
-                give_back(array)
+            stored[name] = np.array(array[rows - self.start])
+            give_back(array)
         return stored
 
 
