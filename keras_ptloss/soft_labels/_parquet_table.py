@@ -1,6 +1,7 @@
 """Parquet files of teacher outputs as one table in memory."""
 
 import dataclasses
+import functools
 import glob
 import os
 import warnings
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from keras_ptloss._checks import fail
+from keras_ptloss.soft_labels._data import take
 from keras_ptloss.soft_labels._parquet import (
     check_files,
     first_of_each,
@@ -67,17 +69,13 @@ class Table:
     total_variation: dict[str, float] | None = None
     duplicates: int = 0
 
-    def read(self, rows: Any) -> dict[str, Any]:
-        """The arrays of these rows."""
-        return {name: array[rows] for name, array in self.arrays.items()}
-
     def without_duplicates(self) -> "Table":
         """Keep one row of each key."""
         kept = first_of_each(
             self.keys,
             self.spec,
             self.num_classes,
-            self.read,
+            functools.partial(take, self.arrays),
             self.source,
         )
         if len(kept) == len(self.keys):
@@ -85,7 +83,7 @@ class Table:
         return dataclasses.replace(
             self,
             spec=dataclasses.replace(self.spec, num_examples=len(kept)),
-            arrays=self.read(kept),
+            arrays=take(self.arrays, kept),
             keys=self.keys[kept],
             distance=self.distance[kept],
             renormalised=self.renormalised[kept],
@@ -224,7 +222,7 @@ class MemoryShard:
 
     def __init__(self, table: Table) -> None:
         self.stop, self.fingerprints = len(table.keys), table.keys
-        self.read = table.read
+        self.read = functools.partial(take, table.arrays)
         self.manifest = {
             "spec": dataclasses.asdict(table.spec),
             "num_classes": table.num_classes,
