@@ -17,9 +17,9 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from keras_ptloss.soft_labels._spec import (
     read_spec,
     top_k_of,
 )
-from keras_ptloss.soft_labels._store import checksum
+from keras_ptloss.soft_labels._store import checksum, is_of_the_machine
 
 # Key of the spec in a file's metadata, and its format.
 KEY = b"keras_ptloss.soft_labels"
@@ -58,6 +58,18 @@ def import_pyarrow() -> Any:
             "Parquet needs pyarrow: pip install 'keras_ptloss[parquet]'"
         ) from error
     return pyarrow
+
+
+def read_batches(
+    file: Any, size: int, columns: list[str], fail: Callable[[str], NoReturn]
+) -> Iterator[Any]:
+    """Yield a Parquet file's batches; `fail` says what is damaged."""
+    try:
+        yield from file.iter_batches(size, columns=columns)
+    except (OSError, import_pyarrow().ArrowException) as error:
+        if is_of_the_machine(error):
+            raise
+        fail(f"is damaged ({error})")
 
 
 def read_metadata(stored: bytes | None) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from keras_ptloss.soft_labels._parquet import (
     KEY,
     TOP,
     group_rows,
+    read_batches,
     read_metadata,
 )
 from keras_ptloss.soft_labels._spec import (
@@ -57,7 +58,7 @@ class ParquetFile:
             )
         (self.kind,) = kinds
 
-    def fail(self, problem: str) -> Any:
+    def fail(self, problem: str) -> NoReturn:
         """Raise the error for this file."""
         raise ValueError(
             "`path` must be intact Parquet files of one distribution a row."
@@ -94,21 +95,20 @@ class ParquetFile:
 
     def width(self) -> int:
         """How many numbers a list has."""
-        for batch in self._batches([self.kind], 1):
+        for batch in read_batches(self._file, 1, [self.kind], self.fail):
             if len(batch):
                 return int(self._lists(batch, self.kind, 0).shape[1])
-        return self.fail("has no rows")
+        self.fail("has no rows")
 
     def parts(
         self, key: str, spec: SoftLabelSpec, num_classes: int, width: int
     ) -> Iterator[tuple[Any, dict[str, Any], Any, Any]]:
         """Yield keys, encoded arrays, distances and what was renormalised."""
         columns = [key, *(TOP if self.kind == TOP[0] else (self.kind,))]
-        tail = self.kind == TOP[0] and "log_tail" in self.schema.names
-        row = 0
-        for batch in self._batches(
-            columns + ["log_tail"] * tail, group_rows(width)
-        ):
+        if self.kind == TOP[0] and "log_tail" in self.schema.names:
+            columns.append("log_tail")
+        row, size = 0, group_rows(width)
+        for batch in read_batches(self._file, size, columns, self.fail):
             if not len(batch):
                 continue
             keys = self._keys(batch.column(key), key, row)
@@ -125,14 +125,6 @@ class ParquetFile:
             row += len(batch)
         if row != self.rows:
             self.fail(f"has {row} rows where its footer says {self.rows}")
-
-    def _batches(self, columns: list[str], size: int) -> Iterator[Any]:
-        try:
-            yield from self._file.iter_batches(size, columns=columns)
-        except (OSError, self._pa.ArrowException) as error:
-            if is_of_the_machine(error):
-                raise
-            self.fail(f"is damaged ({error})")
 
     def _storage(self, kind: Any) -> Any:
         # Ray writes arrays as an extension type of its own, known where Ray is.

@@ -11,6 +11,7 @@ polynomial in the place of the others; and bins of what it leaves, each a scale
 and whole numbers of some bits. The polynomial is all that is lost.
 """
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from keras_ptloss._checks import fail
-from keras_ptloss.soft_labels._parquet import import_pyarrow
+from keras_ptloss.soft_labels._parquet import import_pyarrow, read_batches
 from keras_ptloss.soft_labels._store import is_of_the_machine
 from keras_ptloss.soft_labels._tokens.answers import Answer
 from keras_ptloss.soft_labels._tokens.packing import (
@@ -73,18 +74,12 @@ class ParquetLists:
                 )
             compression = None if found[0] == _PLAIN else _config(path.parent)
             row = 0
-            for batch in self._batches(file, ["input_ids", *found[0]]):
+            damaged = functools.partial(self.fail, "a page")
+            columns = ["input_ids", *found[0]]
+            for batch in read_batches(file, 64, columns, damaged):
                 for index in range(len(batch)):
                     yield self._answer(batch, index, f"row {row}", compression)
                     row += 1
-
-    def _batches(self, file: Any, columns: list[str]) -> Iterator[Any]:
-        try:
-            yield from file.iter_batches(64, columns=columns)
-        except (OSError, self._pa.ArrowException) as error:
-            if is_of_the_machine(error):
-                raise
-            self.fail("a page", f"is damaged ({error})")
 
     def _answer(
         self, batch: Any, index: int, where: str, compression: Any
