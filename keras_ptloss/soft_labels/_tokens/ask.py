@@ -153,20 +153,12 @@ def ask_tokens(
 
     if rows is found:
         ids, logs = rows[kept][..., 0], rows[kept][..., 1]
-        wrong = np.flatnonzero((ids != np.round(ids)).any(-1))
-        if len(wrong):
-            refuse(
-                int(wrong[0]), f"has ids that are not whole, {ids[wrong[0]]}"
-            )
-        size = int(spec.vocabulary_size or 0)
-        tokens = tokens_of_entries(
-            np.asarray(ids, "int64"),
-            logs,
-            k=spec.top_k,
-            vocabulary_size=size,
-            refuse=refuse,
-        )
-        return tokens, size
+        wrong = (ids != np.round(ids)).any(-1)
+        if wrong.any():
+            token = int(np.argmax(wrong))
+            refuse(token, f"has ids that are not whole, {ids[token]}")
+        tokens = tokens_of_entries(ids.astype("int64"), logs, spec, refuse)
+        return tokens, int(spec.vocabulary_size or 0)
     size, ids, values, tail, total = found
     _check_totals(total[kept], spec, refuse)
     return Tokens(ids[kept], values[kept], tail[kept]), int(size[0])
@@ -176,15 +168,10 @@ def _check_totals(total: Any, spec: TokenLabelSpec, refuse: Any) -> None:
     """Refuse rows without a sum, or whose probabilities do not add up to 1."""
     bad = np.flatnonzero(~np.isfinite(total))
     if len(bad):
-        what = (
-            "NaN or infinity"
-            if spec.from_logits
-            else "NaN, or negative numbers"
-        )
-        hint = (
-            "" if spec.from_logits else " (are they logits? from_logits=True)"
-        )
-        refuse(int(bad[0]), f"has {what}{hint}")
+        what = "NaN, or negative numbers (are they logits? from_logits=True)"
+        if spec.from_logits:
+            what = "NaN or infinity"
+        refuse(int(bad[0]), f"has {what}")
     off = np.abs(np.exp(total) - 1) > SUM_TOLERANCE
     if not spec.from_logits and off.any():
         row = int(np.argmax(off))

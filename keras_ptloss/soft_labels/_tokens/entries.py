@@ -8,29 +8,29 @@ import numpy as np
 from keras_ptloss._checks import SUM_TOLERANCE
 from keras_ptloss.losses._events import REST
 from keras_ptloss.soft_labels._numbers import ROUNDING
-from keras_ptloss.soft_labels._tokens.spec import PADDING, Tokens
+from keras_ptloss.soft_labels._tokens.spec import PADDING, TokenLabelSpec, Tokens
 
 Refuse = Callable[[int, str], NoReturn]
 
 
 def tokens_of_entries(
-    ids: Any, logs: Any, *, k: int, vocabulary_size: int, refuse: Refuse
+    ids: Any, logs: Any, spec: TokenLabelSpec, refuse: Refuse
 ) -> Tokens:
     """Keep the k likeliest of each position's entries; the rest is the tail.
 
     Args:
         ids: `(n, entries)` ints; -1 is the tail itself, lower ids padding.
         logs: `(n, entries)` natural log-probabilities.
-        k: How many are kept. Positions that have fewer are padded.
-        vocabulary_size: Number of ids.
+        spec: Of the store, with `vocabulary_size`: how many are kept. Positions
+            that have fewer are padded.
         refuse: Raises the error for a position.
 
     Raises:
         ValueError: By `refuse`, if a position is no part of a distribution.
     """
-    known, given = ids >= 0, ids == REST
+    k, known, given = spec.top_k, ids >= 0, ids == REST
     logs = np.where(known | given, logs, -np.inf).astype("float64")
-    mass = _check(ids, logs, vocabulary_size, refuse)
+    _check(ids, logs, int(spec.vocabulary_size or 0), refuse)
     logs = np.minimum(logs, 0.0)  # what rounding has added to 1
     keys = np.where(known, logs, -np.inf)
     # Among those of no probability, entries are before what is none.
@@ -50,16 +50,8 @@ def tokens_of_entries(
         others = np.concatenate([keys[:, k:], mine], axis=-1)
         summed = np.logaddexp.reduce(others, axis=-1, initial=-np.inf)
     tail = np.where(given.any(-1), summed, left)
-    if k == vocabulary_size:
+    if k == spec.vocabulary_size:
         tail = np.where(known[:, :k].all(-1), -np.inf, tail)
-    off = np.abs(mass - 1) > SUM_TOLERANCE
-    bad = np.flatnonzero(given.any(-1) & off)
-    if len(bad):
-        refuse(
-            int(bad[0]),
-            "has probabilities that with their tail (id -1) add up to"
-            f" {mass[bad[0]]:.6g}",
-        )
     return Tokens(
         np.where(known, ids, PADDING)[:, :k],
         np.where(known, keys, 0.0)[:, :k],
@@ -67,11 +59,14 @@ def tokens_of_entries(
     )
 
 
-def _check(ids: Any, logs: Any, vocabulary_size: int, refuse: Refuse) -> Any:
-    """Refuse what is no part of a distribution; return the masses `(n,)`."""
+def _check(ids: Any, logs: Any, vocabulary_size: int, refuse: Refuse) -> None:
+    """Refuse what is no part of a distribution."""
     order = np.sort(np.where(ids < REST, PADDING, ids), axis=-1)
     twice = np.zeros(ids.shape, bool)
     twice[:, 1:] = (order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= REST)
+    with np.errstate(over="ignore"):
+        mass = np.exp(logs).sum(-1, keepdims=True)
+    whole = (ids == REST).any(-1, keepdims=True)
     for wrong, values, what in (
         (np.isnan(logs), logs, "a log-probability of {}"),
         (logs > ROUNDING, logs, "a log-probability of {:.6g}, above 0"),
@@ -81,16 +76,14 @@ def _check(ids: Any, logs: Any, vocabulary_size: int, refuse: Refuse) -> Any:
             f"the id {{}}, and vocabulary_size is {vocabulary_size}",
         ),
         (twice, order, "the id {} twice"),
+        (mass > 1 + SUM_TOLERANCE, mass, "probabilities that add up to {:.6g}"),
+        (
+            whole & (1 - mass > SUM_TOLERANCE),
+            mass,
+            "probabilities that with their tail (id -1) add up to {:.6g}",
+        ),
     ):
         rows = np.flatnonzero(wrong.any(-1))
         if len(rows):
             value = values[rows[0]][wrong[rows[0]]][0]
             refuse(int(rows[0]), "has " + what.format(value))
-    mass = np.exp(logs).sum(-1)
-    rows = np.flatnonzero(mass > 1 + SUM_TOLERANCE)
-    if len(rows):
-        refuse(
-            int(rows[0]),
-            f"has probabilities that add up to {mass[rows[0]]:.6g}",
-        )
-    return mass

@@ -210,13 +210,7 @@ def _tokens(
     def refuse(row: int, problem: str) -> NoReturn:
         reader.fail(placed.where, f"{problem}, of token {placed.first + row}")
 
-    return tokens_of_entries(
-        placed.ids,
-        placed.logs,
-        k=spec.top_k,
-        vocabulary_size=int(spec.vocabulary_size or 0),
-        refuse=refuse,
-    )
+    return tokens_of_entries(placed.ids, placed.logs, spec, refuse)
 
 
 def _append(
