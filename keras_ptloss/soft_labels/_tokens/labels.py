@@ -174,13 +174,14 @@ class TokenLabels:
                 unit_name="sequence",
                 verbose=verbose,
             )
-            for batch in writer.missing(dataset, sample_weight, batch_size):
+            missing = writer.missing(dataset, sample_weight, batch_size)
+            for row, x, batch in missing:
                 tokens, size = ask_tokens(
                     run,
-                    batch.x,
+                    x,
                     batch.kept,
                     spec,
-                    row=batch.row,
+                    row=row,
                     stored=writer.stored,
                 )
                 if writer.vocabulary_size not in (None, size):
@@ -188,13 +189,7 @@ class TokenLabels:
                         f"The teacher returned {size} tokens where"
                         f" {writer.vocabulary_size} are stored"
                     )
-                writer.append(
-                    batch.fingerprints,
-                    batch.sequences,
-                    batch.kept,
-                    tokens,
-                    size,
-                )
+                writer.append(batch, tokens, size)
                 bar.update(writer.stored - resumed)
             writer.finish()
         return cls.open(path)

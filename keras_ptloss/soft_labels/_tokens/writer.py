@@ -34,19 +34,15 @@ from keras_ptloss.soft_labels._tokens.store import (
 _HEADER = 128
 
 
-class Missing(NamedTuple):
-    """Sequences that are not stored yet.
+class Batch(NamedTuple):
+    """Sequences to be stored.
 
     Attributes:
-        row: Position of the first in the data set.
-        x: The teacher's inputs.
         sequences: Their tokens.
         kept: `(batch, time)` bool, those that count.
         fingerprints: `(batch,)`.
     """
 
-    row: int
-    x: Any
     sequences: Sequences
     kept: Any
     fingerprints: Any
@@ -95,8 +91,11 @@ class TokenWriter(Journal):
 
     def missing(
         self, dataset: Any, sample_weight: Any, batch_size: int
-    ) -> Iterator[Missing]:
-        """Yield what is not stored; what is, is compared on the way."""
+    ) -> Iterator[tuple[int, Any, Batch]]:
+        """Yield `(position, inputs, batch)` of what is not stored.
+
+        The stored sequences are compared with `dataset` on the way.
+        """
         end = 0
         for row, x, weight in token_batches(dataset, sample_weight, batch_size):
             sequences = sequences_of(x)
@@ -115,42 +114,32 @@ class TokenWriter(Journal):
                 wrong_length(f"at least {end}", self.stored)
             if known < len(found):
                 rest = slice(known, None)
-                yield Missing(
-                    row + known,
-                    take(x, rest),
+                batch = Batch(
                     Sequences(*(part[rest] for part in sequences)),
                     kept_of(sequences, weight)[rest],
                     found[rest],
                 )
+                yield row + known, take(x, rest), batch
         if end < self.stored or not end:
             wrong_length(end, max(self.stored, 1))
 
     def append(
-        self,
-        hashes: Any,
-        sequences: Sequences,
-        kept: Any,
-        tokens: Tokens,
-        vocabulary_size: int,
+        self, batch: Batch, tokens: Tokens, vocabulary_size: int
     ) -> None:
         """Store the next sequences.
 
         Args:
-            hashes: `(batch,)`, their fingerprints.
-            sequences: Their tokens.
-            kept: `(batch, time)` bool, which of them `tokens` are of.
-            tokens: Of all of them, one sequence after the other.
+            batch: What they are.
+            tokens: Of all that count, one sequence after the other.
             vocabulary_size: Number of ids.
         """
         encoded, distance = encode_tokens(tokens, vocabulary_size)
-        bits = [
-            np.packbits(flags[real])
-            for flags, real in zip(kept, sequences.real, strict=True)
-        ]
+        kept, real = batch.kept, batch.sequences.real
+        bits = [np.packbits(k[r]) for k, r in zip(kept, real, strict=True)]
         arrays = {
             "sequences": {
-                "fingerprints": hashes,
-                "lengths": sequences.real.sum(-1).astype("<u4"),
+                "fingerprints": batch.fingerprints,
+                "lengths": real.sum(-1).astype("<u4"),
                 "counts": kept.sum(-1).astype("<u4"),
             },
             "tokens": encoded,
