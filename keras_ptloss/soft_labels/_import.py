@@ -5,7 +5,6 @@ returns the log-probabilities of its likeliest tokens only. Such rows are
 repaired, and a report tells how many.
 """
 
-import collections
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from keras_ptloss._checks import check_choice, fail
 from keras_ptloss.soft_labels import _data as data
 from keras_ptloss.soft_labels._import_parquet import import_parquet
 from keras_ptloss.soft_labels._journal import at_once, refuse_old
-from keras_ptloss.soft_labels._names import shorten
+from keras_ptloss.soft_labels._names import repeated, shorten
 from keras_ptloss.soft_labels._numbers import ROUNDING
 from keras_ptloss.soft_labels._parquet_table import find_files
 from keras_ptloss.soft_labels._readers import Reader, Row
@@ -201,8 +200,7 @@ def _checked_ids(ids: Any) -> list[str] | None:
         fail("ids", "a sequence of ids, one an example", ids)
     # APIs give texts back, whatever the request had.
     found = [str(name) for name in ids]
-    twice = _repeated(found)
-    if twice:
+    if twice := repeated(found):
         wanted = f"different: {shorten(twice)} stands twice"
         fail("ids", wanted, f"{len(found)} ids")
     return found
@@ -246,11 +244,6 @@ def _ordered(reader: Reader, ids: list[str] | None) -> list[Row]:
             f" has {' and '.join(found)}"
         )
     return [by_id[name] for name in ids]
-
-
-def _repeated(names: Sequence[str]) -> list[str]:
-    counts = collections.Counter(names)
-    return [name for name, count in counts.items() if count > 1]
 
 
 def _refuse_failed(failed: list[Row], source: str) -> NoReturn:

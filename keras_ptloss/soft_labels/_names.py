@@ -1,5 +1,6 @@
 """The one rule by which tokens, JSON keys and CSV columns name classes."""
 
+import collections
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -71,3 +72,9 @@ def shorten(items: Iterable[str], limit: int = 8) -> str:
     shown = [repr(item) for item in items]
     more = len(shown) - limit
     return ", ".join(shown[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """Names that occur more than once, in the order of the first."""
+    counts = collections.Counter(names)
+    return [name for name, count in counts.items() if count > 1]
