@@ -310,6 +310,8 @@ def _or_missing(value: Any) -> float:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if twice := repeated(key for key, _ in pairs):
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        twice = repeated(key for key, _ in pairs)
         raise RowProblem(f"has {shorten(twice)} twice")
-    return dict(pairs)
+    return record

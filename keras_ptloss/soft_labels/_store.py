@@ -87,7 +87,8 @@ def read_record(
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found not in formats:
         if isinstance(found, str) and found in KNOWN:
-            _refuse_other(directory, found)
+            wanted = f"opened by {KNOWN[found]}, which reads {found}"
+            fail("path", wanted, str(directory))
         damaged(directory, f"its manifest's format is not {formats[-1]}")
     try:
         fits = plausible(manifest)
@@ -100,12 +101,6 @@ def read_record(
     if known not in (None, manifest_checksum(manifest)):
         damaged(directory, "the checksum of its manifest differs")
     return manifest
-
-
-def _refuse_other(directory: Path, found: str) -> NoReturn:
-    fail(
-        "path", f"opened by {KNOWN[found]}, which reads {found}", str(directory)
-    )
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
