@@ -129,13 +129,11 @@ def _of_logprobs(logprobs: Any) -> list[Position]:
         return [Position(_pairs(top))]
     if "tokens" in logprobs:
         return _completion(logprobs)
-    if isinstance(top, list) and not any(
-        isinstance(item, dict) and "token" in item for item in top
-    ):
-        return [Position(_pairs(item)) for item in top]
-    if isinstance(top, list):
+    if not isinstance(top, list):
+        return [Position(_pairs(logprobs))]
+    if any(isinstance(item, dict) and "token" in item for item in top):
         return _need(_of_list(top), top)
-    return [Position(_pairs(logprobs))]
+    return [Position(_pairs(item)) for item in top]
 
 
 def _need(found: list[Position] | None, value: list[Any]) -> list[Position]:
