@@ -31,12 +31,6 @@ _NEEDS = {
     "litert": {"tensorflow": "tensorflow"},
     "onnx": {"tensorflow": "tf2onnx", "jax": "jax2onnx"},
 }
-# The extra of setup.cfg that brings it.
-_EXTRAS = {
-    "tensorflow": "tensorflow",
-    "tf2onnx": "export",
-    "jax2onnx": "export",
-}
 _FILES = {"litert": "model.tflite", "onnx": "model.onnx"}
 
 
@@ -268,15 +262,16 @@ def _check_class_names(class_names: Any, classes: int) -> list[str]:
     return names
 
 
-def _import_for(format: str) -> Any:
+def _import_for(format: str) -> None:
     """Import what writes the format; say what to install if it is missing."""
     package = _NEEDS[format][keras.backend.backend()]
+    extra = "tensorflow" if package == "tensorflow" else "export"
     try:
-        return importlib.import_module(package)
+        importlib.import_module(package)
     except ImportError as error:
         raise ImportError(
             f"format={format!r} with the {keras.backend.backend()} backend "
-            f"needs {package}: pip install 'keras_ptloss[{_EXTRAS[package]}]'"
+            f"needs {package}: pip install 'keras_ptloss[{extra}]'"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """The stored rows of the examples at hand, proven to be theirs."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,18 +14,6 @@ from keras_ptloss.soft_labels._data import (
 )
 
 Tensor = Any
-
-
-class Stored(Protocol):
-    """What is read of `SoftLabels` here."""
-
-    fingerprints: Any
-    shape: tuple[int, ...]
-    ordered: bool
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Any) -> Any: ...
 
 
 class Contents:
@@ -42,12 +30,18 @@ class Contents:
 
 
 class Matcher:
-    """Finds the stored rows of examples and checks that they are theirs."""
+    """Finds the stored rows of examples and checks that they are theirs.
+
+    Args:
+        labels: `SoftLabels`, or what has their fingerprints, order and shape,
+            and is read like them.
+        ids: As in `SoftLabels.attach`.
+    """
 
     # Called on the inputs of a batch, after the check.
     preprocessor: Callable[[Tensor], Tensor] | None = None
 
-    def __init__(self, labels: Stored, ids: Any) -> None:
+    def __init__(self, labels: Any, ids: Any) -> None:
         self.labels = labels
         self.stored = labels.fingerprints
         # Rows in the order of the data set; None: found by content.

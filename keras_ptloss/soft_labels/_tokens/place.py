@@ -2,19 +2,14 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from keras_ptloss._checks import fail
 from keras_ptloss.soft_labels._names import shorten
-from keras_ptloss.soft_labels._tokens.answers import Answer
-
-
-class Reader(Protocol):
-    """What is asked of the readers of files."""
-
-    def fail(self, where: str, problem: str) -> NoReturn: ...
+from keras_ptloss.soft_labels._tokens.answers import Answer, Lines
+from keras_ptloss.soft_labels._tokens.distillkit import ParquetLists
 
 
 class Placed(NamedTuple):
@@ -45,7 +40,10 @@ class Places:
     """
 
     def __init__(
-        self, reader: Reader, sequences: list[Any] | None, ids: Any
+        self,
+        reader: Lines | ParquetLists,
+        sequences: list[Any] | None,
+        ids: Any,
     ) -> None:
         self._reader, self._sequences = reader, sequences
         self._names: dict[str, int] | None = None

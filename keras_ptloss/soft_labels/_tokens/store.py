@@ -106,13 +106,11 @@ class TokenFiles:
     def kept(self, rows: Any) -> Any:
         """Which tokens of the sequences are stored: bool, one after another."""
         bits = np.unpackbits(self._read("kept", "kept", rows))
-        starts = np.cumsum(8 * -(-self.lengths[rows] // 8))
-        starts = np.concatenate([[0], starts[:-1]]).astype(int)
-        pieces = [
-            bits[start : start + length]
-            for start, length in zip(starts, self.lengths[rows], strict=True)
-        ]
-        return np.concatenate([*pieces, bits[:0]]).astype(bool)
+        lengths = self.lengths[rows]
+        # Each begins with a byte of its own; behind the last is nothing.
+        *pieces, rest = np.split(bits, np.cumsum(8 * -(-lengths // 8)))
+        pieces = [p[:n] for p, n in zip(pieces, lengths, strict=True)]
+        return np.concatenate([*pieces, rest]).astype(bool)
 
     def tokens(self, rows: Any) -> dict[str, Any]:
         """The stored arrays of the tokens of the sequences, in their order."""
