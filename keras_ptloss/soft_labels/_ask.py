@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import numpy as np
 
+from keras_ptloss._backend import as_array
 from keras_ptloss._binary import two_events
 from keras_ptloss._checks import SUM_TOLERANCE
 from keras_ptloss.soft_labels._data import length
@@ -45,10 +45,7 @@ def ask(
         " are stored: call again to go on"
     )
     try:
-        outputs = run(x)
-        if keras.ops.is_tensor(outputs):
-            outputs = keras.ops.convert_to_numpy(outputs)
-        outputs = np.asarray(outputs)
+        outputs = as_array(run(x))
     except Exception as error:
         raise RuntimeError(
             f"The teacher failed {where}: {type(error).__name__}: {error}"

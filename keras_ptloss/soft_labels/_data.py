@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_ptloss._backend import as_array
 from keras_ptloss._checks import fail
 from keras_ptloss.soft_labels._loaders import (
     Source,
@@ -77,9 +78,7 @@ def _list_dtype(items: list[Any]) -> Any:
 def _as_array(leaf: Tensor) -> Any:
     if isinstance(leaf, (np.ndarray, Source)):
         return leaf
-    if keras.ops.is_tensor(leaf):
-        return keras.ops.convert_to_numpy(leaf)
-    return np.asarray(leaf)
+    return as_array(leaf)
 
 
 def length(x: Tensor) -> int:
