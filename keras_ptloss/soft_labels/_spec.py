@@ -14,6 +14,8 @@ from keras_ptloss._checks import (
 )
 
 Spec = TypeVar("Spec")
+# Dtype and columns of an array on disk; no columns, a number a row.
+Format = tuple[str, int | None]
 _DTYPES = {"float16": "<f2", "float32": "<f4"}
 
 
@@ -143,7 +145,7 @@ def read_spec(kind: type[Spec], stored: dict[str, Any]) -> Spec:
 
 def array_formats(
     spec: SoftLabelSpec, num_classes: int, *, logs: bool = True
-) -> dict[str, tuple[str, int | None]]:
+) -> dict[str, Format]:
     """Name, dtype and columns of each array on disk.
 
     Args:

@@ -19,6 +19,7 @@ import numpy as np
 
 from keras_ptloss._checks import fail
 from keras_ptloss.soft_labels._spec import (
+    Format,
     SoftLabelSpec,
     array_formats,
     read_spec,
@@ -192,7 +193,7 @@ def has_logs(manifest: dict[str, Any]) -> bool:
     return bool(manifest["format"] != FORMATS[0])
 
 
-def formats_of(manifest: dict[str, Any]) -> dict[str, tuple[str, int | None]]:
+def formats_of(manifest: dict[str, Any]) -> dict[str, Format]:
     """Name, dtype and columns of each of a shard's arrays."""
     return array_formats(
         spec_of(manifest), manifest["num_classes"], logs=has_logs(manifest)
@@ -210,7 +211,7 @@ def checksum(path: Path) -> str:
 def map_array(
     directory: Path,
     name: str,
-    form: tuple[str, int | None],
+    form: Format,
     rows: int,
     checksums: dict[str, str] | None,
 ) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_ptloss.soft_labels._spec import read_spec
+from keras_ptloss.soft_labels._spec import Format, read_spec
 from keras_ptloss.soft_labels._store import (
     TOKEN_FORMATS,
     check_sums,
@@ -30,7 +30,6 @@ from keras_ptloss.soft_labels._tokens.spec import (
 
 # A store is one shard; the name leaves room for several.
 SHARD = (0, 1)
-Format = tuple[str, int | None]
 
 
 def read_token_manifest(directory: Path) -> dict[str, Any] | None:
