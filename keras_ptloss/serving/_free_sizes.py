@@ -118,4 +118,3 @@ def _comparison(error: Exception) -> str | None:
         str(error),
     )
     return " ".join(found.groups()) if found else None
-

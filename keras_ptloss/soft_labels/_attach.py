@@ -149,9 +149,7 @@ class _Pairs:
 class _AttachedBatches(keras.utils.PyDataset):
     """A `PyDataset` with its targets replaced by the stored rows."""
 
-    def __init__(
-        self, match: Matcher, dataset: keras.utils.PyDataset
-    ) -> None:
+    def __init__(self, match: Matcher, dataset: keras.utils.PyDataset) -> None:
         super().__init__(
             workers=dataset.workers,
             use_multiprocessing=dataset.use_multiprocessing,

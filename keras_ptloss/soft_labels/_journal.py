@@ -76,9 +76,7 @@ class Journal:
     rows: str
     read: Any
 
-    def __init__(
-        self, store: Path, shard: tuple[int, int], spec: Any
-    ) -> None:
+    def __init__(self, store: Path, shard: tuple[int, int], spec: Any) -> None:
         self._store, self._final = store, shard_path(store, shard)
         self._lock_path = self._final.with_name(self._final.name + ".lock")
         self._made, self.resumes = False, True

@@ -107,15 +107,15 @@ class ShardWriter(Journal):
             sync(path)
         self.put_manifest(
             {
-            "format": FORMATS[-1],
-            "spec": dataclasses.asdict(self.spec),
-            "num_classes": num_classes,
-            "shard": list(self.shard),
-            "rows": [self.start, self.stop],
-            "stored": 0,
-            "total_variation": {"sum": 0.0, "max": 0.0},
-            "checksums": None,
-        }
+                "format": FORMATS[-1],
+                "spec": dataclasses.asdict(self.spec),
+                "num_classes": num_classes,
+                "shard": list(self.shard),
+                "rows": [self.start, self.stop],
+                "stored": 0,
+                "total_variation": {"sum": 0.0, "max": 0.0},
+                "checksums": None,
+            }
         )
         self._open_files()
 

@@ -8,7 +8,11 @@ import numpy as np
 from keras_ptloss._checks import SUM_TOLERANCE
 from keras_ptloss.losses._events import REST
 from keras_ptloss.soft_labels._numbers import ROUNDING
-from keras_ptloss.soft_labels._tokens.spec import PADDING, TokenLabelSpec, Tokens
+from keras_ptloss.soft_labels._tokens.spec import (
+    PADDING,
+    TokenLabelSpec,
+    Tokens,
+)
 
 Refuse = Callable[[int, str], NoReturn]
 
