@@ -9,21 +9,8 @@ import keras
 import numpy as np
 
 from keras_ptloss._checks import check_count, check_flag, fail
-from keras_ptloss.soft_labels._data import (
-    as_dataset,
-    check_size,
-    is_streamed,
-    length,
-    streamed,
-    take,
-    wrong_length,
-)
-from keras_ptloss.soft_labels._loaders import (
-    grain_pairs,
-    is_grain_map,
-    is_torch_loader,
-    torch_pairs,
-)
+from keras_ptloss.soft_labels import _data as data
+from keras_ptloss.soft_labels import _loaders as loaders
 from keras_ptloss.soft_labels._match import Matcher
 from keras_ptloss.soft_labels._tf_data import is_tf_dataset, with_targets
 
@@ -44,10 +31,10 @@ def attach(
     shuffle = check_flag("shuffle", shuffle)
     if preprocessor is not None and not callable(preprocessor):
         fail("preprocessor", "a callable, or None", preprocessor)
-    dataset = as_dataset(dataset)
+    dataset = data.as_dataset(dataset)
     if not is_tf_dataset(dataset):
         match.preprocessor = preprocessor
-    if not is_streamed(dataset):
+    if not data.is_streamed(dataset):
         return _AttachedArrays(
             match,
             dataset,
@@ -61,13 +48,13 @@ def attach(
         return with_targets(dataset, batches, match.shapes, preprocessor)
     if isinstance(dataset, keras.utils.PyDataset):
         return _AttachedBatches(match, dataset)
-    if is_grain_map(dataset):
+    if loaders.is_grain_map(dataset):
         pairs = _Pairs(match, len(dataset), dataset[0])
         return dataset.map_with_index(pairs)
-    if is_torch_loader(dataset):
+    if loaders.is_torch_loader(dataset):
         pinned = dataset.pin_memory
-        return torch_pairs(dataset, batches, pin_memory=pinned)
-    return grain_pairs(batches)
+        return loaders.torch_pairs(dataset, batches, pin_memory=pinned)
+    return loaders.grain_pairs(batches)
 
 
 def _check_index(index: int, count: int) -> None:
@@ -88,18 +75,18 @@ class _AttachedArrays(keras.utils.PyDataset):
         order: np.random.Generator | None,
     ) -> None:
         super().__init__()
-        match.finish(length(x))
+        match.finish(data.length(x))
         # Hashed piece by piece: texts and copies of views stay small.
         step = 4096
         self._rows = np.concatenate(
             [
-                match(take(x, slice(first, first + step)), first)
-                for first in range(0, length(x), step)
+                match(data.take(x, slice(first, first + step)), first)
+                for first in range(0, data.length(x), step)
             ]
         )
         self._match, self._x = match, x
         self._batch_size, self._generator = batch_size, order
-        self._order = np.arange(length(x))
+        self._order = np.arange(data.length(x))
         self.on_epoch_end()
 
     def on_epoch_end(self) -> None:
@@ -113,7 +100,7 @@ class _AttachedArrays(keras.utils.PyDataset):
         _check_index(index, len(self))
         low = index * self._batch_size
         chosen = self._order[low : low + self._batch_size]
-        x = take(self._x, chosen)
+        x = data.take(self._x, chosen)
         return self._match.batch(self._rows[chosen], x, None)
 
 
@@ -129,20 +116,20 @@ class _Pairs:
     def __init__(self, match: Matcher, count: int, first: Any) -> None:
         self._match, self.num_batches = match, count
         batch = keras.utils.unpack_x_y_sample_weight(first)
-        self._size = length(batch[0])
+        self._size = data.length(batch[0])
         if match.rows is not None:
             total = len(match.rows)
             if count != math.ceil(total / self._size):
-                wrong_length(f"{count} batches of {self._size}", total)
+                data.wrong_length(f"{count} batches of {self._size}", total)
         self(0, first)
 
     def __call__(self, index: int, element: Any) -> tuple[Any, ...]:
         x, _, weight = keras.utils.unpack_x_y_sample_weight(element)
         first = index * self._size
         if self._match.rows is not None:
-            check_size(length(x), self._size, index, self.num_batches)
+            data.check_size(data.length(x), self._size, index, self.num_batches)
             if index == self.num_batches - 1:
-                self._match.finish(first + length(x))
+                self._match.finish(first + data.length(x))
         return self._match.batch(self._match(x, first), x, weight)
 
 
@@ -176,7 +163,7 @@ class _AttachedBatches(keras.utils.PyDataset):
 def _pairs(match: Matcher, dataset: Any) -> Iterator[tuple[Any, ...]]:
     """Yield the batches of a stream with their stored rows."""
     end = 0
-    for first, (x, _, weight) in streamed(dataset):
-        end = first + length(x)
+    for first, (x, _, weight) in data.streamed(dataset):
+        end = first + data.length(x)
         yield match.batch(match(x, first), x, weight)
     match.finish(end)

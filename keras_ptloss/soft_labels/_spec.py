@@ -238,7 +238,7 @@ def encode_top_k(
 
 
 def log_distance(one: dict[str, Any], other: dict[str, Any]) -> Any:
-    """Total variation `(n,)` of events, given by `log_values` and `log_tail`."""
+    """Total variation `(n,)` of what `log_values` and `log_tail` say."""
     first, second = (
         np.exp(np.column_stack([m["log_values"], m["log_tail"]]), dtype=float)
         for m in (one, other)

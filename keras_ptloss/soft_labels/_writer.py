@@ -8,35 +8,20 @@ from typing import Any
 import numpy as np
 
 from keras_ptloss._checks import check_count, fail
-from keras_ptloss.soft_labels._data import (
-    batches,
-    check_differing,
-    fingerprint,
-    is_streamed,
-    length,
-    take,
-)
+from keras_ptloss.soft_labels import _data as data
+from keras_ptloss.soft_labels import _store
 from keras_ptloss.soft_labels._journal import Journal, reserve, sync
 from keras_ptloss.soft_labels._spec import (
     SoftLabelSpec,
     array_formats,
     encode_measured,
 )
-from keras_ptloss.soft_labels._store import (
-    FORMATS,
-    formats_of,
-    has_logs,
-    load,
-    map_array,
-    read_manifest,
-    shard_rows,
-)
 
 
 def with_num_examples(spec: SoftLabelSpec, dataset: Any) -> SoftLabelSpec:
     """Complete `spec` by the length of the data set."""
-    if not is_streamed(dataset):
-        found = length(dataset)
+    if not data.is_streamed(dataset):
+        found = data.length(dataset)
         if spec.num_examples not in (None, found):
             fail("num_examples", f"the data set's {found}", spec.num_examples)
         return dataclasses.replace(spec, num_examples=found)
@@ -53,7 +38,7 @@ def with_num_examples(spec: SoftLabelSpec, dataset: Any) -> SoftLabelSpec:
 class ShardWriter(Journal):
     """Writes one shard into files of its whole length, reserved at once."""
 
-    rows, read = "rows", staticmethod(read_manifest)
+    rows, read = "rows", staticmethod(_store.read_manifest)
 
     def __init__(
         self, store: Path, spec: SoftLabelSpec, shard: tuple[int, int]
@@ -71,7 +56,7 @@ class ShardWriter(Journal):
                 shard,
             )
         super().__init__(store, (index, count), spec)
-        self.start, self.stop = shard_rows(spec, index, count)
+        self.start, self.stop = _store.shard_rows(spec, index, count)
         self._offsets: dict[str, int] = {}
 
     @property
@@ -88,7 +73,7 @@ class ShardWriter(Journal):
         return len(names) if names else self.spec.num_classes
 
     def _stored_fingerprints(self) -> Any:
-        hashes = load(self.directory, "fingerprints")
+        hashes = _store.load(self.directory, "fingerprints")
         return np.array(hashes[: self.stored])
 
     def _create(self, num_classes: int) -> None:
@@ -107,7 +92,7 @@ class ShardWriter(Journal):
             sync(path)
         self.put_manifest(
             {
-                "format": FORMATS[-1],
+                "format": _store.FORMATS[-1],
                 "spec": dataclasses.asdict(self.spec),
                 "num_classes": num_classes,
                 "shard": list(self.shard),
@@ -121,8 +106,8 @@ class ShardWriter(Journal):
 
     def _open_files(self) -> None:
         rows = self.stop - self.start
-        for name, form in formats_of(self._manifest).items():
-            array = map_array(self.directory, name, form, rows, None)
+        for name, form in _store.formats_of(self._manifest).items():
+            array = _store.map_array(self.directory, name, form, rows, None)
             self._offsets[name] = array.offset
             self.open_file(name)
 
@@ -133,27 +118,29 @@ class ShardWriter(Journal):
 
         The stored rows are compared with `dataset` on the way.
         """
-        for row, x in batches(
+        for row, x in data.batches(
             dataset,
             batch_size=batch_size,
             start=self.start,
             stop=self.stop,
             total=self._total,
         ):
-            found, first = fingerprint(x), row - self.start
+            found, first = data.fingerprint(x), row - self.start
             known = max(0, min(len(found), self.stored - first))
             if known:
                 rows = np.arange(first, first + known)
-                check_differing(self._fingerprints, found[:known], rows, row)
+                data.check_differing(
+                    self._fingerprints, found[:known], rows, row
+                )
             if known < len(found):
-                x = take(x, slice(known, None))
+                x = data.take(x, slice(known, None))
                 yield row + known, x, found[known:]
 
     def append(self, hashes: Any, outputs: Any) -> None:
         """Store the next rows, `(n, C)` float64."""
         num_classes = outputs.shape[1]
         self._check_top_k(num_classes)
-        logs = not self._manifest or has_logs(self._manifest)
+        logs = not self._manifest or _store.has_logs(self._manifest)
         encoded, distance = encode_measured(self.spec, outputs, logs=logs)
         self.append_encoded(hashes, encoded, num_classes, distance)
 

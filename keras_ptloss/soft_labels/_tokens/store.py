@@ -9,18 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_ptloss.soft_labels import _store
 from keras_ptloss.soft_labels._spec import Format, read_spec
-from keras_ptloss.soft_labels._store import (
-    TOKEN_FORMATS,
-    check_sums,
-    damaged,
-    give_back,
-    map_array,
-    partial_path,
-    read_record,
-    shard_count,
-    shard_path,
-)
 from keras_ptloss.soft_labels._tokens.spec import (
     KEPT_FORMATS,
     SEQUENCE_FORMATS,
@@ -34,7 +24,7 @@ SHARD = (0, 1)
 
 def read_token_manifest(directory: Path) -> dict[str, Any] | None:
     """The JSON record of a store's directory; None if there is none yet."""
-    return read_record(directory, TOKEN_FORMATS, _plausible)
+    return _store.read_record(directory, _store.TOKEN_FORMATS, _plausible)
 
 
 def spec_of(manifest: dict[str, Any]) -> TokenLabelSpec:
@@ -68,7 +58,7 @@ def _plausible(manifest: dict[str, Any]) -> bool:
         and manifest["shard"] == list(SHARD)
         and 0 <= error["sum"] < float("inf")
         and 0 <= error["max"] < float("inf")
-        and check_sums(manifest["checksums"], names)
+        and _store.check_sums(manifest["checksums"], names)
     )
 
 
@@ -79,12 +69,12 @@ class TokenFiles:
         directory = _complete(path)
         manifest = read_token_manifest(directory)
         if manifest is None:
-            damaged(directory, "it has no manifest")
+            _store.damaged(directory, "it has no manifest")
         self.manifest, self.spec = manifest, spec_of(manifest)
         self.vocabulary_size: int = manifest["vocabulary_size"]
         known = manifest["checksums"] or {} if verify else None
         self._arrays = {
-            name: map_array(
+            name: _store.map_array(
                 directory, name, form, manifest["stored"][unit], known
             )
             for unit, arrays in formats_of(manifest).items()
@@ -100,7 +90,9 @@ class TokenFiles:
         }
         ends = {unit: int(ends[-1]) for unit, ends in self._ends.items()}
         if any(manifest["stored"][unit] != end for unit, end in ends.items()):
-            damaged(directory, "lengths.npy and counts.npy contradict it")
+            _store.damaged(
+                directory, "lengths.npy and counts.npy contradict it"
+            )
 
     def kept(self, rows: Any) -> Any:
         """Which tokens of the sequences are stored: bool, one after another."""
@@ -120,17 +112,17 @@ class TokenFiles:
         array, ends = self._arrays[name], self._ends[unit]
         pieces = [array[ends[row] : ends[row + 1]] for row in rows]
         read = np.concatenate([*pieces, array[:0]])
-        give_back(array)
+        _store.give_back(array)
         return read
 
 
 def _complete(path: Path) -> Path:
     """The directory of a complete store."""
-    if shard_count(path) is None:
+    if _store.shard_count(path) is None:
         raise FileNotFoundError(f"No token labels at {path}")
-    directory = shard_path(path, SHARD)
+    directory = _store.shard_path(path, SHARD)
     if not directory.is_dir():
-        begun = read_token_manifest(partial_path(directory))
+        begun = read_token_manifest(_store.partial_path(directory))
         count = begun["stored"]["sequences"] if begun else 0
         raise ValueError(
             f"`path` must be a complete store, but this has {count} sequences"
