@@ -6,6 +6,7 @@ because it needs no new dependency, gives random access by row without an
 index, and is read by every tool: `np.load(file, mmap_mode="r")`.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -33,6 +34,7 @@ KNOWN = {
     **dict.fromkeys(FORMATS, "SoftLabels"),
     **dict.fromkeys(TOKEN_FORMATS, "TokenLabels"),
 }
+_digest = functools.partial(hashlib.blake2b, digest_size=16)
 
 
 def shard_path(store: Path, shard: tuple[int, int]) -> Path:
@@ -107,7 +109,7 @@ def read_record(
 def manifest_checksum(manifest: dict[str, Any]) -> str:
     """Digest of a manifest without its own; JSON gives numbers back exactly."""
     text = json.dumps(manifest, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return _digest(text.encode()).hexdigest()
 
 
 def _plausible(manifest: dict[str, Any]) -> bool:
@@ -201,11 +203,8 @@ def formats_of(manifest: dict[str, Any]) -> dict[str, Format]:
 
 
 def checksum(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, _digest).hexdigest()
 
 
 def map_array(
