@@ -76,13 +76,8 @@ class _AttachedArrays(keras.utils.PyDataset):
     ) -> None:
         super().__init__()
         match.finish(data.length(x))
-        # Hashed piece by piece: texts and copies of views stay small.
-        step = 4096
         self._rows = np.concatenate(
-            [
-                match(data.take(x, slice(first, first + step)), first)
-                for first in range(0, data.length(x), step)
-            ]
+            [match(part, first) for first, part in data.pieces(x)]
         )
         self._match, self._x = match, x
         self._batch_size, self._generator = batch_size, order

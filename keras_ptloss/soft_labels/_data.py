@@ -26,8 +26,6 @@ from keras_ptloss.soft_labels._tf_data import is_infinite, is_tf_dataset
 Tensor = Any
 # (inputs, targets, sample weights); the last two are None where absent.
 Batch = tuple[Tensor, Tensor, Tensor]
-# Examples hashed at a time.
-_PIECE = 4096
 
 
 def is_streamed(dataset: Any) -> bool:
@@ -207,8 +205,7 @@ def batches(
     if not is_streamed(dataset):
         if length(dataset) != total:
             wrong_length(length(dataset), total)
-        for row in range(start, stop, batch_size):
-            yield row, take(dataset, slice(row, min(row + batch_size, stop)))
+        yield from pieces(dataset, batch_size, start, stop)
         return
     end = start
     for row, batch in streamed(dataset, start):
@@ -222,6 +219,18 @@ def batches(
             return
     if end < stop:
         wrong_length(end, total)
+
+
+def pieces(
+    x: Tensor, size: int = 4096, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield `(first position, part)` of arrays.
+
+    So hashed, texts and copies of views stay small.
+    """
+    stop = length(x) if stop is None else stop
+    for row in range(start, stop, size):
+        yield row, take(x, slice(row, min(row + size, stop)))
 
 
 def streamed(dataset: Any, start: int = 0) -> Iterator[tuple[int, Batch]]:
@@ -242,11 +251,7 @@ def all_fingerprints(dataset: Any) -> Any:
     if is_streamed(dataset):
         found = [fingerprint(batch[0]) for _, batch in streamed(dataset)]
     else:
-        # Piece by piece: texts and copies of views stay small.
-        found = [
-            fingerprint(take(dataset, slice(low, low + _PIECE)))
-            for low in range(0, length(dataset), _PIECE)
-        ]
+        found = [fingerprint(x) for _, x in pieces(dataset)]
     return np.concatenate(found)
 
 
