@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 
 from keras_ptloss._checks import fail
@@ -138,18 +139,17 @@ def read_table(
         for file in opened
         for part in file.parts(key, spec, num_classes, width)
     ]
-    keys, arrays, distance, renormalised = zip(*parts, strict=True)
+    keys, arrays, distance, renormalised = keras.tree.map_structure(
+        lambda *pieces: np.concatenate(pieces), *parts
+    )
     return Table(
         source=source,
         spec=spec,
         num_classes=num_classes,
-        arrays={
-            name: np.concatenate([part[name] for part in arrays])
-            for name in arrays[0]
-        },
-        keys=np.concatenate(keys),
-        distance=np.concatenate(distance),
-        renormalised=np.concatenate(renormalised),
+        arrays=arrays,
+        keys=keys,
+        distance=distance,
+        renormalised=renormalised,
         ignored=tuple(sorted(first.other_columns)),
         total_variation=metadata["total_variation"] if metadata else None,
     ).without_duplicates()

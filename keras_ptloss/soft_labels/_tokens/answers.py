@@ -57,7 +57,7 @@ class Lines:
     ) -> None:
         self.source, self._k, self._vocabulary = source, k, vocabulary
         self.unknown: collections.Counter[str] = collections.Counter()
-        self.unknown_mass = 0.0
+        self.unknown_mass, self.renormalised = 0.0, 0
 
     def fail(self, where: str, problem: str) -> NoReturn:
         """Raise the error for a line."""

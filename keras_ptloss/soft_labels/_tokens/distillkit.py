@@ -11,6 +11,7 @@ polynomial in the place of the others; and bins of what it leaves, each a scale
 and whole numbers of some bits. The polynomial is all that is lost.
 """
 
+import collections
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +46,8 @@ class ParquetLists:
     def __init__(self, files: list[Path]) -> None:
         self._pa, self._files = import_pyarrow(), files
         self._where: Path = files[0]
-        self.renormalised = 0
+        self.unknown: collections.Counter[str] = collections.Counter()
+        self.unknown_mass, self.renormalised = 0.0, 0
 
     def fail(self, where: str, problem: str) -> NoReturn:
         """Raise the error for a row."""

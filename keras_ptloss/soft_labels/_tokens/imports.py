@@ -163,7 +163,9 @@ def import_token_labels(
         padded=padding,
         failed=tuple(places.failed),
         duplicates=len(labels) - len(np.unique(labels.fingerprints)),
-        **_left_out(reader, labels),
+        unknown=tuple(reader.unknown.most_common()),
+        unknown_mass=reader.unknown_mass / max(labels.num_tokens, 1),
+        renormalised=reader.renormalised,
         **_compared(labels, sequences),
     )
 
@@ -221,17 +223,6 @@ def _batch(placed: list[Placed]) -> Batch:
     for row, one in enumerate(placed):
         kept[row, one.first : one.first + len(one.ids)] = True
     return Batch(sequences, kept, token_fingerprints(sequences))
-
-
-def _left_out(
-    reader: Lines | ParquetLists, labels: TokenLabels
-) -> dict[str, Any]:
-    if isinstance(reader, ParquetLists):
-        return {"renormalised": reader.renormalised}
-    return {
-        "unknown": tuple(reader.unknown.most_common()),
-        "unknown_mass": reader.unknown_mass / max(labels.num_tokens, 1),
-    }
 
 
 def _compared(
