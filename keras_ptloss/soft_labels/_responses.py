@@ -9,11 +9,7 @@ output, and dictionaries from token id to `Logprob` as vLLM writes them.
 import dataclasses
 from typing import Any
 
-from keras_ptloss.soft_labels._numbers import (
-    RowProblem,
-    number,
-    probability,
-)
+from keras_ptloss.soft_labels._numbers import RowProblem, number, probability
 
 
 @dataclasses.dataclass(frozen=True)

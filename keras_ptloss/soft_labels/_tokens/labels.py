@@ -143,10 +143,7 @@ class TokenLabels:
         Example:
             >>> import tempfile
             >>> import numpy as np
-            >>> from keras_ptloss.soft_labels import (
-            ...     TokenLabels,
-            ...     TokenLabelSpec,
-            ... )
+            >>> from keras_ptloss.soft_labels import TokenLabels, TokenLabelSpec
             >>> def api(batch):
             ...     entries = [[7, np.log(0.5)], [42, np.log(0.3)]]
             ...     return np.tile(entries, (*batch["token_ids"].shape, 1, 1))
@@ -177,12 +174,7 @@ class TokenLabels:
             missing = writer.missing(dataset, sample_weight, batch_size)
             for row, x, batch in missing:
                 tokens, size = ask_tokens(
-                    run,
-                    x,
-                    batch.kept,
-                    spec,
-                    row=row,
-                    stored=writer.stored,
+                    run, x, batch.kept, spec, row=row, stored=writer.stored
                 )
                 if writer.vocabulary_size not in (None, size):
                     raise ValueError(
@@ -266,10 +258,7 @@ class TokenLabels:
         Example:
             >>> import tempfile
             >>> import numpy as np
-            >>> from keras_ptloss.soft_labels import (
-            ...     TokenLabels,
-            ...     TokenLabelSpec,
-            ... )
+            >>> from keras_ptloss.soft_labels import TokenLabels, TokenLabelSpec
             >>> def teacher(batch):
             ...     return np.full((*batch["token_ids"].shape, 4), 0.25)
             >>> labels = TokenLabels.write(
@@ -329,10 +318,7 @@ class TokenLabels:
         Example:
             >>> import tempfile
             >>> import numpy as np
-            >>> from keras_ptloss.soft_labels import (
-            ...     TokenLabels,
-            ...     TokenLabelSpec,
-            ... )
+            >>> from keras_ptloss.soft_labels import TokenLabels, TokenLabelSpec
             >>> def teacher(batch):
             ...     return np.full((*batch.shape, 4), 0.25)
             >>> x = np.array([[3, 1, 1], [2, 0, 1]])

@@ -75,10 +75,7 @@ class TokenWriter(Journal):
     def _stored_fingerprints(self) -> Any:
         # Their header is the last that is written.
         found = np.fromfile(
-            self.path("fingerprints"),
-            "<u8",
-            count=self.stored,
-            offset=_HEADER,
+            self.path("fingerprints"), "<u8", count=self.stored, offset=_HEADER
         )
         if len(found) != self.stored:
             damaged(self.directory, "fingerprints.npy is too short")
