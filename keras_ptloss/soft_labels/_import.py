@@ -153,7 +153,11 @@ def import_soft_labels(
         spec = dataclasses.replace(spec, num_examples=len(table))
     spec = with_num_examples(spec, dataset)
     if spec.num_examples != len(table):
-        _refuse_length(spec.num_examples, len(table), str(source), ids)
+        count = spec.num_examples
+        if ids is not None:
+            fail("ids", f"{count} ids, one an example", f"{len(table)} ids")
+        wanted = f"a file of {count} rows, one an example"
+        fail("source", wanted, f"{source}, {len(table)} rows")
     with at_once(ShardWriter(Path(path), spec, (0, 1))) as writer:
         for first, _, hashes in writer.missing(dataset, _BATCH):
             block = table[first : first + len(hashes)]
@@ -179,18 +183,6 @@ def _check_arguments(
         check_spec(spec, SoftLabelSpec)
     if shard_count(path) is not None:
         refuse_old(path)
-
-
-def _refuse_length(
-    examples: int | None, rows: int, source: str, ids: Any
-) -> NoReturn:
-    if ids is not None:
-        fail("ids", f"{examples} ids, one an example", f"{rows} ids")
-    fail(
-        "source",
-        f"a file of {examples} rows, one an example",
-        f"{source}, {rows} rows",
-    )
 
 
 def _checked_ids(ids: Any) -> list[str] | None:
@@ -268,7 +260,11 @@ def _repair(
     rows: list[Row], names: tuple[str, ...] | None
 ) -> tuple[Any, Any, Any, Any]:
     """Fill and renormalise rows; also say which were, and which are empty."""
-    table = _table(rows, names)
+    widths = [len(row.values) for row in rows if row.values is not None]
+    failed = np.full(len(names) if names else widths[0], np.nan)
+    table = np.stack(
+        [failed if row.values is None else row.values for row in rows]
+    ).astype("float32")
     other = np.array([row.other for row in rows])
     most = np.array([row.most for row in rows])
     missing = np.isnan(table)
@@ -282,12 +278,3 @@ def _repair(
     full[empty], sums[empty] = 1, table.shape[1]
     filled = missing.any(-1) & ~empty
     return full / sums[:, None], filled, renormalised, empty
-
-
-def _table(rows: list[Row], names: tuple[str, ...] | None) -> Any:
-    """Stack the rows, NaN for those that failed."""
-    widths = [len(row.values) for row in rows if row.values is not None]
-    missing = np.full(len(names) if names else widths[0], np.nan)
-    return np.stack(
-        [missing if row.values is None else row.values for row in rows]
-    ).astype("float32")

@@ -91,7 +91,6 @@ class Journal:
         try:
             self._lock()
             self._find()
-            self._check_new()
             self._resume()
         except BaseException:
             self._files.close()
@@ -100,16 +99,13 @@ class Journal:
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if error is not None and not self.complete and not self.stored:
-            self._leave_nothing()
+            # Nothing is left of it; the directory is, if it was there.
+            self.discard()
+            self._lock_path.unlink(missing_ok=True)
+            if self._made:
+                with contextlib.suppress(OSError):  # others write there
+                    self._store.rmdir()
         self._files.close()
-
-    def _leave_nothing(self) -> None:
-        """Remove what holds no row; the directory, unless it was there."""
-        self.discard()
-        self._lock_path.unlink(missing_ok=True)
-        if self._made:
-            with contextlib.suppress(OSError):  # others write there
-                self._store.rmdir()
 
     @property
     def stored(self) -> int:
@@ -118,6 +114,9 @@ class Journal:
 
     def _resume(self) -> None:
         """Read what there is of an earlier call, and require the same spec."""
+        # Under the lock: another import may just have finished.
+        if not self.resumes and (self.directory / "manifest.json").exists():
+            refuse_old(self._store)
         self._manifest = self.read(self.directory) or {}
         if not self._manifest:
             return
@@ -185,12 +184,6 @@ class Journal:
         self.directory = self._final if complete else partial_path(self._final)
         self.directory.mkdir(exist_ok=True)
         sync(self._store)
-
-    def _check_new(self) -> None:
-        # Under the lock: another import may just have finished.
-        begun = (self.directory / "manifest.json").exists()
-        if begun and not self.resumes:
-            refuse_old(self._store)
 
     @property
     def complete(self) -> bool:

@@ -68,7 +68,9 @@ class ParquetFile:
     @property
     def is_half(self) -> bool:
         kind = self.schema.field(self.kind).type
-        inner = getattr(self._storage(kind), "value_type", kind)
+        # Ray writes arrays as an extension type of its own, known where Ray is.
+        kind = getattr(kind, "storage_type", kind)
+        inner = getattr(kind, "value_type", kind)
         return bool(self._pa.types.is_float16(inner))
 
     @property
@@ -125,12 +127,6 @@ class ParquetFile:
             row += len(batch)
         if row != self.rows:
             self.fail(f"has {row} rows where its footer says {self.rows}")
-
-    def _storage(self, kind: Any) -> Any:
-        # Ray writes arrays as an extension type of its own, known where Ray is.
-        if isinstance(kind, self._pa.BaseExtensionType):
-            return kind.storage_type
-        return kind
 
     def _lists(
         self, batch: Any, name: str, first: int, width: int | None = None

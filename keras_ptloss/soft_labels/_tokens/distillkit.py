@@ -208,7 +208,10 @@ def decompress(data: Any, config: dict[str, Any]) -> Any:
         return np.ascontiguousarray(data[:, offset - count : offset])
 
     def floats(count: int, dtype: str) -> Any:
-        return _floats(take(count * _SIZES[dtype]), dtype)
+        found = take(count * _SIZES[dtype])
+        if dtype == "bfloat16":  # the upper half of a float32
+            return (found.view("<u2").astype("<u4") << 16).view("<f4")
+        return found.view(f"<f{_SIZES[dtype]}")
 
     k, exact_k = config["k"], config["exact_k"]
     out = np.zeros((len(data), k))
@@ -236,9 +239,3 @@ def decompress(data: Any, config: dict[str, Any]) -> Any:
     if config.get("delta_encoding", True):
         out = np.cumsum(out, axis=-1)
     return out
-
-
-def _floats(data: Any, dtype: str) -> Any:
-    if dtype == "bfloat16":  # the upper half of a float32
-        return (data.view("<u2").astype("<u4") << 16).view("<f4")
-    return data.view(f"<f{_SIZES[dtype]}")
