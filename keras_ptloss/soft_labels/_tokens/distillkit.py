@@ -104,7 +104,10 @@ class ParquetLists:
         # Its writer leaves such where there is nothing.
         ids = np.where(np.isneginf(logs), PADDING, ids.astype("int64"))
         if compression is not None:
-            logs = self._within_one(logs)
+            # The polynomial may raise them above 1 in all.
+            over = np.maximum(np.exp(logs).sum(-1, keepdims=True), 1)
+            self.renormalised += int((over > 1).sum())
+            logs = logs - np.log(over)
         return Answer(where, sequence=sequence, ids=ids, logs=logs)
 
     def _numbers(self, column: Any, where: str) -> Any:
@@ -149,12 +152,6 @@ class ParquetLists:
             unpack(ids.astype("uint8"), bits, k),
             decompress(logs.astype("uint8"), compression),
         )
-
-    def _within_one(self, logs: Any) -> Any:
-        """Divide by their sum what the polynomial has raised above 1."""
-        over = np.maximum(np.exp(logs).sum(-1, keepdims=True), 1)
-        self.renormalised += int((over > 1).sum())
-        return logs - np.log(over)
 
 
 def _config(folder: Path) -> dict[str, Any]:
