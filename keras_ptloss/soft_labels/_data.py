@@ -240,10 +240,14 @@ def streamed(dataset: Any, start: int = 0) -> Iterator[tuple[int, Batch]]:
     them.
     """
     if isinstance(dataset, keras.utils.PyDataset):
-        return _numbered_pydataset(dataset, start)
-    if is_tf_dataset(dataset):
-        return numbered_batches(dataset.as_numpy_iterator())
-    return numbered_batches(elements(dataset))
+        yield from _numbered_pydataset(dataset, start)
+        return
+    tf = is_tf_dataset(dataset)
+    row = 0
+    for element in dataset.as_numpy_iterator() if tf else elements(dataset):
+        batch = keras.utils.unpack_x_y_sample_weight(element)
+        yield row, batch
+        row += length(batch[0])
 
 
 def all_fingerprints(dataset: Any) -> Any:
@@ -259,14 +263,6 @@ def wrong_length(found: int | str, expected: int) -> None:
     raise ValueError(
         f"`dataset` must hold {expected} examples. Received: {found} examples"
     )
-
-
-def numbered_batches(elements: Iterator[Any]) -> Iterator[tuple[int, Batch]]:
-    row = 0
-    for element in elements:
-        batch = keras.utils.unpack_x_y_sample_weight(element)
-        yield row, batch
-        row += length(batch[0])
 
 
 def _numbered_pydataset(
