@@ -94,7 +94,9 @@ def read_record(
             fail("path", wanted, str(directory))
         damaged(directory, f"its manifest's format is not {formats[-1]}")
     try:
-        fits = plausible(manifest)
+        off = manifest["total_variation"]
+        finite = all(0 <= off[name] < float("inf") for name in ("sum", "max"))
+        fits = finite and plausible(manifest)
     except (KeyError, TypeError, ValueError) as error:
         damaged(directory, f"its manifest is wrong ({error!r})")
     if not fits:
@@ -116,7 +118,6 @@ def _plausible(manifest: dict[str, Any]) -> bool:
     """Whether the numbers of a manifest fit together."""
     spec, (index, count) = spec_of(manifest), manifest["shard"]
     rows, names = manifest["rows"], spec.class_names
-    error, checksums = manifest["total_variation"], manifest["checksums"]
     known = len(names) if names else spec.num_classes
     classes = known or max(manifest["num_classes"], 2)
     counts = [index, count, *rows, manifest["num_classes"], manifest["stored"]]
@@ -127,9 +128,7 @@ def _plausible(manifest: dict[str, Any]) -> bool:
         and rows == shard_rows(spec, index, count)
         and manifest["num_classes"] == classes > (spec.top_k or 0)
         and 0 <= manifest["stored"] <= rows[1] - rows[0]
-        and 0 <= error["sum"] < float("inf")
-        and 0 <= error["max"] < float("inf")
-        and check_sums(checksums, formats_of(manifest))
+        and check_sums(manifest["checksums"], formats_of(manifest))
     )
 
 
