@@ -1,5 +1,6 @@
 """Write a trained student as the next version of a served model."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -206,15 +207,12 @@ def _check_format(format: str, preprocessor: Any) -> None:
 
 def _ends(model: Any) -> tuple[Any, Tensor]:
     """Return the student's inputs, in their structure, and its output."""
-    try:
+    outputs = None
+    with contextlib.suppress(AttributeError):  # subclassed, or not yet built
         if isinstance(model, keras.Sequential):
             inputs, outputs = model.inputs[0], model.outputs
         elif isinstance(model, keras.Model):
             inputs, outputs = model.input, keras.tree.flatten(model.output)
-        else:
-            outputs = None
-    except AttributeError:  # subclassed models, models not yet built
-        outputs = None
     if outputs is None:
         fail(
             "model",
@@ -253,11 +251,8 @@ def _check_class_names(class_names: Any, classes: int) -> list[str]:
     several = isinstance(class_names, Iterable)
     several &= not isinstance(class_names, str)
     names = list(class_names) if several else []
-    if (
-        len(names) != classes
-        or len(set(names)) != classes
-        or not all(isinstance(name, str) for name in names)
-    ):
+    texts = all(isinstance(name, str) for name in names)
+    if not texts or not len(names) == len(set(names)) == classes:
         fail("class_names", f"{classes} different strings", class_names)
     return names
 

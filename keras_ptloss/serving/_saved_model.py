@@ -80,19 +80,13 @@ def write_saved_model(
 
 def required_arguments(preprocessor: Callable[..., Any]) -> list[str]:
     """Return the names of the arguments that have no default."""
-    call = (
-        preprocessor.call
-        if isinstance(preprocessor, keras.layers.Layer)
-        else preprocessor
-    )
-    positional = (
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        inspect.Parameter.KEYWORD_ONLY,
-    )
+    if isinstance(preprocessor, keras.layers.Layer):
+        preprocessor = preprocessor.call
     return [
         name
-        for name, parameter in inspect.signature(call).parameters.items()
-        if parameter.default is parameter.empty and parameter.kind in positional
+        for name, p in inspect.signature(preprocessor).parameters.items()
+        if p.default is p.empty
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
 
 

@@ -65,13 +65,10 @@ def import_parquet(
     rows = np.where(found, rows, len(table.keys))
     with at_once(ShardWriter(path, spec, (0, 1))) as writer:
         for low in range(0, len(rows), _BATCH):
-            part = rows[low : low + _BATCH]
-            writer.append_encoded(
-                hashes[low : low + _BATCH],
-                {name: array[part] for name, array in arrays.items()},
-                table.num_classes,
-                distance[part],
-            )
+            some = slice(low, low + _BATCH)
+            part = data.take(arrays, rows[some])
+            off = distance[rows[some]]
+            writer.append_encoded(hashes[some], part, table.num_classes, off)
         writer.finish()
     return ImportReport(
         labels=SoftLabels.open(path),

@@ -183,11 +183,9 @@ class SoftLabels(StoredRows):
         """
         if not callable(teacher):
             fail("teacher", "a keras.Model or a callable", teacher)
-        run = (
-            teacher.predict_on_batch
-            if isinstance(teacher, keras.Model)
-            else teacher
-        )
+        run = teacher
+        if isinstance(teacher, keras.Model):
+            run = teacher.predict_on_batch
         check_count("batch_size", batch_size)
         check_choice("verbose", str(verbose), ("0", "1", "2"))
         dataset = data.as_dataset(dataset)

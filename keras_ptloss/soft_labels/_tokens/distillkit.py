@@ -124,11 +124,8 @@ class ParquetLists:
             self.fail(where, f"has {column.type}, not lists of lists")
         if column.null_count:
             self.fail(where, "has a null")
-        lengths = set(
-            self._pa.compute.list_value_length(column).to_numpy(
-                zero_copy_only=False
-            )
-        )
+        lengths = self._pa.compute.list_value_length(column)
+        lengths = set(lengths.to_numpy(zero_copy_only=False))
         if len(lengths) > 1:
             self.fail(
                 where, f"has lists of {sorted(map(int, lengths))} numbers"
