@@ -52,8 +52,7 @@ def attach(
         pairs = _Pairs(match, len(dataset), dataset[0])
         return dataset.map_with_index(pairs)
     if loaders.is_torch_loader(dataset):
-        pinned = dataset.pin_memory
-        return loaders.torch_pairs(dataset, batches, pin_memory=pinned)
+        return loaders.torch_pairs(dataset, batches)
     return loaders.grain_pairs(batches)
 
 

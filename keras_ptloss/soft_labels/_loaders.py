@@ -148,15 +148,12 @@ def grain_pairs(batches: Callable[[], Iterator[Any]]) -> Any:
     return Pairs()
 
 
-def torch_pairs(
-    dataset: Any, batches: Callable[[], Iterator[Any]], *, pin_memory: bool
-) -> Any:
+def torch_pairs(dataset: Any, batches: Callable[[], Iterator[Any]]) -> Any:
     """Make a `DataLoader` of what `batches` yields in each pass.
 
     Args:
         dataset: The loader whose batches they are, and whose workers load.
         batches: Yields them.
-        pin_memory: As in the other loader.
     """
     torch = sys.modules["torch"]
 
@@ -172,5 +169,5 @@ def torch_pairs(
     return torch.utils.data.DataLoader(
         SizedPairs() if sized else Pairs(),
         batch_size=None,
-        pin_memory=pin_memory,
+        pin_memory=dataset.pin_memory,
     )

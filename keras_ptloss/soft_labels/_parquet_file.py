@@ -220,7 +220,8 @@ class ParquetFile:
         else:
             with np.errstate(divide="ignore"):
                 tail = np.log(np.maximum(1 - mass, 0))
-        return encode_top_k(spec, num_classes, ids, logs, tail)
+        given = {"classes": ids, "log_values": logs, "log_tail": tail}
+        return encode_top_k(spec, num_classes, given)
 
     def _keys(self, column: Any, name: str, first: int) -> Any:
         """Fingerprints `(n,)` uint64, or ids as texts."""

@@ -201,15 +201,7 @@ class SoftLabels(StoredRows):
             )
             resumed = writer.stored
             for row, x, fingerprints in writer.missing(dataset, batch_size):
-                outputs = ask(
-                    run,
-                    x,
-                    row,
-                    num_classes=writer.num_classes,
-                    stored=writer.stored,
-                    from_logits=spec.from_logits,
-                )
-                writer.append(fingerprints, outputs)
+                writer.append(fingerprints, ask(run, x, row, writer))
                 bar.update(writer.stored - resumed)
             writer.finish()
 

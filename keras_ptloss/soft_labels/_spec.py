@@ -213,26 +213,20 @@ def encode_measured(
 
 
 def encode_top_k(
-    spec: SoftLabelSpec,
-    num_classes: int,
-    classes: Any,
-    log_values: Any,
-    log_tail: Any,
+    spec: SoftLabelSpec, num_classes: int, given: dict[str, Any]
 ) -> tuple[dict[str, Any], Any]:
     """The arrays of the k largest, without their full rows.
 
     Args:
         spec: Of the store.
         num_classes: C.
-        classes: `(n, k)` ints.
-        log_values: `(n, k)` float64, their log-probabilities.
-        log_tail: `(n,)` float64, log of the mass of the others.
+        given: `classes`, `(n, k)` ints; `log_values`, their log-probabilities,
+            and `log_tail`, `(n,)`, log of the mass of the others, float64.
 
     Returns:
         The arrays, and the total variation of their rows, `(n,)`.
     """
     formats = array_formats(spec, num_classes)
-    given = {"classes": classes, "log_values": log_values, "log_tail": log_tail}
     arrays = {n: a.astype(formats[n][0]) for n, a in given.items()}
     return arrays, log_distance(given, arrays)
 

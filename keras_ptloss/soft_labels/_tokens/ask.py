@@ -12,6 +12,7 @@ from keras_ptloss.losses._events import Events
 from keras_ptloss.losses._top_k import log_of_others
 from keras_ptloss.soft_labels._tokens.entries import tokens_of_entries
 from keras_ptloss.soft_labels._tokens.spec import TokenLabelSpec, Tokens
+from keras_ptloss.soft_labels._tokens.writer import TokenWriter
 
 Tensor = Any
 
@@ -101,29 +102,27 @@ def _check_shape(shape: tuple[int, ...], spec: TokenLabelSpec) -> None:
 def ask_tokens(
     run: Callable[[Tensor], Any],
     x: Tensor,
-    kept: Any,
-    spec: TokenLabelSpec,
-    *,
     row: int,
-    stored: int,
+    kept: Any,
+    writer: TokenWriter,
 ) -> tuple[Tokens, int]:
     """Call the teacher, and read what it says of the tokens that count.
 
     Args:
         run: What `asked` returned.
         x: A batch of inputs.
-        kept: `(batch, time)` bool, which tokens count.
-        spec: Of the store.
         row: Position of the first sequence in the data set.
-        stored: How many sequences are stored, for errors.
+        kept: `(batch, time)` bool, which tokens count.
+        writer: What its answer is for.
 
     Raises:
         RuntimeError: If the teacher raises.
         ValueError: If what it returns cannot be stored.
     """
+    spec = writer.spec
     where = (
-        f"on the sequences {row} to {row + len(kept) - 1}. The {stored} before"
-        " are stored: call again to go on"
+        f"on the sequences {row} to {row + len(kept) - 1}. The {writer.stored}"
+        " before are stored: call again to go on"
     )
     try:
         found = keras.tree.map_structure(ops.convert_to_numpy, run(x))

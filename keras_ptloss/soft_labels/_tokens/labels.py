@@ -173,9 +173,7 @@ class TokenLabels:
             )
             missing = writer.missing(dataset, sample_weight, batch_size)
             for row, x, batch in missing:
-                tokens, size = ask_tokens(
-                    run, x, batch.kept, spec, row=row, stored=writer.stored
-                )
+                tokens, size = ask_tokens(run, x, row, batch.kept, writer)
                 if writer.vocabulary_size not in (None, size):
                     raise ValueError(
                         f"The teacher returned {size} tokens where"
