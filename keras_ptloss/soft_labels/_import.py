@@ -119,7 +119,12 @@ def import_soft_labels(
         >>> print(report.labels[0].round(2))
         [0.8 0.2]
     """
-    _check_arguments(Path(path), spec, values, empty_rows)
+    check_choice("values", values, ("probabilities", "log_probabilities"))
+    check_choice("empty_rows", empty_rows, ("error", "uniform"))
+    if spec is not None:
+        check_spec(spec, SoftLabelSpec)
+    if shard_count(Path(path)) is not None:
+        refuse_old(Path(path))
     files = find_files(source)
     if files is not None:
         if values != "probabilities":
@@ -172,17 +177,6 @@ def import_soft_labels(
         ignored=tuple(sorted(reader.ignored)),
         failed=tuple(row.custom_id or row.where for row in failed),
     )
-
-
-def _check_arguments(
-    path: Path, spec: Any, values: Any, empty_rows: Any
-) -> None:
-    check_choice("values", values, ("probabilities", "log_probabilities"))
-    check_choice("empty_rows", empty_rows, ("error", "uniform"))
-    if spec is not None:
-        check_spec(spec, SoftLabelSpec)
-    if shard_count(path) is not None:
-        refuse_old(path)
 
 
 def _checked_ids(ids: Any) -> list[str] | None:

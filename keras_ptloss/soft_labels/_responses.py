@@ -111,7 +111,10 @@ def _of_list(items: list[Any]) -> list[Position] | None:
 def _of_logprobs(logprobs: Any) -> list[Position]:
     """Read what stands under the key `logprobs`."""
     if isinstance(logprobs, list):
-        return _need(_of_list(logprobs), logprobs)
+        found = _of_list(logprobs)
+        if found is None and logprobs:
+            raise RowProblem(f"has {logprobs!r} where tokens were expected")
+        return found or []
     if not isinstance(logprobs, dict):
         raise RowProblem(
             "has no log-probabilities (ask the API for `logprobs` and"
@@ -128,14 +131,8 @@ def _of_logprobs(logprobs: Any) -> list[Position]:
     if not isinstance(top, list):
         return [Position(_pairs(logprobs))]
     if any(isinstance(item, dict) and "token" in item for item in top):
-        return _need(_of_list(top), top)
+        return _of_list(top) or []
     return [Position(_pairs(item)) for item in top]
-
-
-def _need(found: list[Position] | None, value: list[Any]) -> list[Position]:
-    if found is None and value:
-        raise RowProblem(f"has {value!r} where tokens were expected")
-    return found or []
 
 
 def _completion(logprobs: dict[str, Any]) -> list[Position]:

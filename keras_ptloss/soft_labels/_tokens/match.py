@@ -82,6 +82,3 @@ class TokenMatcher(Matcher):
         """Shapes of targets and weights, of batches of unknown size."""
         shape = tuple(leaves(x_shapes)[0].shape)
         return (*shape, self._files.spec.top_k + 1, 2), shape
-
-    def finish(self, end: int) -> None:
-        """Any part of the stored sequences will do."""
