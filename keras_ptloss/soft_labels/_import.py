@@ -154,15 +154,7 @@ def import_soft_labels(
         _refuse_empty(reader, rows[int(np.argmax(empty))])
     dataset = data.as_dataset(dataset)
     spec = dataclasses.replace(spec, class_names=reader.names)
-    if data.is_streamed(dataset) and spec.num_examples is None:
-        spec = dataclasses.replace(spec, num_examples=len(table))
-    spec = with_num_examples(spec, dataset)
-    if spec.num_examples != len(table):
-        count = spec.num_examples
-        if ids is not None:
-            fail("ids", f"{count} ids, one an example", f"{len(table)} ids")
-        wanted = f"a file of {count} rows, one an example"
-        fail("source", wanted, f"{source}, {len(table)} rows")
+    spec = _with_count(spec, dataset, len(table), str(source), ids)
     with at_once(ShardWriter(Path(path), spec, (0, 1))) as writer:
         for first, _, hashes in writer.missing(dataset, _BATCH):
             block = table[first : first + len(hashes)]
@@ -177,6 +169,22 @@ def import_soft_labels(
         ignored=tuple(sorted(reader.ignored)),
         failed=tuple(row.custom_id or row.where for row in failed),
     )
+
+
+def _with_count(
+    spec: SoftLabelSpec, dataset: Any, rows: int, source: str, ids: Any
+) -> SoftLabelSpec:
+    """Complete the spec by the number of examples, which is that of rows."""
+    if data.is_streamed(dataset) and spec.num_examples is None:
+        return dataclasses.replace(spec, num_examples=rows)
+    spec = with_num_examples(spec, dataset)
+    count = spec.num_examples
+    if count != rows and ids is not None:
+        fail("ids", f"{count} ids, one an example", f"{rows} ids")
+    if count != rows:
+        wanted = f"a file of {count} rows, one an example"
+        fail("source", wanted, f"{source}, {rows} rows")
+    return spec
 
 
 def _checked_ids(ids: Any) -> list[str] | None:
