@@ -78,7 +78,6 @@ def invalid_row(outputs: Any, from_logits: bool) -> tuple[int, str] | None:
             (off, "probabilities that do not add up to 1" + hint),
         ]
     for wrong, what in checks:
-        rows = np.flatnonzero(wrong.any(-1))
-        if len(rows):
-            return int(rows[0]), what
+        if wrong.any():
+            return int(np.argmax(wrong.any(-1))), what
     return None

@@ -65,6 +65,15 @@ class ParquetFile:
             f" Received: {self.path}, which {problem}"
         )
 
+    def _refuse(
+        self, wrong: Any, first: int, what: str, values: Any = None
+    ) -> None:
+        """Fail for the first row that is wrong, and its first wrong value."""
+        if wrong.any():
+            row = np.argmax(wrong.reshape(len(wrong), -1).any(-1))
+            value = (wrong if values is None else values)[wrong][0]
+            self.fail(f"has {what.format(value)} in row {first + row}")
+
     @property
     def is_half(self) -> bool:
         kind = self.schema.field(self.kind).type
@@ -135,9 +144,7 @@ class ParquetFile:
         pa, column = self._pa, batch.column(name)
         if isinstance(column.type, pa.BaseExtensionType):
             column = column.storage
-        if column.null_count:
-            nulls = np.flatnonzero(column.is_null().to_numpy(False))
-            self.fail(f"has no {name} in row {first + nulls[0]}")
+        self._refuse(column.is_null().to_numpy(False), first, f"no {name}")
         if not hasattr(column.type, "value_type"):
             self.fail(f"has {column.type}, not lists, in the column {name}")
         lengths = pa.compute.list_value_length(column).to_numpy(False)
@@ -155,9 +162,8 @@ class ParquetFile:
         if not right(values.type):
             wanted = "integers" if whole else "floats"
             self.fail(f"has {values.type}, not {wanted}, in the column {name}")
-        if values.null_count:
-            nulls = np.flatnonzero(values.is_null().to_numpy(False))
-            self.fail(f"has a null in row {first + nulls[0] // width}")
+        nulls = values.is_null().to_numpy(False).reshape(-1, width)
+        self._refuse(nulls, first, "a null")
         numbers = values.to_numpy(zero_copy_only=False)
         dtype = "int64" if whole else "float64"
         return numbers.astype(dtype).reshape(-1, width)
@@ -177,10 +183,7 @@ class ParquetFile:
 
     def _check_logs(self, values: Any, first: int) -> None:
         wrong = np.isnan(values) | (values > ROUNDING)
-        if wrong.any():
-            row = int(np.argmax(wrong.any(-1)))
-            bad = values[row][wrong[row]][0]
-            self.fail(f"has a log-probability of {bad} in row {first + row}")
+        self._refuse(wrong, first, "a log-probability of {}", values)
 
     def _top(
         self, batch: Any, spec: SoftLabelSpec, num_classes: int, first: int
@@ -200,23 +203,16 @@ class ParquetFile:
                 found = ids[rows[0]].tolist()
                 self.fail(f"has {what} in row {first + rows[0]}, {found}")
         mass = np.exp(logs).sum(-1)
-        over = np.flatnonzero(mass > 1 + SUM_TOLERANCE)
-        if len(over):
-            self.fail(
-                f"has probabilities that add up to {mass[over[0]]:.6g} in row"
-                f" {first + over[0]}"
-            )
+        over = mass > 1 + SUM_TOLERANCE
+        self._refuse(over, first, "probabilities that add up to {:.6g}", mass)
         if "log_tail" in batch.schema.names:
             tail = batch.column("log_tail").to_numpy(zero_copy_only=False)
             tail = tail.astype("float64")
             self._check_logs(tail[:, None], first)
             whole = mass + np.exp(tail)
-            off = np.flatnonzero(np.abs(whole - 1) > SUM_TOLERANCE)
-            if len(off):
-                self.fail(
-                    "has probabilities that with their tail add up to"
-                    f" {whole[off[0]]:.6g} in row {first + off[0]}"
-                )
+            off = np.abs(whole - 1) > SUM_TOLERANCE
+            what = "probabilities that with their tail add up to {:.6g}"
+            self._refuse(off, first, what, whole)
         else:
             with np.errstate(divide="ignore"):
                 tail = np.log(np.maximum(1 - mass, 0))
@@ -226,9 +222,7 @@ class ParquetFile:
     def _keys(self, column: Any, name: str, first: int) -> Any:
         """Fingerprints `(n,)` uint64, or ids as texts."""
         pa, kinds = self._pa, self._pa.types
-        if column.null_count:
-            nulls = np.flatnonzero(column.is_null().to_numpy(False))
-            self.fail(f"has no {name} in row {first + nulls[0]}")
+        self._refuse(column.is_null().to_numpy(False), first, f"no {name}")
         kind = column.type
         if kinds.is_dictionary(kind):
             column = column.dictionary_decode()

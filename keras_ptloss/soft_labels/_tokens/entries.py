@@ -87,7 +87,6 @@ def _check(ids: Any, logs: Any, vocabulary_size: int, refuse: Refuse) -> None:
             "probabilities that with their tail (id -1) add up to {:.6g}",
         ),
     ):
-        rows = np.flatnonzero(wrong.any(-1))
-        if len(rows):
-            value = values[rows[0]][wrong[rows[0]]][0]
-            refuse(int(rows[0]), "has " + what.format(value))
+        if wrong.any():
+            value = values[wrong][0]
+            refuse(int(np.argmax(wrong.any(-1))), "has " + what.format(value))
