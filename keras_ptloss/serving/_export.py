@@ -273,17 +273,13 @@ def _import_for(format: str) -> None:
 def _signature(inputs: Any) -> Any:
     """Return the specification of the inputs, in their structure, named."""
     flat = keras.tree.flatten(inputs)
-    names = [
-        ("inputs" if len(flat) == 1 else f"inputs_{index}")
+    specs = []
+    for index, tensor in enumerate(flat):
+        name = tensor.name
         # Keras's own numbering differs from one process to the next.
-        if re.fullmatch(r"keras_tensor(_\d+)?", tensor.name)
-        else tensor.name
-        for index, tensor in enumerate(flat)
-    ]
-    specs = [
-        keras.InputSpec(
-            shape=(None, *tensor.shape[1:]), dtype=tensor.dtype, name=name
-        )
-        for tensor, name in zip(flat, names, strict=True)
-    ]
+        if re.fullmatch(r"keras_tensor(_\d+)?", name):
+            name = "inputs" if len(flat) == 1 else f"inputs_{index}"
+        shape = (None, *tensor.shape[1:])
+        spec = keras.InputSpec(shape=shape, dtype=tensor.dtype, name=name)
+        specs.append(spec)
     return keras.tree.pack_sequence_as(inputs, specs)

@@ -33,12 +33,10 @@ def is_grain_map(dataset: Any) -> bool:
 def is_loader(dataset: Any) -> bool:
     """Whether `dataset` is one of Grain's or PyTorch's that `fit` takes."""
     grain = sys.modules.get("grain")
-    return is_torch_loader(dataset) or (
-        grain is not None
-        and isinstance(
-            dataset, (grain.MapDataset, grain.IterDataset, grain.DataLoader)
-        )
-    )
+    if grain is None:
+        return is_torch_loader(dataset)
+    kinds = (grain.MapDataset, grain.IterDataset, grain.DataLoader)
+    return isinstance(dataset, kinds) or is_torch_loader(dataset)
 
 
 def check_finite(dataset: Any) -> None:
