@@ -246,11 +246,8 @@ class Reader:
             index = self._find(token)
             if index is None:
                 other += share
-            elif np.isnan(values[index]):
-                values[index] = share
-            else:
-                # " yes" and "Yes" are two tokens of one class.
-                values[index] += share
+            else:  # " yes" and "Yes" are two tokens of one class
+                values[index] = np.nansum([values[index], share])
         total = np.nansum(values) + other
         if total > 1 + SUM_TOLERANCE:
             raise RowProblem(
