@@ -32,7 +32,7 @@ def attach(
     if preprocessor is not None and not callable(preprocessor):
         fail("preprocessor", "a callable, or None", preprocessor)
     dataset = data.as_dataset(dataset)
-    if not is_tf_dataset(dataset):
+    if not is_tf_dataset(dataset):  # which maps it over its own tensors
         match.preprocessor = preprocessor
     if not data.is_streamed(dataset):
         return _AttachedArrays(
