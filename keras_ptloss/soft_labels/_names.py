@@ -46,14 +46,13 @@ class ClassNames:
         return any(joined.count(name) > 1 for name in names)
 
     def _unique(self, fold: Callable[[str], str]) -> dict[str, int]:
-        classes: dict[str, list[int]] = {}
-        for index, name in enumerate(self.names):
-            classes.setdefault(fold(name), []).append(index)
+        keys = [fold(name) for name in self.names]
+        counts = collections.Counter(keys)
         return {
-            key: indices[0]
-            for key, indices in classes.items()
+            key: index
+            for index, key in enumerate(keys)
             # A class of marks only is found by its exact name.
-            if len(indices) == 1 and (key or fold is str)
+            if counts[key] == 1 and (key or fold is str)
         }
 
 

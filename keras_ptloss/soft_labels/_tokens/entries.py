@@ -32,7 +32,10 @@ def tokens_of_entries(
     Raises:
         ValueError: By `refuse`, if a position is no part of a distribution.
     """
-    k, known, given = spec.top_k, ids >= 0, ids == REST
+    k = spec.top_k
+    wide = ((0, 0), (0, max(k - ids.shape[1], 0)))
+    ids = np.pad(ids, wide, constant_values=PADDING)
+    logs, known, given = np.pad(logs, wide), ids >= 0, ids == REST
     logs = np.where(known | given, logs, -np.inf).astype("float64")
     _check(ids, logs, int(spec.vocabulary_size or 0), refuse)
     logs = np.minimum(logs, 0.0)  # what rounding has added to 1
@@ -43,12 +46,6 @@ def tokens_of_entries(
         np.take_along_axis(rows, order, axis=-1)
         for rows in (ids, keys, known, np.where(given, logs, -np.inf))
     )
-    short = k - ids.shape[1]
-    if short > 0:
-        wide = ((0, 0), (0, short))
-        ids = np.pad(ids, wide, constant_values=PADDING)
-        keys = np.pad(keys, wide, constant_values=-np.inf)
-        known = np.pad(known, wide)
     with np.errstate(divide="ignore", invalid="ignore"):
         left = np.log(np.maximum(1 - np.exp(keys[:, :k]).sum(-1), 0))
         others = np.concatenate([keys[:, k:], mine], axis=-1)

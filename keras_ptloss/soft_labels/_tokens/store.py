@@ -86,8 +86,8 @@ class TokenFiles:
             "tokens": np.concatenate([[0], np.cumsum(self.counts)]),
             "kept": np.concatenate([[0], np.cumsum(-(-self.lengths // 8))]),
         }
-        ends = {unit: int(ends[-1]) for unit, ends in self._ends.items()}
-        if any(manifest["stored"][unit] != end for unit, end in ends.items()):
+        stored = manifest["stored"]
+        if any(stored[unit] != ends[-1] for unit, ends in self._ends.items()):
             _store.damaged(
                 directory, "lengths.npy and counts.npy contradict it"
             )
