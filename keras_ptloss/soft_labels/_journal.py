@@ -82,8 +82,8 @@ class Journal:
         self._made, self.resumes = False, True
         self.shard, self.spec = shard, spec
         # Empty until something is stored, or may be.
-        self._manifest: dict[str, Any] = {}
-        self._fingerprints: Any = np.empty(0, "<u8")
+        self.manifest: dict[str, Any] = {}
+        self.fingerprints: Any = np.empty(0, "<u8")
         self._files = contextlib.ExitStack()
         self.descriptors: dict[str, int] = {}
 
@@ -117,10 +117,10 @@ class Journal:
         # Under the lock: another import may just have finished.
         if not self.resumes and (self.directory / "manifest.json").exists():
             refuse_old(self._store)
-        self._manifest = self.read(self.directory) or {}
-        if not self._manifest:
+        self.manifest = self.read(self.directory) or {}
+        if not self.manifest:
             return
-        stored = read_spec(type(self.spec), self._manifest["spec"])
+        stored = read_spec(type(self.spec), self.manifest["spec"])
         for field in dataclasses.fields(self.spec):
             before, now = (getattr(s, field.name) for s in (stored, self.spec))
             if now != before:
@@ -130,7 +130,7 @@ class Journal:
                     " `path`)",
                     now,
                 )
-        self._fingerprints = self._stored_fingerprints()
+        self.fingerprints = self._stored_fingerprints()
         if not self.complete:
             self._open_files()
 
@@ -234,7 +234,7 @@ class Journal:
             os.fsync(file.fileno())
         os.replace(new, path)
         sync(self.directory)
-        self._manifest = manifest
+        self.manifest = manifest
 
     def count(self, stored: Any, distance: Any) -> None:
         """Put a manifest that counts what has been written.
@@ -243,13 +243,13 @@ class Journal:
             stored: How many rows there now are.
             distance: Total variation of the new ones from the teacher's.
         """
-        error = self._manifest["total_variation"]
+        error = self.manifest["total_variation"]
         error = {
             "sum": error["sum"] + float(distance.sum()),
             "max": float(max(error["max"], distance.max(initial=0.0))),
         }
         self.put_manifest(
-            {**self._manifest, "stored": stored, "total_variation": error}
+            {**self.manifest, "stored": stored, "total_variation": error}
         )
 
     def discard(self) -> None:
@@ -264,18 +264,18 @@ class Journal:
                 for name in OWN:
                     (self.directory / name).unlink(missing_ok=True)
                 self.directory.rmdir()
-        self._manifest = {}
+        self.manifest = {}
 
     def finish(self) -> None:
         """Add the checksums and give the directory its final name."""
-        if self.complete or not self._manifest:
+        if self.complete or not self.manifest:
             return
         with self.disk():
             self._close_files()
             checksums = {
                 name: checksum(self.path(name)) for name in self.descriptors
             }
-            self.put_manifest({**self._manifest, "checksums": checksums})
+            self.put_manifest({**self.manifest, "checksums": checksums})
             self.directory.rename(self._final)
             sync(self._store)
 

@@ -62,13 +62,13 @@ class ShardWriter(Journal):
     @property
     def stored(self) -> int:
         """How many rows of the shard are stored."""
-        return self._manifest.get("stored", 0)
+        return self.manifest.get("stored", 0)
 
     @property
     def num_classes(self) -> int | None:
         """The number of classes, as far as known."""
-        if self._manifest:
-            return int(self._manifest["num_classes"])
+        if self.manifest:
+            return int(self.manifest["num_classes"])
         names = self.spec.class_names
         return len(names) if names else self.spec.num_classes
 
@@ -106,7 +106,7 @@ class ShardWriter(Journal):
 
     def _open_files(self) -> None:
         rows = self.stop - self.start
-        for name, form in _store.formats_of(self._manifest).items():
+        for name, form in _store.formats_of(self.manifest).items():
             array = _store.map_array(self.directory, name, form, rows, None)
             self._offsets[name] = array.offset
             self.open_file(name)
@@ -130,7 +130,7 @@ class ShardWriter(Journal):
             if known:
                 rows = np.arange(first, first + known)
                 data.check_differing(
-                    self._fingerprints, found[:known], rows, row
+                    self.fingerprints, found[:known], rows, row
                 )
             if known < len(found):
                 x = data.take(x, slice(known, None))
@@ -140,7 +140,7 @@ class ShardWriter(Journal):
         """Store the next rows, `(n, C)` float64."""
         num_classes = outputs.shape[1]
         self._check_top_k(num_classes)
-        logs = not self._manifest or _store.has_logs(self._manifest)
+        logs = not self.manifest or _store.has_logs(self.manifest)
         encoded, distance = encode_measured(self.spec, outputs, logs=logs)
         self.append_encoded(hashes, encoded, num_classes, distance)
 
@@ -161,7 +161,7 @@ class ShardWriter(Journal):
         """
         self._check_top_k(num_classes)
         with self.disk():
-            if not self._manifest:
+            if not self.manifest:
                 self._create(num_classes)
             for name, rows in {**encoded, "fingerprints": hashes}.items():
                 offset = self._offsets[name]

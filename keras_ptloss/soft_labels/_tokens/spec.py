@@ -135,9 +135,10 @@ def encode_tokens(
             "log_values": logs.astype("<f2"),
             "log_tail": tokens.log_tail.astype("<f2"),
         }
+    given = {"log_values": tokens.log_values, "log_tail": tokens.log_tail}
     given, read = (
         {**rows, "log_values": np.where(absent, -np.inf, rows["log_values"])}
-        for rows in (tokens._asdict(), arrays)
+        for rows in (given, arrays)
     )
     return arrays, log_distance(given, read)
 

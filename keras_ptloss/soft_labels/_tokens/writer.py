@@ -63,13 +63,13 @@ class TokenWriter(Journal):
     @property
     def stored(self) -> int:
         """How many sequences are stored."""
-        return self._manifest["stored"]["sequences"] if self._manifest else 0
+        return self.manifest["stored"]["sequences"] if self.manifest else 0
 
     @property
     def vocabulary_size(self) -> int | None:
         """The number of ids, as far as known."""
-        if self._manifest:
-            return int(self._manifest["vocabulary_size"])
+        if self.manifest:
+            return int(self.manifest["vocabulary_size"])
         return self.spec.vocabulary_size
 
     def _stored_fingerprints(self) -> Any:
@@ -82,7 +82,7 @@ class TokenWriter(Journal):
         return found
 
     def _open_files(self) -> None:
-        for arrays in formats_of(self._manifest).values():
+        for arrays in formats_of(self.manifest).values():
             for name in arrays:
                 self.open_file(name)
 
@@ -99,7 +99,7 @@ class TokenWriter(Journal):
             found = token_fingerprints(sequences)
             end = row + len(found)
             known = max(0, min(len(found), self.stored - row))
-            wrong = self._fingerprints[row : row + known] != found[:known]
+            wrong = self.fingerprints[row : row + known] != found[:known]
             if wrong.any():
                 raise ValueError(
                     "`dataset` must hold the stored sequences first, in their"
@@ -143,9 +143,9 @@ class TokenWriter(Journal):
             "kept": {"kept": np.concatenate(bits)},
         }
         with self.disk():
-            if not self._manifest:
+            if not self.manifest:
                 self._create(vocabulary_size)
-            stored = dict(self._manifest["stored"])
+            stored = dict(self.manifest["stored"])
             for unit, named in arrays.items():
                 for name, rows in named.items():
                     size = rows.dtype.itemsize * int(np.prod(rows.shape[1:]))
@@ -174,9 +174,9 @@ class TokenWriter(Journal):
 
     def _close_files(self) -> None:
         """Cut what is not counted, and write the headers."""
-        for unit, arrays in formats_of(self._manifest).items():
+        for unit, arrays in formats_of(self.manifest).items():
             for name, (dtype, columns) in arrays.items():
-                rows = self._manifest["stored"][unit]
+                rows = self.manifest["stored"][unit]
                 shape = (rows,) if columns is None else (rows, columns)
                 size = np.dtype(dtype).itemsize * int(np.prod(shape))
                 os.ftruncate(self.descriptors[name], _HEADER + size)
