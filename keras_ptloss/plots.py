@@ -6,11 +6,11 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._checks import (
-    SUM_TOLERANCE,
     check_constant_epsilon,
     check_count,
     check_labels,
     fail,
+    on_simplex,
 )
 from keras_ptloss.losses._pt_loss import pt_loss
 from keras_ptloss.metrics._calibration import confidence_bins
@@ -377,12 +377,7 @@ def _diagonal(ax: Axes) -> None:
 
 def _probabilities(argument: str, rows: Any) -> np.ndarray:
     array = np.asarray(rows)
-    if (
-        array.ndim != 2
-        or 0 in array.shape
-        or not np.all(array >= 0)
-        or not np.allclose(array.sum(axis=1), 1.0, atol=SUM_TOLERANCE)
-    ):
+    if array.ndim != 2 or 0 in array.shape or not on_simplex(array).all():
         fail(argument, "probabilities, (examples, classes), not logits", rows)
     return array
 

@@ -1,5 +1,6 @@
 """Write a trained student as the next version of a served model."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -30,12 +31,6 @@ _NEEDS = {
     "tf_saved_model": {"tensorflow": "tensorflow", "jax": "tensorflow"},
     "litert": {"tensorflow": "tensorflow"},
     "onnx": {"tensorflow": "tf2onnx", "jax": "jax2onnx"},
-}
-# The extra of setup.cfg that brings it.
-_EXTRAS = {
-    "tensorflow": "tensorflow",
-    "tf2onnx": "export",
-    "jax2onnx": "export",
 }
 _FILES = {"litert": "model.tflite", "onnx": "model.onnx"}
 
@@ -212,15 +207,12 @@ def _check_format(format: str, preprocessor: Any) -> None:
 
 def _ends(model: Any) -> tuple[Any, Tensor]:
     """Return the student's inputs, in their structure, and its output."""
-    try:
+    outputs = None
+    with contextlib.suppress(AttributeError):  # subclassed, or not yet built
         if isinstance(model, keras.Sequential):
             inputs, outputs = model.inputs[0], model.outputs
         elif isinstance(model, keras.Model):
             inputs, outputs = model.input, keras.tree.flatten(model.output)
-        else:
-            outputs = None
-    except AttributeError:  # subclassed models, models not yet built
-        outputs = None
     if outputs is None:
         fail(
             "model",
@@ -259,41 +251,35 @@ def _check_class_names(class_names: Any, classes: int) -> list[str]:
     several = isinstance(class_names, Iterable)
     several &= not isinstance(class_names, str)
     names = list(class_names) if several else []
-    if (
-        len(names) != classes
-        or len(set(names)) != classes
-        or not all(isinstance(name, str) for name in names)
-    ):
+    texts = all(isinstance(name, str) for name in names)
+    if not texts or not len(names) == len(set(names)) == classes:
         fail("class_names", f"{classes} different strings", class_names)
     return names
 
 
-def _import_for(format: str) -> Any:
+def _import_for(format: str) -> None:
     """Import what writes the format; say what to install if it is missing."""
     package = _NEEDS[format][keras.backend.backend()]
+    extra = "tensorflow" if package == "tensorflow" else "export"
     try:
-        return importlib.import_module(package)
+        importlib.import_module(package)
     except ImportError as error:
         raise ImportError(
             f"format={format!r} with the {keras.backend.backend()} backend "
-            f"needs {package}: pip install 'keras_ptloss[{_EXTRAS[package]}]'"
+            f"needs {package}: pip install 'keras_ptloss[{extra}]'"
         ) from error
 
 
 def _signature(inputs: Any) -> Any:
     """Return the specification of the inputs, in their structure, named."""
     flat = keras.tree.flatten(inputs)
-    names = [
-        ("inputs" if len(flat) == 1 else f"inputs_{index}")
+    specs = []
+    for index, tensor in enumerate(flat):
+        name = tensor.name
         # Keras's own numbering differs from one process to the next.
-        if re.fullmatch(r"keras_tensor(_\d+)?", tensor.name)
-        else tensor.name
-        for index, tensor in enumerate(flat)
-    ]
-    specs = [
-        keras.InputSpec(
-            shape=(None, *tensor.shape[1:]), dtype=tensor.dtype, name=name
-        )
-        for tensor, name in zip(flat, names, strict=True)
-    ]
+        if re.fullmatch(r"keras_tensor(_\d+)?", name):
+            name = "inputs" if len(flat) == 1 else f"inputs_{index}"
+        shape = (None, *tensor.shape[1:])
+        spec = keras.InputSpec(shape=shape, dtype=tensor.dtype, name=name)
+        specs.append(spec)
     return keras.tree.pack_sequence_as(inputs, specs)

@@ -5,9 +5,9 @@ to know of them to do so (that a length is within a table of positions, that
 halves of an image fit when they are doubled again) is found here by trying.
 """
 
+import itertools
 import re
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -60,12 +60,13 @@ def with_free_sizes(student: Any, signature: Any) -> Any:
             if comparison is None or comparison in constraints:
                 break
             constraints.append(comparison)
+    lines = filter(None, str(first).splitlines())
     raise ValueError(
         "`model` must have inputs of fixed size, but for the batch, where JAX "
         "cannot leave it free: fix it by keras.Input(shape=...), or export "
         "with KERAS_BACKEND=tensorflow. Received: inputs of shape "
         + ", ".join(f"{name} {shape}" for name, shape in _free_axes(signature))
-        + f"; JAX says: {_first_lines(first)}"
+        + f"; JAX says: {' '.join(itertools.islice(lines, 2))}"
     ) from first
 
 
@@ -117,8 +118,3 @@ def _comparison(error: Exception) -> str | None:
         str(error),
     )
     return " ".join(found.groups()) if found else None
-
-
-def _first_lines(error: Exception | None) -> str:
-    lines: Iterator[str] = filter(None, str(error).splitlines())
-    return " ".join(line for line, _ in zip(lines, range(2), strict=False))

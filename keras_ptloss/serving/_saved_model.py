@@ -35,7 +35,11 @@ def write_saved_model(
 
     # Keras makes the student a TensorFlow function. It goes through an archive
     # of its own, since every endpoint of the one that is written is served.
-    predict = _tensorflow_function(student, signature)
+    if keras.backend.backend() == "jax":
+        predict = with_free_sizes(student, signature)
+    else:
+        own = keras.export.ExportArchive()
+        predict = own.track_and_add_endpoint("serve", student, [signature])
     specs = keras.tree.map_structure(
         lambda spec: tf.TensorSpec(spec.shape, spec.dtype, name=spec.name),
         signature,
@@ -47,29 +51,21 @@ def write_saved_model(
             outputs["class_name"] = tf.gather(class_names, outputs["label"])
         return outputs
 
-    if preprocessor is None:
-        serve = tf.function(answer, input_signature=[specs], autograph=False)
-    else:
+    function, taken = answer, specs
+    if preprocessor is not None:
+        names = required_arguments(preprocessor)
+        taken = {
+            name: tf.TensorSpec((None,), tf.string, name=name) for name in names
+        }
+        if len(names) == 1:  # then also a single tensor, as Keras calls layers
+            taken = taken[names[0]]
 
-        def from_strings(texts: dict[str, Any]) -> dict[str, Any]:
+        def from_strings(inputs: Any) -> dict[str, Any]:
+            texts = {names[0]: inputs} if len(names) == 1 else inputs
             return answer(_fit_to(specs, preprocessor(**texts)))
 
-        texts = {
-            name: tf.TensorSpec((None,), tf.string, name=name)
-            for name in required_arguments(preprocessor)
-        }
-        if len(texts) == 1:  # then also a single tensor, as Keras calls layers
-            [(name, text)] = texts.items()
-            serve = tf.function(
-                lambda inputs: from_strings({name: inputs}),
-                input_signature=[text],
-                autograph=False,
-            )
-        else:
-            serve = tf.function(
-                from_strings, input_signature=[texts], autograph=False
-            )
-
+        function = from_strings
+    serve = tf.function(function, input_signature=[taken], autograph=False)
     serve.get_concrete_function()  # traced, and layers built, before tracking
     archive = keras.export.ExportArchive()
     if keras.backend.backend() == "tensorflow":
@@ -82,29 +78,15 @@ def write_saved_model(
         for_older_readers(path)
 
 
-def _tensorflow_function(student: Any, signature: Any) -> Any:
-    """Make the student a TensorFlow function of its inputs."""
-    if keras.backend.backend() != "jax":
-        archive = keras.export.ExportArchive()
-        return archive.track_and_add_endpoint("serve", student, [signature])
-    return with_free_sizes(student, signature)
-
-
 def required_arguments(preprocessor: Callable[..., Any]) -> list[str]:
     """Return the names of the arguments that have no default."""
-    call = (
-        preprocessor.call
-        if isinstance(preprocessor, keras.layers.Layer)
-        else preprocessor
-    )
-    positional = (
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        inspect.Parameter.KEYWORD_ONLY,
-    )
+    if isinstance(preprocessor, keras.layers.Layer):
+        preprocessor = preprocessor.call
     return [
         name
-        for name, parameter in inspect.signature(call).parameters.items()
-        if parameter.default is parameter.empty and parameter.kind in positional
+        for name, p in inspect.signature(preprocessor).parameters.items()
+        if p.default is p.empty
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
 
 

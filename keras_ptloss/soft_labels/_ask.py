@@ -3,24 +3,19 @@
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import numpy as np
 
+from keras_ptloss._backend import as_array
 from keras_ptloss._binary import two_events
 from keras_ptloss._checks import SUM_TOLERANCE
 from keras_ptloss.soft_labels._data import length
+from keras_ptloss.soft_labels._writer import ShardWriter
 
 Tensor = Any
 
 
 def ask(
-    run: Callable[[Tensor], Tensor],
-    x: Tensor,
-    row: int,
-    *,
-    num_classes: int | None,
-    stored: int,
-    from_logits: bool,
+    run: Callable[[Tensor], Tensor], x: Tensor, row: int, writer: ShardWriter
 ) -> Any:
     """Call the teacher and check what it returns.
 
@@ -28,9 +23,7 @@ def ask(
         run: The teacher.
         x: A batch of inputs.
         row: Position of its first example in the data set.
-        num_classes: How many classes there have to be; None if unknown.
-        stored: How many rows are stored already, for errors.
-        from_logits: Whether logits are expected.
+        writer: What its answer is for.
 
     Returns:
         `(batch, C)` float64, C at least 2.
@@ -39,21 +32,18 @@ def ask(
         RuntimeError: If the teacher raises.
         ValueError: If what it returns cannot be stored.
     """
-    count = length(x)
+    count, from_logits = length(x), writer.spec.from_logits
     where = (
-        f"on the examples {row} to {row + count - 1}. The {stored} rows before"
-        " are stored: call again to go on"
+        f"on the examples {row} to {row + count - 1}. The {writer.stored} rows"
+        " before are stored: call again to go on"
     )
     try:
-        outputs = run(x)
-        if keras.ops.is_tensor(outputs):
-            outputs = keras.ops.convert_to_numpy(outputs)
-        outputs = np.asarray(outputs)
+        outputs = as_array(run(x))
     except Exception as error:
         raise RuntimeError(
             f"The teacher failed {where}: {type(error).__name__}: {error}"
         ) from error
-    problem = _problem(outputs, count, num_classes)
+    problem = _problem(outputs, count, writer.num_classes)
     if problem is None:
         rows = two_events(outputs.astype("float64"), from_logits=from_logits)
         found = invalid_row(rows, from_logits)
@@ -88,7 +78,6 @@ def invalid_row(outputs: Any, from_logits: bool) -> tuple[int, str] | None:
             (off, "probabilities that do not add up to 1" + hint),
         ]
     for wrong, what in checks:
-        rows = np.flatnonzero(wrong.any(-1))
-        if len(rows):
-            return int(rows[0]), what
+        if wrong.any():
+            return int(np.argmax(wrong.any(-1))), what
     return None

@@ -9,21 +9,8 @@ import keras
 import numpy as np
 
 from keras_ptloss._checks import check_count, check_flag, fail
-from keras_ptloss.soft_labels._data import (
-    as_dataset,
-    check_size,
-    is_streamed,
-    length,
-    streamed,
-    take,
-    wrong_length,
-)
-from keras_ptloss.soft_labels._loaders import (
-    grain_pairs,
-    is_grain_map,
-    is_torch_loader,
-    torch_pairs,
-)
+from keras_ptloss.soft_labels import _data as data
+from keras_ptloss.soft_labels import _loaders as loaders
 from keras_ptloss.soft_labels._match import Matcher
 from keras_ptloss.soft_labels._tf_data import is_tf_dataset, with_targets
 
@@ -44,34 +31,29 @@ def attach(
     shuffle = check_flag("shuffle", shuffle)
     if preprocessor is not None and not callable(preprocessor):
         fail("preprocessor", "a callable, or None", preprocessor)
-    dataset = as_dataset(dataset)
-    if not is_streamed(dataset):
+    dataset = data.as_dataset(dataset)
+    if not is_tf_dataset(dataset):  # which maps it over its own tensors
+        match.preprocessor = preprocessor
+    if not data.is_streamed(dataset):
         return _AttachedArrays(
             match,
             dataset,
             batch_size=batch_size,
             order=np.random.default_rng(seed) if shuffle else None,
-            preprocessor=preprocessor,
         )
     if shuffle:
         fail("shuffle", "False where the data set has its own order", shuffle)
+    batches = functools.partial(_pairs, match, dataset)
     if is_tf_dataset(dataset):
-        return with_targets(
-            dataset,
-            functools.partial(_pairs, match, dataset),
-            match.shapes,
-            preprocessor,
-        )
+        return with_targets(dataset, batches, match.shapes, preprocessor)
     if isinstance(dataset, keras.utils.PyDataset):
-        return _AttachedBatches(match, dataset, preprocessor)
-    if is_grain_map(dataset):
-        pairs = _Pairs(match, len(dataset), dataset[0], preprocessor)
+        return _AttachedBatches(match, dataset)
+    if loaders.is_grain_map(dataset):
+        pairs = _Pairs(match, len(dataset), dataset[0])
         return dataset.map_with_index(pairs)
-    batches = functools.partial(_pairs, match, dataset, preprocessor)
-    if is_torch_loader(dataset):
-        pinned = dataset.pin_memory
-        return torch_pairs(dataset, batches, pin_memory=pinned)
-    return grain_pairs(batches)
+    if loaders.is_torch_loader(dataset):
+        return loaders.torch_pairs(dataset, batches)
+    return loaders.grain_pairs(batches)
 
 
 def _check_index(index: int, count: int) -> None:
@@ -90,22 +72,15 @@ class _AttachedArrays(keras.utils.PyDataset):
         *,
         batch_size: int,
         order: np.random.Generator | None,
-        preprocessor: Callable[[Tensor], Tensor] | None,
     ) -> None:
         super().__init__()
-        match.finish(length(x))
-        # Hashed piece by piece: texts and copies of views stay small.
-        step = 4096
+        match.finish(data.length(x))
         self._rows = np.concatenate(
-            [
-                match(take(x, slice(first, first + step)), first)
-                for first in range(0, length(x), step)
-            ]
+            [match(part, first) for first, part in data.pieces(x)]
         )
         self._match, self._x = match, x
-        self._batch_size, self._preprocessor = batch_size, preprocessor
-        self._generator = order
-        self._order = np.arange(length(x))
+        self._batch_size, self._generator = batch_size, order
+        self._order = np.arange(data.length(x))
         self.on_epoch_end()
 
     def on_epoch_end(self) -> None:
@@ -119,11 +94,8 @@ class _AttachedArrays(keras.utils.PyDataset):
         _check_index(index, len(self))
         low = index * self._batch_size
         chosen = self._order[low : low + self._batch_size]
-        x = take(self._x, chosen)
-        targets, weight = self._match.targets(self._rows[chosen], x, None)
-        if self._preprocessor is not None:
-            x = self._preprocessor(x)
-        return x, targets, *(() if weight is None else (weight,))
+        x = data.take(self._x, chosen)
+        return self._match.batch(self._rows[chosen], x, None)
 
 
 class _Pairs:
@@ -133,58 +105,39 @@ class _Pairs:
         match: Finds the rows.
         count: How many batches there are.
         first: The first of them.
-        preprocessor: Called on the inputs, after the check.
     """
 
-    def __init__(
-        self,
-        match: Matcher,
-        count: int,
-        first: Any,
-        preprocessor: Callable[[Tensor], Tensor] | None,
-    ) -> None:
-        self._match, self._preprocessor = match, preprocessor
-        self.num_batches = count
+    def __init__(self, match: Matcher, count: int, first: Any) -> None:
+        self._match, self.num_batches = match, count
         batch = keras.utils.unpack_x_y_sample_weight(first)
-        self._size = length(batch[0])
+        self._size = data.length(batch[0])
         if match.rows is not None:
             total = len(match.rows)
             if count != math.ceil(total / self._size):
-                wrong_length(f"{count} batches of {self._size}", total)
+                data.wrong_length(f"{count} batches of {self._size}", total)
         self(0, first)
 
     def __call__(self, index: int, element: Any) -> tuple[Any, ...]:
         x, _, weight = keras.utils.unpack_x_y_sample_weight(element)
         first = index * self._size
         if self._match.rows is not None:
-            check_size(length(x), self._size, index, self.num_batches)
+            data.check_size(data.length(x), self._size, index, self.num_batches)
             if index == self.num_batches - 1:
-                self._match.finish(first + length(x))
-        rows = self._match(x, first)
-        targets, weight = self._match.targets(rows, x, weight)
-        if self._preprocessor is not None:
-            x = self._preprocessor(x)
-        return x, targets, *(() if weight is None else (weight,))
+                self._match.finish(first + data.length(x))
+        return self._match.batch(self._match(x, first), x, weight)
 
 
 class _AttachedBatches(keras.utils.PyDataset):
     """A `PyDataset` with its targets replaced by the stored rows."""
 
-    def __init__(
-        self,
-        match: Matcher,
-        dataset: keras.utils.PyDataset,
-        preprocessor: Callable[[Tensor], Tensor] | None,
-    ) -> None:
+    def __init__(self, match: Matcher, dataset: keras.utils.PyDataset) -> None:
         super().__init__(
             workers=dataset.workers,
             use_multiprocessing=dataset.use_multiprocessing,
             max_queue_size=dataset.max_queue_size,
         )
         self._dataset = dataset
-        self._pair = _Pairs(
-            match, dataset.num_batches, dataset[0], preprocessor
-        )
+        self._pair = _Pairs(match, dataset.num_batches, dataset[0])
 
     @property
     def num_batches(self) -> int:
@@ -201,17 +154,10 @@ class _AttachedBatches(keras.utils.PyDataset):
         return self._pair(index, self._dataset[index])
 
 
-def _pairs(
-    match: Matcher,
-    dataset: Any,
-    preprocessor: Callable[[Tensor], Tensor] | None = None,
-) -> Iterator[tuple[Any, ...]]:
+def _pairs(match: Matcher, dataset: Any) -> Iterator[tuple[Any, ...]]:
     """Yield the batches of a stream with their stored rows."""
     end = 0
-    for first, (x, _, weight) in streamed(dataset):
-        end = first + length(x)
-        targets, weight = match.targets(match(x, first), x, weight)
-        if preprocessor is not None:
-            x = preprocessor(x)
-        yield keras.utils.pack_x_y_sample_weight(x, targets, weight)
+    for first, (x, _, weight) in data.streamed(dataset):
+        end = first + data.length(x)
+        yield match.batch(match(x, first), x, weight)
     match.finish(end)

@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_ptloss._backend import as_array
 from keras_ptloss._checks import fail
 from keras_ptloss.soft_labels._loaders import (
     Source,
@@ -25,8 +26,6 @@ from keras_ptloss.soft_labels._tf_data import is_infinite, is_tf_dataset
 Tensor = Any
 # (inputs, targets, sample weights); the last two are None where absent.
 Batch = tuple[Tensor, Tensor, Tensor]
-# Examples hashed at a time.
-_PIECE = 4096
 
 
 def is_streamed(dataset: Any) -> bool:
@@ -77,9 +76,7 @@ def _list_dtype(items: list[Any]) -> Any:
 def _as_array(leaf: Tensor) -> Any:
     if isinstance(leaf, (np.ndarray, Source)):
         return leaf
-    if keras.ops.is_tensor(leaf):
-        return keras.ops.convert_to_numpy(leaf)
-    return np.asarray(leaf)
+    return as_array(leaf)
 
 
 def length(x: Tensor) -> int:
@@ -208,8 +205,7 @@ def batches(
     if not is_streamed(dataset):
         if length(dataset) != total:
             wrong_length(length(dataset), total)
-        for row in range(start, stop, batch_size):
-            yield row, take(dataset, slice(row, min(row + batch_size, stop)))
+        yield from pieces(dataset, batch_size, start, stop)
         return
     end = start
     for row, batch in streamed(dataset, start):
@@ -225,6 +221,18 @@ def batches(
         wrong_length(end, total)
 
 
+def pieces(
+    x: Tensor, size: int = 4096, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield `(first position, part)` of arrays.
+
+    So hashed, texts and copies of views stay small.
+    """
+    stop = length(x) if stop is None else stop
+    for row in range(start, stop, size):
+        yield row, take(x, slice(row, min(row + size, stop)))
+
+
 def streamed(dataset: Any, start: int = 0) -> Iterator[tuple[int, Batch]]:
     """Yield `(first position, batch)` of what comes in batches of its own.
 
@@ -232,10 +240,14 @@ def streamed(dataset: Any, start: int = 0) -> Iterator[tuple[int, Batch]]:
     them.
     """
     if isinstance(dataset, keras.utils.PyDataset):
-        return _numbered_pydataset(dataset, start)
-    if is_tf_dataset(dataset):
-        return numbered_batches(dataset.as_numpy_iterator())
-    return numbered_batches(elements(dataset))
+        yield from _numbered_pydataset(dataset, start)
+        return
+    tf = is_tf_dataset(dataset)
+    row = 0
+    for element in dataset.as_numpy_iterator() if tf else elements(dataset):
+        batch = keras.utils.unpack_x_y_sample_weight(element)
+        yield row, batch
+        row += length(batch[0])
 
 
 def all_fingerprints(dataset: Any) -> Any:
@@ -243,11 +255,7 @@ def all_fingerprints(dataset: Any) -> Any:
     if is_streamed(dataset):
         found = [fingerprint(batch[0]) for _, batch in streamed(dataset)]
     else:
-        # Piece by piece: texts and copies of views stay small.
-        found = [
-            fingerprint(take(dataset, slice(low, low + _PIECE)))
-            for low in range(0, length(dataset), _PIECE)
-        ]
+        found = [fingerprint(x) for _, x in pieces(dataset)]
     return np.concatenate(found)
 
 
@@ -255,14 +263,6 @@ def wrong_length(found: int | str, expected: int) -> None:
     raise ValueError(
         f"`dataset` must hold {expected} examples. Received: {found} examples"
     )
-
-
-def numbered_batches(elements: Iterator[Any]) -> Iterator[tuple[int, Batch]]:
-    row = 0
-    for element in elements:
-        batch = keras.utils.unpack_x_y_sample_weight(element)
-        yield row, batch
-        row += length(batch[0])
 
 
 def _numbered_pydataset(

@@ -5,7 +5,6 @@ returns the log-probabilities of its likeliest tokens only. Such rows are
 repaired, and a report tells how many.
 """
 
-import collections
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from keras_ptloss._checks import check_choice, fail
 from keras_ptloss.soft_labels import _data as data
 from keras_ptloss.soft_labels._import_parquet import import_parquet
 from keras_ptloss.soft_labels._journal import at_once, refuse_old
-from keras_ptloss.soft_labels._names import shorten
+from keras_ptloss.soft_labels._names import repeated, shorten
 from keras_ptloss.soft_labels._numbers import ROUNDING
 from keras_ptloss.soft_labels._parquet_table import find_files
 from keras_ptloss.soft_labels._readers import Reader, Row
@@ -120,7 +119,12 @@ def import_soft_labels(
         >>> print(report.labels[0].round(2))
         [0.8 0.2]
     """
-    _check_arguments(Path(path), spec, values, empty_rows)
+    check_choice("values", values, ("probabilities", "log_probabilities"))
+    check_choice("empty_rows", empty_rows, ("error", "uniform"))
+    if spec is not None:
+        check_spec(spec, SoftLabelSpec)
+    if shard_count(Path(path)) is not None:
+        refuse_old(Path(path))
     files = find_files(source)
     if files is not None:
         if values != "probabilities":
@@ -150,11 +154,7 @@ def import_soft_labels(
         _refuse_empty(reader, rows[int(np.argmax(empty))])
     dataset = data.as_dataset(dataset)
     spec = dataclasses.replace(spec, class_names=reader.names)
-    if data.is_streamed(dataset) and spec.num_examples is None:
-        spec = dataclasses.replace(spec, num_examples=len(table))
-    spec = with_num_examples(spec, dataset)
-    if spec.num_examples != len(table):
-        _refuse_length(spec.num_examples, len(table), str(source), ids)
+    spec = _with_count(spec, dataset, len(table), str(source), ids)
     with at_once(ShardWriter(Path(path), spec, (0, 1))) as writer:
         for first, _, hashes in writer.missing(dataset, _BATCH):
             block = table[first : first + len(hashes)]
@@ -171,27 +171,20 @@ def import_soft_labels(
     )
 
 
-def _check_arguments(
-    path: Path, spec: Any, values: Any, empty_rows: Any
-) -> None:
-    check_choice("values", values, ("probabilities", "log_probabilities"))
-    check_choice("empty_rows", empty_rows, ("error", "uniform"))
-    if spec is not None:
-        check_spec(spec, SoftLabelSpec)
-    if shard_count(path) is not None:
-        refuse_old(path)
-
-
-def _refuse_length(
-    examples: int | None, rows: int, source: str, ids: Any
-) -> NoReturn:
-    if ids is not None:
-        fail("ids", f"{examples} ids, one an example", f"{rows} ids")
-    fail(
-        "source",
-        f"a file of {examples} rows, one an example",
-        f"{source}, {rows} rows",
-    )
+def _with_count(
+    spec: SoftLabelSpec, dataset: Any, rows: int, source: str, ids: Any
+) -> SoftLabelSpec:
+    """Complete the spec by the number of examples, which is that of rows."""
+    if data.is_streamed(dataset) and spec.num_examples is None:
+        return dataclasses.replace(spec, num_examples=rows)
+    spec = with_num_examples(spec, dataset)
+    count = spec.num_examples
+    if count != rows and ids is not None:
+        fail("ids", f"{count} ids, one an example", f"{rows} ids")
+    if count != rows:
+        wanted = f"a file of {count} rows, one an example"
+        fail("source", wanted, f"{source}, {rows} rows")
+    return spec
 
 
 def _checked_ids(ids: Any) -> list[str] | None:
@@ -201,8 +194,7 @@ def _checked_ids(ids: Any) -> list[str] | None:
         fail("ids", "a sequence of ids, one an example", ids)
     # APIs give texts back, whatever the request had.
     found = [str(name) for name in ids]
-    twice = _repeated(found)
-    if twice:
+    if twice := repeated(found):
         wanted = f"different: {shorten(twice)} stands twice"
         fail("ids", wanted, f"{len(found)} ids")
     return found
@@ -248,11 +240,6 @@ def _ordered(reader: Reader, ids: list[str] | None) -> list[Row]:
     return [by_id[name] for name in ids]
 
 
-def _repeated(names: Sequence[str]) -> list[str]:
-    counts = collections.Counter(names)
-    return [name for name, count in counts.items() if count > 1]
-
-
 def _refuse_failed(failed: list[Row], source: str) -> NoReturn:
     names = shorten(row.custom_id or row.where for row in failed)
     raise ValueError(
@@ -275,7 +262,11 @@ def _repair(
     rows: list[Row], names: tuple[str, ...] | None
 ) -> tuple[Any, Any, Any, Any]:
     """Fill and renormalise rows; also say which were, and which are empty."""
-    table = _table(rows, names)
+    widths = [len(row.values) for row in rows if row.values is not None]
+    failed = np.full(len(names) if names else widths[0], np.nan)
+    table = np.stack(
+        [failed if row.values is None else row.values for row in rows]
+    ).astype("float32")
     other = np.array([row.other for row in rows])
     most = np.array([row.most for row in rows])
     missing = np.isnan(table)
@@ -289,12 +280,3 @@ def _repair(
     full[empty], sums[empty] = 1, table.shape[1]
     filled = missing.any(-1) & ~empty
     return full / sums[:, None], filled, renormalised, empty
-
-
-def _table(rows: list[Row], names: tuple[str, ...] | None) -> Any:
-    """Stack the rows, NaN for those that failed."""
-    widths = [len(row.values) for row in rows if row.values is not None]
-    missing = np.full(len(names) if names else widths[0], np.nan)
-    return np.stack(
-        [missing if row.values is None else row.values for row in rows]
-    ).astype("float32")

@@ -9,6 +9,7 @@ import numpy as np
 from keras_ptloss._checks import fail
 from keras_ptloss.soft_labels import _data as data
 from keras_ptloss.soft_labels._journal import at_once
+from keras_ptloss.soft_labels._match import Contents
 from keras_ptloss.soft_labels._names import shorten
 from keras_ptloss.soft_labels._parquet_table import Table, read_table
 from keras_ptloss.soft_labels._report import ImportReport
@@ -47,7 +48,8 @@ def import_parquet(
     if ids is not None and len(ids) != len(hashes):
         fail("ids", f"{len(hashes)} ids, one an example", f"{len(ids)} ids")
     wanted = hashes if ids is None else np.array(ids, dtype=object)
-    rows, found = _find(table.keys, wanted)
+    rows = Contents(table.keys).nearest(wanted)
+    found = table.keys[rows] == wanted
     names = ids or [f"example {row}" for row in range(len(hashes))]
     missing = tuple(names[row] for row in np.flatnonzero(~found))
     if missing and (not uniform or not found.any()):
@@ -63,13 +65,10 @@ def import_parquet(
     rows = np.where(found, rows, len(table.keys))
     with at_once(ShardWriter(path, spec, (0, 1))) as writer:
         for low in range(0, len(rows), _BATCH):
-            part = rows[low : low + _BATCH]
-            writer.append_encoded(
-                hashes[low : low + _BATCH],
-                {name: array[part] for name, array in arrays.items()},
-                table.num_classes,
-                distance[part],
-            )
+            some = slice(low, low + _BATCH)
+            part = data.take(arrays, rows[some])
+            off = distance[rows[some]]
+            writer.append_encoded(hashes[some], part, table.num_classes, off)
         writer.finish()
     return ImportReport(
         labels=SoftLabels.open(path),
@@ -82,14 +81,6 @@ def import_parquet(
         duplicates=table.duplicates,
         foreign=len(table.keys) - len(np.unique(rows[found])),
     )
-
-
-def _find(keys: Any, wanted: Any) -> tuple[Any, Any]:
-    """Return the row of each key that is wanted, and whether there is one."""
-    sorter = np.argsort(keys, kind="stable")
-    place = np.searchsorted(keys[sorter], wanted)
-    rows = sorter[np.minimum(place, len(keys) - 1)]
-    return rows, keys[rows] == wanted
 
 
 def _with_uniform_row(table: Table) -> dict[str, Any]:

@@ -1,15 +1,18 @@
 """What all writers of stores share: files whose writing may be cut anywhere."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn, Self, TextIO, TypeVar
 
+import numpy as np
+
 from keras_ptloss._checks import fail
+from keras_ptloss.soft_labels._spec import read_spec
 from keras_ptloss.soft_labels._store import (
     checksum,
     manifest_checksum,
@@ -52,31 +55,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def with_error(before: dict[str, float], distance: Any) -> dict[str, float]:
-    """Add rows' total variation from the teacher's to what is counted.
-
-    Args:
-        before: Its `sum` and `max` so far.
-        distance: That of the next rows, `(n,)`.
-    """
-    return {
-        "sum": before["sum"] + float(distance.sum()),
-        "max": float(max(before["max"], distance.max(initial=0.0))),
-    }
-
-
-def check_same(spec: Any, stored: Any, fields: list[str]) -> None:
-    """Require of a spec what the stored rows were written with."""
-    for field in fields:
-        before, now = getattr(stored, field), getattr(spec, field)
-        if now != before:
-            fail(
-                field,
-                f"{before!r} as in the stored rows (or choose another `path`)",
-                now,
-            )
-
-
 class Journal:
     """Writes one shard's directory, one process at a time.
 
@@ -85,20 +63,27 @@ class Journal:
     trusted. The finished directory gets its final name last. Where an error
     comes before the first row, nothing is left behind.
 
-    Subclasses read what is there (`_resume`), and write.
+    Subclasses say what the files are, and write.
 
     Args:
         store: Directory of the store.
         shard: Index and count.
-        rows: What is counted, for errors.
+        spec: What is stored.
     """
 
-    def __init__(self, store: Path, shard: tuple[int, int], rows: str) -> None:
+    # Of subclasses: what is counted, for errors; and the function that returns
+    # the manifest in a directory, or None.
+    rows: str
+    read: Any
+
+    def __init__(self, store: Path, shard: tuple[int, int], spec: Any) -> None:
         self._store, self._final = store, shard_path(store, shard)
         self._lock_path = self._final.with_name(self._final.name + ".lock")
         self._made, self.resumes = False, True
-        self.shard, self._rows = shard, rows
-        self._manifest: dict[str, Any] | None = None
+        self.shard, self.spec = shard, spec
+        # Empty until something is stored, or may be.
+        self.manifest: dict[str, Any] = {}
+        self.fingerprints: Any = np.empty(0, "<u8")
         self._files = contextlib.ExitStack()
         self.descriptors: dict[str, int] = {}
 
@@ -106,30 +91,21 @@ class Journal:
         try:
             self._lock()
             self._find()
-            self._check_new()
             self._resume()
         except BaseException:
             self._files.close()
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if error is not None and not self.complete and not self.stored:
-            self._leave_nothing()
+            # Nothing is left of it; the directory is, if it was there.
+            self.discard()
+            self._lock_path.unlink(missing_ok=True)
+            if self._made:
+                with contextlib.suppress(OSError):  # others write there
+                    self._store.rmdir()
         self._files.close()
-
-    def _leave_nothing(self) -> None:
-        """Remove what holds no row; the directory, unless it was there."""
-        self.discard()
-        self._lock_path.unlink(missing_ok=True)
-        if self._made:
-            with contextlib.suppress(OSError):  # others write there
-                self._store.rmdir()
 
     @property
     def stored(self) -> int:
@@ -137,7 +113,33 @@ class Journal:
         raise NotImplementedError
 
     def _resume(self) -> None:
-        """Read the manifest and what else there is of an earlier call."""
+        """Read what there is of an earlier call, and require the same spec."""
+        # Under the lock: another import may just have finished.
+        if not self.resumes and (self.directory / "manifest.json").exists():
+            refuse_old(self._store)
+        self.manifest = self.read(self.directory) or {}
+        if not self.manifest:
+            return
+        stored = read_spec(type(self.spec), self.manifest["spec"])
+        for field in dataclasses.fields(self.spec):
+            before, now = (getattr(s, field.name) for s in (stored, self.spec))
+            if now != before:
+                fail(
+                    field.name,
+                    f"{before!r} as in the stored rows (or choose another"
+                    " `path`)",
+                    now,
+                )
+        self.fingerprints = self._stored_fingerprints()
+        if not self.complete:
+            self._open_files()
+
+    def _stored_fingerprints(self) -> Any:
+        """Those that the manifest counts."""
+        raise NotImplementedError
+
+    def _open_files(self) -> None:
+        """Open the files of all arrays by `open_file`."""
         raise NotImplementedError
 
     def _lock(self) -> None:
@@ -183,12 +185,6 @@ class Journal:
         self.directory.mkdir(exist_ok=True)
         sync(self._store)
 
-    def _check_new(self) -> None:
-        # Under the lock: another import may just have finished.
-        begun = (self.directory / "manifest.json").exists()
-        if begun and not self.resumes:
-            refuse_old(self._store)
-
     @property
     def complete(self) -> bool:
         """Whether the directory has its final name."""
@@ -203,7 +199,7 @@ class Journal:
             raise OSError(
                 error.errno,
                 f"{error.strerror or error}, writing to {self._final}. The"
-                f" {self.stored} {self._rows} that are stored stay good: make"
+                f" {self.stored} {self.rows} that are stored stay good: make"
                 " room and call again to go on",
             ) from error
 
@@ -238,7 +234,23 @@ class Journal:
             os.fsync(file.fileno())
         os.replace(new, path)
         sync(self.directory)
-        self._manifest = manifest
+        self.manifest = manifest
+
+    def count(self, stored: Any, distance: Any) -> None:
+        """Put a manifest that counts what has been written.
+
+        Args:
+            stored: How many rows there now are.
+            distance: Total variation of the new ones from the teacher's.
+        """
+        error = self.manifest["total_variation"]
+        error = {
+            "sum": error["sum"] + float(distance.sum()),
+            "max": float(max(error["max"], distance.max(initial=0.0))),
+        }
+        self.put_manifest(
+            {**self.manifest, "stored": stored, "total_variation": error}
+        )
 
     def discard(self) -> None:
         """Remove what is written of a shard that is not complete.
@@ -252,18 +264,18 @@ class Journal:
                 for name in OWN:
                     (self.directory / name).unlink(missing_ok=True)
                 self.directory.rmdir()
-        self._manifest = None
+        self.manifest = {}
 
     def finish(self) -> None:
         """Add the checksums and give the directory its final name."""
-        if self.complete or self._manifest is None:
+        if self.complete or not self.manifest:
             return
         with self.disk():
             self._close_files()
             checksums = {
                 name: checksum(self.path(name)) for name in self.descriptors
             }
-            self.put_manifest({**self._manifest, "checksums": checksums})
+            self.put_manifest({**self.manifest, "checksums": checksums})
             self.directory.rename(self._final)
             sync(self._store)
 

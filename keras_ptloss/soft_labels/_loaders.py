@@ -33,12 +33,10 @@ def is_grain_map(dataset: Any) -> bool:
 def is_loader(dataset: Any) -> bool:
     """Whether `dataset` is one of Grain's or PyTorch's that `fit` takes."""
     grain = sys.modules.get("grain")
-    return is_torch_loader(dataset) or (
-        grain is not None
-        and isinstance(
-            dataset, (grain.MapDataset, grain.IterDataset, grain.DataLoader)
-        )
-    )
+    if grain is None:
+        return is_torch_loader(dataset)
+    kinds = (grain.MapDataset, grain.IterDataset, grain.DataLoader)
+    return isinstance(dataset, kinds) or is_torch_loader(dataset)
 
 
 def check_finite(dataset: Any) -> None:
@@ -148,15 +146,12 @@ def grain_pairs(batches: Callable[[], Iterator[Any]]) -> Any:
     return Pairs()
 
 
-def torch_pairs(
-    dataset: Any, batches: Callable[[], Iterator[Any]], *, pin_memory: bool
-) -> Any:
+def torch_pairs(dataset: Any, batches: Callable[[], Iterator[Any]]) -> Any:
     """Make a `DataLoader` of what `batches` yields in each pass.
 
     Args:
         dataset: The loader whose batches they are, and whose workers load.
         batches: Yields them.
-        pin_memory: As in the other loader.
     """
     torch = sys.modules["torch"]
 
@@ -172,5 +167,5 @@ def torch_pairs(
     return torch.utils.data.DataLoader(
         SizedPairs() if sized else Pairs(),
         batch_size=None,
-        pin_memory=pin_memory,
+        pin_memory=dataset.pin_memory,
     )

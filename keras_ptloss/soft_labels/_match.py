@@ -1,7 +1,9 @@
 """The stored rows of the examples at hand, proven to be theirs."""
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
+import keras
 import numpy as np
 
 from keras_ptloss._checks import fail
@@ -14,20 +16,8 @@ from keras_ptloss.soft_labels._data import (
 Tensor = Any
 
 
-class Stored(Protocol):
-    """What is read of `SoftLabels` here."""
-
-    fingerprints: Any
-    shape: tuple[int, ...]
-    ordered: bool
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Any) -> Any: ...
-
-
 class Contents:
-    """Stored rows, by their fingerprints."""
+    """Stored rows, by their fingerprints (or ids)."""
 
     def __init__(self, stored: Any) -> None:
         self._sorter = np.argsort(stored, kind="stable")
@@ -40,9 +30,18 @@ class Contents:
 
 
 class Matcher:
-    """Finds the stored rows of examples and checks that they are theirs."""
+    """Finds the stored rows of examples and checks that they are theirs.
 
-    def __init__(self, labels: Stored, ids: Any) -> None:
+    Args:
+        labels: `SoftLabels`, or what has their fingerprints, order and shape,
+            and is read like them.
+        ids: As in `SoftLabels.attach`.
+    """
+
+    # Called on the inputs of a batch, after the check.
+    preprocessor: Callable[[Tensor], Tensor] | None = None
+
+    def __init__(self, labels: Any, ids: Any) -> None:
         self.labels = labels
         self.stored = labels.fingerprints
         # Rows in the order of the data set; None: found by content.
@@ -71,6 +70,13 @@ class Matcher:
             rows = self._contents.nearest(found)
         check_differing(self.stored, found, rows, first)
         return rows
+
+    def batch(self, rows: Any, x: Tensor, weight: Any) -> tuple[Any, ...]:
+        """Return what `fit` takes of a batch that is checked; see `targets`."""
+        targets, weight = self.targets(rows, x, weight)
+        if self.preprocessor is not None:
+            x = self.preprocessor(x)
+        return keras.utils.pack_x_y_sample_weight(x, targets, weight)
 
     def targets(self, rows: Any, x: Tensor, weight: Any) -> tuple[Any, Any]:
         """Return what `fit` takes beside a batch: targets, sample weights.

@@ -1,5 +1,6 @@
 """The one rule by which tokens, JSON keys and CSV columns name classes."""
 
+import collections
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -45,14 +46,13 @@ class ClassNames:
         return any(joined.count(name) > 1 for name in names)
 
     def _unique(self, fold: Callable[[str], str]) -> dict[str, int]:
-        classes: dict[str, list[int]] = {}
-        for index, name in enumerate(self.names):
-            classes.setdefault(fold(name), []).append(index)
+        keys = [fold(name) for name in self.names]
+        counts = collections.Counter(keys)
         return {
-            key: indices[0]
-            for key, indices in classes.items()
+            key: index
+            for index, key in enumerate(keys)
             # A class of marks only is found by its exact name.
-            if len(indices) == 1 and (key or fold is str)
+            if counts[key] == 1 and (key or fold is str)
         }
 
 
@@ -71,3 +71,9 @@ def shorten(items: Iterable[str], limit: int = 8) -> str:
     shown = [repr(item) for item in items]
     more = len(shown) - limit
     return ", ".join(shown[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """Names that occur more than once, in the order of the first."""
+    counts = collections.Counter(names)
+    return [name for name, count in counts.items() if count > 1]

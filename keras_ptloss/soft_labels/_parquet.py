@@ -17,9 +17,9 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from keras_ptloss.soft_labels._spec import (
     read_spec,
     top_k_of,
 )
-from keras_ptloss.soft_labels._store import checksum
+from keras_ptloss.soft_labels._store import checksum, is_of_the_machine
 
 # Key of the spec in a file's metadata, and its format.
 KEY = b"keras_ptloss.soft_labels"
@@ -58,6 +58,18 @@ def import_pyarrow() -> Any:
             "Parquet needs pyarrow: pip install 'keras_ptloss[parquet]'"
         ) from error
     return pyarrow
+
+
+def read_batches(
+    file: Any, size: int, columns: list[str], fail: Callable[[str], NoReturn]
+) -> Iterator[Any]:
+    """Yield a Parquet file's batches; `fail` says what is damaged."""
+    try:
+        yield from file.iter_batches(size, columns=columns)
+    except (OSError, import_pyarrow().ArrowException) as error:
+        if is_of_the_machine(error):
+            raise
+        fail(f"is damaged ({error})")
 
 
 def read_metadata(stored: bytes | None) -> dict[str, Any] | None:
@@ -100,13 +112,11 @@ def check_files(files: list[Path]) -> None:
         except (ValueError, RecursionError) as error:
             fail("path", f"JSON ({error})", str(record))
         if not isinstance(known, dict):
-            fail(
-                "path", "an object of JSON, from file to checksum", str(record)
-            )
+            wanted = "an object of JSON, from file to checksum"
+            fail("path", wanted, str(record))
         for path in files:
-            if path.parent != folder:
-                continue
-            if known.get(path.name) != checksum(path):
+            mine = path.parent == folder
+            if mine and known.get(path.name) != checksum(path):
                 fail(
                     "path",
                     "an intact file, but its checksum is not that in"
@@ -186,21 +196,16 @@ def write_parquet(
         },
     }
     step = group_rows(labels.spec.top_k or labels.shape[1])
+    schema = _table(pa, labels, rows[:1], names).schema
+    schema = schema.with_metadata({KEY: json.dumps(values).encode()})
     with new_directory(directory) as folder:
         for number, low in enumerate(range(0, len(rows), rows_per_file)):
             part = rows[low : low + rows_per_file]
-            groups = [part[i : i + step] for i in range(0, len(part), step)]
             path = folder / f"part-{number:05d}.parquet"
-            with contextlib.ExitStack() as stack:
-                writer = None
-                for group in groups:
-                    table = _table(pa, labels, group, names)
-                    if writer is None:
-                        schema = table.schema.with_metadata(
-                            {KEY: json.dumps(values).encode()}
-                        )
-                        writer = stack.enter_context(_writer(pa, path, schema))
-                    writer.write_table(table.cast(schema))
+            with _writer(pa, path, schema) as writer:
+                for i in range(0, len(part), step):
+                    group = _table(pa, labels, part[i : i + step], names)
+                    writer.write_table(group.cast(schema))
         record = {path.name: checksum(path) for path in folder.iterdir()}
         (folder / CHECKSUMS).write_text(json.dumps(record, indent=1), "utf-8")
     return len(rows)

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from keras_ptloss._binary import two_events
-from keras_ptloss._checks import SUM_TOLERANCE, fail
+from keras_ptloss._checks import SUM_TOLERANCE
 from keras_ptloss.soft_labels._ask import invalid_row
 from keras_ptloss.soft_labels._names import shorten
 from keras_ptloss.soft_labels._numbers import ROUNDING
@@ -16,14 +16,13 @@ from keras_ptloss.soft_labels._parquet import (
     KEY,
     TOP,
     group_rows,
+    read_batches,
     read_metadata,
 )
 from keras_ptloss.soft_labels._spec import (
     SoftLabelSpec,
-    decode,
-    encode,
+    encode_measured,
     encode_top_k,
-    probabilities_of,
 )
 from keras_ptloss.soft_labels._store import is_of_the_machine
 
@@ -59,17 +58,28 @@ class ParquetFile:
             )
         (self.kind,) = kinds
 
-    def fail(self, problem: str) -> Any:
+    def fail(self, problem: str) -> NoReturn:
         """Raise the error for this file."""
         raise ValueError(
             "`path` must be intact Parquet files of one distribution a row."
             f" Received: {self.path}, which {problem}"
         )
 
+    def _refuse(
+        self, wrong: Any, first: int, what: str, values: Any = None
+    ) -> None:
+        """Fail for the first row that is wrong, and its first wrong value."""
+        if wrong.any():
+            row = np.argmax(wrong.reshape(len(wrong), -1).any(-1))
+            value = (wrong if values is None else values)[wrong][0]
+            self.fail(f"has {what.format(value)} in row {first + row}")
+
     @property
     def is_half(self) -> bool:
         kind = self.schema.field(self.kind).type
-        inner = getattr(self._storage(kind), "value_type", kind)
+        # Ray writes arrays as an extension type of its own, known where Ray is.
+        kind = getattr(kind, "storage_type", kind)
+        inner = getattr(kind, "value_type", kind)
         return bool(self._pa.types.is_float16(inner))
 
     @property
@@ -96,21 +106,20 @@ class ParquetFile:
 
     def width(self) -> int:
         """How many numbers a list has."""
-        for batch in self._batches([self.kind], 1):
+        for batch in read_batches(self._file, 1, [self.kind], self.fail):
             if len(batch):
                 return int(self._lists(batch, self.kind, 0).shape[1])
-        return self.fail("has no rows")
+        self.fail("has no rows")
 
     def parts(
         self, key: str, spec: SoftLabelSpec, num_classes: int, width: int
     ) -> Iterator[tuple[Any, dict[str, Any], Any, Any]]:
         """Yield keys, encoded arrays, distances and what was renormalised."""
         columns = [key, *(TOP if self.kind == TOP[0] else (self.kind,))]
-        tail = self.kind == TOP[0] and "log_tail" in self.schema.names
-        row = 0
-        for batch in self._batches(
-            columns + ["log_tail"] * tail, group_rows(width)
-        ):
+        if self.kind == TOP[0] and "log_tail" in self.schema.names:
+            columns.append("log_tail")
+        row, size = 0, group_rows(width)
+        for batch in read_batches(self._file, size, columns, self.fail):
             if not len(batch):
                 continue
             keys = self._keys(batch.column(key), key, row)
@@ -120,36 +129,13 @@ class ParquetFile:
             else:
                 values = self._lists(batch, self.kind, row, width)
                 values = self._rows(values, row)
-                arrays = encode(spec, values)
-                given = probabilities_of(values, spec.from_logits)
-                with np.errstate(invalid="ignore"):
-                    read = decode(spec, arrays, num_classes)
-                if not np.isfinite(read).all():
-                    fail(
-                        "dtype", "'float32' for outputs so extreme", spec.dtype
-                    )
-                read = probabilities_of(read, spec.from_logits)
-                distance = 0.5 * np.abs(read - given).sum(-1)
+                arrays, distance = encode_measured(spec, values)
                 off = np.abs(values.sum(-1) - 1) > ROUNDING
                 renormalised = off & (self.kind != "logits")
             yield keys, arrays, distance, renormalised
             row += len(batch)
         if row != self.rows:
             self.fail(f"has {row} rows where its footer says {self.rows}")
-
-    def _batches(self, columns: list[str], size: int) -> Iterator[Any]:
-        try:
-            yield from self._file.iter_batches(size, columns=columns)
-        except (OSError, self._pa.ArrowException) as error:
-            if is_of_the_machine(error):
-                raise
-            self.fail(f"is damaged ({error})")
-
-    def _storage(self, kind: Any) -> Any:
-        # Ray writes arrays as an extension type of its own, known where Ray is.
-        if isinstance(kind, self._pa.BaseExtensionType):
-            return kind.storage_type
-        return kind
 
     def _lists(
         self, batch: Any, name: str, first: int, width: int | None = None
@@ -158,9 +144,7 @@ class ParquetFile:
         pa, column = self._pa, batch.column(name)
         if isinstance(column.type, pa.BaseExtensionType):
             column = column.storage
-        if column.null_count:
-            nulls = np.flatnonzero(column.is_null().to_numpy(False))
-            self.fail(f"has no {name} in row {first + nulls[0]}")
+        self._refuse(column.is_null().to_numpy(False), first, f"no {name}")
         if not hasattr(column.type, "value_type"):
             self.fail(f"has {column.type}, not lists, in the column {name}")
         lengths = pa.compute.list_value_length(column).to_numpy(False)
@@ -178,9 +162,8 @@ class ParquetFile:
         if not right(values.type):
             wanted = "integers" if whole else "floats"
             self.fail(f"has {values.type}, not {wanted}, in the column {name}")
-        if values.null_count:
-            nulls = np.flatnonzero(values.is_null().to_numpy(False))
-            self.fail(f"has a null in row {first + nulls[0] // width}")
+        nulls = values.is_null().to_numpy(False).reshape(-1, width)
+        self._refuse(nulls, first, "a null")
         numbers = values.to_numpy(zero_copy_only=False)
         dtype = "int64" if whole else "float64"
         return numbers.astype(dtype).reshape(-1, width)
@@ -200,10 +183,7 @@ class ParquetFile:
 
     def _check_logs(self, values: Any, first: int) -> None:
         wrong = np.isnan(values) | (values > ROUNDING)
-        if wrong.any():
-            row = int(np.argmax(wrong.any(-1)))
-            bad = values[row][wrong[row]][0]
-            self.fail(f"has a log-probability of {bad} in row {first + row}")
+        self._refuse(wrong, first, "a log-probability of {}", values)
 
     def _top(
         self, batch: Any, spec: SoftLabelSpec, num_classes: int, first: int
@@ -223,34 +203,26 @@ class ParquetFile:
                 found = ids[rows[0]].tolist()
                 self.fail(f"has {what} in row {first + rows[0]}, {found}")
         mass = np.exp(logs).sum(-1)
-        over = np.flatnonzero(mass > 1 + SUM_TOLERANCE)
-        if len(over):
-            self.fail(
-                f"has probabilities that add up to {mass[over[0]]:.6g} in row"
-                f" {first + over[0]}"
-            )
+        over = mass > 1 + SUM_TOLERANCE
+        self._refuse(over, first, "probabilities that add up to {:.6g}", mass)
         if "log_tail" in batch.schema.names:
             tail = batch.column("log_tail").to_numpy(zero_copy_only=False)
             tail = tail.astype("float64")
             self._check_logs(tail[:, None], first)
             whole = mass + np.exp(tail)
-            off = np.flatnonzero(np.abs(whole - 1) > SUM_TOLERANCE)
-            if len(off):
-                self.fail(
-                    "has probabilities that with their tail add up to"
-                    f" {whole[off[0]]:.6g} in row {first + off[0]}"
-                )
+            off = np.abs(whole - 1) > SUM_TOLERANCE
+            what = "probabilities that with their tail add up to {:.6g}"
+            self._refuse(off, first, what, whole)
         else:
             with np.errstate(divide="ignore"):
                 tail = np.log(np.maximum(1 - mass, 0))
-        return encode_top_k(spec, num_classes, ids, logs, tail)
+        given = {"classes": ids, "log_values": logs, "log_tail": tail}
+        return encode_top_k(spec, num_classes, given)
 
     def _keys(self, column: Any, name: str, first: int) -> Any:
         """Fingerprints `(n,)` uint64, or ids as texts."""
         pa, kinds = self._pa, self._pa.types
-        if column.null_count:
-            nulls = np.flatnonzero(column.is_null().to_numpy(False))
-            self.fail(f"has no {name} in row {first + nulls[0]}")
+        self._refuse(column.is_null().to_numpy(False), first, f"no {name}")
         kind = column.type
         if kinds.is_dictionary(kind):
             column = column.dictionary_decode()

@@ -1,15 +1,18 @@
 """Parquet files of teacher outputs as one table in memory."""
 
 import dataclasses
+import functools
 import glob
 import os
 import warnings
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 
 from keras_ptloss._checks import fail
+from keras_ptloss.soft_labels._data import take
 from keras_ptloss.soft_labels._parquet import (
     check_files,
     first_of_each,
@@ -73,7 +76,7 @@ class Table:
             self.keys,
             self.spec,
             self.num_classes,
-            lambda rows: {k: a[rows] for k, a in self.arrays.items()},
+            functools.partial(take, self.arrays),
             self.source,
         )
         if len(kept) == len(self.keys):
@@ -81,7 +84,7 @@ class Table:
         return dataclasses.replace(
             self,
             spec=dataclasses.replace(self.spec, num_examples=len(kept)),
-            arrays={k: a[kept] for k, a in self.arrays.items()},
+            arrays=take(self.arrays, kept),
             keys=self.keys[kept],
             distance=self.distance[kept],
             renormalised=self.renormalised[kept],
@@ -136,18 +139,17 @@ def read_table(
         for file in opened
         for part in file.parts(key, spec, num_classes, width)
     ]
-    keys, arrays, distance, renormalised = zip(*parts, strict=True)
+    keys, arrays, distance, renormalised = keras.tree.map_structure(
+        lambda *pieces: np.concatenate(pieces), *parts
+    )
     return Table(
         source=source,
         spec=spec,
         num_classes=num_classes,
-        arrays={
-            name: np.concatenate([part[name] for part in arrays])
-            for name in arrays[0]
-        },
-        keys=np.concatenate(keys),
-        distance=np.concatenate(distance),
-        renormalised=np.concatenate(renormalised),
+        arrays=arrays,
+        keys=keys,
+        distance=distance,
+        renormalised=renormalised,
         ignored=tuple(sorted(first.other_columns)),
         total_variation=metadata["total_variation"] if metadata else None,
     ).without_duplicates()
@@ -219,8 +221,8 @@ class MemoryShard:
     start = 0
 
     def __init__(self, table: Table) -> None:
-        self.stop = len(table.keys)
-        self.arrays = {**table.arrays, "fingerprints": table.keys}
+        self.stop, self.fingerprints = len(table.keys), table.keys
+        self.read = functools.partial(take, table.arrays)
         self.manifest = {
             "spec": dataclasses.asdict(table.spec),
             "num_classes": table.num_classes,
@@ -229,12 +231,4 @@ class MemoryShard:
                 "sum": float(table.distance.sum()),
                 "max": float(table.distance.max()),
             },
-        }
-
-    def read(self, rows: Any) -> dict[str, Any]:
-        """Read rows, as stored."""
-        return {
-            name: array[rows]
-            for name, array in self.arrays.items()
-            if name != "fingerprints"
         }

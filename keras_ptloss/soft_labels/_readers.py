@@ -1,6 +1,5 @@
 """Files of teacher outputs, read row by row: CSV, JSON lines, `.npy`."""
 
-import collections
 import csv
 import dataclasses
 import json
@@ -12,7 +11,7 @@ import numpy as np
 
 from keras_ptloss._binary import two_events
 from keras_ptloss._checks import SUM_TOLERANCE, fail
-from keras_ptloss.soft_labels._names import ClassNames, shorten
+from keras_ptloss.soft_labels._names import ClassNames, repeated, shorten
 from keras_ptloss.soft_labels._numbers import (
     RowProblem,
     number,
@@ -150,12 +149,7 @@ class Reader:
 
     def _columns(self, header: list[str]) -> dict[int | str, int]:
         """Find the column of each class, and of the ids."""
-        twice = [
-            name
-            for name, count in collections.Counter(header).items()
-            if count > 1
-        ]
-        if twice:
+        if twice := repeated(header):
             fail(
                 "source",
                 f"a table whose columns differ: {shorten(twice)} stands twice",
@@ -252,11 +246,8 @@ class Reader:
             index = self._find(token)
             if index is None:
                 other += share
-            elif np.isnan(values[index]):
-                values[index] = share
-            else:
-                # " yes" and "Yes" are two tokens of one class.
-                values[index] += share
+            else:  # " yes" and "Yes" are two tokens of one class
+                values[index] = np.nansum([values[index], share])
         total = np.nansum(values) + other
         if total > 1 + SUM_TOLERANCE:
             raise RowProblem(
@@ -318,7 +309,6 @@ def _or_missing(value: Any) -> float:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) != len(pairs):
-        counts = collections.Counter(key for key, _ in pairs)
-        twice = [key for key, count in counts.items() if count > 1]
+        twice = repeated(key for key, _ in pairs)
         raise RowProblem(f"has {shorten(twice)} twice")
     return record

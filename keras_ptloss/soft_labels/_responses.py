@@ -9,11 +9,7 @@ output, and dictionaries from token id to `Logprob` as vLLM writes them.
 import dataclasses
 from typing import Any
 
-from keras_ptloss.soft_labels._numbers import (
-    RowProblem,
-    number,
-    probability,
-)
+from keras_ptloss.soft_labels._numbers import RowProblem, number, probability
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +89,7 @@ def positions(record: Any) -> list[Position] | None:
         for key in ("content", "top_logprobs", "token_logprobs")
     ):
         return _of_logprobs(record)
-    if record and all(_is_logprob(value) for value in record.values()):
+    if _is_by_id(record):
         return [_by_id(record)]
     return None
 
@@ -104,10 +100,7 @@ def _of_list(items: list[Any]) -> list[Position] | None:
     if all(isinstance(item, dict) for item in items):
         if any("top_logprobs" in item for item in items):
             return [_content(item) for item in items]
-        if all(
-            item and all(_is_logprob(value) for value in item.values())
-            for item in items
-        ):
+        if all(map(_is_by_id, items)):
             return [_by_id(item) for item in items]
     return [Position(tuple(_pair(item) for item in items))]
 
@@ -115,7 +108,10 @@ def _of_list(items: list[Any]) -> list[Position] | None:
 def _of_logprobs(logprobs: Any) -> list[Position]:
     """Read what stands under the key `logprobs`."""
     if isinstance(logprobs, list):
-        return _need(_of_list(logprobs), logprobs)
+        found = _of_list(logprobs)
+        if found is None and logprobs:
+            raise RowProblem(f"has {logprobs!r} where tokens were expected")
+        return found or []
     if not isinstance(logprobs, dict):
         raise RowProblem(
             "has no log-probabilities (ask the API for `logprobs` and"
@@ -129,19 +125,11 @@ def _of_logprobs(logprobs: Any) -> list[Position]:
         return [Position(_pairs(top))]
     if "tokens" in logprobs:
         return _completion(logprobs)
-    if isinstance(top, list) and not any(
-        isinstance(item, dict) and "token" in item for item in top
-    ):
-        return [Position(_pairs(item)) for item in top]
-    if isinstance(top, list):
-        return _need(_of_list(top), top)
-    return [Position(_pairs(logprobs))]
-
-
-def _need(found: list[Position] | None, value: list[Any]) -> list[Position]:
-    if found is None and value:
-        raise RowProblem(f"has {value!r} where tokens were expected")
-    return found or []
+    if not isinstance(top, list):
+        return [Position(_pairs(logprobs))]
+    if any(isinstance(item, dict) and "token" in item for item in top):
+        return _of_list(top) or []
+    return [Position(_pairs(item)) for item in top]
 
 
 def _completion(logprobs: dict[str, Any]) -> list[Position]:
@@ -185,17 +173,12 @@ def _content(item: Any) -> Position:
 
 def _by_id(record: dict[str, Any]) -> Position:
     """Read `{"9642": {"logprob": ..., "decoded_token": ...}, ...}`."""
-    return Position(
-        tuple(
-            _pair_of(
-                value["decoded_token"]
-                if isinstance(value.get("decoded_token"), str)
-                else key,
-                value["logprob"],
-            )
-            for key, value in record.items()
-        )
-    )
+    pairs = []
+    for key, value in record.items():
+        token = value.get("decoded_token")
+        token = token if isinstance(token, str) else key
+        pairs.append(_pair_of(token, value["logprob"]))
+    return Position(tuple(pairs))
 
 
 def _list(value: Any) -> list[Any]:
@@ -205,8 +188,9 @@ def _list(value: Any) -> list[Any]:
     return value or []
 
 
-def _is_logprob(value: Any) -> bool:
-    return isinstance(value, dict) and "logprob" in value
+def _is_by_id(record: dict[str, Any]) -> bool:
+    found = [isinstance(v, dict) and "logprob" in v for v in record.values()]
+    return bool(found) and all(found)
 
 
 def _pairs(record: Any) -> tuple[tuple[str, float], ...]:

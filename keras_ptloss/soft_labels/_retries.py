@@ -1,5 +1,6 @@
 """Patience with teachers that sometimes fail, such as APIs."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -73,8 +74,4 @@ def with_retries(
         + tenacity.wait_random_exponential(**half),
         reraise=True,
     )
-
-    def patient(batch: Tensor) -> Tensor:
-        return retrying(teacher, batch)
-
-    return patient
+    return functools.partial(retrying, teacher)

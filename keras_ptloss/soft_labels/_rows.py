@@ -31,12 +31,9 @@ class Rows:
     def __init__(self, shards: list[Any], row_shape: tuple[int, ...]) -> None:
         self._shards = shards
         self.shape: tuple[int, ...] = (shards[-1].stop, *row_shape)
-        self.fingerprints = np.concatenate(
-            [shard.arrays["fingerprints"] for shard in shards]
-        )
+        self.fingerprints = np.concatenate([s.fingerprints for s in shards])
         for shard in shards:  # instead of another copy
-            mine = self.fingerprints[shard.start : shard.stop]
-            shard.arrays["fingerprints"] = mine
+            shard.fingerprints = self.fingerprints[shard.start : shard.stop]
         # Whether the rows have an order; else they are found by content only.
         self.ordered = all(shard.ordered for shard in shards)
 
@@ -128,13 +125,9 @@ class StoredRows(Rows):
         super().__init__(shards, (first["num_classes"],))
         self.path = Path(path)
         self.spec = spec_of(first)
-        self.mean_total_variation = (
-            sum(s.manifest["total_variation"]["sum"] for s in shards)
-            / self.shape[0]
-        )
-        self.max_total_variation = max(
-            s.manifest["total_variation"]["max"] for s in shards
-        )
+        errors = [shard.manifest["total_variation"] for shard in shards]
+        self.mean_total_variation = sum(e["sum"] for e in errors) / len(self)
+        self.max_total_variation = max(e["max"] for e in errors)
 
     @property
     def from_logits(self) -> bool:

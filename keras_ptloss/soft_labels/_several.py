@@ -78,10 +78,7 @@ class _SideBySide:
         self._stores = list(labels)
         self.fingerprints = first = labels[0].fingerprints
         self.ordered = all(store.ordered for store in labels)
-        self.shape: tuple[int, ...] = (
-            len(labels[0]),
-            sum(s.shape[1] for s in labels),
-        )
+        self.shape = (len(first), sum(store.shape[1] for store in labels))
         for k, store in enumerate(labels):
             if len(store) != len(first):
                 raise ValueError(

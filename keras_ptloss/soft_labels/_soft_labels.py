@@ -183,11 +183,9 @@ class SoftLabels(StoredRows):
         """
         if not callable(teacher):
             fail("teacher", "a keras.Model or a callable", teacher)
-        run = (
-            teacher.predict_on_batch
-            if isinstance(teacher, keras.Model)
-            else teacher
-        )
+        run = teacher
+        if isinstance(teacher, keras.Model):
+            run = teacher.predict_on_batch
         check_count("batch_size", batch_size)
         check_choice("verbose", str(verbose), ("0", "1", "2"))
         dataset = data.as_dataset(dataset)
@@ -203,15 +201,7 @@ class SoftLabels(StoredRows):
             )
             resumed = writer.stored
             for row, x, fingerprints in writer.missing(dataset, batch_size):
-                outputs = ask(
-                    run,
-                    x,
-                    row,
-                    num_classes=writer.num_classes,
-                    stored=writer.stored,
-                    from_logits=spec.from_logits,
-                )
-                writer.append(fingerprints, outputs)
+                writer.append(fingerprints, ask(run, x, row, writer))
                 bar.update(writer.stored - resumed)
             writer.finish()
 

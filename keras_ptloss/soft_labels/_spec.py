@@ -14,6 +14,8 @@ from keras_ptloss._checks import (
 )
 
 Spec = TypeVar("Spec")
+# Dtype and columns of an array on disk; no columns, a number a row.
+Format = tuple[str, int | None]
 _DTYPES = {"float16": "<f2", "float32": "<f4"}
 
 
@@ -143,7 +145,7 @@ def read_spec(kind: type[Spec], stored: dict[str, Any]) -> Spec:
 
 def array_formats(
     spec: SoftLabelSpec, num_classes: int, *, logs: bool = True
-) -> dict[str, tuple[str, int | None]]:
+) -> dict[str, Format]:
     """Name, dtype and columns of each array on disk.
 
     Args:
@@ -190,37 +192,53 @@ def encode(
         }
 
 
+def encode_measured(
+    spec: SoftLabelSpec, outputs: Any, *, logs: bool = True
+) -> tuple[dict[str, Any], Any]:
+    """As `encode`; and the total variation of what is read, `(n,)`.
+
+    Raises:
+        ValueError: If the numbers are too large to be stored.
+    """
+    arrays = encode(spec, outputs, logs=logs)
+    with np.errstate(invalid="ignore"):
+        read = decode(spec, arrays, outputs.shape[1])
+    if not np.isfinite(read).all():
+        if spec.dtype == "float32":
+            fail("teacher", "one whose outputs float32 can hold", outputs)
+        fail("dtype", "'float32' for outputs so extreme", spec.dtype)
+    logits = spec.from_logits
+    apart = probabilities_of(read, logits) - probabilities_of(outputs, logits)
+    return arrays, 0.5 * np.abs(apart).sum(-1)
+
+
 def encode_top_k(
-    spec: SoftLabelSpec,
-    num_classes: int,
-    classes: Any,
-    log_values: Any,
-    log_tail: Any,
+    spec: SoftLabelSpec, num_classes: int, given: dict[str, Any]
 ) -> tuple[dict[str, Any], Any]:
     """The arrays of the k largest, without their full rows.
 
     Args:
         spec: Of the store.
         num_classes: C.
-        classes: `(n, k)` ints.
-        log_values: `(n, k)` float64, their log-probabilities.
-        log_tail: `(n,)` float64, log of the mass of the others.
+        given: `classes`, `(n, k)` ints; `log_values`, their log-probabilities,
+            and `log_tail`, `(n,)`, log of the mass of the others, float64.
 
     Returns:
         The arrays, and the total variation of their rows, `(n,)`.
     """
     formats = array_formats(spec, num_classes)
-    given = {"log_values": log_values, "log_tail": log_tail}
     arrays = {n: a.astype(formats[n][0]) for n, a in given.items()}
-    arrays["classes"] = classes.astype(formats["classes"][0])
-    before, after = (
-        np.exp(
-            np.column_stack([logs["log_values"], logs["log_tail"]]), dtype=float
-        )
-        for logs in (given, arrays)
+    return arrays, log_distance(given, arrays)
+
+
+def log_distance(one: dict[str, Any], other: dict[str, Any]) -> Any:
+    """Total variation `(n,)` of what `log_values` and `log_tail` say."""
+    first, second = (
+        np.exp(np.column_stack([m["log_values"], m["log_tail"]]), dtype=float)
+        for m in (one, other)
     )
-    before, after = (m / m.sum(-1, keepdims=True) for m in (before, after))
-    return arrays, 0.5 * np.abs(before - after).sum(-1)
+    first, second = (m / m.sum(-1, keepdims=True) for m in (first, second))
+    return 0.5 * np.abs(first - second).sum(-1)
 
 
 def decode(

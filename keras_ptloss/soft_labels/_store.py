@@ -6,6 +6,7 @@ because it needs no new dependency, gives random access by row without an
 index, and is read by every tool: `np.load(file, mmap_mode="r")`.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -19,6 +20,7 @@ import numpy as np
 
 from keras_ptloss._checks import fail
 from keras_ptloss.soft_labels._spec import (
+    Format,
     SoftLabelSpec,
     array_formats,
     read_spec,
@@ -32,6 +34,7 @@ KNOWN = {
     **dict.fromkeys(FORMATS, "SoftLabels"),
     **dict.fromkeys(TOKEN_FORMATS, "TokenLabels"),
 }
+_digest = functools.partial(hashlib.blake2b, digest_size=16)
 
 
 def shard_path(store: Path, shard: tuple[int, int]) -> Path:
@@ -87,10 +90,13 @@ def read_record(
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found not in formats:
         if isinstance(found, str) and found in KNOWN:
-            _refuse_other(directory, found)
+            wanted = f"opened by {KNOWN[found]}, which reads {found}"
+            fail("path", wanted, str(directory))
         damaged(directory, f"its manifest's format is not {formats[-1]}")
     try:
-        fits = plausible(manifest)
+        off = manifest["total_variation"]
+        finite = all(0 <= off[name] < float("inf") for name in ("sum", "max"))
+        fits = finite and plausible(manifest)
     except (KeyError, TypeError, ValueError) as error:
         damaged(directory, f"its manifest is wrong ({error!r})")
     if not fits:
@@ -102,23 +108,16 @@ def read_record(
     return manifest
 
 
-def _refuse_other(directory: Path, found: str) -> NoReturn:
-    fail(
-        "path", f"opened by {KNOWN[found]}, which reads {found}", str(directory)
-    )
-
-
 def manifest_checksum(manifest: dict[str, Any]) -> str:
     """Digest of a manifest without its own; JSON gives numbers back exactly."""
     text = json.dumps(manifest, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return _digest(text.encode()).hexdigest()
 
 
 def _plausible(manifest: dict[str, Any]) -> bool:
     """Whether the numbers of a manifest fit together."""
     spec, (index, count) = spec_of(manifest), manifest["shard"]
     rows, names = manifest["rows"], spec.class_names
-    error, checksums = manifest["total_variation"], manifest["checksums"]
     known = len(names) if names else spec.num_classes
     classes = known or max(manifest["num_classes"], 2)
     counts = [index, count, *rows, manifest["num_classes"], manifest["stored"]]
@@ -129,9 +128,7 @@ def _plausible(manifest: dict[str, Any]) -> bool:
         and rows == shard_rows(spec, index, count)
         and manifest["num_classes"] == classes > (spec.top_k or 0)
         and 0 <= manifest["stored"] <= rows[1] - rows[0]
-        and 0 <= error["sum"] < float("inf")
-        and 0 <= error["max"] < float("inf")
-        and check_sums(checksums, formats_of(manifest))
+        and check_sums(manifest["checksums"], formats_of(manifest))
     )
 
 
@@ -197,7 +194,7 @@ def has_logs(manifest: dict[str, Any]) -> bool:
     return bool(manifest["format"] != FORMATS[0])
 
 
-def formats_of(manifest: dict[str, Any]) -> dict[str, tuple[str, int | None]]:
+def formats_of(manifest: dict[str, Any]) -> dict[str, Format]:
     """Name, dtype and columns of each of a shard's arrays."""
     return array_formats(
         spec_of(manifest), manifest["num_classes"], logs=has_logs(manifest)
@@ -205,17 +202,14 @@ def formats_of(manifest: dict[str, Any]) -> dict[str, tuple[str, int | None]]:
 
 
 def checksum(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, _digest).hexdigest()
 
 
 def map_array(
     directory: Path,
     name: str,
-    form: tuple[str, int | None],
+    form: Format,
     rows: int,
     checksums: dict[str, str] | None,
 ) -> Any:
@@ -276,15 +270,14 @@ class Shard:
         }
         # Read whole anyway. What is mapped keeps its file open, and a process
         # may open 1024, as a rule.
-        self.arrays["fingerprints"] = np.array(self.arrays["fingerprints"])
+        self.fingerprints = np.array(self.arrays.pop("fingerprints"))
 
     def read(self, rows: Any) -> dict[str, Any]:
         """Read rows, counted from the start of the data set, as stored."""
         stored = {}
         for name, array in self.arrays.items():
-            if name != "fingerprints":
-                stored[name] = np.array(array[rows - self.start])
-                give_back(array)
+            stored[name] = np.array(array[rows - self.start])
+            give_back(array)
         return stored
 
 

@@ -8,44 +8,20 @@ from typing import Any
 import numpy as np
 
 from keras_ptloss._checks import check_count, fail
-from keras_ptloss.soft_labels._data import (
-    batches,
-    check_differing,
-    fingerprint,
-    is_streamed,
-    length,
-    take,
-)
-from keras_ptloss.soft_labels._journal import (
-    Journal,
-    check_same,
-    reserve,
-    sync,
-    with_error,
-)
+from keras_ptloss.soft_labels import _data as data
+from keras_ptloss.soft_labels import _store
+from keras_ptloss.soft_labels._journal import Journal, reserve, sync
 from keras_ptloss.soft_labels._spec import (
     SoftLabelSpec,
     array_formats,
-    decode,
-    encode,
-    probabilities_of,
-)
-from keras_ptloss.soft_labels._store import (
-    FORMATS,
-    formats_of,
-    has_logs,
-    load,
-    map_array,
-    read_manifest,
-    shard_rows,
-    spec_of,
+    encode_measured,
 )
 
 
 def with_num_examples(spec: SoftLabelSpec, dataset: Any) -> SoftLabelSpec:
     """Complete `spec` by the length of the data set."""
-    if not is_streamed(dataset):
-        found = length(dataset)
+    if not data.is_streamed(dataset):
+        found = data.length(dataset)
         if spec.num_examples not in (None, found):
             fail("num_examples", f"the data set's {found}", spec.num_examples)
         return dataclasses.replace(spec, num_examples=found)
@@ -62,6 +38,8 @@ def with_num_examples(spec: SoftLabelSpec, dataset: Any) -> SoftLabelSpec:
 class ShardWriter(Journal):
     """Writes one shard into files of its whole length, reserved at once."""
 
+    rows, read = "rows", staticmethod(_store.read_manifest)
+
     def __init__(
         self, store: Path, spec: SoftLabelSpec, shard: tuple[int, int]
     ) -> None:
@@ -77,37 +55,28 @@ class ShardWriter(Journal):
                 f"(index, count) with index < count <= {total} examples",
                 shard,
             )
-        super().__init__(store, (index, count), "rows")
-        self.spec = spec
-        self.start, self.stop = shard_rows(spec, index, count)
+        super().__init__(store, (index, count), spec)
+        self.start, self.stop = _store.shard_rows(spec, index, count)
         self._offsets: dict[str, int] = {}
-        self._fingerprints: Any = np.empty(0, "<u8")
 
     @property
     def stored(self) -> int:
         """How many rows of the shard are stored."""
-        return self._manifest["stored"] if self._manifest else 0
+        return self.manifest.get("stored", 0)
 
     @property
     def num_classes(self) -> int | None:
         """The number of classes, as far as known."""
-        if self._manifest:
-            return int(self._manifest["num_classes"])
+        if self.manifest:
+            return int(self.manifest["num_classes"])
         names = self.spec.class_names
         return len(names) if names else self.spec.num_classes
 
-    def _resume(self) -> None:
-        self._manifest = read_manifest(self.directory)
-        if self._manifest is None:
-            return
-        fields = [field.name for field in dataclasses.fields(SoftLabelSpec)]
-        check_same(self.spec, spec_of(self._manifest), fields)
-        hashes = load(self.directory, "fingerprints")
-        self._fingerprints = np.array(hashes[: self.stored])
-        if not self.complete:
-            self._open_arrays()
+    def _stored_fingerprints(self) -> Any:
+        hashes = _store.load(self.directory, "fingerprints")
+        return np.array(hashes[: self.stored])
 
-    def _create(self, num_classes: int) -> dict[str, Any]:
+    def _create(self, num_classes: int) -> None:
         """Preallocate the arrays; the manifest that counts them is last."""
         rows = self.stop - self.start
         arrays = array_formats(self.spec, num_classes)
@@ -121,24 +90,24 @@ class ShardWriter(Journal):
             )
             reserve(path)
             sync(path)
-        manifest = {
-            "format": FORMATS[-1],
-            "spec": dataclasses.asdict(self.spec),
-            "num_classes": num_classes,
-            "shard": list(self.shard),
-            "rows": [self.start, self.stop],
-            "stored": 0,
-            "total_variation": {"sum": 0.0, "max": 0.0},
-            "checksums": None,
-        }
-        self.put_manifest(manifest)
-        self._open_arrays()
-        return manifest
+        self.put_manifest(
+            {
+                "format": _store.FORMATS[-1],
+                "spec": dataclasses.asdict(self.spec),
+                "num_classes": num_classes,
+                "shard": list(self.shard),
+                "rows": [self.start, self.stop],
+                "stored": 0,
+                "total_variation": {"sum": 0.0, "max": 0.0},
+                "checksums": None,
+            }
+        )
+        self._open_files()
 
-    def _open_arrays(self) -> None:
+    def _open_files(self) -> None:
         rows = self.stop - self.start
-        for name, form in formats_of(self._manifest or {}).items():
-            array = map_array(self.directory, name, form, rows, None)
+        for name, form in _store.formats_of(self.manifest).items():
+            array = _store.map_array(self.directory, name, form, rows, None)
             self._offsets[name] = array.offset
             self.open_file(name)
 
@@ -149,39 +118,30 @@ class ShardWriter(Journal):
 
         The stored rows are compared with `dataset` on the way.
         """
-        for row, x in batches(
+        for row, x in data.batches(
             dataset,
             batch_size=batch_size,
             start=self.start,
             stop=self.stop,
             total=self._total,
         ):
-            found, first = fingerprint(x), row - self.start
+            found, first = data.fingerprint(x), row - self.start
             known = max(0, min(len(found), self.stored - first))
             if known:
                 rows = np.arange(first, first + known)
-                check_differing(self._fingerprints, found[:known], rows, row)
+                data.check_differing(
+                    self.fingerprints, found[:known], rows, row
+                )
             if known < len(found):
-                x = take(x, slice(known, None))
+                x = data.take(x, slice(known, None))
                 yield row + known, x, found[known:]
 
     def append(self, hashes: Any, outputs: Any) -> None:
         """Store the next rows, `(n, C)` float64."""
         num_classes = outputs.shape[1]
         self._check_top_k(num_classes)
-        logs = self._manifest is None or has_logs(self._manifest)
-        encoded = encode(self.spec, outputs, logs=logs)
-        with np.errstate(invalid="ignore"):
-            decoded = decode(self.spec, encoded, num_classes)
-        if not np.isfinite(decoded).all():
-            if self.spec.dtype == "float32":
-                fail("teacher", "one whose outputs float32 can hold", outputs)
-            fail("dtype", "'float32' for outputs so extreme", self.spec.dtype)
-        logits = self.spec.from_logits
-        distance = 0.5 * np.abs(
-            probabilities_of(decoded, logits)
-            - probabilities_of(outputs, logits)
-        ).sum(-1)
+        logs = not self.manifest or _store.has_logs(self.manifest)
+        encoded, distance = encode_measured(self.spec, outputs, logs=logs)
         self.append_encoded(hashes, encoded, num_classes, distance)
 
     def append_encoded(
@@ -201,16 +161,13 @@ class ShardWriter(Journal):
         """
         self._check_top_k(num_classes)
         with self.disk():
-            manifest = dict(self._manifest or self._create(num_classes))
+            if not self.manifest:
+                self._create(num_classes)
             for name, rows in {**encoded, "fingerprints": hashes}.items():
                 offset = self._offsets[name]
                 offset += self.stored * (rows.nbytes // len(rows))
                 self.write_at(name, rows.tobytes(), offset)
-            manifest["total_variation"] = with_error(
-                manifest["total_variation"], distance
-            )
-            manifest["stored"] += len(hashes)
-            self.put_manifest(manifest)
+            self.count(self.stored + len(hashes), distance)
 
     def _check_top_k(self, num_classes: int) -> None:
         k = self.spec.top_k

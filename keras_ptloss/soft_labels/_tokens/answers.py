@@ -57,7 +57,7 @@ class Lines:
     ) -> None:
         self.source, self._k, self._vocabulary = source, k, vocabulary
         self.unknown: collections.Counter[str] = collections.Counter()
-        self.unknown_mass = 0.0
+        self.unknown_mass, self.renormalised = 0.0, 0
 
     def fail(self, where: str, problem: str) -> NoReturn:
         """Raise the error for a line."""
@@ -83,10 +83,8 @@ class Lines:
                     yield answer
                 except RowProblem as problem:
                     self.fail(where, str(problem))
-                except (ValueError, RecursionError) as error:
-                    if isinstance(error, (json.JSONDecodeError, UnicodeError)):
-                        self.fail(where, f"is no JSON in UTF-8 ({error})")
-                    raise
+                except (json.JSONDecodeError, UnicodeError) as error:
+                    self.fail(where, f"is no JSON in UTF-8 ({error})")
 
     def _vllm(self, record: Any, answer: Answer) -> None:
         """Read `prompt_logprobs`: null, then a dictionary a token."""

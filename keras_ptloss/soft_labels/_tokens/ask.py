@@ -12,6 +12,7 @@ from keras_ptloss.losses._events import Events
 from keras_ptloss.losses._top_k import log_of_others
 from keras_ptloss.soft_labels._tokens.entries import tokens_of_entries
 from keras_ptloss.soft_labels._tokens.spec import TokenLabelSpec, Tokens
+from keras_ptloss.soft_labels._tokens.writer import TokenWriter
 
 Tensor = Any
 
@@ -101,29 +102,27 @@ def _check_shape(shape: tuple[int, ...], spec: TokenLabelSpec) -> None:
 def ask_tokens(
     run: Callable[[Tensor], Any],
     x: Tensor,
-    kept: Any,
-    spec: TokenLabelSpec,
-    *,
     row: int,
-    stored: int,
+    kept: Any,
+    writer: TokenWriter,
 ) -> tuple[Tokens, int]:
     """Call the teacher, and read what it says of the tokens that count.
 
     Args:
         run: What `asked` returned.
         x: A batch of inputs.
-        kept: `(batch, time)` bool, which tokens count.
-        spec: Of the store.
         row: Position of the first sequence in the data set.
-        stored: How many sequences are stored, for errors.
+        kept: `(batch, time)` bool, which tokens count.
+        writer: What its answer is for.
 
     Raises:
         RuntimeError: If the teacher raises.
         ValueError: If what it returns cannot be stored.
     """
+    spec = writer.spec
     where = (
-        f"on the sequences {row} to {row + len(kept) - 1}. The {stored} before"
-        " are stored: call again to go on"
+        f"on the sequences {row} to {row + len(kept) - 1}. The {writer.stored}"
+        " before are stored: call again to go on"
     )
     try:
         found = keras.tree.map_structure(ops.convert_to_numpy, run(x))
@@ -153,20 +152,12 @@ def ask_tokens(
 
     if rows is found:
         ids, logs = rows[kept][..., 0], rows[kept][..., 1]
-        wrong = np.flatnonzero((ids != np.round(ids)).any(-1))
-        if len(wrong):
-            refuse(
-                int(wrong[0]), f"has ids that are not whole, {ids[wrong[0]]}"
-            )
-        size = int(spec.vocabulary_size or 0)
-        tokens = tokens_of_entries(
-            np.asarray(ids, "int64"),
-            logs,
-            k=spec.top_k,
-            vocabulary_size=size,
-            refuse=refuse,
-        )
-        return tokens, size
+        wrong = (ids != np.round(ids)).any(-1)
+        if wrong.any():
+            token = int(np.argmax(wrong))
+            refuse(token, f"has ids that are not whole, {ids[token]}")
+        tokens = tokens_of_entries(ids.astype("int64"), logs, spec, refuse)
+        return tokens, int(spec.vocabulary_size or 0)
     size, ids, values, tail, total = found
     _check_totals(total[kept], spec, refuse)
     return Tokens(ids[kept], values[kept], tail[kept]), int(size[0])
@@ -176,15 +167,10 @@ def _check_totals(total: Any, spec: TokenLabelSpec, refuse: Any) -> None:
     """Refuse rows without a sum, or whose probabilities do not add up to 1."""
     bad = np.flatnonzero(~np.isfinite(total))
     if len(bad):
-        what = (
-            "NaN or infinity"
-            if spec.from_logits
-            else "NaN, or negative numbers"
-        )
-        hint = (
-            "" if spec.from_logits else " (are they logits? from_logits=True)"
-        )
-        refuse(int(bad[0]), f"has {what}{hint}")
+        what = "NaN, or negative numbers (are they logits? from_logits=True)"
+        if spec.from_logits:
+            what = "NaN or infinity"
+        refuse(int(bad[0]), f"has {what}")
     off = np.abs(np.exp(total) - 1) > SUM_TOLERANCE
     if not spec.from_logits and off.any():
         row = int(np.argmax(off))

@@ -11,6 +11,8 @@ polynomial in the place of the others; and bins of what it leaves, each a scale
 and whole numbers of some bits. The polynomial is all that is lost.
 """
 
+import collections
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from keras_ptloss._checks import fail
-from keras_ptloss.soft_labels._parquet import import_pyarrow
+from keras_ptloss.soft_labels._parquet import import_pyarrow, read_batches
 from keras_ptloss.soft_labels._store import is_of_the_machine
 from keras_ptloss.soft_labels._tokens.answers import Answer
 from keras_ptloss.soft_labels._tokens.packing import (
@@ -44,7 +46,8 @@ class ParquetLists:
     def __init__(self, files: list[Path]) -> None:
         self._pa, self._files = import_pyarrow(), files
         self._where: Path = files[0]
-        self.renormalised = 0
+        self.unknown: collections.Counter[str] = collections.Counter()
+        self.unknown_mass, self.renormalised = 0.0, 0
 
     def fail(self, where: str, problem: str) -> NoReturn:
         """Raise the error for a row."""
@@ -73,18 +76,12 @@ class ParquetLists:
                 )
             compression = None if found[0] == _PLAIN else _config(path.parent)
             row = 0
-            for batch in self._batches(file, ["input_ids", *found[0]]):
+            damaged = functools.partial(self.fail, "a page")
+            columns = ["input_ids", *found[0]]
+            for batch in read_batches(file, 64, columns, damaged):
                 for index in range(len(batch)):
                     yield self._answer(batch, index, f"row {row}", compression)
                     row += 1
-
-    def _batches(self, file: Any, columns: list[str]) -> Iterator[Any]:
-        try:
-            yield from file.iter_batches(64, columns=columns)
-        except (OSError, self._pa.ArrowException) as error:
-            if is_of_the_machine(error):
-                raise
-            self.fail("a page", f"is damaged ({error})")
 
     def _answer(
         self, batch: Any, index: int, where: str, compression: Any
@@ -107,7 +104,10 @@ class ParquetLists:
         # Its writer leaves such where there is nothing.
         ids = np.where(np.isneginf(logs), PADDING, ids.astype("int64"))
         if compression is not None:
-            logs = self._within_one(logs)
+            # The polynomial may raise them above 1 in all.
+            over = np.maximum(np.exp(logs).sum(-1, keepdims=True), 1)
+            self.renormalised += int((over > 1).sum())
+            logs = logs - np.log(over)
         return Answer(where, sequence=sequence, ids=ids, logs=logs)
 
     def _numbers(self, column: Any, where: str) -> Any:
@@ -124,11 +124,8 @@ class ParquetLists:
             self.fail(where, f"has {column.type}, not lists of lists")
         if column.null_count:
             self.fail(where, "has a null")
-        lengths = set(
-            self._pa.compute.list_value_length(column).to_numpy(
-                zero_copy_only=False
-            )
-        )
+        lengths = self._pa.compute.list_value_length(column)
+        lengths = set(lengths.to_numpy(zero_copy_only=False))
         if len(lengths) > 1:
             self.fail(
                 where, f"has lists of {sorted(map(int, lengths))} numbers"
@@ -152,12 +149,6 @@ class ParquetLists:
             unpack(ids.astype("uint8"), bits, k),
             decompress(logs.astype("uint8"), compression),
         )
-
-    def _within_one(self, logs: Any) -> Any:
-        """Divide by their sum what the polynomial has raised above 1."""
-        over = np.maximum(np.exp(logs).sum(-1, keepdims=True), 1)
-        self.renormalised += int((over > 1).sum())
-        return logs - np.log(over)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -211,7 +202,10 @@ def decompress(data: Any, config: dict[str, Any]) -> Any:
         return np.ascontiguousarray(data[:, offset - count : offset])
 
     def floats(count: int, dtype: str) -> Any:
-        return _floats(take(count * _SIZES[dtype]), dtype)
+        found = take(count * _SIZES[dtype])
+        if dtype == "bfloat16":  # the upper half of a float32
+            return (found.view("<u2").astype("<u4") << 16).view("<f4")
+        return found.view(f"<f{_SIZES[dtype]}")
 
     k, exact_k = config["k"], config["exact_k"]
     out = np.zeros((len(data), k))
@@ -239,9 +233,3 @@ def decompress(data: Any, config: dict[str, Any]) -> Any:
     if config.get("delta_encoding", True):
         out = np.cumsum(out, axis=-1)
     return out
-
-
-def _floats(data: Any, dtype: str) -> Any:
-    if dtype == "bfloat16":  # the upper half of a float32
-        return (data.view("<u2").astype("<u4") << 16).view("<f4")
-    return data.view(f"<f{_SIZES[dtype]}")

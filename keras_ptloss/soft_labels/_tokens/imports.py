@@ -27,7 +27,7 @@ from keras_ptloss.soft_labels._tokens.sequences import (
 )
 from keras_ptloss.soft_labels._tokens.spec import TokenLabelSpec, Tokens
 from keras_ptloss.soft_labels._tokens.vocabulary import Vocabulary
-from keras_ptloss.soft_labels._tokens.writer import TokenWriter
+from keras_ptloss.soft_labels._tokens.writer import Batch, TokenWriter
 
 # Sequences stored at a time.
 _BATCH = 64
@@ -149,10 +149,11 @@ def import_token_labels(
     places = Places(reader, sequences, ids)
     padding = 0
     with at_once(TokenWriter(Path(path), spec)) as writer:
-        for batch in places.batches(reader.read(), _BATCH):
-            parts = [_tokens(placed, spec, reader) for placed in batch]
-            padding += sum(int((t.ids < 0).any(-1).sum()) for t in parts)
-            _append(writer, batch, parts, int(spec.vocabulary_size or 0))
+        for placed in places.batches(reader.read(), _BATCH):
+            parts = [_tokens(one, spec, reader) for one in placed]
+            tokens = Tokens(*map(np.concatenate, zip(*parts, strict=True)))
+            padding += int((tokens.ids < 0).any(-1).sum())
+            writer.append(_batch(placed), tokens, spec.vocabulary_size or 0)
         if not writer.stored:
             fail("source", "a file with at least one answer", str(source))
         writer.finish()
@@ -162,7 +163,9 @@ def import_token_labels(
         padded=padding,
         failed=tuple(places.failed),
         duplicates=len(labels) - len(np.unique(labels.fingerprints)),
-        **_left_out(reader, labels),
+        unknown=tuple(reader.unknown.most_common()),
+        unknown_mass=reader.unknown_mass / max(labels.num_tokens, 1),
+        renormalised=reader.renormalised,
         **_compared(labels, sequences),
     )
 
@@ -210,41 +213,16 @@ def _tokens(
     def refuse(row: int, problem: str) -> NoReturn:
         reader.fail(placed.where, f"{problem}, of token {placed.first + row}")
 
-    return tokens_of_entries(
-        placed.ids,
-        placed.logs,
-        k=spec.top_k,
-        vocabulary_size=int(spec.vocabulary_size or 0),
-        refuse=refuse,
-    )
+    return tokens_of_entries(placed.ids, placed.logs, spec, refuse)
 
 
-def _append(
-    writer: TokenWriter, batch: list[Placed], parts: list[Tokens], size: int
-) -> None:
-    x = padded([placed.sequence for placed in batch])
-    sequences = sequences_of(x)
+def _batch(placed: list[Placed]) -> Batch:
+    """Sequences side by side, and which of their tokens are said of."""
+    sequences = sequences_of(padded([one.sequence for one in placed]))
     kept = np.zeros(sequences.real.shape, bool)
-    for row, (placed, tokens) in enumerate(zip(batch, parts, strict=True)):
-        kept[row, placed.first : placed.first + len(tokens.ids)] = True
-    writer.append(
-        token_fingerprints(sequences),
-        sequences,
-        kept,
-        Tokens(*(np.concatenate(rows) for rows in zip(*parts, strict=True))),
-        size,
-    )
-
-
-def _left_out(
-    reader: Lines | ParquetLists, labels: TokenLabels
-) -> dict[str, Any]:
-    if isinstance(reader, ParquetLists):
-        return {"renormalised": reader.renormalised}
-    return {
-        "unknown": tuple(reader.unknown.most_common()),
-        "unknown_mass": reader.unknown_mass / max(labels.num_tokens, 1),
-    }
+    for row, one in enumerate(placed):
+        kept[row, one.first : one.first + len(one.ids)] = True
+    return Batch(sequences, kept, token_fingerprints(sequences))
 
 
 def _compared(

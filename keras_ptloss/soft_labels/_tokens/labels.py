@@ -143,10 +143,7 @@ class TokenLabels:
         Example:
             >>> import tempfile
             >>> import numpy as np
-            >>> from keras_ptloss.soft_labels import (
-            ...     TokenLabels,
-            ...     TokenLabelSpec,
-            ... )
+            >>> from keras_ptloss.soft_labels import TokenLabels, TokenLabelSpec
             >>> def api(batch):
             ...     entries = [[7, np.log(0.5)], [42, np.log(0.3)]]
             ...     return np.tile(entries, (*batch["token_ids"].shape, 1, 1))
@@ -174,27 +171,15 @@ class TokenLabels:
                 unit_name="sequence",
                 verbose=verbose,
             )
-            for batch in writer.missing(dataset, sample_weight, batch_size):
-                tokens, size = ask_tokens(
-                    run,
-                    batch.x,
-                    batch.kept,
-                    spec,
-                    row=batch.row,
-                    stored=writer.stored,
-                )
+            missing = writer.missing(dataset, sample_weight, batch_size)
+            for row, x, batch in missing:
+                tokens, size = ask_tokens(run, x, row, batch.kept, writer)
                 if writer.vocabulary_size not in (None, size):
                     raise ValueError(
                         f"The teacher returned {size} tokens where"
                         f" {writer.vocabulary_size} are stored"
                     )
-                writer.append(
-                    batch.fingerprints,
-                    batch.sequences,
-                    batch.kept,
-                    tokens,
-                    size,
-                )
+                writer.append(batch, tokens, size)
                 bar.update(writer.stored - resumed)
             writer.finish()
         return cls.open(path)
@@ -271,10 +256,7 @@ class TokenLabels:
         Example:
             >>> import tempfile
             >>> import numpy as np
-            >>> from keras_ptloss.soft_labels import (
-            ...     TokenLabels,
-            ...     TokenLabelSpec,
-            ... )
+            >>> from keras_ptloss.soft_labels import TokenLabels, TokenLabelSpec
             >>> def teacher(batch):
             ...     return np.full((*batch["token_ids"].shape, 4), 0.25)
             >>> labels = TokenLabels.write(
@@ -334,10 +316,7 @@ class TokenLabels:
         Example:
             >>> import tempfile
             >>> import numpy as np
-            >>> from keras_ptloss.soft_labels import (
-            ...     TokenLabels,
-            ...     TokenLabelSpec,
-            ... )
+            >>> from keras_ptloss.soft_labels import TokenLabels, TokenLabelSpec
             >>> def teacher(batch):
             ...     return np.full((*batch.shape, 4), 0.25)
             >>> x = np.array([[3, 1, 1], [2, 0, 1]])

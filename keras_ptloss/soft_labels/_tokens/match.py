@@ -61,29 +61,24 @@ class TokenMatcher(Matcher):
     def targets(self, rows: Any, x: Tensor, weight: Any) -> tuple[Any, Any]:
         """Return `y_true` of `TopKPTLoss`, and weights 0 where it has none."""
         sequences = sequences_of(x)
-        shape = sequences.real.shape
         # The tokens of a sequence in their order, one sequence after another:
         # so are the bits that say which are stored, and those that are.
-        places = np.flatnonzero(sequences.real)[self._files.kept(rows)]
+        kept = np.zeros(sequences.real.shape, bool)
+        kept[sequences.real] = self._files.kept(rows)
         found = decode_tokens(
             self._files.tokens(rows), self._files.vocabulary_size
         )
-        y_true = np.zeros((shape[0] * shape[1], *found.shape[1:]), "float32")
+        y_true = np.zeros((*kept.shape, *found.shape[1:]), "float32")
         y_true[..., 0] = PADDING
-        y_true[places] = found
-        weights = np.zeros(shape[0] * shape[1], "float32")
-        weights[places] = 1
-        weights = weights.reshape(shape)
+        y_true[kept] = found
+        weights = kept.astype("float32")
         if weight is not None:
             weight = np.asarray(weight, "float32")
             kept_of(sequences, weight)  # its shape
             weights *= weight[:, None] if weight.ndim == 1 else weight
-        return y_true.reshape(*shape, *found.shape[1:]), weights
+        return y_true, weights
 
     def shapes(self, x_shapes: Any, weight_shape: Any) -> tuple[Any, Any]:
         """Shapes of targets and weights, of batches of unknown size."""
         shape = tuple(leaves(x_shapes)[0].shape)
         return (*shape, self._files.spec.top_k + 1, 2), shape
-
-    def finish(self, end: int) -> None:
-        """Any part of the stored sequences will do."""

@@ -2,19 +2,15 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from keras_ptloss._checks import fail
 from keras_ptloss.soft_labels._names import shorten
-from keras_ptloss.soft_labels._tokens.answers import Answer
-
-
-class Reader(Protocol):
-    """What is asked of the readers of files."""
-
-    def fail(self, where: str, problem: str) -> NoReturn: ...
+from keras_ptloss.soft_labels._numbers import RowProblem
+from keras_ptloss.soft_labels._tokens.answers import Answer, Lines
+from keras_ptloss.soft_labels._tokens.distillkit import ParquetLists
 
 
 class Placed(NamedTuple):
@@ -45,7 +41,10 @@ class Places:
     """
 
     def __init__(
-        self, reader: Reader, sequences: list[Any] | None, ids: Any
+        self,
+        reader: Lines | ParquetLists,
+        sequences: list[Any] | None,
+        ids: Any,
     ) -> None:
         self._reader, self._sequences = reader, sequences
         self._names: dict[str, int] | None = None
@@ -74,8 +73,11 @@ class Places:
             if answer.failure is not None:
                 self.failed.append(answer.custom_id or answer.where)
                 continue
-            sequence = np.asarray(self._sequence(answer, number))
-            first, part = self._place(answer, sequence)
+            try:
+                sequence = np.asarray(self._sequence(answer, number))
+                first, part = self._place(answer, sequence)
+            except RowProblem as problem:
+                self._reader.fail(answer.where, str(problem))
             ids, logs = answer.ids[part:], answer.logs[part:]
             yield Placed(answer.where, sequence, first, ids, logs)
 
@@ -83,17 +85,15 @@ class Places:
         if answer.sequence is not None:
             return answer.sequence
         if self._sequences is None:
-            self._reader.fail(
-                answer.where,
-                "has no `prompt_token_ids`: pass the sequences as `dataset`",
+            raise RowProblem(
+                "has no `prompt_token_ids`: pass the sequences as `dataset`"
             )
         if self._names is not None:
             name = answer.custom_id or ""
             if name not in self._names:
-                self._reader.fail(
-                    answer.where,
+                raise RowProblem(
                     f"has the custom_id {answer.custom_id!r}, which is not"
-                    f" among the `ids` {shorten(self._names)}",
+                    f" among the `ids` {shorten(self._names)}"
                 )
             return self._sequences[self._names[name]]
         if answer.custom_id is not None:
@@ -105,10 +105,9 @@ class Places:
                 None,
             )
         if number >= len(self._sequences):
-            self._reader.fail(
-                answer.where,
+            raise RowProblem(
                 f"is one more than the {len(self._sequences)} sequences of"
-                " `dataset`",
+                " `dataset`"
             )
         return self._sequences[number]
 
@@ -120,19 +119,17 @@ class Places:
         count = len(answer.ids)
         if answer.kind == "prompt":
             if count != len(sequence) - 1:
-                self._reader.fail(
-                    answer.where,
+                raise RowProblem(
                     f"has {count + 1} tokens where its sequence has"
-                    f" {len(sequence)}",
+                    f" {len(sequence)}"
                 )
             found = (answer.ids == sequence[1:, None]).any(-1)
             if not found.all():
                 place = int(np.argmin(found)) + 1
-                self._reader.fail(
-                    answer.where,
+                raise RowProblem(
                     f"has no log-probability of the token {sequence[place]},"
                     f" which stands at position {place} of its sequence: it is"
-                    " of another text, or another tokenizer",
+                    " of another text, or another tokenizer"
                 )
         return 0, 0
 
@@ -146,9 +143,8 @@ class Places:
             part = sequence[start : start + len(said)]
             if ((part == said) | (said < 0)).all():
                 return start
-        self._reader.fail(
-            answer.where,
+        raise RowProblem(
             f"says {len(said)} tokens, {np.array2string(said, threshold=8)},"
             " which do not occur in its sequence: it is of another text, or"
-            " another tokenizer",
+            " another tokenizer"
         )

@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_ptloss._checks import check_count, fail
 from keras_ptloss.losses._events import LARGEST_ID, REST
-from keras_ptloss.soft_labels._spec import check_notes
+from keras_ptloss.soft_labels._spec import Format, check_notes, log_distance
 from keras_ptloss.soft_labels._tokens.packing import (
     bits_of,
     pack,
@@ -101,9 +101,7 @@ class Tokens(NamedTuple):
     log_tail: Any
 
 
-def token_formats(
-    k: int, vocabulary_size: int
-) -> dict[str, tuple[str, int | None]]:
+def token_formats(k: int, vocabulary_size: int) -> dict[str, Format]:
     """Name, dtype and columns of the arrays that have a row a token."""
     size = packed_size(k, bits_of(vocabulary_size))
     return {
@@ -115,12 +113,12 @@ def token_formats(
 
 # Those that have a row a sequence: its fingerprint, how many tokens it has, and
 # how many of them are stored; and which, a bit a token, a byte a row.
-SEQUENCE_FORMATS: dict[str, tuple[str, int | None]] = {
+SEQUENCE_FORMATS: dict[str, Format] = {
     "fingerprints": ("<u8", None),
     "lengths": ("<u4", None),
     "counts": ("<u4", None),
 }
-KEPT_FORMATS: dict[str, tuple[str, int | None]] = {"kept": ("|u1", None)}
+KEPT_FORMATS: dict[str, Format] = {"kept": ("|u1", None)}
 
 
 def encode_tokens(
@@ -138,20 +136,11 @@ def encode_tokens(
             "log_tail": tokens.log_tail.astype("<f2"),
         }
     given = {"log_values": tokens.log_values, "log_tail": tokens.log_tail}
-    before, after = (
-        np.exp(
-            np.column_stack(
-                [
-                    np.where(absent, -np.inf, rows["log_values"]),
-                    rows["log_tail"],
-                ]
-            ),
-            dtype=float,
-        )
+    given, read = (
+        {**rows, "log_values": np.where(absent, -np.inf, rows["log_values"])}
         for rows in (given, arrays)
     )
-    before, after = (m / m.sum(-1, keepdims=True) for m in (before, after))
-    return arrays, 0.5 * np.abs(before - after).sum(-1)
+    return arrays, log_distance(given, read)
 
 
 def decode_tokens(arrays: dict[str, Any], vocabulary_size: int) -> Any:

@@ -9,18 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_ptloss.soft_labels._spec import read_spec
-from keras_ptloss.soft_labels._store import (
-    TOKEN_FORMATS,
-    check_sums,
-    damaged,
-    give_back,
-    map_array,
-    partial_path,
-    read_record,
-    shard_count,
-    shard_path,
-)
+from keras_ptloss.soft_labels import _store
+from keras_ptloss.soft_labels._spec import Format, read_spec
 from keras_ptloss.soft_labels._tokens.spec import (
     KEPT_FORMATS,
     SEQUENCE_FORMATS,
@@ -30,12 +20,11 @@ from keras_ptloss.soft_labels._tokens.spec import (
 
 # A store is one shard; the name leaves room for several.
 SHARD = (0, 1)
-Format = tuple[str, int | None]
 
 
 def read_token_manifest(directory: Path) -> dict[str, Any] | None:
     """The JSON record of a store's directory; None if there is none yet."""
-    return read_record(directory, TOKEN_FORMATS, _plausible)
+    return _store.read_record(directory, _store.TOKEN_FORMATS, _plausible)
 
 
 def spec_of(manifest: dict[str, Any]) -> TokenLabelSpec:
@@ -56,7 +45,7 @@ def formats_of(manifest: dict[str, Any]) -> dict[str, dict[str, Format]]:
 def _plausible(manifest: dict[str, Any]) -> bool:
     """Whether the numbers of a manifest fit together."""
     spec, stored = spec_of(manifest), manifest["stored"]
-    size, error = manifest["vocabulary_size"], manifest["total_variation"]
+    size = manifest["vocabulary_size"]
     spec.check_vocabulary(size)
     formats = formats_of(manifest)
     names = {name for unit in formats.values() for name in unit}
@@ -67,9 +56,7 @@ def _plausible(manifest: dict[str, Any]) -> bool:
         and all(type(n) is int for n in (*stored.values(), size))
         and all(n >= 0 for n in stored.values())
         and manifest["shard"] == list(SHARD)
-        and 0 <= error["sum"] < float("inf")
-        and 0 <= error["max"] < float("inf")
-        and check_sums(manifest["checksums"], names)
+        and _store.check_sums(manifest["checksums"], names)
     )
 
 
@@ -80,12 +67,12 @@ class TokenFiles:
         directory = _complete(path)
         manifest = read_token_manifest(directory)
         if manifest is None:
-            damaged(directory, "it has no manifest")
+            _store.damaged(directory, "it has no manifest")
         self.manifest, self.spec = manifest, spec_of(manifest)
         self.vocabulary_size: int = manifest["vocabulary_size"]
         known = manifest["checksums"] or {} if verify else None
         self._arrays = {
-            name: map_array(
+            name: _store.map_array(
                 directory, name, form, manifest["stored"][unit], known
             )
             for unit, arrays in formats_of(manifest).items()
@@ -99,20 +86,20 @@ class TokenFiles:
             "tokens": np.concatenate([[0], np.cumsum(self.counts)]),
             "kept": np.concatenate([[0], np.cumsum(-(-self.lengths // 8))]),
         }
-        ends = {unit: int(ends[-1]) for unit, ends in self._ends.items()}
-        if any(manifest["stored"][unit] != end for unit, end in ends.items()):
-            damaged(directory, "lengths.npy and counts.npy contradict it")
+        stored = manifest["stored"]
+        if any(stored[unit] != ends[-1] for unit, ends in self._ends.items()):
+            _store.damaged(
+                directory, "lengths.npy and counts.npy contradict it"
+            )
 
     def kept(self, rows: Any) -> Any:
         """Which tokens of the sequences are stored: bool, one after another."""
         bits = np.unpackbits(self._read("kept", "kept", rows))
-        starts = np.cumsum(8 * -(-self.lengths[rows] // 8))
-        starts = np.concatenate([[0], starts[:-1]]).astype(int)
-        pieces = [
-            bits[start : start + length]
-            for start, length in zip(starts, self.lengths[rows], strict=True)
-        ]
-        return np.concatenate([*pieces, bits[:0]]).astype(bool)
+        lengths = self.lengths[rows]
+        # Each begins with a byte of its own; behind the last is nothing.
+        *pieces, rest = np.split(bits, np.cumsum(8 * -(-lengths // 8)))
+        pieces = [p[:n] for p, n in zip(pieces, lengths, strict=True)]
+        return np.concatenate([*pieces, rest]).astype(bool)
 
     def tokens(self, rows: Any) -> dict[str, Any]:
         """The stored arrays of the tokens of the sequences, in their order."""
@@ -123,17 +110,17 @@ class TokenFiles:
         array, ends = self._arrays[name], self._ends[unit]
         pieces = [array[ends[row] : ends[row + 1]] for row in rows]
         read = np.concatenate([*pieces, array[:0]])
-        give_back(array)
+        _store.give_back(array)
         return read
 
 
 def _complete(path: Path) -> Path:
     """The directory of a complete store."""
-    if shard_count(path) is None:
+    if _store.shard_count(path) is None:
         raise FileNotFoundError(f"No token labels at {path}")
-    directory = shard_path(path, SHARD)
+    directory = _store.shard_path(path, SHARD)
     if not directory.is_dir():
-        begun = read_token_manifest(partial_path(directory))
+        begun = read_token_manifest(_store.partial_path(directory))
         count = begun["stored"]["sequences"] if begun else 0
         raise ValueError(
             f"`path` must be a complete store, but this has {count} sequences"

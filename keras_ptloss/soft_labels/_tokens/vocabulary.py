@@ -1,5 +1,6 @@
 """Tokens as APIs write them, and a tokenizer's ids of them."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ _BYTE_LEVEL, _PIECE = "\u0120", "\u2581"
 _ID = "token_id:"
 
 
+@functools.cache
 def _byte_characters() -> list[str]:
     """The character of each byte in byte-level vocabularies.
 
@@ -40,7 +42,7 @@ class Vocabulary:
         if isinstance(tokenizer, Mapping):
             self._lookup = tokenizer.get
         elif hasattr(tokenizer, "token_to_id"):
-            self._lookup = _Guarded(tokenizer)
+            self._lookup = functools.partial(_token_to_id, tokenizer)
         elif callable(tokenizer):
             self._lookup = tokenizer
             return
@@ -51,7 +53,7 @@ class Vocabulary:
                 tokenizer,
             )
         if self._lookup(_BYTE_LEVEL) is not None:
-            self._spell = _ByteLevel()
+            self._spell = _byte_level
         elif self._lookup(_PIECE) is not None:
             self._spell = _piece
 
@@ -77,38 +79,28 @@ class Vocabulary:
         return None
 
 
-class _Guarded:
-    """`token_to_id` that has None for what the tokenizer does not know."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def __call__(self, token: str) -> int | None:
-        try:
-            found = self._tokenizer.token_to_id(token)
-        except (KeyError, ValueError):
-            return None
-        if found is None or int(found) < 0:
-            return None
-        # Some have an id for all that is unknown.
-        back = getattr(self._tokenizer, "id_to_token", None)
-        if back is not None and back(int(found)) != token:
-            return None
-        return int(found)
+def _token_to_id(tokenizer: Any, token: str) -> int | None:
+    """The id; None for what the tokenizer does not know."""
+    try:
+        found = tokenizer.token_to_id(token)
+    except (KeyError, ValueError):
+        return None
+    if found is None or int(found) < 0:
+        return None
+    # Some have an id for all that is unknown.
+    back = getattr(tokenizer, "id_to_token", None)
+    if back is not None and back(int(found)) != token:
+        return None
+    return int(found)
 
 
 def _as_it_is(token: str, data: bytes) -> list[str]:
     return [token]
 
 
-class _ByteLevel:
+def _byte_level(token: str, data: bytes) -> list[str]:
     """A character a byte."""
-
-    def __init__(self) -> None:
-        self._characters = _byte_characters()
-
-    def __call__(self, token: str, data: bytes) -> list[str]:
-        return ["".join(self._characters[byte] for byte in data), token]
+    return ["".join(_byte_characters()[byte] for byte in data), token]
 
 
 def _piece(token: str, data: bytes) -> list[str]:

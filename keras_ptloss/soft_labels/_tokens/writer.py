@@ -10,12 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_ptloss.soft_labels._data import take, wrong_length
-from keras_ptloss.soft_labels._journal import (
-    Journal,
-    check_same,
-    sync,
-    with_error,
-)
+from keras_ptloss.soft_labels._journal import Journal, sync
 from keras_ptloss.soft_labels._store import TOKEN_FORMATS, damaged
 from keras_ptloss.soft_labels._tokens.sequences import (
     Sequences,
@@ -33,26 +28,21 @@ from keras_ptloss.soft_labels._tokens.store import (
     SHARD,
     formats_of,
     read_token_manifest,
-    spec_of,
 )
 
 # Bytes before the data of a `.npy` file, whatever its length.
 _HEADER = 128
 
 
-class Missing(NamedTuple):
-    """Sequences that are not stored yet.
+class Batch(NamedTuple):
+    """Sequences to be stored.
 
     Attributes:
-        row: Position of the first in the data set.
-        x: The teacher's inputs.
         sequences: Their tokens.
         kept: `(batch, time)` bool, those that count.
         fingerprints: `(batch,)`.
     """
 
-    row: int
-    x: Any
     sequences: Sequences
     kept: Any
     fingerprints: Any
@@ -65,56 +55,51 @@ class TokenWriter(Journal):
     the files have beyond the counts of the manifest is written over.
     """
 
+    rows, read = "sequences", staticmethod(read_token_manifest)
+
     def __init__(self, store: Path, spec: TokenLabelSpec) -> None:
-        super().__init__(store, SHARD, "sequences")
-        self.spec = spec
-        self._fingerprints: Any = np.empty(0, "<u8")
+        super().__init__(store, SHARD, spec)
 
     @property
     def stored(self) -> int:
         """How many sequences are stored."""
-        return self._manifest["stored"]["sequences"] if self._manifest else 0
+        return self.manifest["stored"]["sequences"] if self.manifest else 0
 
     @property
     def vocabulary_size(self) -> int | None:
         """The number of ids, as far as known."""
-        if self._manifest:
-            return int(self._manifest["vocabulary_size"])
+        if self.manifest:
+            return int(self.manifest["vocabulary_size"])
         return self.spec.vocabulary_size
 
-    def _resume(self) -> None:
-        self._manifest = read_token_manifest(self.directory)
-        if self._manifest is None:
-            return
-        fields = [field.name for field in dataclasses.fields(TokenLabelSpec)]
-        check_same(self.spec, spec_of(self._manifest), fields)
-        self._fingerprints = np.fromfile(
-            self.path("fingerprints"),
-            "<u8",
-            count=self.stored,
-            offset=_HEADER,
+    def _stored_fingerprints(self) -> Any:
+        # Their header is the last that is written.
+        found = np.fromfile(
+            self.path("fingerprints"), "<u8", count=self.stored, offset=_HEADER
         )
-        if len(self._fingerprints) != self.stored:
+        if len(found) != self.stored:
             damaged(self.directory, "fingerprints.npy is too short")
-        if not self.complete:
-            for name in self._names():
-                self.open_file(name)
+        return found
 
-    def _names(self) -> list[str]:
-        formats = formats_of(self._manifest or {})
-        return [name for arrays in formats.values() for name in arrays]
+    def _open_files(self) -> None:
+        for arrays in formats_of(self.manifest).values():
+            for name in arrays:
+                self.open_file(name)
 
     def missing(
         self, dataset: Any, sample_weight: Any, batch_size: int
-    ) -> Iterator[Missing]:
-        """Yield what is not stored; what is, is compared on the way."""
+    ) -> Iterator[tuple[int, Any, Batch]]:
+        """Yield `(position, inputs, batch)` of what is not stored.
+
+        The stored sequences are compared with `dataset` on the way.
+        """
         end = 0
         for row, x, weight in token_batches(dataset, sample_weight, batch_size):
             sequences = sequences_of(x)
             found = token_fingerprints(sequences)
             end = row + len(found)
             known = max(0, min(len(found), self.stored - row))
-            wrong = self._fingerprints[row : row + known] != found[:known]
+            wrong = self.fingerprints[row : row + known] != found[:known]
             if wrong.any():
                 raise ValueError(
                     "`dataset` must hold the stored sequences first, in their"
@@ -126,63 +111,50 @@ class TokenWriter(Journal):
                 wrong_length(f"at least {end}", self.stored)
             if known < len(found):
                 rest = slice(known, None)
-                yield Missing(
-                    row + known,
-                    take(x, rest),
+                batch = Batch(
                     Sequences(*(part[rest] for part in sequences)),
                     kept_of(sequences, weight)[rest],
                     found[rest],
                 )
+                yield row + known, take(x, rest), batch
         if end < self.stored or not end:
             wrong_length(end, max(self.stored, 1))
 
     def append(
-        self,
-        hashes: Any,
-        sequences: Sequences,
-        kept: Any,
-        tokens: Tokens,
-        vocabulary_size: int,
+        self, batch: Batch, tokens: Tokens, vocabulary_size: int
     ) -> None:
         """Store the next sequences.
 
         Args:
-            hashes: `(batch,)`, their fingerprints.
-            sequences: Their tokens.
-            kept: `(batch, time)` bool, which of them `tokens` are of.
-            tokens: Of all of them, one sequence after the other.
+            batch: What they are.
+            tokens: Of all that count, one sequence after the other.
             vocabulary_size: Number of ids.
         """
         encoded, distance = encode_tokens(tokens, vocabulary_size)
-        bits = [
-            np.packbits(flags[real])
-            for flags, real in zip(kept, sequences.real, strict=True)
-        ]
+        kept, real = batch.kept, batch.sequences.real
+        bits = [np.packbits(k[r]) for k, r in zip(kept, real, strict=True)]
         arrays = {
             "sequences": {
-                "fingerprints": hashes,
-                "lengths": sequences.real.sum(-1).astype("<u4"),
+                "fingerprints": batch.fingerprints,
+                "lengths": real.sum(-1).astype("<u4"),
                 "counts": kept.sum(-1).astype("<u4"),
             },
             "tokens": encoded,
             "kept": {"kept": np.concatenate(bits)},
         }
         with self.disk():
-            manifest = dict(self._manifest or self._create(vocabulary_size))
-            stored = dict(manifest["stored"])
+            if not self.manifest:
+                self._create(vocabulary_size)
+            stored = dict(self.manifest["stored"])
             for unit, named in arrays.items():
                 for name, rows in named.items():
                     size = rows.dtype.itemsize * int(np.prod(rows.shape[1:]))
                     offset = _HEADER + stored[unit] * size
                     self.write_at(name, rows.tobytes(), offset)
                 stored[unit] += len(rows)
-            manifest["total_variation"] = with_error(
-                manifest["total_variation"], distance
-            )
-            manifest["stored"] = stored
-            self.put_manifest(manifest)
+            self.count(stored, distance)
 
-    def _create(self, vocabulary_size: int) -> dict[str, Any]:
+    def _create(self, vocabulary_size: int) -> None:
         """Make empty files; the manifest that counts their rows is last."""
         manifest = {
             "format": TOKEN_FORMATS[-1],
@@ -198,16 +170,13 @@ class TokenWriter(Journal):
                 self.path(name).write_bytes(b"\0" * _HEADER)
                 sync(self.path(name))
         self.put_manifest(manifest)
-        for name in self._names():
-            self.open_file(name)
-        return manifest
+        self._open_files()
 
     def _close_files(self) -> None:
         """Cut what is not counted, and write the headers."""
-        manifest = self._manifest or {}
-        for unit, arrays in formats_of(manifest).items():
+        for unit, arrays in formats_of(self.manifest).items():
             for name, (dtype, columns) in arrays.items():
-                rows = manifest["stored"][unit]
+                rows = self.manifest["stored"][unit]
                 shape = (rows,) if columns is None else (rows, columns)
                 size = np.dtype(dtype).itemsize * int(np.prod(shape))
                 os.ftruncate(self.descriptors[name], _HEADER + size)
