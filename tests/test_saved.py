@@ -1,12 +1,14 @@
 """Files that an earlier version wrote load, and mean what they meant.
 
 `saved/` was written before the modules moved into rooms, so that registered
-names are all that holds.
+names are all that holds; `corrections.json` and `corrected_teachers.keras` when
+corrections had come.
 """
 
 import io
 import json
 import pathlib
+import re
 import zipfile
 
 import h5py
@@ -15,10 +17,12 @@ import keras
 import numpy as np
 import pytest
 
-import keras_ptloss  # noqa: F401  registers the classes
+import keras_ptloss
+from keras_ptloss import layers, losses, metrics, proxy
 
 SAVED = pathlib.Path(__file__).parent / "saved"
-OBJECTS = json.loads((SAVED / "objects.json").read_text())
+CORRECTIONS = json.loads((SAVED / "corrections.json").read_text())
+OBJECTS = json.loads((SAVED / "objects.json").read_text()) | CORRECTIONS
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def meaning(config):
         temperature = np.array(config.pop("teacher_temperature", 1.0))
         scale = np.array(config.pop("teacher_scale", 1.0)) / temperature
         config["teacher_scale"] = scale.tolist()
-        config["teacher_bias"] = config["teacher_bias"] or 0.0
+        config["teacher_bias"] = config.get("teacher_bias") or 0.0
     return config
 
 
@@ -63,10 +67,24 @@ def test_config(name):
     assert meaning(default.get_config()) == now
 
 
-def test_every_registered_class_of_then_is_here():
-    names = {saved["registered_name"] for saved in OBJECTS.values()}
-    assert len(names) == 11
-    for name in names:
+def test_every_registered_class_is_there():
+    """A class that comes gets a file, in a `.keras` or in the JSON."""
+    kept = {saved["registered_name"] for saved in OBJECTS.values()}
+    for path in SAVED.glob("*.keras"):
+        with zipfile.ZipFile(path) as archive:
+            config = archive.read("config.json").decode()
+        kept |= set(re.findall(r'"(keras_ptloss>\w+)"', config))
+    public = [
+        thing
+        for room in (keras_ptloss, layers, losses, metrics, proxy)
+        for thing in vars(room).values()
+        if isinstance(thing, type)
+    ]
+    names = {keras.saving.get_registered_name(thing) for thing in public}
+    registered = {name for name in names if name.startswith("keras_ptloss>")}
+    assert len(registered) >= 16
+    assert registered - kept == set()
+    for name in kept:
         assert keras.saving.get_registered_object(name) is not None, name
 
 
@@ -116,6 +134,60 @@ class TestValuesOfObjects:
         np.testing.assert_allclose(
             helpers.fixed_point(calibrated, q, config["epsilon"]), q, atol=1e-5
         )
+
+    def corrected(self, config):
+        """`softmax(A' log q + b')` of the fixed point `q` of `softmax(A z)`."""
+        teacher = helpers.softmax(np.log(self.teacher) * config["scale"])
+        q = proxy.proxy_teacher(teacher, config["epsilon"]).probabilities
+        np.testing.assert_allclose(
+            helpers.fixed_point(teacher, q, config["epsilon"]), q, atol=1e-9
+        )
+        matrix = np.array(config["proxy_scale"])
+        return helpers.softmax(np.log(q) @ matrix.T + config["proxy_bias"])
+
+    def test_correction(self):
+        saved = CORRECTIONS["Correction"]
+        correction = keras.saving.deserialize_keras_object(saved)
+        np.testing.assert_allclose(
+            correction.proxy(self.teacher).probabilities,
+            self.corrected(saved["config"]),
+            rtol=1e-9,
+        )
+
+    @pytest.mark.parametrize("name", ["ProxyKLDivergence", "CorrectedTeacher"])
+    def test_with_a_correction(self, name):
+        saved = CORRECTIONS[name]
+        target = self.corrected(saved["config"]["correction"]["config"])
+        thing = keras.saving.deserialize_keras_object(saved)
+        if name == "CorrectedTeacher":
+            got = np.asarray(thing(self.teacher.astype("float32")))
+            np.testing.assert_allclose(got, target, rtol=1e-4)
+            return
+        rows = helpers.pt_loss_of_logits(target, self.logits, 0.0)
+        np.testing.assert_allclose(self.value(name), rows.mean(), rtol=1e-5)
+
+    def test_matrix(self):
+        """Of a teacher whose rows are logits, as the student's are."""
+        config = CORRECTIONS["PTLoss_matrix"]["config"]
+        z = self.teacher @ np.array(config["teacher_scale"]).T
+        rows = helpers.pt_loss_of_logits(
+            helpers.softmax(z + config["teacher_bias"]),
+            self.logits,
+            config["epsilon"],
+        )
+        np.testing.assert_allclose(
+            self.value("PTLoss_matrix"), rows.mean(), rtol=1e-5
+        )
+
+    def test_top_k(self):
+        """Of three classes two are kept; the third is the rest."""
+        loss = keras.saving.deserialize_keras_object(CORRECTIONS["TopKPTLoss"])
+        epsilon = CORRECTIONS["TopKPTLoss"]["config"]["epsilon"]
+        ids = np.tile([2, 0], (len(self.teacher), 1))
+        kept = np.log(self.teacher[:, [2, 0]])
+        rows = helpers.pt_loss_of_logits(self.teacher, self.logits, epsilon)
+        value = loss(np.stack([ids, kept], axis=-1), self.logits)
+        np.testing.assert_allclose(float(value), rows.mean(), rtol=1e-5)
 
 
 class TestStudent:
@@ -168,4 +240,22 @@ def test_proxy_model(inputs):
         model.evaluate(inputs, teacher, verbose=0),
         helpers.pt_loss(teacher, proxies, 0.1).mean(),
         rtol=1e-5,
+    )
+
+
+def test_corrected_teachers(inputs):
+    """Two live teachers of 3 and 5 classes, side by side, and a matrix."""
+    model = keras.saving.load_model(SAVED / "corrected_teachers.keras")
+    beside, corrected = model.layers
+    rows = [
+        np.log(helpers.softmax(teacher.predict(inputs, verbose=0)))
+        for teacher in beside.teachers
+    ]
+    correction = corrected.correction
+    assert correction.scale.shape == (3, 8)
+    z = np.concatenate(rows, axis=1) @ correction.scale.T + correction.bias
+    outputs = model.predict(inputs, verbose=0)
+    np.testing.assert_allclose(outputs, helpers.softmax(z), rtol=1e-4)
+    np.testing.assert_allclose(
+        outputs, np.load(SAVED / "corrected_teachers_outputs.npy"), rtol=1e-5
     )
