@@ -3,6 +3,7 @@
     python benchmarks/speed/storage.py --output benchmarks/results/storage.md
     python benchmarks/speed/storage.py --rows 1000000
     python benchmarks/speed/storage.py --rows 1000000 --top-k 16
+    python benchmarks/speed/storage.py --rows 1000000 --formats ours parquet
 
 Ours, Parquet (`to_parquet`, `open`), ArrayRecord as Grain reads it (left out
 where Grain is not installed), and bare `.npy` memory maps without fingerprints
@@ -211,7 +212,7 @@ def run(arguments):
         "|---|---|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        for name in installed():
+        for name in arguments.formats or installed():
             found = {}
             for step in STEPS:
                 found[step] = in_a_process(
@@ -243,6 +244,7 @@ def main():
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--folder", type=pathlib.Path)
     parser.add_argument("--output", type=pathlib.Path, help="to append to")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, help="or all")
     parser.add_argument("--format", choices=FORMATS, help=argparse.SUPPRESS)
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

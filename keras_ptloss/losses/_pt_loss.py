@@ -228,8 +228,8 @@ class PTLoss(TeacherLoss):
              + sum_c t_c sum_m epsilon_{c,m} (1 - p_c)^m           (Eq. 7)
 
     `epsilon = 0` is `keras.losses.KLDivergence`. Coefficients that make the
-    student better are found by `ProxyTeacherSearch`, whose `result.loss()`
-    builds this loss. The loss is convex in `p` while `epsilon_m >= -1 / m`.
+    student better are found by `ProxyTeacherSearch`, as `result.epsilon`.
+    The loss is convex in `p` while `epsilon_m >= -1 / m`.
 
     Args:
         epsilon: coefficients: a number (order 1), `(M,)` shared by the

@@ -69,16 +69,22 @@ class SearchResult:
         """Build the loss that leads a student to the corrected teacher.
 
         `y_true` are the teacher's outputs, in the form in which the search was
-        given them.
+        given them. `PTLoss(result.epsilon)` is the paper's loss.
 
         Args:
             from_logits: whether the student's outputs are logits.
             **arguments: `reduction`, `name` and `dtype` of a Keras loss.
 
         Returns:
-            A `PTLoss`, or a `ProxyKLDivergence` where the correction has a
-            part that PTLoss cannot carry.
+            A `ProxyKLDivergence` where there is an epsilon: students that
+            cannot answer each example by itself end at better probabilities
+            than by PTLoss. Else a `PTLoss`, which then is KL to the calibrated
+            teacher, where it can carry the calibration.
         """
+        if self.epsilon.any():
+            return ProxyKLDivergence(
+                self.correction, from_logits=from_logits, **arguments
+            )
         return self.correction.loss(from_logits=from_logits, **arguments)
 
     def proxy_teacher(self, outputs: Any) -> ProxyTeacherResult:

@@ -41,7 +41,7 @@ class TestTeachersToBeWarnedOf:
         moved = [f"{c} is {of}" for c, of in enumerate(order) if c != of]
         assert text.endswith("if its class " + ", ".join(moved))
 
-    @pytest.mark.filterwarnings("ignore:the teacher is worse")
+    @pytest.mark.filterwarnings("ignore:the teacher")
     @pytest.mark.parametrize(
         ("method", "said"),
         [

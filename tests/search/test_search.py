@@ -16,6 +16,7 @@ from keras_ptloss import (
     proxy_teacher,
 )
 from keras_ptloss.layers import CorrectedTeacher
+from keras_ptloss.losses import ProxyKLDivergence
 from keras_ptloss.search import (
     CalibrationSearch,
     CrossValidatedSearch,
@@ -253,9 +254,10 @@ class TestTeacherForms:
             found.trials["score"], run(data, trials=5).trials["score"]
         )
 
-    @pytest.mark.filterwarnings("ignore:the teacher is worse")
+    @pytest.mark.filterwarnings("ignore:the teacher")
     @pytest.mark.parametrize("from_logits", [False, True])
     def test_keras_model(self, data, from_logits):
+        keras.utils.set_random_seed(0)
         x = np.random.default_rng(0).normal(size=(ROWS, 4)).astype("float32")
         activation = None if from_logits else "softmax"
         model = keras.Sequential(
@@ -315,23 +317,42 @@ class TestResult:
 
     @pytest.mark.parametrize("from_logits", [False, True])
     def test_loss(self, vector, from_logits):
-        config = vector.loss(
+        """With an epsilon it leads to the proxy itself."""
+        loss = vector.loss(
             from_logits=from_logits, reduction="sum", name="mine"
-        ).get_config()
-        assert config["epsilon"] == vector.epsilon.tolist()
-        assert config["teacher_scale"] == vector.correction.scale.tolist()
-        assert config["teacher_bias"] == vector.correction.bias.tolist()
+        )
+        assert isinstance(loss, ProxyKLDivergence)
+        config = loss.get_config()
+        assert config["correction"]["config"] == vector.correction.get_config()
         assert config["from_logits"] is from_logits
-        assert config["teacher_from_logits"] is False
         assert config["reduction"] == "sum"
         assert config["name"] == "mine"
+
+    def test_loss_without_epsilon(self, data):
+        """A PTLoss of epsilon 0: KL to the calibrated teacher."""
+        found = ProxyTeacherSearch(CalibrationSearch("vector")).search(
+            *data, verbose=False
+        )
+        loss = found.loss(from_logits=True, reduction="none")
+        assert isinstance(loss, PTLoss)
+        logits = np.random.default_rng(0).normal(size=data[0].shape)
+        correction = found.correction
+        teacher = helpers.softmax(
+            np.log(data[0]) * correction.scale + correction.bias
+        )
+        np.testing.assert_allclose(
+            np.asarray(loss(data[0].astype("float32"), logits)),
+            helpers.pt_loss_of_logits(teacher, logits, 0.0),
+            rtol=1e-4,
+            atol=1e-6,
+        )
 
     def test_loss_knows_that_the_teacher_gave_logits(self, data):
         found = small_random_search(order=1, trials=2).search(
             np.log(data[0]), data[1], from_logits=True
         )
         loss = found.loss()
-        assert loss.teacher_from_logits
+        assert loss.correction.teacher_from_logits
         assert not loss.from_logits
 
     @pytest.mark.parametrize("kind", ["result", "vector"])
@@ -373,7 +394,7 @@ class TestResult:
             atol=1e-10,
         )
 
-    @pytest.mark.filterwarnings("ignore:the teacher is worse")
+    @pytest.mark.filterwarnings("ignore:the teacher")
     @pytest.mark.parametrize("from_logits", [False, True])
     def test_proxy_model(self, data, from_logits):
         """The live teacher's proxy is that of its stored outputs."""

@@ -176,6 +176,11 @@ def kl_to_the_proxy(
     return ProxyKLDivergence(found.correction, from_logits=from_logits)
 
 
+def by_pt_loss(found: SearchResult, *, from_logits: bool) -> Any:
+    """PTLoss, where it can carry what the search found."""
+    return found.correction.loss(from_logits=from_logits)
+
+
 def both_ways(order: int) -> list[Method]:
     """One correction by PTLoss and by KL to its proxy, to compare the two.
 
@@ -240,6 +245,9 @@ def all_methods(order: int = 5) -> list[Method]:
         search("vector scaling", CalibrationSearch("vector")),
         search("matrix scaling", CalibrationSearch("matrix")),
         search("searched", CrossValidatedSearch(order=order)),
+        search(
+            "searched, by PTLoss", CrossValidatedSearch(order=order), by_pt_loss
+        ),
         *both_ways(order),
         search("PTLoss, Algorithm 1", RandomSearch(order=order)),
         search(
