@@ -103,9 +103,10 @@ def search_losses(teacher, data):
     }.items():
         result = ProxyTeacherSearch(method).search(teacher, y, inputs=x)
         result.summary()
-        losses[name] = result.loss(from_logits=True)
-        # Both lead there, unless epsilon is 0 (then they are one and the same)
-        # or a matrix follows it, which PTLoss cannot carry.
+        losses[name] = result.correction.loss(from_logits=True)
+        # `result.loss()` is KL to the proxy. Both lead there, unless epsilon is
+        # 0 (then they are one and the same) or a matrix follows it, which
+        # PTLoss cannot carry.
         if result.correction.is_pt_loss and np.any(result.epsilon):
             losses[f"{name}, KL to its proxy"] = ProxyKLDivergence(
                 result.correction, from_logits=True

@@ -360,7 +360,9 @@ def distil(arguments):
             outputs["search"], parts["search"][1], from_logits=asked
         )
         result.summary()
-        losses[name] = result.loss(from_logits=True)
+        # The paper's is PTLoss itself.
+        by = result.correction if name == "ptloss_paper" else result
+        losses[name] = by.loss(from_logits=True)
 
     for name, loss in losses.items():
         keras.utils.set_random_seed(arguments.seed)

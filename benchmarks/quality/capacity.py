@@ -78,7 +78,7 @@ def corrected_losses(kind, task):
     found = ProxyTeacherSearch(CORRECTIONS[kind], seed=0).search(
         task.search.teacher, task.search.labels, verbose=False
     )
-    loss = found.loss(from_logits=True)
+    loss = found.correction.loss(from_logits=True)
     if not isinstance(loss, PTLoss):
         raise TypeError(f"{kind}: PTLoss cannot carry it. Received: {loss}")
     to_proxy = ProxyKLDivergence(found.correction, from_logits=True)

@@ -190,7 +190,7 @@ def both_ways(order: int) -> list[Method]:
         order=order, per_class=True, calibration="vector", penalty=0.01
     )
     return [
-        search("vector + per class, PTLoss", method),
+        search("vector + per class, PTLoss", method, by_pt_loss),
         search("vector + per class, KL to the proxy", method, kl_to_the_proxy),
     ]
 
@@ -249,10 +249,11 @@ def all_methods(order: int = 5) -> list[Method]:
             "searched, by PTLoss", CrossValidatedSearch(order=order), by_pt_loss
         ),
         *both_ways(order),
-        search("PTLoss, Algorithm 1", RandomSearch(order=order)),
+        search("PTLoss, Algorithm 1", RandomSearch(order=order), by_pt_loss),
         search(
             "PTLoss, gradient per class",
             GradientSearch(order=order, per_class=True, penalty=0.01),
+            by_pt_loss,
         ),
         Method(CEILING, one_hot_labels),
         Method("labels alone", labels_alone),
@@ -260,6 +261,7 @@ def all_methods(order: int = 5) -> list[Method]:
         search(
             "PTLoss, Algorithm 1 per class",
             RandomSearch(order=order, per_class=True),
+            by_pt_loss,
         ),
         distil(
             "focal",
