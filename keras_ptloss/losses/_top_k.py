@@ -87,10 +87,16 @@ def top_k_pt_loss(
             teacher_from_logits=False,
         )
     else:
+
+        def project(events: Events, z: Tensor) -> tuple[Tensor, Tensor]:
+            if tail == "renormalize":  # nothing is asked of the others
+                return pick(z, events), ops.zeros_like(events.log_rest)
+            return pick(z, events), log_of_others(z, events)
+
         loss = loss_of_events(
             targets,
             (logits,),
-            lambda events, z: (pick(z, events), log_of_others(z, events)),
+            project,
             lambda of_logits, events, z: (of_logits(z, events),),
             classes=classes,
             epsilon=[float(e) for e in own["epsilon"]],

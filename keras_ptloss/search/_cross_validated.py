@@ -9,6 +9,7 @@ map can. Then the ladder on either base: nothing, a vector or a matrix `A`, with
 """
 
 import dataclasses
+import functools
 from collections.abc import Collection
 
 import numpy as np
@@ -231,7 +232,6 @@ class _Base:
             self.scale, self.epsilon = fitted.point.scale, fitted.point.epsilon
             self.solves = fitted.evaluations * len(examples.labels)
             self.unconverged = fitted.unconverged
-        self.rows = self.logits(examples)
 
     def apply(self, examples: Examples) -> np.ndarray:
         """Return the base's distributions, `(N, C)`."""
@@ -243,6 +243,11 @@ class _Base:
         if self.bent:
             return log_probabilities(self.apply(examples))
         return examples.logits
+
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """What the ladder stands on, of the base's own examples."""
+        return self.logits(self.examples)
 
     def fit(
         self, calibration: str, penalty: float, begin: np.ndarray | None = None

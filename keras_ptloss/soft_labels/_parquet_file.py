@@ -162,8 +162,9 @@ class ParquetFile:
         if not right(values.type):
             wanted = "integers" if whole else "floats"
             self.fail(f"has {values.type}, not {wanted}, in the column {name}")
-        nulls = values.is_null().to_numpy(False).reshape(-1, width)
-        self._refuse(nulls, first, "a null")
+        if values.null_count:
+            nulls = values.is_null().to_numpy(False).reshape(-1, width)
+            self._refuse(nulls, first, "a null")
         numbers = values.to_numpy(zero_copy_only=False)
         dtype = "int64" if whole else "float64"
         return numbers.astype(dtype).reshape(-1, width)

@@ -246,8 +246,11 @@ class Reader:
             index = self._find(token)
             if index is None:
                 other += share
-            else:  # " yes" and "Yes" are two tokens of one class
-                values[index] = np.nansum([values[index], share])
+            elif np.isnan(values[index]):
+                values[index] = share
+            else:
+                # " yes" and "Yes" are two tokens of one class.
+                values[index] += share
         total = np.nansum(values) + other
         if total > 1 + SUM_TOLERANCE:
             raise RowProblem(

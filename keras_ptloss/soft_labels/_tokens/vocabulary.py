@@ -100,7 +100,8 @@ def _as_it_is(token: str, data: bytes) -> list[str]:
 
 def _byte_level(token: str, data: bytes) -> list[str]:
     """A character a byte."""
-    return ["".join(_byte_characters()[byte] for byte in data), token]
+    characters = _byte_characters()
+    return ["".join(characters[byte] for byte in data), token]
 
 
 def _piece(token: str, data: bytes) -> list[str]:
