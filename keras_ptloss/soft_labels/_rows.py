@@ -11,8 +11,7 @@ from keras_ptloss._checks import fail
 from keras_ptloss.soft_labels._spec import decode, top_k_of
 from keras_ptloss.soft_labels._store import spec_of
 
-# Rows decoded at a time. Linux maps 64 KiB around each row touched, so a chunk
-# of scattered rows takes up to 32 MiB.
+# Rows decoded at a time, in what fits the processor's cache.
 _CHUNK = 512
 # The id of all other classes together, as `TopKPTLoss` has it.
 _REST = -1

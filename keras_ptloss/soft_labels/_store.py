@@ -10,7 +10,6 @@ import functools
 import hashlib
 import itertools
 import json
-import mmap
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -238,17 +237,6 @@ def map_array(
     return array
 
 
-def give_back(array: Any) -> None:
-    """Give a mapped array's pages back.
-
-    Once touched they count as resident until then; the system's cache keeps
-    them at hand.
-    """
-    # An array without rows has nothing mapped.
-    if hasattr(mmap, "MADV_DONTNEED") and array.base is not None:
-        array.base.madvise(mmap.MADV_DONTNEED)
-
-
 class Shard:
     """The arrays of a shard's directory, mapped and compared."""
 
@@ -274,11 +262,10 @@ class Shard:
 
     def read(self, rows: Any) -> dict[str, Any]:
         """Read rows, counted from the start of the data set, as stored."""
-        stored = {}
-        for name, array in self.arrays.items():
-            stored[name] = np.array(array[rows - self.start])
-            give_back(array)
-        return stored
+        return {
+            name: np.array(array[rows - self.start])
+            for name, array in self.arrays.items()
+        }
 
 
 def open_shards(path: Path, *, verify: bool) -> list[Shard]:

@@ -109,9 +109,7 @@ class TokenFiles:
     def _read(self, name: str, unit: str, rows: Any) -> Any:
         array, ends = self._arrays[name], self._ends[unit]
         pieces = [array[ends[row] : ends[row + 1]] for row in rows]
-        read = np.concatenate([*pieces, array[:0]])
-        _store.give_back(array)
-        return read
+        return np.concatenate([*pieces, array[:0]])
 
 
 def _complete(path: Path) -> Path:
