@@ -294,7 +294,9 @@ def _describe(name: str, values: np.ndarray) -> list[str]:
     if max(values.shape, default=1) <= most:
         text = np.array2string(values, precision=3, suppress_small=True)
         return [f"  {name} {text.replace(chr(10), chr(10) + ' ' * 11)}"]
-    if values.ndim == 2 and values.shape[0] == values.shape[1]:
+    # A perturbation per class is (C, M), also where there are as many of both.
+    matrix = values.ndim == 2 and identity == 1.0
+    if matrix and values.shape[0] == values.shape[1]:
         off = np.array(values)
         np.fill_diagonal(off, 0.0)
         to, of = np.unravel_index(np.argmax(off), off.shape)
@@ -304,7 +306,7 @@ def _describe(name: str, values: np.ndarray) -> list[str]:
             f"of all class {to} gains from what the teacher calls {of} "
             f"({off[to, of]:.3g})"
         ]
-    if values.ndim == 2 and name.startswith("scale"):
+    if matrix:
         return [f"  {name} matrix {values.shape[0]} x {values.shape[1]}"]
     per_class = values if values.ndim == 1 else values.sum(axis=1)
     low, high = int(np.argmin(per_class)), int(np.argmax(per_class))

@@ -519,17 +519,22 @@ class TestResult:
         assert f"{vector.score:.5g}" in page
         assert '<img src="data:image/png;base64,' in page
 
-    def test_summary_fits_a_screen(self):
+    # As many orders as classes make no matrix of classes.
+    @pytest.mark.parametrize("order", [5, 20])
+    def test_summary_fits_a_screen(self, order):
         """At many classes it says what stands out, and not every number."""
         teacher = helpers.dirichlet(0, 400, 20)
         labels = helpers.draw_labels(teacher, 1)
         search = ProxyTeacherSearch(
-            GradientSearch(per_class=True, calibration="vector", penalty=0.1)
+            GradientSearch(
+                order=order, per_class=True, calibration="vector", penalty=0.1
+            )
         )
         lines = str(search.search(teacher, labels)).splitlines()
         assert len(lines) < 15
         assert max(map(len, lines)) < 200
-        assert any("per class, (20, 5), from" in line for line in lines)
+        shown = f"per class, (20, {order}), from"
+        assert any(shown in line for line in lines)
 
     def test_summary_shows_the_calibration(self, vector):
         assert "  scale " in str(vector)
