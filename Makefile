@@ -10,6 +10,7 @@
 #   make docs         the site, in docs/_build/html; INTERSPHINX=0: without links
 #                     to other projects, looked up where there is a network
 #   make docs-test    the site in a browser: Debian's chromium, or CHROMIUM=path
+#   make docs-quick   both in two minutes, without running the pages' code
 # PYTHON=python3.13 takes another interpreter; `make clean` first.
 
 PYTHON ?= python3
@@ -22,10 +23,12 @@ BIN = .venv/bin
 CORE = tests/losses tests/proxy tests/search tests/distiller tests/soft_labels \
 	tests/test_binary.py tests/test_calibration.py tests/test_checks.py \
 	tests/test_correction.py tests/test_metrics.py
+# Of the core's, by their markers; see pyproject.toml.
+MARKS ?= not slow
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .PHONY: demo test test-floor test-torch test-rest slow lint dist test-dist docs \
-	docs-test clean
+	docs-test docs-quick clean
 # Nothing is left half-installed by an interrupted run.
 .DELETE_ON_ERROR:
 
@@ -38,14 +41,14 @@ test: .venv/test.installed
 
 test-floor: .venv-floor-tensorflow/installed .venv-floor-jax/installed
 	KERAS_BACKEND=tensorflow .venv-floor-tensorflow/bin/python -m pytest -n 2 \
-		-m "not slow" $(CORE)
+		-m "$(MARKS)" $(CORE)
 	KERAS_BACKEND=jax .venv-floor-jax/bin/python -m pytest -n 2 \
-		-m "not slow" $(CORE)
+		-m "$(MARKS)" $(CORE)
 
 # With JAX beside it, to compare with.
 test-torch: .venv-torch/installed
 	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest -n 2 \
-		-m "not slow" $(CORE) tests/test_backends.py \
+		-m "$(MARKS)" $(CORE) tests/test_backends.py \
 		tests/test_pytorch.py \
 		tests/test_without_tensorflow.py
 
@@ -85,6 +88,12 @@ docs: .venv/docs.installed
 
 docs-test: .venv/docs-test.installed docs
 	KERAS_BACKEND=jax $(BIN)/python -m pytest docs/browser
+
+docs-quick: .venv/docs-test.installed
+	KERAS_BACKEND=jax $(BIN)/python -m sphinx -W --keep-going \
+		-D nb_execution_mode=off -D suppress_warnings=myst-nb.lexer \
+		docs docs/_build/html
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 -m "not slow" docs/browser
 
 # Installing one extra leaves the other in place.
 .venv/%.installed: setup.cfg pyproject.toml | .venv/bin/pip

@@ -48,6 +48,7 @@ def test_notebook(name):
     assert f'notebooks/{name}.ipynb" download' in page
 
 
+@pytest.mark.slow
 def test_notebook_runs_as_a_reader_runs_it(tmp_path):
     """After a first cell that is a magic, as the installing one is.
 

@@ -348,7 +348,10 @@ class TestWrongInput:
     @calls
     def test_distribution(self, x, call):
         distiller = distil(make_linear(), make_linear(seed=1))
-        devices = keras.distribution.DataParallel(devices=["cpu:0"])
+        try:
+            devices = keras.distribution.DataParallel(devices=["cpu:0"])
+        except AttributeError:
+            pytest.skip("Keras 3.12 makes none on this backend")
         keras.distribution.set_distribution(devices)
         try:
             with pytest.raises(ValueError, match="`keras.distribution` must"):

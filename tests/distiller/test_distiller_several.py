@@ -60,7 +60,8 @@ def test_the_same_in_a_list_and_flooded(x, wrap):
     for loss in (CORRECTION.loss(from_logits=True),) * 2:
         distiller = Distiller(make_linear(seed=1), make_teachers())
         distiller.compile("sgd", wrap(loss) if logs else loss)
-        logs.append(distiller.evaluate(x, verbose=0, return_dict=True))
+        found = distiller.evaluate(x, verbose=0, return_dict=True)
+        logs.append({name: float(value) for name, value in found.items()})
     assert logs[0] == pytest.approx(logs[1], rel=1e-6)
 
 

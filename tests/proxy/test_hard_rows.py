@@ -16,6 +16,8 @@ from keras_ptloss.proxy._layer import proxy_tensor
 
 mpmath = pytest.importorskip("mpmath")
 
+pytestmark = pytest.mark.numbers
+
 ORDER = 5
 LOWEST = -1.0 / np.arange(1, ORDER + 1)  # where the loss is barely convex
 

@@ -3,10 +3,13 @@
 import helpers
 import hypothesis.extra.numpy as hnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_ptloss import proxy_teacher
+
+pytestmark = pytest.mark.numbers
 
 ROWS = 4
 # Few shapes, since each is compiled anew.

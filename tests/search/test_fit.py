@@ -20,6 +20,8 @@ from keras_ptloss.search._fit import (
 )
 from keras_ptloss.search._objectives import OBJECTIVES
 
+pytestmark = pytest.mark.numbers
+
 CLASSES, ORDER = 3, 2
 
 

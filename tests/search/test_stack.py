@@ -14,6 +14,8 @@ from keras_ptloss.search._linear import fit_linear, fit_temperature
 from keras_ptloss.search._objectives import OBJECTIVES
 from keras_ptloss.search._stack import Stack
 
+pytestmark = pytest.mark.numbers
+
 NLL = OBJECTIVES["nll"]
 CLASSES, ROWS = 3, 400
 # Each teacher is blind in its own place.

@@ -15,6 +15,8 @@ from keras_ptloss.search import (
     RandomSearch,
 )
 
+pytestmark = pytest.mark.numbers
+
 TEMPERATURE = ProxyTeacherSearch(CalibrationSearch("temperature"))
 ROWS, CLASSES = 90, 3
 
