@@ -17,6 +17,9 @@ from keras_ptloss._backend import (
 )
 from keras_ptloss.distiller._teachers import OutOfSight, compared
 
+# Where `help` and notebooks show the arguments of what is wrapped.
+_takes_what = functools.partial(functools.wraps, assigned=(), updated=())
+
 
 class Targets(NamedTuple):
     """What a step compares the student with, in the place of `y`."""
@@ -94,6 +97,7 @@ class Training(keras.Model):
                 results.update(result)
         return results
 
+    @_takes_what(keras.Model.fit)
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """Train the student; arguments as in `keras.Model.fit`.
 
@@ -106,6 +110,7 @@ class Training(keras.Model):
         with weights_given_back(self):
             return super().fit(*args, **kwargs)
 
+    @_takes_what(keras.Model.train_on_batch)
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Train on one batch; arguments as in `keras.Model.train_on_batch`.
 
@@ -115,6 +120,7 @@ class Training(keras.Model):
         _check_call(super().train_on_batch, *args, **kwargs)
         return super().train_on_batch(*args, **kwargs)
 
+    @_takes_what(keras.Model.evaluate)
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Judge the student; arguments as in `keras.Model.evaluate`.
 
@@ -126,6 +132,7 @@ class Training(keras.Model):
         with weights_given_back(self):
             return super().evaluate(*args, **kwargs)
 
+    @_takes_what(keras.Model.test_on_batch)
     def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Judge one batch; arguments as in `keras.Model.test_on_batch`.
 
@@ -135,6 +142,7 @@ class Training(keras.Model):
         _check_call(super().test_on_batch, *args, **kwargs)
         return super().test_on_batch(*args, **kwargs)
 
+    @_takes_what(keras.Model.predict)
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the student's outputs, as `keras.Model.predict`."""
         with weights_given_back(self):

@@ -1,5 +1,6 @@
 """Labels that come and go, callbacks, what is built, errors in a first step."""
 
+import inspect
 import itertools
 
 import keras
@@ -260,3 +261,14 @@ def test_unknown_class_axis():
     logs = distiller.evaluate(data, steps=1, verbose=0, return_dict=True)
     values = pt_losses(rows, logits(student, rows))
     np.testing.assert_allclose(logs["loss"], values.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method", ["fit", "train_on_batch", "evaluate", "test_on_batch", "predict"]
+)
+def test_arguments_are_shown_as_keras_has_them(method):
+    """In `help` and where a notebook completes them; the text is our own."""
+    ours, kerass = getattr(Distiller, method), getattr(keras.Model, method)
+    assert inspect.signature(ours) == inspect.signature(kerass)
+    assert ours.__name__ == method
+    assert ours.__doc__ != kerass.__doc__
