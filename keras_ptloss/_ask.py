@@ -27,7 +27,7 @@ def answers(
                 f"teacher of type {type(teachers[0]).__name__}"
             )
         labels = _integers(labels)
-        return [as_rows("teacher", one) for one in teachers], labels
+        return [_stored(one) for one in teachers], labels
     if inputs is None and len(models) < len(teachers):
         raise ValueError(
             "`inputs` must hold the labelled examples where models stand "
@@ -37,11 +37,31 @@ def answers(
     predicted, labels = _predict(models, labels, inputs)
     of_models = iter(predicted)
     return [
-        next(of_models)
-        if isinstance(one, keras.Model)
-        else as_rows("teacher", one)
+        next(of_models) if isinstance(one, keras.Model) else _stored(one)
         for one in teachers
     ], labels
+
+
+def _stored(outputs: Any) -> np.ndarray:
+    """Return rows that stand beside labels, in their order."""
+    if not getattr(outputs, "ordered", True):
+        fail(
+            "teacher",
+            "outputs in the order of the labels; rows of Parquet files have "
+            "none: import_soft_labels(files, x, path) puts them into that of x",
+            outputs,
+        )
+    return as_rows("teacher", outputs)
+
+
+def _one_output(outputs: Any) -> np.ndarray:
+    """Return what a model said of some examples, one array."""
+    if isinstance(outputs, (dict, list, tuple)):
+        raise ValueError(
+            "`teacher` must be a model of one output: keras.Model(teacher.input"
+            f", teacher.output[...]). Received: {len(outputs)} outputs"
+        )
+    return as_rows("teacher", outputs)
 
 
 def _predict(
@@ -73,7 +93,7 @@ def _predict(
     outputs = []
     for model in teachers:
         with weights_given_back(model):
-            outputs.append(np.asarray(model.predict(inputs, verbose=0)))
+            outputs.append(_one_output(model.predict(inputs, verbose=0)))
     return outputs, labels
 
 
@@ -88,10 +108,17 @@ def _predict_batches(
             stack.enter_context(weights_given_back(model))
         for x, y in _pairs(labels):
             for of_model, model in zip(outputs, teachers, strict=True):
-                of_model.append(model.predict_on_batch(_as_own(x)))
+                of_model.append(_one_output(model.predict_on_batch(_as_own(x))))
             parts.append(_integers(y))
     if not parts:
         fail("labels", "a data set of at least one batch", labels)
+    if len({part.shape[1:] for part in parts}) > 1:
+        # Padded to other lengths batch by batch: every position is a row.
+        outputs = [
+            [rows.reshape(-1, rows.shape[-1]) for rows in of_model]
+            for of_model in outputs
+        ]
+        parts = [part.reshape(-1) for part in parts]
     return [np.concatenate(rows) for rows in outputs], np.concatenate(parts)
 
 

@@ -314,14 +314,22 @@ def check_label_range(labels: np.ndarray, classes: int, whose: str) -> None:
 
 
 def as_rows(argument: str, value: Any) -> np.ndarray:
-    """Return an array of a list, an array or a tensor; its rows are alike."""
+    """Return an array of a list, an array or a tensor; its rows are alike.
+
+    bfloat16, which NumPy does not count among the floats, becomes float32.
+    """
     try:
-        return as_array(value)
+        array = as_array(value)
+        return array.astype("float32") if _is_bfloat16(array) else array
     except ValueError:
         raise ValueError(
             f"`{argument}` must have rows of the same length. Received: "
             f"{argument}, a {type(value).__name__} of {len(value)} that differ"
         ) from None
+
+
+def _is_bfloat16(array: np.ndarray) -> bool:
+    return array.dtype.name == "bfloat16"
 
 
 def as_floats(argument: str, value: Any, expected: str) -> np.ndarray:

@@ -112,6 +112,8 @@ class TeachersSideBySide(keras.layers.Layer):
         from_logits: Any = False,
         **kwargs: Any,
     ) -> None:
+        # The inputs reach the teachers as they are, whatever the global policy.
+        kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
         models = list(teachers)
         if not all(isinstance(model, keras.Model) for model in models):

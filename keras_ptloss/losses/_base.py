@@ -83,9 +83,12 @@ class TeacherLoss(keras.losses.Loss):
                 it; None is 1.
         """
         if sample_weight is not None:
+            if not hasattr(y_pred, "shape"):
+                y_pred = ops.convert_to_tensor(y_pred, dtype=self.dtype)
             y_true = ops.convert_to_tensor(y_true, dtype=self.dtype)
             rank = len(y_pred.shape)
             y_true = _weighted_rows(y_true, sample_weight, rank, self._padding)
+            sample_weight = _of_positions(sample_weight, y_pred, self.dtype)
         return super().__call__(y_true, y_pred, sample_weight)
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
@@ -108,6 +111,25 @@ class TeacherLoss(keras.losses.Loss):
             "teacher_from_logits": self.teacher_from_logits,
             "dtype": self.dtype,  # which Keras leaves out
         }
+
+
+def _of_positions(weight: Tensor, y_pred: Tensor, dtype: str) -> Tensor:
+    """Return the weights of all positions, `(...)`, where Keras needs them.
+
+    Keras lays axes side by side from the last one on, and a mean by the
+    weights is divided by the sum of those that are handed in.
+    """
+    shape = y_pred.shape[:-1]
+    if len(shape) < 2:
+        return weight
+    weight = ops.convert_to_tensor(weight, dtype=dtype)
+    if len(weight.shape) > len(shape) and weight.shape[-1] == 1:
+        weight = ops.squeeze(weight, axis=-1)
+    if tuple(weight.shape) == tuple(shape) and None not in shape:
+        return weight
+    for _ in range(len(shape) - len(weight.shape)):
+        weight = ops.expand_dims(weight, axis=-1)
+    return weight * ops.ones_like(y_pred[..., 0], dtype=dtype)
 
 
 def _weighted_rows(

@@ -101,8 +101,10 @@ def pt_loss(
         Zhang et al. 2023, Do Not Blindly Imitate the Teacher
         (https://arxiv.org/abs/2305.05010).
     """
+    check_flag("from_logits", from_logits)
     if teacher_from_logits is None:
         teacher_from_logits = from_logits
+    check_flag("teacher_from_logits", teacher_from_logits)
     student = read_student(y_pred, from_logits=from_logits)
     teacher, log_teacher = read_teacher(
         y_true,
@@ -125,6 +127,10 @@ def pt_loss(
     else:
         epsilon = ops.cast(epsilon, student.dtype)
         coefficients = [epsilon[..., m] for m in range(epsilon.shape[-1])]
+        if len(epsilon.shape) == 3:  # an example's holds at all its positions
+            middle = (1,) * (len(student.shape) - 2)
+            of_examples = (-1, *middle, epsilon.shape[1])
+            coefficients = [ops.reshape(x, of_examples) for x in coefficients]
     if not from_logits:
         log_p = log_student(student, from_logits=False)
         return _value(*rows, student, log_p, coefficients)

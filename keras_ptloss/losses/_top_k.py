@@ -9,6 +9,7 @@ from keras_ptloss._calibration import LOWEST, TINY
 from keras_ptloss._checks import (
     check_choice,
     check_constant_epsilon,
+    check_flag,
     check_number,
     fail,
 )
@@ -65,6 +66,7 @@ def top_k_pt_loss(
     Reference:
         Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), Eq. 7.
     """
+    check_flag("from_logits", from_logits)
     own = check_arguments(epsilon, tail, teacher_temperature)
     student = read_student(y_pred, from_logits=from_logits)
     if not from_logits:

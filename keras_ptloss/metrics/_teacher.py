@@ -200,7 +200,7 @@ class KLToTeacher(TeacherMetric):
 
         KL = mean_n sum_c t_{n,c} (log t_{n,c} - log p_{n,c})
 
-    `0 log 0 = 0`; a student's probability counts as
+    `0 log 0 = 0`; where the student gives probabilities, one counts as
     `keras.config.epsilon()` at least, as in Keras, so that the mean stays
     finite.
 

@@ -27,7 +27,7 @@ import scipy.optimize
 import scipy.special
 
 from keras_ptloss._calibration import Calibration
-from keras_ptloss.search._objectives import Objective, one_hot
+from keras_ptloss.search._objectives import OBJECTIVES, Objective, one_hot
 
 # Inverse temperatures that are searched: temperatures from 1/20 to 50.
 SCALES = (0.02, 20.0)
@@ -119,7 +119,7 @@ def fit_linear(
     unit = max(scale, 1.0 / spread) if spread else scale
     # Columns in one piece: sums over a row's classes then add whole columns.
     logits = np.asfortranarray(logits)
-    if objective.name == "nll":
+    if objective is OBJECTIVES["nll"]:
         targets = np.asfortranarray(one_hot(logits, targets))
     fixed, x = scale * logits, unit * logits
     matrix = calibration == "matrix"
@@ -169,7 +169,7 @@ def objective_of_logits(
     q = np.exp(shifted)
     total = q.sum(axis=1, keepdims=True)
     q /= total
-    if objective.name == "nll":
+    if objective is OBJECTIVES["nll"]:
         rows = one_hot(q, targets)
         log_q = shifted - np.log(total)
         value = -float(np.einsum("nc,nc->", rows, log_q)) / len(q)

@@ -29,9 +29,11 @@ class Progress:
         self._patience = patience
         self._start = time.perf_counter()
         self._bar: Any = None
+        self._done = self._total = 0
 
     def update(self, done: int, total: int) -> None:
         """Say that `done` of `total` steps are done."""
+        self._done, self._total = done, total
         if self._verbose is False:
             return
         waited = time.perf_counter() - self._start
@@ -42,3 +44,8 @@ class Progress:
             self._bar = keras.utils.Progbar(total, unit_name="trial")
         if self._bar is not None:
             self._bar.update(done, finalize=done == total)
+
+    def close(self) -> None:
+        """End the line of a bar whose run needed fewer steps than it might."""
+        if self._bar is not None and self._done < self._total:
+            self._bar.update(self._done, finalize=True)

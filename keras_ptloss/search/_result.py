@@ -149,7 +149,10 @@ class SearchResult:
                 models, row.counts, from_logits=row.from_logits
             )
         layer = CorrectedTeacher(self.correction)
-        return keras.Sequential([first, layer], name="proxy_teacher")
+        model = keras.Sequential([first, layer], name="proxy_teacher")
+        # Whatever the global policy, which would blur the teachers' inputs.
+        model.dtype_policy = "float32"
+        return model
 
     def plot(self, *, ax: Any = None) -> Any:
         """Plot the share of each class: labels, teacher, corrected teacher.

@@ -47,8 +47,8 @@ class ProxyTeacherSearch:
 
     Plain KL stands for election whatever the method, so that the result is
     never worse than it on what is fitted to. That is the labels, and of classes
-    with fewer than 5 of them what the teacher says: on all labels, `score` may
-    then be above `score_at_zero`.
+    with fewer than 5 of them, together too, what the teacher says: on all
+    labels, `score` may then be above `score_at_zero`.
 
     Args:
         method: how: `CrossValidatedSearch(...)`, which chooses the form on
@@ -119,7 +119,8 @@ class ProxyTeacherSearch:
         is found there makes it worse elsewhere.
 
         Classes with fewer than 5 labels are left as the teacher has them, but
-        for what all classes share.
+        for what all classes share. Where such classes have 5 labels together,
+        these tell how much falls to all of them, and the teacher divides it.
 
         Args:
             teacher: the teacher's outputs, `(N, ..., C)`, or a Keras model
@@ -173,6 +174,7 @@ class ProxyTeacherSearch:
             found = self.method.run(
                 examples, self.objective, seed=self.seed, progress=progress
             )
+        progress.close()
         notes = self._notes(examples, read.labels, found.per_class)
         for note in notes:
             warnings.warn(note, stacklevel=2)
