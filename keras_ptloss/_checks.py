@@ -320,16 +320,13 @@ def as_rows(argument: str, value: Any) -> np.ndarray:
     """
     try:
         array = as_array(value)
-        return array.astype("float32") if _is_bfloat16(array) else array
+        half = array.dtype.name == "bfloat16"
+        return array.astype("float32") if half else array
     except ValueError:
         raise ValueError(
             f"`{argument}` must have rows of the same length. Received: "
             f"{argument}, a {type(value).__name__} of {len(value)} that differ"
         ) from None
-
-
-def _is_bfloat16(array: np.ndarray) -> bool:
-    return array.dtype.name == "bfloat16"
 
 
 def as_floats(argument: str, value: Any, expected: str) -> np.ndarray:

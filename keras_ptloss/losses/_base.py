@@ -113,6 +113,20 @@ class TeacherLoss(keras.losses.Loss):
         }
 
 
+def weight_of_cases(weight: Tensor, rank: int) -> Tensor:
+    """Return weights with an axis for each of the rows' `rank` leading ones.
+
+    Args:
+        weight: `(...)`, a leading part of it, or `(..., 1)`.
+        rank: how many axes `(...)` has.
+    """
+    if len(weight.shape) == rank + 1 and weight.shape[-1] == 1:
+        weight = ops.squeeze(weight, axis=-1)
+    for _ in range(rank - len(weight.shape)):
+        weight = ops.expand_dims(weight, axis=-1)
+    return weight
+
+
 def _of_positions(weight: Tensor, y_pred: Tensor, dtype: str) -> Tensor:
     """Return the weights of all positions, `(...)`, where Keras needs them.
 
@@ -123,12 +137,9 @@ def _of_positions(weight: Tensor, y_pred: Tensor, dtype: str) -> Tensor:
     if len(shape) < 2:
         return weight
     weight = ops.convert_to_tensor(weight, dtype=dtype)
-    if len(weight.shape) > len(shape) and weight.shape[-1] == 1:
-        weight = ops.squeeze(weight, axis=-1)
+    weight = weight_of_cases(weight, len(shape))
     if tuple(weight.shape) == tuple(shape) and None not in shape:
         return weight
-    for _ in range(len(shape) - len(weight.shape)):
-        weight = ops.expand_dims(weight, axis=-1)
     return weight * ops.ones_like(y_pred[..., 0], dtype=dtype)
 
 
@@ -146,8 +157,7 @@ def _weighted_rows(
     if padding is None:
         padding = 1.0 / (y_true.shape[-1] or 1)
     seen = ops.not_equal(ops.convert_to_tensor(weight), 0)
-    if len(seen.shape) == rank and seen.shape[-1] == 1:
-        seen = ops.squeeze(seen, axis=-1)
+    seen = weight_of_cases(seen, rank - 1)
     for _ in range(len(y_true.shape) - len(seen.shape)):
         seen = ops.expand_dims(seen, axis=-1)
     return ops.where(seen, y_true, ops.cast(padding, y_true.dtype))

@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from keras_ptloss._checks import check_class_axis
+from keras_ptloss.losses._base import weight_of_cases
 
 Tensor = Any
 
@@ -80,12 +81,7 @@ class Visible(keras.losses.Loss):
         if sample_weight is None:
             return visible
         weight = ops.cast(ops.convert_to_tensor(sample_weight), "float32")
-        rank = len(visible.shape)
-        if len(weight.shape) == rank + 1 and weight.shape[-1] == 1:
-            weight = ops.squeeze(weight, axis=-1)
-        for _ in range(rank - len(weight.shape)):
-            weight = ops.expand_dims(weight, axis=-1)
-        return visible * weight
+        return visible * weight_of_cases(weight, len(visible.shape))
 
 
 def looked_at(rows: Tensor, weight: Tensor) -> Tensor:
