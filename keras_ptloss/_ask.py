@@ -12,7 +12,12 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import weights_given_back
-from keras_ptloss._checks import as_rows, check_class_indices, fail
+from keras_ptloss._checks import (
+    as_rows,
+    check_class_indices,
+    fail,
+    one_tensor,
+)
 
 
 def answers(
@@ -56,12 +61,7 @@ def _stored(outputs: Any) -> np.ndarray:
 
 def _one_output(outputs: Any) -> np.ndarray:
     """Return what a model said of some examples, one array."""
-    if isinstance(outputs, (dict, list, tuple)):
-        raise ValueError(
-            "`teacher` must be a model of one output: keras.Model(teacher.input"
-            f", teacher.output[...]). Received: {len(outputs)} outputs"
-        )
-    return as_rows("teacher", outputs)
+    return as_rows("teacher", one_tensor("teacher", outputs))
 
 
 def _predict(

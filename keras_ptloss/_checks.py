@@ -313,6 +313,17 @@ def check_label_range(labels: np.ndarray, classes: int, whose: str) -> None:
         )
 
 
+def one_tensor(argument: str, outputs: Any) -> Any:
+    """Require what a model of one output gives: one tensor, not several."""
+    if isinstance(outputs, (list, tuple, dict)):
+        raise ValueError(
+            f"`{argument}` must give one tensor, (..., classes); choose one by "
+            "keras.Model(model.inputs, model.outputs[0]). Received: outputs in "
+            f"a {type(outputs).__name__} of {len(outputs)}"
+        )
+    return outputs
+
+
 def as_rows(argument: str, value: Any) -> np.ndarray:
     """Return an array of a list, an array or a tensor; its rows are alike.
 

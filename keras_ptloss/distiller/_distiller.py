@@ -12,6 +12,7 @@ from keras_ptloss._checks import fail
 from keras_ptloss._keras import supports_jit
 from keras_ptloss.distiller._metrics import (
     check_label_metrics,
+    check_metric_forms,
     check_teacher_metrics,
     compiled,
     default_metrics,
@@ -219,7 +220,8 @@ class Distiller(Training):
         Raises:
             ValueError: if the loss was told that a model that ends in a softmax
                 or a sigmoid gives logits, or is for other class counts, or
-                there are several; or a metric is one of teacher and student.
+                there are several; if one of `teacher_metrics` was told other
+                than the loss; or a metric is one of teacher and student.
 
         Warns:
             UserWarning: if the loss was told that a model that ends in a linear
@@ -236,14 +238,18 @@ class Distiller(Training):
             weights=self.teacher_weights,
             stacklevel=3,
         )
+        teacher_metrics: list[keras.metrics.Metric] = []
+        if self.hard_label_weight < 1.0:  # else no teacher is asked
+            given = hidden.given_metrics
+            teacher_metrics = default_metrics(loss) if given is None else given
+            check_metric_forms(teacher_metrics, loss, self.student)
         hidden.metrics, hidden.compiled_metrics = [], None
         super().compile(
             optimizer, loss, loss_weights, metrics, weighted_metrics, **kwargs
         )
-        if self.hard_label_weight < 1.0:  # else no teacher is asked
-            given = hidden.given_metrics
-            hidden.metrics = default_metrics(loss) if given is None else given
-            hidden.compiled_metrics = compiled(hidden.metrics)
+        if teacher_metrics:
+            hidden.metrics = teacher_metrics
+            hidden.compiled_metrics = compiled(teacher_metrics)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as the saved distiller was."""

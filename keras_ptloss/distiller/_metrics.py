@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_ptloss._checks import fail
-from keras_ptloss.distiller._teachers import teacher_classes
+from keras_ptloss.distiller._teachers import columns, compared_logits
 from keras_ptloss.metrics._teacher import TEACHER_METRICS, TeacherAgreement
 
 
@@ -43,14 +43,49 @@ def default_metrics(loss: Any) -> list[keras.metrics.Metric]:
     """
     from_logits = getattr(loss, "from_logits", False)
     # Keras's losses, which have no word for it, take probabilities.
-    teacher_from_logits = getattr(loss, "teacher_from_logits", False)
-    if teacher_classes(loss) is not None:
-        teacher_from_logits = False  # it is compared as the loss corrects it
+    teacher_from_logits = compared_logits(loss) or False
     return [
         TeacherAgreement(
             from_logits=from_logits, teacher_from_logits=teacher_from_logits
         )
     ]
+
+
+def check_metric_forms(
+    metrics: Sequence[keras.metrics.Metric], loss: Any, student: keras.Model
+) -> None:
+    """Compare what metrics of teacher and student were told with the loss.
+
+    Both see the same rows, and values cannot be looked at under `fit`.
+
+    Args:
+        metrics: of any kind; only those of a teacher were told.
+        loss: of any kind; those of Keras were told nothing of a teacher.
+        student: tells whether one column has to be told from two.
+
+    Raises:
+        ValueError: if one takes for logits what is probabilities by the loss,
+            or the other way round.
+    """
+    teacher_from_logits = compared_logits(loss)
+    if teacher_from_logits is None:
+        return
+    said = {
+        "from_logits": loss.from_logits,
+        "teacher_from_logits": teacher_from_logits,
+    }
+    for metric in metrics:
+        if not isinstance(metric, TEACHER_METRICS):
+            continue
+        if metric.any_form and columns("student", student) != 1:
+            continue
+        for flag, value in said.items():
+            if getattr(metric, flag) != value:
+                raise ValueError(
+                    f"`teacher_metrics` must have {flag}={value} where the "
+                    f"loss compares such rows. Received: {metric.name} with "
+                    f"{flag}={getattr(metric, flag)}"
+                )
 
 
 def compiled(metrics: Sequence[keras.metrics.Metric]) -> Any:

@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_ptloss._binary import two_events
-from keras_ptloss._checks import check_classes, differ, fail
+from keras_ptloss._checks import check_classes, differ, fail, one_tensor
 from keras_ptloss._several import SideBySide
 
 Tensor = Any
@@ -157,6 +157,17 @@ def compared(loss: Any, target: Tensor) -> Tensor:
     return target if teacher_classes(loss) is None else loss.teacher(target)
 
 
+def compared_logits(loss: Any) -> bool | None:
+    """Return whether `compared` gives logits, or None if a loss was not told.
+
+    Args:
+        loss: of any kind; those of Keras were told nothing of a teacher.
+    """
+    if teacher_classes(loss) is not None:
+        return False  # as the loss corrects it
+    return getattr(loss, "teacher_from_logits", None)
+
+
 def check_rows(target: Tensor, y_pred: Tensor, loss: Any) -> None:
     """Require outputs of teacher and student that can be compared.
 
@@ -174,17 +185,6 @@ def check_rows(target: Tensor, y_pred: Tensor, loss: Any) -> None:
     check_classes("teacher", target, "student", y_pred)
 
 
-def one_tensor(argument: str, outputs: Any) -> Any:
-    """Require one tensor, not several."""
-    if isinstance(outputs, (list, tuple, dict)):
-        raise ValueError(
-            f"`{argument}` must give one tensor, (..., classes); choose one by "
-            "keras.Model(model.inputs, model.outputs[0]). Received: outputs in "
-            f"a {type(outputs).__name__} of {len(outputs)}"
-        )
-    return outputs
-
-
 def select(inputs: Any, key: str | None, argument: str) -> Any:
     """Return `inputs`, or what they have under `key`."""
     if key is None:
@@ -197,7 +197,7 @@ def select(inputs: Any, key: str | None, argument: str) -> Any:
 
 def check_class_count(teacher: keras.Model, classes: int) -> None:
     """Compare a teacher's class count with the one that a loss is for."""
-    count = _columns("teacher", teacher)
+    count = columns("teacher", teacher)
     if differ(count, classes) and (count, classes) != (1, 2):
         raise ValueError(
             f"`teacher` must have the {classes} classes that the loss is for. "
@@ -207,7 +207,7 @@ def check_class_count(teacher: keras.Model, classes: int) -> None:
 
 def check_class_counts(teacher: keras.Model, student: keras.Model) -> None:
     """Compare class counts at once where both models know theirs."""
-    counts = [_columns("teacher", teacher), _columns("student", student)]
+    counts = [columns("teacher", teacher), columns("student", student)]
     # One column and two can be the same two events; the loss decides.
     if set(counts) != {1, 2} and differ(*counts):
         raise ValueError(
@@ -217,7 +217,7 @@ def check_class_counts(teacher: keras.Model, student: keras.Model) -> None:
         )
 
 
-def _columns(name: str, model: keras.Model) -> int | None:
+def columns(name: str, model: keras.Model) -> int | None:
     """Return a model's class count, or None until it is built."""
     try:
         shape = model.output_shape

@@ -29,8 +29,9 @@ class TeacherMetric(MeanOfCases):
     """
 
     _own_name: str
-    # Whether logits and probabilities of two columns or more do alike.
-    _any_form = False
+    # Whether logits and probabilities of two columns or more do alike; read
+    # by Distiller too.
+    any_form = False
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class TeacherMetric(MeanOfCases):
             ("y_pred", y_pred, student, "from_logits"),
             ("y_true", y_true, teacher, "teacher_from_logits"),
         ):
-            either = self._any_form and outputs.shape[-1] != 1
+            either = self.any_form and outputs.shape[-1] != 1
             if not (getattr(self, flag) or either):
                 check_probabilities(argument, rows, f"say {flag}=True")
         return self.values(teacher, student), weight
@@ -130,7 +131,7 @@ class TeacherAgreement(TeacherMetric):
 
     _own_name = "teacher_agreement"
     _better = "up"
-    _any_form = True
+    any_form = True
 
     def values(self, teacher: Tensor, student: Tensor) -> Tensor:
         """Return 1 where both name the same class, else 0."""

@@ -1,5 +1,7 @@
 """Training: Keras's own, with the teacher's outputs as targets."""
 
+import contextlib
+
 import helpers
 import keras
 import numpy as np
@@ -15,8 +17,12 @@ from distillers import (
     pt_losses,
 )
 
-from keras_ptloss import Distiller, SoftLabels
-from keras_ptloss.metrics import KLToTeacher
+from keras_ptloss import Correction, Distiller, SoftLabels
+from keras_ptloss.metrics import (
+    KLToTeacher,
+    TeacherAgreement,
+    TotalVariationDistance,
+)
 from keras_ptloss.soft_labels import SoftLabelSpec
 
 BACKEND = keras.backend.backend()
@@ -324,6 +330,45 @@ class TestTeacherMetrics:
         )
         distiller.compile("sgd", loss=logits_loss())
         assert distiller.teacher_metrics == [kl]
+
+    @pytest.mark.parametrize("flag", ["from_logits", "teacher_from_logits"])
+    @pytest.mark.parametrize("metric", [KLToTeacher, TotalVariationDistance])
+    def test_are_told_what_the_loss_is(self, metric, flag):
+        """What stands under `fit`, where values are not seen."""
+        said = {"from_logits": True, "teacher_from_logits": True, flag: False}
+        wrong = metric(name="far", **said)
+        distiller = Distiller(
+            make_linear(seed=1), make_linear(), teacher_metrics=[wrong]
+        )
+        with pytest.raises(ValueError, match=f"have {flag}=True.*far with"):
+            distiller.compile("sgd", loss=logits_loss())
+        assert not distiller.compiled
+
+    def test_see_a_corrected_teacher_in_probabilities(self):
+        kl = KLToTeacher(from_logits=True)
+        distiller = Distiller(
+            make_linear(seed=1), make_linear(4), teacher_metrics=[kl]
+        )
+        correction = Correction(scale=np.eye(3, 4), teacher_from_logits=True)
+        loss = correction.loss(from_logits=True)
+        with pytest.raises(ValueError, match="teacher_from_logits=False"):
+            distiller.compile("sgd", loss=loss)
+
+    def test_of_agreement_are_told_of_one_column(self):
+        """It would be above a half, where a logit is above 0."""
+        students = make_linear(1, seed=1), make_linear(2, seed=1)
+        for student, refused in zip(students, (True, False), strict=True):
+            distiller = Distiller(
+                student,
+                make_linear(student.output_shape[-1]),
+                teacher_metrics=[TeacherAgreement()],
+            )
+            with (
+                pytest.raises(ValueError, match="must have from_logits=True")
+                if refused
+                else contextlib.nullcontext()
+            ):
+                distiller.compile("sgd", loss=logits_loss())
 
     def test_that_are_none(self):
         with pytest.raises(ValueError, match="`teacher_metrics`.*'kl'"):
