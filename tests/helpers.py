@@ -29,11 +29,12 @@ def slow_beyond(backend):
 
 
 def slow_but_on_one():
-    """Return the marks of a module about files, in which no backend computes.
+    """Return the mark of a module about files, in which no backend computes.
 
     It is run on TensorFlow, and by `make slow` on the others.
     """
-    return [] if keras.backend.backend() == "tensorflow" else [pytest.mark.slow]
+    on_it = keras.backend.backend() == "tensorflow"
+    return pytest.mark.newest if on_it else pytest.mark.slow
 
 
 def golden_parameters():

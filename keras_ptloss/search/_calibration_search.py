@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 from keras_ptloss._calibration import Calibration
 from keras_ptloss._checks import check_choice, check_number, fail
 from keras_ptloss._correction import Correction
@@ -90,7 +92,7 @@ class CalibrationSearch:
         progress: Progress,
     ) -> Found:
         """Search on the examples."""
-        calibration = self._fit(examples, objective)
+        calibration = self.fit(examples, objective)
         q = examples.calibrated(calibration)
         one = examples.teachers is None
         return Found(
@@ -105,14 +107,17 @@ class CalibrationSearch:
                 "score": [float(objective.score(q, examples.targets))],
             },
             per_class=self.by_class,
-            notes=notes_on_scale(
-                calibration.scale, bounds_of_scale(self.calibration)
-            )
-            if one and self.calibration != "matrix"
-            else (),
+            notes=self.notes_on(calibration.scale) if one else (),
         )
 
-    def _fit(self, examples: Examples, objective: Objective) -> Calibration:
+    def notes_on(self, scale: np.ndarray) -> tuple[str, ...]:
+        """Say what of one teacher's scale ended at a bound."""
+        if self.calibration == "matrix":
+            return ()
+        return notes_on_scale(scale, bounds_of_scale(self.calibration))
+
+    def fit(self, examples: Examples, objective: Objective) -> Calibration:
+        """Fit the calibration to the examples."""
         if examples.teachers is not None:
             return self._of_several(examples, objective)
         logits, targets = examples.logits, examples.targets

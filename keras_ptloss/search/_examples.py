@@ -109,6 +109,13 @@ class Examples:
             self.teachers,
         )
 
+    def after(self, calibration: Calibration) -> "Examples":
+        """Return the examples of one teacher once it is calibrated."""
+        rows = self.calibrated(calibration)
+        return dataclasses.replace(
+            self, logits=log_probabilities(rows), probabilities=rows
+        )
+
     def calibrated(self, calibration: Calibration) -> np.ndarray:
         """Return `softmax(A z + b)`, `(N, C)`."""
         if calibration.is_identity:

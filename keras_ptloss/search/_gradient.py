@@ -2,13 +2,16 @@
 
 import dataclasses
 
+import numpy as np
+
 from keras_ptloss._checks import (
-    check_choice,
     check_count,
     check_flag,
     check_number,
+    fail,
 )
 from keras_ptloss._correction import Correction
+from keras_ptloss.search._calibration_search import CalibrationSearch
 from keras_ptloss.search._examples import Examples
 from keras_ptloss.search._fit import (
     CALIBRATIONS,
@@ -28,8 +31,9 @@ from keras_ptloss.search._strategy import Found
 class GradientSearch:
     """Descend along the exact gradient, from the teacher as it is.
 
-    Calibration and epsilon are fitted together, epsilon inside the region
-    where the loss is convex, `epsilon_m >= -1/m`. What it finds is a PTLoss.
+    Calibration and epsilon are fitted together, or one after the other, epsilon
+    inside the region where the loss is convex, `epsilon_m >= -1/m`. What it
+    finds is a PTLoss, whatever the calibration: it is ahead of epsilon.
     `trials` of the result has one row: `order`, `score`, `unconverged` rows,
     `epsilon`.
 
@@ -38,8 +42,11 @@ class GradientSearch:
         per_class: whether each class has its own coefficients. Only these can
             move probability between classes, that is, repair a biased teacher.
         calibration: ahead of epsilon: `"none"`, `"temperature"` or `"vector"`
-            (a scale and a bias a class).
-        penalty: weight of the squared parameters, at least 0.
+            (a scale and a bias a class), fitted together with it; or a
+            `CalibrationSearch(...)`, which is run first, alone. `"matrix"` is
+            `CalibrationSearch("matrix")`.
+        penalty: weight of the squared parameters, at least 0; a
+            `CalibrationSearch` has its own.
         starts: starts of the descent: the teacher as it is, and random ones.
 
     Raises:
@@ -64,7 +71,7 @@ class GradientSearch:
 
     order: int = 5
     per_class: bool = False
-    calibration: str = "none"
+    calibration: str | CalibrationSearch = "none"
     penalty: float = 0.0
     starts: int = 1
 
@@ -76,13 +83,24 @@ class GradientSearch:
         """Check the arguments."""
         check_count("order", self.order)
         check_flag("per_class", self.per_class)
-        check_choice("calibration", self.calibration, CALIBRATIONS)
+        if self.calibration == "matrix":
+            object.__setattr__(self, "calibration", CalibrationSearch("matrix"))
+        known = isinstance(self.calibration, CalibrationSearch)
+        if not known and self.calibration not in CALIBRATIONS:
+            names = ", ".join(map(repr, (*CALIBRATIONS, "matrix")))
+            fail(
+                "calibration",
+                f"{names}, or a CalibrationSearch",
+                self.calibration,
+            )
         check_number("penalty", self.penalty, at_least=0.0)
         check_count("starts", self.starts)
 
     @property
     def by_class(self) -> bool:
         """Whether it fits numbers of single classes."""
+        if isinstance(self.calibration, CalibrationSearch):
+            return self.per_class or self.calibration.by_class
         return self.per_class or self.calibration == "vector"
 
     def run(
@@ -94,13 +112,18 @@ class GradientSearch:
         progress: Progress,
     ) -> Found:
         """Search on the examples."""
-        form = Form(self.calibration, self.per_class, self.order, self.penalty)
+        together, first = self.calibration, None
+        if isinstance(together, CalibrationSearch):
+            first = together.fit(examples, objective)
+            examples, together = examples.after(first), "none"
+        form = Form(together, self.per_class, self.order, self.penalty)
         fitted = fit(form, examples, objective, starts=self.starts, seed=seed)
         point = fitted.point
         q, _ = proxy(examples.calibrated(point.calibration), point.epsilon)
+        calibration = first or point.calibration
         return Found(
             correction=Correction(
-                point.epsilon, scale=point.scale, bias=point.bias
+                point.epsilon, scale=calibration.scale, bias=calibration.bias
             ),
             trials={
                 "order": [self.order],
@@ -112,7 +135,7 @@ class GradientSearch:
             unconverged=fitted.unconverged,
             per_class=self.by_class,
             notes=(
-                *notes_on_scale(point.scale, SCALES),
+                *self._notes_on_scale(calibration.scale),
                 *notes_on_epsilon(
                     point.epsilon,
                     UPPER,
@@ -120,3 +143,8 @@ class GradientSearch:
                 ),
             ),
         )
+
+    def _notes_on_scale(self, scale: np.ndarray) -> tuple[str, ...]:
+        if isinstance(self.calibration, CalibrationSearch):
+            return self.calibration.notes_on(scale)
+        return notes_on_scale(scale, SCALES)

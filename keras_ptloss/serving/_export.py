@@ -125,9 +125,8 @@ def export_student(
     """
     _check_format(format, preprocessor)
     check_flag("from_logits", from_logits)
-    inputs, output = _ends(model)
+    inputs, classes = _ends(model)
     if class_names is not None:
-        classes = max(output.shape[-1], 2)
         class_names = _check_class_names(class_names, classes)
     directory = pathlib.Path(directory)
     if version is not None:
@@ -136,7 +135,7 @@ def export_student(
     _import_for(format)
     check_answers(model, inputs, from_logits)
 
-    student = _with_answers(inputs, output, from_logits)
+    student = _with_answers(model, inputs, from_logits)
     signature = _signature(inputs)
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -205,8 +204,8 @@ def _check_format(format: str, preprocessor: Any) -> None:
         )
 
 
-def _ends(model: Any) -> tuple[Any, Tensor]:
-    """Return the student's inputs, in their structure, and its output."""
+def _ends(model: Any) -> tuple[Any, int]:
+    """Return the student's inputs, in their structure, and its class count."""
     outputs = None
     with contextlib.suppress(AttributeError):  # subclassed, or not yet built
         if isinstance(model, keras.Sequential):
@@ -227,11 +226,13 @@ def _ends(model: Any) -> tuple[Any, Tensor]:
             "`model` must have one output, (batch, ..., classes). Received: "
             f"outputs of shape {shapes}"
         )
-    return inputs, outputs[0]
+    return inputs, max(shapes[0][-1], 2)
 
 
-def _with_answers(inputs: Any, output: Tensor, from_logits: bool) -> Any:
-    """Return the model of these ends that answers as the version does."""
+def _with_answers(model: Any, inputs: Any, from_logits: bool) -> Any:
+    """Return the student that answers as the version does."""
+    # Random layers augment unless they are told that nothing is trained.
+    [output] = keras.tree.flatten(model(inputs, training=False))
     output = two_events(ops.cast(output, "float32"), from_logits=from_logits)
     probabilities = ops.softmax(output, axis=-1) if from_logits else output
     # Neither `ops.argmax` (bit casts for negative zeros: not in LiteRT, not in

@@ -16,7 +16,7 @@ from keras_ptloss.proxy._layer import proxy_tensor
 
 mpmath = pytest.importorskip("mpmath")
 
-pytestmark = pytest.mark.numbers
+pytestmark = pytest.mark.newest
 
 ORDER = 5
 LOWEST = -1.0 / np.arange(1, ORDER + 1)  # where the loss is barely convex
@@ -153,7 +153,7 @@ def test_converged_rows_are_right(kind, classes, count, decades):
             np.testing.assert_allclose(q, right, rtol=1e-11)
 
 
-@pytest.mark.parametrize("tolerance", [1e-3, 1e-6, 1e-12])
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-12])
 @pytest.mark.parametrize("kind", sorted(EPSILONS))
 @pytest.mark.parametrize(("classes", "decades"), [(3, 16), (10, 300)])
 def test_converged_rows_are_within_the_tolerance(
@@ -184,7 +184,7 @@ def test_two_classes_by_closed_form(order):
     assert off[result.converged].max() < 1e-9
 
 
-@pytest.mark.parametrize("tolerance", [1e-3, 1e-6, 1e-12])
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-12])
 @pytest.mark.parametrize("classes", [2, 17, 1000])
 def test_one_large_class(classes, tolerance):
     small = 10.0 ** -np.array([4, 6, 9, 12, 15, 30, 60, 100, 200, 300])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from keras_ptloss import proxy_teacher
 
-pytestmark = pytest.mark.numbers
+pytestmark = pytest.mark.newest
 
 ROWS = 4
 # Few shapes, since each is compiled anew.

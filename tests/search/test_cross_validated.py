@@ -23,7 +23,7 @@ from keras_ptloss.search._objectives import OBJECTIVES, as_objective, nll
 from keras_ptloss.search._progress import Progress
 from keras_ptloss.search._standings import PENALTIES, Candidate, Standings
 
-pytestmark = pytest.mark.numbers
+pytestmark = pytest.mark.newest
 
 ROWS, FRESH, CLASSES, ORDER = 300, 4000, 3, 2
 COLUMNS = {

@@ -20,7 +20,7 @@ from keras_ptloss.search._fit import (
 )
 from keras_ptloss.search._objectives import OBJECTIVES
 
-pytestmark = pytest.mark.numbers
+pytestmark = pytest.mark.newest
 
 CLASSES, ORDER = 3, 2
 

@@ -231,6 +231,30 @@ class TestGradient:
         ]
         assert scores[0] >= scores[1] - 1e-6 >= scores[2] - 2e-6
 
+    @pytest.mark.parametrize("per_class", [False, True])
+    def test_matrix_first(self, data, per_class):
+        """The matrix alone, then epsilon of the teacher that it makes."""
+        teacher, labels = data
+        search = CalibrationSearch("matrix", penalty=0.3)
+        matrix = ProxyTeacherSearch(search).search(teacher, labels)
+        after = matrix.correction.proxy(teacher).probabilities
+        epsilon = run_gradient((after, labels), per_class=per_class).epsilon
+        found = run_gradient(data, calibration=search, per_class=per_class)
+        for name in ("scale", "bias"):
+            np.testing.assert_array_equal(
+                getattr(found.correction, name),
+                getattr(matrix.correction, name),
+            )
+        np.testing.assert_allclose(found.epsilon, epsilon, atol=1e-6)
+        assert np.any(epsilon != 0)
+        assert found.score < matrix.score < found.score_at_zero
+        assert type(found.correction.loss()) is PTLoss
+
+    def test_matrix_by_name(self, data):
+        by_name = run_gradient(data, calibration="matrix")
+        named = run_gradient(data, calibration=CalibrationSearch("matrix"))
+        assert by_name.correction == named.correction
+
     def test_temperature_is_a_number(self, data):
         found = run_gradient(data, calibration="temperature").correction
         assert found.scale.shape == found.bias.shape == ()
@@ -617,7 +641,7 @@ class TestSettings:
             (RandomSearch, "solver", "bfgs"),
             (GradientSearch, "order", 0),
             (GradientSearch, "per_class", 1),
-            (GradientSearch, "calibration", "matrix"),
+            (GradientSearch, "calibration", "beta"),
             (GradientSearch, "penalty", -0.1),
             (GradientSearch, "penalty", np.nan),
             (GradientSearch, "starts", 0),

@@ -14,7 +14,7 @@ from keras_ptloss.search._linear import fit_linear, fit_temperature
 from keras_ptloss.search._objectives import OBJECTIVES
 from keras_ptloss.search._stack import Stack
 
-pytestmark = pytest.mark.numbers
+pytestmark = pytest.mark.newest
 
 NLL = OBJECTIVES["nll"]
 CLASSES, ROWS = 3, 400

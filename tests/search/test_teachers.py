@@ -15,7 +15,7 @@ from keras_ptloss.search import (
     RandomSearch,
 )
 
-pytestmark = pytest.mark.numbers
+pytestmark = pytest.mark.newest
 
 TEMPERATURE = ProxyTeacherSearch(CalibrationSearch("temperature"))
 ROWS, CLASSES = 90, 3
