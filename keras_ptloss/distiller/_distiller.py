@@ -12,10 +12,9 @@ from keras_ptloss._checks import fail
 from keras_ptloss._keras import supports_jit
 from keras_ptloss.distiller._metrics import (
     check_label_metrics,
-    check_metric_forms,
     check_teacher_metrics,
     compiled,
-    default_metrics,
+    metrics_for,
 )
 from keras_ptloss.distiller._options import (
     check_forms,
@@ -238,18 +237,16 @@ class Distiller(Training):
             weights=self.teacher_weights,
             stacklevel=3,
         )
-        teacher_metrics: list[keras.metrics.Metric] = []
+        of_teacher: list[keras.metrics.Metric] = []
         if self.hard_label_weight < 1.0:  # else no teacher is asked
-            given = hidden.given_metrics
-            teacher_metrics = default_metrics(loss) if given is None else given
-            check_metric_forms(teacher_metrics, loss, self.student)
+            of_teacher = metrics_for(loss, self.student, hidden.given_metrics)
         hidden.metrics, hidden.compiled_metrics = [], None
         super().compile(
             optimizer, loss, loss_weights, metrics, weighted_metrics, **kwargs
         )
-        if teacher_metrics:
-            hidden.metrics = teacher_metrics
-            hidden.compiled_metrics = compiled(teacher_metrics)
+        if of_teacher:
+            hidden.metrics = of_teacher
+            hidden.compiled_metrics = compiled(of_teacher)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as the saved distiller was."""

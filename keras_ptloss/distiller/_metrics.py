@@ -35,57 +35,59 @@ def check_label_metrics(*metrics: Any) -> None:
             )
 
 
-def default_metrics(loss: Any) -> list[keras.metrics.Metric]:
-    """Return the metrics of a distiller that was given none.
+def metrics_for(
+    loss: Any,
+    student: keras.Model,
+    given: Sequence[keras.metrics.Metric] | None,
+) -> list[keras.metrics.Metric]:
+    """Return the metrics of teacher and student beside a loss.
+
+    They see the same rows as the loss, and values cannot be looked at under
+    `fit`: what they were told is compared with what the loss was.
 
     Args:
-        loss: tells what one column is, a probability or a logit.
-    """
-    from_logits = getattr(loss, "from_logits", False)
-    # Keras's losses, which have no word for it, take probabilities.
-    teacher_from_logits = compared_logits(loss) or False
-    return [
-        TeacherAgreement(
-            from_logits=from_logits, teacher_from_logits=teacher_from_logits
-        )
-    ]
-
-
-def check_metric_forms(
-    metrics: Sequence[keras.metrics.Metric], loss: Any, student: keras.Model
-) -> None:
-    """Compare what metrics of teacher and student were told with the loss.
-
-    Both see the same rows, and values cannot be looked at under `fit`.
-
-    Args:
-        metrics: of any kind; only those of a teacher were told.
         loss: of any kind; those of Keras were told nothing of a teacher.
         student: tells whether one column has to be told from two.
+        given: of any kind; only those of a teacher were told. None is the
+            default.
 
     Raises:
         ValueError: if one takes for logits what is probabilities by the loss,
             or the other way round.
     """
     teacher_from_logits = compared_logits(loss)
-    if teacher_from_logits is None:
+    if given is None:
+        return [
+            TeacherAgreement(
+                from_logits=getattr(loss, "from_logits", False),
+                # Keras's losses, which have no word for it, take probabilities.
+                teacher_from_logits=teacher_from_logits or False,
+            )
+        ]
+    if teacher_from_logits is not None:
+        said = {
+            "from_logits": loss.from_logits,
+            "teacher_from_logits": teacher_from_logits,
+        }
+        for metric in given:
+            _compare_flags(metric, said, columns("student", student))
+    return list(given)
+
+
+def _compare_flags(
+    metric: keras.metrics.Metric, said: dict[str, bool], student_columns: Any
+) -> None:
+    if not isinstance(metric, TEACHER_METRICS):
         return
-    said = {
-        "from_logits": loss.from_logits,
-        "teacher_from_logits": teacher_from_logits,
-    }
-    for metric in metrics:
-        if not isinstance(metric, TEACHER_METRICS):
-            continue
-        if metric.any_form and columns("student", student) != 1:
-            continue
-        for flag, value in said.items():
-            if getattr(metric, flag) != value:
-                raise ValueError(
-                    f"`teacher_metrics` must have {flag}={value} where the "
-                    f"loss compares such rows. Received: {metric.name} with "
-                    f"{flag}={getattr(metric, flag)}"
-                )
+    if metric.any_form and student_columns != 1:
+        return
+    for flag, value in said.items():
+        if getattr(metric, flag) != value:
+            raise ValueError(
+                f"`teacher_metrics` must have {flag}={value} where the loss "
+                f"compares such rows. Received: {metric.name} with "
+                f"{flag}={getattr(metric, flag)}"
+            )
 
 
 def compiled(metrics: Sequence[keras.metrics.Metric]) -> Any:

@@ -75,19 +75,21 @@ class TeacherLoss(keras.losses.Loss):
         """Return the loss, reduced.
 
         Args:
-            y_true: the teacher, `(..., C)`. A row at weight 0 may hold
-                anything, as padding does: 0 * NaN is NaN, for every weight of
-                the student.
-            y_pred: the student, `(..., C)`.
+            y_true: the teacher, `(..., C)`. A row at weight 0, or hidden by
+                a mask, may hold anything, as padding does: 0 * NaN is NaN, for
+                every weight of the student.
+            y_pred: the student, `(..., C)`, with its Keras mask if it has one.
             sample_weight: one number an example, `(...)` or a leading part of
                 it; None is 1.
         """
+        if not hasattr(y_pred, "shape"):
+            y_pred = ops.convert_to_tensor(y_pred, dtype=self.dtype)
+        for weight in (unmasked(y_pred), sample_weight):
+            if weight is not None:
+                y_true = ops.convert_to_tensor(y_true, dtype=self.dtype)
+                rank = len(y_pred.shape)
+                y_true = _weighted_rows(y_true, weight, rank, self._padding)
         if sample_weight is not None:
-            if not hasattr(y_pred, "shape"):
-                y_pred = ops.convert_to_tensor(y_pred, dtype=self.dtype)
-            y_true = ops.convert_to_tensor(y_true, dtype=self.dtype)
-            rank = len(y_pred.shape)
-            y_true = _weighted_rows(y_true, sample_weight, rank, self._padding)
             sample_weight = _of_positions(sample_weight, y_pred, self.dtype)
         return super().__call__(y_true, y_pred, sample_weight)
 
@@ -111,6 +113,36 @@ class TeacherLoss(keras.losses.Loss):
             "teacher_from_logits": self.teacher_from_logits,
             "dtype": self.dtype,  # which Keras leaves out
         }
+
+
+class _Unmasked(keras.losses.Loss):
+    """1 a position, which Keras sets to 0 where a mask hides it.
+
+    Masks are no attribute of a JAX tracer; an unreduced loss is the public way
+    to them.
+    """
+
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
+        """Return ones, `(...)`."""
+        self.ones = ops.ones_like(y_pred[..., 0])
+        return self.ones
+
+
+def unmasked(y_pred: Tensor) -> Tensor | None:
+    """Return 1 a position of `y_pred`, 0 where its Keras mask hides it.
+
+    Args:
+        y_pred: `(..., C)`.
+
+    Returns:
+        `(...)`, or None if there is no mask.
+    """
+    if not ops.is_tensor(y_pred) or not y_pred.shape:
+        return None
+    dtype = keras.backend.standardize_dtype(y_pred.dtype)
+    loss = _Unmasked("unmasked", reduction=None, dtype=dtype)
+    seen = loss(y_pred, y_pred)
+    return None if seen is loss.ones else seen
 
 
 def weight_of_cases(weight: Tensor, rank: int) -> Tensor:

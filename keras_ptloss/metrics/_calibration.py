@@ -20,8 +20,8 @@ from keras_ptloss._checks import (
 )
 from keras_ptloss.metrics._cases import (
     MeanOfCases,
-    Visible,
     looked_at,
+    seen_weights,
     set_direction,
 )
 
@@ -281,7 +281,6 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         self.num_bins = check_count("num_bins", num_bins)
         self.from_logits = check_flag("from_logits", from_logits)
         self.ignore_class = check_ignore_class(ignore_class)
-        self._visible = Visible()
         # |B| (accuracy - confidence) is all that the formula needs of a bin.
         self.gaps = self.add_variable(
             shape=(self.num_bins,),
@@ -307,7 +306,7 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         labels, student, weight = read_cases(
             y_true,
             y_pred,
-            self._visible.weights(y_pred, sample_weight),
+            seen_weights(y_pred, sample_weight),
             from_logits=self.from_logits,
             ignore_class=self.ignore_class,
         )

@@ -11,7 +11,7 @@ import keras
 from keras import ops
 
 from keras_ptloss._checks import check_class_axis
-from keras_ptloss.losses._base import weight_of_cases
+from keras_ptloss.losses._base import unmasked, weight_of_cases
 
 Tensor = Any
 
@@ -30,7 +30,6 @@ class MeanOfCases(keras.metrics.Mean):
     def __init__(self, *, name: str, dtype: Any) -> None:
         super().__init__(name=name, dtype=dtype)
         set_direction(self, self._better)
-        self._visible = Visible()
 
     def cases(
         self, y_true: Tensor, y_pred: Tensor, weight: Tensor
@@ -54,34 +53,28 @@ class MeanOfCases(keras.metrics.Mean):
             y_pred: `(..., C)`. Its Keras mask, if it has one, is a weight.
             sample_weight: `(...)`, or a leading part of it.
         """
-        weight = self._visible.weights(y_pred, sample_weight)
+        weight = seen_weights(y_pred, sample_weight)
         values, weight = self.cases(y_true, y_pred, weight)
         super().update_state(values, sample_weight=weight)
 
 
-class Visible(keras.losses.Loss):
-    """1 a case, 0 where a Keras mask hides it.
+def seen_weights(y_pred: Tensor, sample_weight: Tensor = None) -> Tensor:
+    """Return the weight of each case, `(...)` in float32.
 
-    Masks are no attribute of a JAX tracer; an unreduced loss is the public way
-    to them.
+    Args:
+        y_pred: `(..., C)`. What its Keras mask hides has weight 0.
+        sample_weight: `(...)`, a leading part of it, or None.
     """
-
-    def __init__(self) -> None:
-        super().__init__(name="visible", reduction=None, dtype="float32")
-
-    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
-        """Return ones, `(...)`."""
-        return ops.ones_like(y_pred[..., 0])
-
-    def weights(self, y_pred: Tensor, sample_weight: Tensor = None) -> Tensor:
-        """Return the weight of each case, `(...)` in float32."""
-        y_pred = ops.convert_to_tensor(y_pred)
-        check_class_axis("y_pred", y_pred)
-        visible = self(y_pred, y_pred)
-        if sample_weight is None:
-            return visible
-        weight = ops.cast(ops.convert_to_tensor(sample_weight), "float32")
-        return visible * weight_of_cases(weight, len(visible.shape))
+    y_pred = ops.convert_to_tensor(y_pred)
+    check_class_axis("y_pred", y_pred)
+    seen = unmasked(y_pred)
+    if seen is None:
+        seen = ops.ones_like(y_pred[..., 0])
+    seen = ops.cast(seen, "float32")
+    if sample_weight is None:
+        return seen
+    weight = ops.cast(ops.convert_to_tensor(sample_weight), "float32")
+    return seen * weight_of_cases(weight, len(seen.shape))
 
 
 def looked_at(rows: Tensor, weight: Tensor) -> Tensor:

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 import scipy.special
 
-from keras_ptloss import Distiller, PTLoss, pt_loss
+from keras_ptloss import Correction, Distiller, PTLoss, pt_loss
+from keras_ptloss.losses import (
+    Flooding,
+    FocalLoss,
+    LabelSmoothingLoss,
+    ProxyKLDivergence,
+    TopKPTLoss,
+)
 from keras_ptloss.metrics import KLToTeacher
 
 CLASSES = 4
@@ -72,6 +79,47 @@ def test_lists_with_weights():
     assert float(found) == pytest.approx(
         2 * float(loss([[0.5, 0.5]], [[0.4, 0.6]])), rel=1e-6
     )
+
+
+FLAGS = {"from_logits": True, "teacher_from_logits": False}
+MASKED = {
+    "pt_loss": lambda: PTLoss([0.5, 0.2], **FLAGS),
+    "proxy": lambda: ProxyKLDivergence(
+        Correction(0.5, proxy_scale=0.7), from_logits=True
+    ),
+    "focal": lambda: FocalLoss(2.0, **FLAGS),
+    "smoothed": lambda: LabelSmoothingLoss(0.1, **FLAGS),
+    "flooded": lambda: Flooding(PTLoss(0.5, **FLAGS), 0.01),
+    "top_k": lambda: TopKPTLoss(0.5, from_logits=True),
+}
+
+
+@pytest.mark.parametrize("padding", [np.nan, 0.0])
+@pytest.mark.parametrize("eagerly", [True, False])
+@pytest.mark.parametrize("name", sorted(MASKED))
+def test_masked_positions_may_be_anything(name, eagerly, padding):
+    """0 * NaN is NaN, for every weight; rows of zeros are no probabilities."""
+    tokens = np.array([[1, 2, 0], [3, 0, 0], [1, 1, 2]])
+    teacher, _ = rows(3)
+    teacher[tokens == 0] = 1 / CLASSES
+    if name == "top_k":
+        ids = np.tile(np.arange(2.0), (3, 3, 1))
+        teacher = np.stack([ids, np.log(teacher[..., :2] / 2)], axis=-1)
+    padded = teacher.copy()
+    padded[tokens == 0] = padding
+    trained = []
+    for y in (teacher, padded):
+        embed = keras.layers.Embedding(4, CLASSES, mask_zero=True)
+        model = keras.Sequential([embed])
+        model.build((None, 3))
+        table = np.random.default_rng(0).normal(size=(4, CLASSES))
+        model.set_weights([table])
+        model.compile("sgd", loss=MASKED[name](), run_eagerly=eagerly)
+        model.train_on_batch(tokens, y)
+        trained.append(model.get_weights()[0])
+    assert np.all(np.isfinite(trained[0]))
+    assert np.any(trained[0] != table.astype("float32"))
+    np.testing.assert_array_equal(*trained)
 
 
 @pytest.mark.parametrize("constant", [True, False])
