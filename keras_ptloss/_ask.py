@@ -31,7 +31,7 @@ def answers(
                 "`inputs` goes with a Keras model. Received: inputs, with a "
                 f"teacher of type {type(teachers[0]).__name__}"
             )
-        labels = _integers(labels)
+        labels = as_labels(labels)
         return [_stored(one) for one in teachers], labels
     if inputs is None and len(models) < len(teachers):
         raise ValueError(
@@ -69,21 +69,21 @@ def _predict(
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Return the models' outputs and the labels of the same examples."""
     if inputs is None:
-        if not _is_batches(labels):
+        if not is_data_set(labels):
             raise ValueError(
                 "`inputs` must hold the labelled examples when `teacher` is a "
                 "Keras model, unless the second argument is a data set of "
                 "(inputs, labels). Received: inputs=None"
             )
         return _predict_batches(teachers, labels)
-    if _is_batches(inputs):
+    if is_data_set(inputs):
         raise ValueError(
             "`inputs` must be arrays. Give a data set as "
             "search(teacher, dataset), of (inputs, labels): labels gathered in "
             "another pass of a shuffled data set belong to other rows. "
             f"Received: inputs of type {type(inputs).__name__}"
         )
-    labels = _integers(labels)
+    labels = as_labels(labels)
     for leaf in keras.tree.flatten(inputs) if _is_tree(inputs) else [inputs]:
         if len(leaf) != len(labels):
             raise ValueError(
@@ -109,7 +109,7 @@ def _predict_batches(
         for x, y in _pairs(labels):
             for of_model, model in zip(outputs, teachers, strict=True):
                 of_model.append(_one_output(model.predict_on_batch(_as_own(x))))
-            parts.append(_integers(y))
+            parts.append(as_labels(y))
     if not parts:
         fail("labels", "a data set of at least one batch", labels)
     if len({part.shape[1:] for part in parts}) > 1:
@@ -131,7 +131,7 @@ def _is_tree(inputs: Any) -> bool:
     )
 
 
-def _is_batches(data: Any) -> bool:
+def is_data_set(data: Any) -> bool:
     """Whether `data` is a data set: batches, and not an array or a list."""
     if isinstance(data, keras.utils.PyDataset):
         return True
@@ -172,7 +172,8 @@ def _as_own(x: Any) -> Any:
     )
 
 
-def _integers(labels: Any) -> np.ndarray:
+def as_labels(labels: Any) -> np.ndarray:
+    """Require class indices, of any shape."""
     array = as_rows("labels", labels)
     if not array.size or not array.ndim:
         raise ValueError(

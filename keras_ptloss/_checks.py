@@ -324,6 +324,17 @@ def one_tensor(argument: str, outputs: Any) -> Any:
     return outputs
 
 
+def output_shape(argument: str, model: keras.Model) -> tuple[Any, ...] | None:
+    """Return the shape of a model's one output; None until it is built."""
+    try:
+        shape = model.output_shape
+    except (AttributeError, ValueError):
+        return None
+    if not isinstance(shape, tuple) or isinstance(shape[-1], tuple):
+        one_tensor(argument, shape)
+    return tuple(shape)
+
+
 def as_rows(argument: str, value: Any) -> np.ndarray:
     """Return an array of a list, an array or a tensor; its rows are alike.
 

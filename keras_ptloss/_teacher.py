@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import keras
 import numpy as np
 
-from keras_ptloss._ask import answers
+from keras_ptloss._ask import answers, as_labels, is_data_set
 from keras_ptloss._binary import two_events
 from keras_ptloss._checks import (
     as_rows,
@@ -21,6 +21,7 @@ from keras_ptloss._checks import (
     check_probabilities,
     fail,
     on_simplex,
+    output_shape,
 )
 from keras_ptloss._several import SideBySide, given_each, is_several
 
@@ -88,15 +89,17 @@ def read_labelled(
         ValueError: if an argument is not of this form.
     """
     ignore_class = check_ignore_class(ignore_class)
+    if classes is not None:
+        classes = check_count("classes", classes, at_least=2)
     teachers = list(teacher) if is_several(teacher) else [teacher]
     several = len(teachers) > 1
     given = given_each("from_logits", from_logits, len(teachers))
     flags = tuple(map(_says_logits, teachers, given))
+    if not is_data_set(labels):
+        _check_before_asking(teachers, labels, classes, ignore_class)
     outputs, labels = answers(teachers, labels, inputs)
     if ignore_class is not None:
-        seen = labels != ignore_class
-        if not seen.any():
-            fail("ignore_class", "a label that some rows lack", ignore_class)
+        seen = _seen(labels, ignore_class)
         outputs = [_looked_at(rows, seen) for rows in outputs]
     if several:
         parts = _read_each(outputs, flags)
@@ -114,13 +117,7 @@ def read_labelled(
     if ignore_class is not None:
         kept = labels != ignore_class
         rows, labels = rows[kept], labels[kept]
-    whose = "the teacher's" if row is None else "the"
-    check_label_range(
-        labels,
-        classes,
-        f"{whose} classes (`ignore_class` leaves rows out; `classes` says how "
-        "many there are where the teacher has others)",
-    )
+    _check_range(labels, classes)
     return LabelledOutputs(
         rows,
         labels.astype("int64"),
@@ -130,10 +127,60 @@ def read_labelled(
     )
 
 
+def _check_before_asking(
+    teachers: list[Any],
+    labels: Any,
+    classes: int | None,
+    ignore_class: int | None,
+) -> None:
+    """Refuse labels for what models' answers need not tell.
+
+    The shape of these answers is known of models that are built.
+    """
+    labels = as_labels(labels)
+    if ignore_class is not None:
+        _seen(labels, ignore_class)
+    shapes = [_answer_shape(teacher) for teacher in teachers]
+    counts = tuple(max(shape[-1], 2) for shape in shapes if shape)
+    if classes is None and len(counts) == len(shapes):
+        classes = _classes(None, counts)
+    for shape in filter(None, shapes):
+        rows = _aligned(labels, (len(labels), *shape))
+        if ignore_class is not None:
+            rows = rows[rows != ignore_class]
+        if classes is not None:
+            _check_range(rows, classes)
+
+
+def _answer_shape(teacher: Any) -> tuple[int, ...] | None:
+    """Return the shape of a model's answer to an example, where it is known."""
+    if not isinstance(teacher, keras.Model):
+        return None
+    shape = output_shape("teacher", teacher)
+    return None if shape is None or None in shape[1:] else shape[1:]
+
+
+def _seen(labels: np.ndarray, ignore_class: int) -> np.ndarray:
+    """Return where the labels are not the ignored one."""
+    seen = labels != ignore_class
+    if not seen.any():
+        fail("ignore_class", "a label that some rows lack", ignore_class)
+    return np.asarray(seen)
+
+
+def _check_range(labels: np.ndarray, classes: int) -> None:
+    check_label_range(
+        labels,
+        classes,
+        "the classes (`ignore_class` leaves rows out; `classes` says how many "
+        "there are where the teacher has others)",
+    )
+
+
 def _classes(classes: int | None, counts: tuple[int, ...]) -> int:
     """Return C: as said, or that of the teachers where they agree."""
     if classes is not None:
-        return check_count("classes", classes, at_least=2)
+        return classes
     if len(set(counts)) > 1:
         raise ValueError(
             "`classes` must say how many classes the labels have where the "

@@ -56,6 +56,9 @@ SEARCHES = {
     "vector + per class": GradientSearch(
         per_class=True, calibration="vector", penalty=PENALTY
     ),
+    "matrix, then per class": GradientSearch(
+        per_class=True, calibration="matrix", penalty=PENALTY
+    ),
     OURS: "cross_validation",
 }
 METHODS = ("teacher", *CALIBRATIONS, *RIVALS, *SEARCHES)
@@ -317,6 +320,7 @@ def contributions(nll):
     ]
     for better, worse in (
         (OURS, "structured matrix scaling"),
+        ("matrix, then per class", "structured matrix scaling"),
         ("vector + per class", "vector scaling"),
         ("temperature + per class", "temperature scaling"),
         ("temperature + per class", "vector scaling"),

@@ -8,7 +8,13 @@ import keras
 from keras import ops
 
 from keras_ptloss._binary import two_events
-from keras_ptloss._checks import check_classes, differ, fail, one_tensor
+from keras_ptloss._checks import (
+    check_classes,
+    differ,
+    fail,
+    one_tensor,
+    output_shape,
+)
 from keras_ptloss._several import SideBySide
 
 Tensor = Any
@@ -219,10 +225,5 @@ def check_class_counts(teacher: keras.Model, student: keras.Model) -> None:
 
 def columns(name: str, model: keras.Model) -> int | None:
     """Return a model's class count, or None until it is built."""
-    try:
-        shape = model.output_shape
-    except (AttributeError, ValueError):
-        return None  # seen on the first batch
-    if not isinstance(shape, tuple) or isinstance(shape[-1], tuple):
-        one_tensor(name, shape)
-    return shape[-1]
+    shape = output_shape(name, model)
+    return shape[-1] if shape else None  # else seen on the first batch

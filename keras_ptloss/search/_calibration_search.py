@@ -13,7 +13,7 @@ from keras_ptloss.search._linear import (
     fit_linear,
     fit_temperature,
 )
-from keras_ptloss.search._notes import notes_on_scale
+from keras_ptloss.search._notes import notes_on_right, notes_on_scale
 from keras_ptloss.search._objectives import Objective
 from keras_ptloss.search._progress import Progress
 from keras_ptloss.search._stack import Stack
@@ -43,8 +43,8 @@ class CalibrationSearch:
 
     Args:
         calibration: `"temperature"`, `"vector"` or `"matrix"`.
-        penalty: weight of the ridge, at least 0; a temperature has none,
-            and `trials` 0.
+        penalty: weight of the ridge, at least 0; None is 1, or none for a
+            temperature, which has no ridge.
 
     Raises:
         ValueError: if an argument is not of this form.
@@ -67,7 +67,7 @@ class CalibrationSearch:
     """
 
     calibration: str = "matrix"
-    penalty: float = 1.0
+    penalty: float | None = None
 
     name = "calibration"
     objective = "nll"
@@ -76,7 +76,18 @@ class CalibrationSearch:
     def __post_init__(self) -> None:
         """Check the arguments."""
         check_choice("calibration", self.calibration, CALIBRATIONS)
+        if self.penalty is None:
+            return
+        if not self.by_class:
+            expected = "None for a temperature, which has no ridge"
+            fail("penalty", expected, self.penalty)
         check_number("penalty", self.penalty, at_least=0.0)
+
+    @property
+    def ridge(self) -> float:
+        """The weight of the ridge."""
+        default = 1.0 if self.by_class else 0.0
+        return default if self.penalty is None else self.penalty
 
     @property
     def by_class(self) -> bool:
@@ -103,11 +114,16 @@ class CalibrationSearch:
             ),
             trials={
                 "calibration": [self.calibration],
-                "penalty": [self.penalty if self.by_class else 0.0],
+                "penalty": [self.ridge],
                 "score": [float(objective.score(q, examples.targets))],
             },
             per_class=self.by_class,
-            notes=self.notes_on(calibration.scale) if one else (),
+            notes=(
+                *notes_on_right(examples),
+                *self.notes_on(calibration.scale),
+            )
+            if one
+            else (),
         )
 
     def notes_on(self, scale: np.ndarray) -> tuple[str, ...]:
@@ -129,7 +145,7 @@ class CalibrationSearch:
             targets,
             objective,
             calibration=self.calibration,
-            penalty=self.penalty,
+            penalty=self.ridge,
             scale=scale,
         ).calibration
 
@@ -143,7 +159,7 @@ class CalibrationSearch:
                 self.calibration,
             )
         stack = Stack.of(examples, objective)
-        found = stack.fit(self.calibration, self.penalty).calibration
+        found = stack.fit(self.calibration, self.ridge).calibration
         # No fit starts at the teachers as they are: it may end above them.
         return min(
             (found, stack.fit("none").calibration),

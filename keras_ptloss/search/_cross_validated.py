@@ -34,7 +34,11 @@ from keras_ptloss.search._linear import (
     fit_linear,
     fit_temperature,
 )
-from keras_ptloss.search._notes import notes_on_epsilon, notes_on_scale
+from keras_ptloss.search._notes import (
+    notes_on_epsilon,
+    notes_on_right,
+    notes_on_scale,
+)
 from keras_ptloss.search._objectives import Objective
 from keras_ptloss.search._progress import Progress
 from keras_ptloss.search._stack_choice import choose_stack
@@ -150,6 +154,7 @@ class CrossValidatedSearch:
             )
             race.run((), [])
         else:
+            notes += notes_on_right(examples)
             race.run(("zero", "shared"), calibrations)
         chosen = race.standings.chosen()
         candidate = race.standings.candidates[chosen]

@@ -18,10 +18,16 @@ from keras_ptloss.search._fit import (
     SCALES,
     UPPER,
     Form,
+    Point,
     fit,
     proxy,
 )
-from keras_ptloss.search._notes import notes_on_epsilon, notes_on_scale
+from keras_ptloss.search._linear import fit_temperature
+from keras_ptloss.search._notes import (
+    notes_on_descent,
+    notes_on_epsilon,
+    notes_on_scale,
+)
 from keras_ptloss.search._objectives import Objective
 from keras_ptloss.search._progress import Progress
 from keras_ptloss.search._strategy import Found
@@ -29,7 +35,7 @@ from keras_ptloss.search._strategy import Found
 
 @dataclasses.dataclass(frozen=True)
 class GradientSearch:
-    """Descend along the exact gradient, from the teacher as it is.
+    """Descend along the exact gradient, from the teacher or its temperature.
 
     Calibration and epsilon are fitted together, or one after the other, epsilon
     inside the region where the loss is convex, `epsilon_m >= -1/m`. What it
@@ -47,7 +53,8 @@ class GradientSearch:
             `CalibrationSearch("matrix")`.
         penalty: weight of the squared parameters, at least 0; a
             `CalibrationSearch` has its own.
-        starts: starts of the descent: the teacher as it is, and random ones.
+        starts: starts of the descent: the teacher as it is (at its best
+            temperature, where that is fitted too), and random ones.
 
     Raises:
         ValueError: if an argument is not of this form.
@@ -85,14 +92,12 @@ class GradientSearch:
         check_flag("per_class", self.per_class)
         if self.calibration == "matrix":
             object.__setattr__(self, "calibration", CalibrationSearch("matrix"))
-        known = isinstance(self.calibration, CalibrationSearch)
-        if not known and self.calibration not in CALIBRATIONS:
-            names = ", ".join(map(repr, (*CALIBRATIONS, "matrix")))
-            fail(
-                "calibration",
-                f"{names}, or a CalibrationSearch",
-                self.calibration,
-            )
+        if not isinstance(self.calibration, CalibrationSearch):
+            known = (*CALIBRATIONS, "matrix")
+            if self.calibration not in known:
+                names = ", ".join(map(repr, known))
+                expected = f"{names}, or a CalibrationSearch"
+                fail("calibration", expected, self.calibration)
         check_number("penalty", self.penalty, at_least=0.0)
         check_count("starts", self.starts)
 
@@ -117,10 +122,26 @@ class GradientSearch:
             first = together.fit(examples, objective)
             examples, together = examples.after(first), "none"
         form = Form(together, self.per_class, self.order, self.penalty)
-        fitted = fit(form, examples, objective, starts=self.starts, seed=seed)
+        begin = Point.start(form, examples.classes)
+        if together != "none":
+            # Rows that are surely wrong have no slope left at the teacher.
+            scale = fit_temperature(
+                examples.logits, examples.targets, objective
+            )
+            scales = np.full_like(begin.scale, np.clip(scale, *SCALES))
+            begin = dataclasses.replace(begin, scale=scales)
+        fitted = fit(
+            form,
+            examples,
+            objective,
+            starts=self.starts,
+            seed=seed,
+            begin=begin,
+        )
         point = fitted.point
         q, _ = proxy(examples.calibrated(point.calibration), point.epsilon)
         calibration = first or point.calibration
+        calibrated = self.calibration != "none"
         return Found(
             correction=Correction(
                 point.epsilon, scale=calibration.scale, bias=calibration.bias
@@ -136,11 +157,8 @@ class GradientSearch:
             per_class=self.by_class,
             notes=(
                 *self._notes_on_scale(calibration.scale),
-                *notes_on_epsilon(
-                    point.epsilon,
-                    UPPER,
-                    calibrated=self.calibration != "none",
-                ),
+                *notes_on_descent(point.epsilon, calibrated=calibrated),
+                *notes_on_epsilon(point.epsilon, UPPER, calibrated=calibrated),
             ),
         )
 

@@ -24,7 +24,6 @@ import dataclasses
 
 import numpy as np
 import scipy.optimize
-import scipy.special
 
 from keras_ptloss._calibration import Calibration
 from keras_ptloss.search._objectives import OBJECTIVES, Objective, one_hot
@@ -66,8 +65,9 @@ def fit_temperature(
     low, high = np.log(SCALES)
 
     def score(log_scale: float) -> float:
-        q = scipy.special.softmax(np.exp(log_scale) * logits, axis=1)
-        return float(objective.score(q, targets))
+        return objective_of_logits(
+            np.exp(log_scale) * logits, targets, objective
+        )[0]
 
     # Objectives may have several minima: the best of a grid, then Brent.
     grid = np.linspace(low, high, 29)

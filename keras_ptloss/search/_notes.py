@@ -5,6 +5,7 @@ import scipy.optimize
 
 from keras_ptloss.search._examples import Examples
 from keras_ptloss.search._folds import standard_error
+from keras_ptloss.search._linear import all_right
 from keras_ptloss.search._objectives import nll, nll_per_example
 
 # Classes with fewer labels than this carry parameters of their own badly.
@@ -51,6 +52,16 @@ def notes_on_teacher(examples: Examples) -> list[str]:
     return notes
 
 
+def notes_on_right(examples: Examples) -> tuple[str, ...]:
+    """Say if the teacher made no error, of which a temperature could tell."""
+    if not all_right(examples.logits, examples.labels):
+        return ()
+    return (
+        f"the teacher is right on all {len(examples.labels)} rows: they do not "
+        "tell how sure it may be, more rows might",
+    )
+
+
 def notes_on_scale(
     scale: np.ndarray, bounds: tuple[float, float]
 ) -> tuple[str, ...]:
@@ -66,6 +77,23 @@ def notes_on_scale(
     return (
         "the teacher's temperature ended at a bound of the search, "
         f"{1 / high:g} to {1 / low:g}: it can hardly be trusted",
+    )
+
+
+def notes_on_descent(
+    epsilon: np.ndarray, *, calibrated: bool
+) -> tuple[str, ...]:
+    """Say if a descent along epsilon did not move.
+
+    Args:
+        epsilon: where it ended, `(M,)` or `(C, M)`.
+        calibrated: whether a calibration stands ahead of it.
+    """
+    if epsilon.any() or calibrated:
+        return ()
+    return (
+        "epsilon stayed at 0: no small change of it makes this teacher better; "
+        "a temperature ahead of epsilon can",
     )
 
 

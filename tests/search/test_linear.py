@@ -89,6 +89,19 @@ def test_temperature(temperature):
     assert scale == pytest.approx(scan[np.argmin(scores)], rel=2e-3)
 
 
+def test_temperature_of_one_bad_error():
+    """Its likelihood has no floor: 500 right by .1, one wrong by 10."""
+    margins = np.array([0.1] * 500 + [-10.0])
+    z = np.stack([margins, np.zeros(501)], axis=1)
+    best = scipy.optimize.minimize_scalar(
+        lambda s: np.logaddexp(0.0, -s * margins).mean(),
+        bounds=(0.05, 20.0),
+        method="bounded",
+    )
+    scale = fit_temperature(z, np.zeros(501, int), NLL)
+    assert scale == pytest.approx(best.x, rel=1e-3)
+
+
 def test_a_strong_ridge_leaves_the_temperature(problem):
     z, labels = problem
     s = fit_temperature(z, labels, NLL)
@@ -114,7 +127,8 @@ def test_a_teacher_turned_round_is_turned_back():
 @pytest.mark.parametrize("calibration", ["temperature", "vector", "matrix"])
 def test_search(problem, calibration):
     z, labels = problem
-    search = ProxyTeacherSearch(CalibrationSearch(calibration, penalty=0.1))
+    penalty = None if calibration == "temperature" else 0.1
+    search = ProxyTeacherSearch(CalibrationSearch(calibration, penalty))
     result = search.search(z, labels, from_logits=True)
     q = result.proxy_teacher(z).probabilities
     assert result.score == pytest.approx(helpers.nll(q, labels))

@@ -93,6 +93,21 @@ class TestTeachersToBeWarnedOf:
         assert len(notes) == said, notes
         assert all("at its upper bound, 10" in note for note in notes)
 
+    @pytest.mark.parametrize(
+        "method",
+        [
+            CalibrationSearch("temperature"),
+            CalibrationSearch("vector"),
+            CrossValidatedSearch(),
+        ],
+    )
+    def test_right_on_all_rows(self, method):
+        """How sure it may be, of which it says too little, nothing tells."""
+        labels = np.random.default_rng(0).integers(0, 3, 100)
+        teacher = np.where(np.eye(3)[labels] > 0, 0.4, 0.3)
+        found = ProxyTeacherSearch(method).search(teacher, labels)
+        assert found.notes[0].startswith("the teacher is right on all 100 rows")
+
     def test_nothing_is_said_of_a_good_one(self):
         truth = helpers.dirichlet(0, 400, 4)
         with warnings.catch_warnings():

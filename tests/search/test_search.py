@@ -231,6 +231,34 @@ class TestGradient:
         ]
         assert scores[0] >= scores[1] - 1e-6 >= scores[2] - 2e-6
 
+    @pytest.mark.filterwarnings("ignore:the teacher is worse")
+    @pytest.mark.parametrize("margin", [None, 25.0])
+    @pytest.mark.parametrize("calibration", ["temperature", "vector"])
+    def test_a_teacher_that_is_surely_wrong(self, calibration, margin):
+        """Its wrong rows are at the floor of the NLL, where no slope is."""
+        rng = np.random.default_rng(0)
+        labels = rng.integers(0, 3, 300)
+        wrong = rng.random(300) < 0.2
+        teacher = np.eye(3)[np.where(wrong, (labels + 1) % 3, labels)]
+        if margin is not None:
+            teacher = margin * teacher + 0.1 * rng.normal(size=(300, 3))
+        method = GradientSearch(order=2, calibration=calibration)
+        found = ProxyTeacherSearch(method).search(
+            teacher, labels, from_logits=margin is not None
+        )
+        # What the best of two numbers, of the right ones and the others, gives.
+        share = wrong.mean()
+        best = -share * np.log(share / 2) - (1 - share) * np.log(1 - share)
+        assert found.score < best + 0.01 < found.score_at_zero
+
+    @pytest.mark.filterwarnings("ignore:the teacher is worse")
+    def test_says_that_it_did_not_move(self):
+        labels = np.arange(300) % 3
+        teacher = np.eye(3)[np.where(np.arange(300) < 60, 0, labels)]
+        found = run_gradient((teacher, labels))
+        assert not found.epsilon.any()
+        assert any("stayed at 0" in note for note in found.notes)
+
     @pytest.mark.parametrize("per_class", [False, True])
     def test_matrix_first(self, data, per_class):
         """The matrix alone, then epsilon of the teacher that it makes."""
@@ -647,6 +675,7 @@ class TestSettings:
             (GradientSearch, "starts", 0),
             (CalibrationSearch, "calibration", "none"),
             (CalibrationSearch, "penalty", -1.0),
+            (GradientSearch, "calibration", ["vector"]),
             (CrossValidatedSearch, "order", 0),
             (CrossValidatedSearch, "penalty", -1.0),
             (CrossValidatedSearch, "calibrations", "matrix"),
@@ -813,10 +842,12 @@ def test_objective_that_is_no_number(data, method, score):
         search.search(*data)
 
 
-@pytest.mark.parametrize("penalty", [0.0, 100.0])
-def test_a_temperature_has_no_penalty(data, penalty):
-    method = CalibrationSearch("temperature", penalty=penalty)
-    assert ProxyTeacherSearch(method).search(*data).trials["penalty"] == [0.0]
+def test_a_temperature_has_no_penalty(data):
+    """None is given: one that is would be ignored."""
+    search = ProxyTeacherSearch(CalibrationSearch("temperature"))
+    assert search.search(*data).trials["penalty"] == [0.0]
+    with pytest.raises(ValueError, match="`penalty` must be None.*penalty=5.0"):
+        CalibrationSearch("temperature", penalty=5.0)
 
 
 def test_objective_that_is_not_a_number_in_a_descent(data):

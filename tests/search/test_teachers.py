@@ -144,6 +144,35 @@ class TestNothingIsPredictedInVain:
         with pytest.raises(ValueError, match=match):
             TEMPERATURE.search(self.Asked(), labels, inputs=np.ones((4, 2)))
 
+    @pytest.mark.parametrize(
+        "labels, arguments, match",
+        [
+            ([0, 1, 2, 3], {}, r"in \[0, 3\).*labels\[3\]=3"),
+            ([0, -1, 2, 0], {}, r"in \[0, 3\).*labels\[1\]=-1"),
+            ([0, 1, 5, 0], {"classes": 5}, r"in \[0, 5\).*labels\[2\]=5"),
+            ([0, 1, -1, 3], {"ignore_class": -1}, r"in \[0, 3\)"),
+            (np.zeros((4, 2), int), {}, r"one class a row.*\(4, 2\)"),
+            ([0] * 4, {"ignore_class": 0}, "`ignore_class` must be"),
+            ([0] * 4, {"classes": 1}, "`classes` must be.*classes=1"),
+            ([0] * 4, {"classes": "x"}, "`classes` must be.*classes='x'"),
+        ],
+    )
+    def test_labels_of_a_teacher_that_is_built(self, labels, arguments, match):
+        ends = keras.Input((2,)), keras.layers.Dense(3, "softmax")
+        teacher = self.Asked(ends[0], ends[1](ends[0]))
+        with pytest.raises(ValueError, match=match):
+            TEMPERATURE.search(
+                teacher, labels, inputs=np.ones((4, 2)), **arguments
+            )
+
+    def test_several_outputs(self):
+        x = keras.Input((2,))
+        heads = [keras.layers.Dense(3, "softmax")(x) for _ in range(2)]
+        with pytest.raises(ValueError, match="`teacher` must give one tensor"):
+            TEMPERATURE.search(
+                self.Asked(x, heads), [0] * 4, inputs=np.ones((4, 2))
+            )
+
     def test_teacher_survives_a_mistake(self, live):
         teacher, x, labels, outputs = live
         # Whatever the backend raises.
