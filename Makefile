@@ -65,6 +65,8 @@ lint: .venv/test.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
+	@! git ls-files --cached --ignored --exclude-standard | grep . \
+		|| { echo "these are ignored, and committed"; exit 1; }
 
 # What would be published: complete, and readable where it is shown.
 dist: .venv/release.installed

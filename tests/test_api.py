@@ -154,6 +154,20 @@ def public_things():
     }
 
 
+def test_files_and_functions_fit_a_reader():
+    """At most 400 lines a file, 60 a function without its docstring."""
+    for path in (ROOT / "keras_ptloss").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                first = node.body[0]
+                if ast.get_docstring(node) is not None:
+                    lines -= first.end_lineno - first.lineno + 1
+                assert lines <= 60, (path, node.name)
+
+
 def test_rooms():
     """Modules without an underscore are the rooms, one dot away."""
     public = [m for m in MODULES if "._" not in m]

@@ -209,8 +209,7 @@ class Distiller(Training):
 
         Args:
             optimizer: as in Keras.
-            loss: of teacher, as `y_true`, and student, as `y_pred`; one, or a
-                list, a tuple or a dict of one.
+            loss: of teacher, `y_true`, and student, `y_pred`; or a list of one.
             loss_weights: as in Keras.
             metrics: of labels and student.
             weighted_metrics: the same, with sample weights.
@@ -218,9 +217,9 @@ class Distiller(Training):
 
         Raises:
             ValueError: if the loss was told that a model that ends in a softmax
-                or a sigmoid gives logits, or is for other class counts, or
-                there are several; if one of `teacher_metrics` was told other
-                than the loss; or a metric is one of teacher and student.
+                or a sigmoid gives logits, is for other class counts, or there
+                are several; if a metric of teacher and student was told other
+                than the loss, or is given as one of labels.
 
         Warns:
             UserWarning: if the loss was told that a model that ends in a linear
@@ -237,16 +236,14 @@ class Distiller(Training):
             weights=self.teacher_weights,
             stacklevel=3,
         )
-        of_teacher: list[keras.metrics.Metric] = []
-        if self.hard_label_weight < 1.0:  # else no teacher is asked
-            of_teacher = metrics_for(loss, self.student, hidden.given_metrics)
+        given = hidden.given_metrics if self.hard_label_weight < 1.0 else []
+        of_teacher = metrics_for(loss, self.student, given)
         hidden.metrics, hidden.compiled_metrics = [], None
         super().compile(
             optimizer, loss, loss_weights, metrics, weighted_metrics, **kwargs
         )
-        if of_teacher:
-            hidden.metrics = of_teacher
-            hidden.compiled_metrics = compiled(of_teacher)
+        hidden.metrics = of_teacher
+        hidden.compiled_metrics = compiled(of_teacher)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as the saved distiller was."""

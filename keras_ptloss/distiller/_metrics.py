@@ -94,8 +94,10 @@ def compiled(metrics: Sequence[keras.metrics.Metric]) -> Any:
     """Return the metric of metrics that `compile` would make of these.
 
     `mode="auto"` of Keras's callbacks looks for the direction of a metric in
-    such metrics alone, and has no public name for them.
+    such metrics alone, and has no public name for them. None of none.
     """
+    if not metrics:
+        return None
     model = keras.Model()
     model.compile(None, weighted_metrics=list(metrics), jit_compile=False)
     (container,) = (m for m in model.metrics if m.name == "compile_metrics")
