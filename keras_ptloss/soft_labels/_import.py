@@ -81,6 +81,7 @@ def import_soft_labels(
         path: Directory of the store, which must not hold one yet.
         spec: As in `SoftLabels.write`. `class_names` are needed for JSON
             objects and tokens; a CSV file's columns serve if there are none.
+            Of Parquet as in `SoftLabels.open`.
         values: `"probabilities"` or `"log_probabilities"` (natural), what the
             numbers are. Those of tokens are always the latter; of Parquet a
             column's name says it, and this must be left out.

@@ -151,7 +151,10 @@ def read_table(
         distance=distance,
         renormalised=renormalised,
         ignored=tuple(sorted(first.other_columns)),
-        total_variation=metadata["total_variation"] if metadata else None,
+        # Of the exported store, which is another if the k largest are taken.
+        total_variation=metadata["total_variation"]
+        if metadata and metadata["spec"].get("top_k") == spec.top_k
+        else None,
     ).without_duplicates()
 
 
@@ -160,8 +163,9 @@ def _spec(
 ) -> SoftLabelSpec:
     """Complete the spec by what the files say."""
     logits = file.kind == "logits"
-    if spec is None and file.metadata:
-        spec = read_spec(SoftLabelSpec, file.metadata["spec"])
+    if file.metadata:
+        stored = read_spec(SoftLabelSpec, file.metadata["spec"])
+        spec = _with_stored(stored, spec or SoftLabelSpec(), file.path)
     elif spec is None:
         dtype = "float16" if file.is_half else "float32"
         spec = SoftLabelSpec(from_logits=logits, dtype=dtype)
@@ -178,11 +182,35 @@ def _spec(
     return dataclasses.replace(spec, num_examples=total)
 
 
+def _with_stored(
+    stored: SoftLabelSpec, spec: SoftLabelSpec, path: Path
+) -> SoftLabelSpec:
+    """Take what is left at its default from the files; refuse what differs.
+
+    Only a dtype may, which can then be float32 alone, and loses nothing.
+    """
+    found = {}
+    for field in dataclasses.fields(spec):
+        name = field.name
+        before, now = getattr(stored, name), getattr(spec, name)
+        if now == field.default:
+            found[name] = before
+        elif before not in (None, now) and name not in (
+            "dtype",
+            "num_examples",
+        ):
+            fail(name, f"{before!r}, as {path} says", now)
+    return dataclasses.replace(spec, **found)
+
+
 def _num_classes(file: ParquetFile, spec: SoftLabelSpec, width: int) -> int:
     names = len(spec.class_names) if spec.class_names else None
     known = spec.num_classes or names
     if file.metadata:
-        known = known or int(file.metadata["num_classes"])
+        stored = int(file.metadata["num_classes"])
+        if known not in (None, stored):
+            file.fail(f"has {stored} classes, not {known}")
+        known = stored
     if file.kind != "top_ids":
         found = max(width, 2)  # one column is a binary head
         if known not in (None, found):

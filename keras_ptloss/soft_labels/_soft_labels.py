@@ -227,7 +227,8 @@ class SoftLabels(StoredRows):
                 the whole store once, or of Parquet's pages. Lengths and dtypes
                 are always compared.
             spec: Of Parquet files only: what the rows are, where the files'
-                metadata do not say.
+                metadata do not say. Fields left at their defaults are the
+                metadata's; others must agree, but for `dtype="float32"`.
 
         Returns:
             The store, memory-mapped if it is one.
