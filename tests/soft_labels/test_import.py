@@ -20,7 +20,7 @@ def test_csv(tmp_path):
     report = run(
         tmp_path,
         "api.csv",
-        "id,positive,negative,neutral\n"
+        "note,positive,negative,neutral\n"
         '"a,1",0.7,0.1,0.2\n'
         "b,0.9,,\n"
         "c,60e-2,0.2,0.4\n",
@@ -30,7 +30,7 @@ def test_csv(tmp_path):
     np.testing.assert_array_equal(report.filled, [False, True, False])
     np.testing.assert_array_equal(report.renormalised, [False, False, True])
     assert not report.empty.any() and report.num_repaired == 2
-    assert report.ignored == ("id",)
+    assert report.ignored == ("note",)
     assert SoftLabels.open(report.labels.path).spec.class_names == NAMES
 
 
