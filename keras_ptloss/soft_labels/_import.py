@@ -60,7 +60,8 @@ def import_soft_labels(
 
     A missing class gets an even share of the probability that its row leaves
     over; in a list of the likeliest tokens at most the smallest one listed,
-    since the list would hold a larger one. Then rows are divided by their sum.
+    since the list would hold a larger one. Then rows are divided by their sum,
+    which must be below 1.5.
     One number a row is a binary head, the probability of the second class.
     The whole table is read into memory, as float32.
 

@@ -31,6 +31,10 @@ from keras_ptloss.soft_labels._responses import (
     unpack_batch,
 )
 
+# Judges that write their numbers out are off by less; a label or the confidence
+# in one of two classes, taken for a third, adds half or more.
+_TOO_MUCH = 1.5
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -115,6 +119,12 @@ class Reader:
             raise RowProblem(f"has {len(row.values)} classes, not {width}")
         # One number is a binary head; what rounding adds to 1 goes.
         values = row.values
+        total = np.nansum(values)
+        if total >= _TOO_MUCH:
+            raise RowProblem(
+                f"has probabilities that add up to {total:.6g} (is there a"
+                " column that is no class? `class_names` tell the classes)"
+            )
         if width == 1:
             values = two_events(np.minimum(values, 1), from_logits=False)
         return dataclasses.replace(row, values=values)
@@ -170,6 +180,12 @@ class Reader:
                 if key not in self._keys
             )
             self._classes = ClassNames(self.names)
+            if not all(self.names):
+                fail(
+                    "class_names",
+                    f"given: a column of {self.source} has no name",
+                    None,
+                )
         ids = [named.index(key) for key in self._keys if key in named]
         columns: dict[int | str, int] = {"id": ids[0]} if ids else {}
         for column, name in enumerate(header):
