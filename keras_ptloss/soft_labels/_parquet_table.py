@@ -115,8 +115,9 @@ def read_table(
     if verify:
         check_files(files)
     opened = [ParquetFile(pa, path, verify) for path in files]
-    first = opened[0]
-    for file in opened[1:]:
+    # Spark writes a partition without rows too.
+    first = next((file for file in opened if file.rows), opened[0])
+    for file in opened:
         if (file.kind, file.metadata) != (first.kind, first.metadata):
             file.fail(f"is of another form or store than {first.path}")
     total = sum(file.rows for file in opened)

@@ -379,6 +379,21 @@ def test_no_files(tmp_path):
         SoftLabels.open(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["0.parquet", "b.parquet"])
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_file_without_rows(folder, name, typed):
+    """First or last; pandas does not know what lists would have been in it."""
+    table = pa.table(columns()).slice(0, 0)
+    if not typed:
+        table = pa.table({key: pa.nulls(0) for key in columns()})
+    pq.write_table(table, folder / name)
+    put(folder, columns())
+    labels = SoftLabels.open(folder)
+    np.testing.assert_allclose(labels[:], rows(), atol=1e-6)
+    report = import_soft_labels(folder, features(), folder / "out")
+    np.testing.assert_allclose(report.labels[:], rows(), atol=1e-6)
+
+
 def test_arguments(path, tmp_path):
     labels = write(path)
     with pytest.raises(ValueError, match="`spec` must be None"):
