@@ -25,18 +25,32 @@ from keras_ptloss.soft_labels._spec import SoftLabelSpec, read_spec
 def find_files(source: str | os.PathLike[str]) -> list[Path] | None:
     """The Parquet files of a directory, a pattern or a file; None if no such.
 
-    Files whose names begin with `_` or `.` are other tools' notes.
+    Files and folders whose names begin with `_` or `.` are other tools' notes.
+
+    Raises:
+        FileNotFoundError: If a pattern fits no file.
+        ValueError: If folders of a directory have further files.
     """
     path = Path(source)
     if path.is_dir():
-        found = sorted(path.glob("*.parquet"))
-        found = [file for file in found if file.name[0] not in "_."]
+        every = [
+            file
+            for file in sorted(path.rglob("*.parquet"))
+            if not any(p[0] in "_." for p in file.relative_to(path).parts)
+        ]
+        found = [file for file in every if file.parent == path]
+        if found and len(found) < len(every):
+            deeper = next(file for file in every if file.parent != path)
+            wanted = "a directory without further Parquet files in its folders"
+            fail("source", wanted, f"{path}, with {deeper.relative_to(path)}")
         return found or None
     if path.suffix != ".parquet":
         return None
     if path.is_file():
         return [path]
-    found = sorted(Path(name) for name in glob.glob(str(source)))
+    found = sorted(
+        Path(name) for name in glob.glob(str(source), recursive=True)
+    )
     if not found:
         raise FileNotFoundError(f"No Parquet files at {source}")
     return found

@@ -394,6 +394,28 @@ def test_a_file_without_rows(folder, name, typed):
     np.testing.assert_allclose(report.labels[:], rows(), atol=1e-6)
 
 
+@pytest.mark.parametrize("deeper", ["more", "a=1/b=2"])
+def test_files_in_folders(folder, deeper):
+    """Are missed nowhere; what other tools note is in `_folders`."""
+    (folder / deeper).mkdir(parents=True)
+    (folder / "_temporary").mkdir()
+    table = pa.table(columns())
+    pq.write_table(table.slice(0, 20), folder / "a.parquet")
+    (folder / "_temporary" / "x.parquet").write_bytes(b"")
+    assert len(SoftLabels.open(folder)) == 20
+    pq.write_table(table.slice(20), folder / deeper / "a.parquet")
+    match = f"`source` must be .* in its folders.*rows, with {deeper}/a.parq"
+    with pytest.raises(ValueError, match=match):
+        SoftLabels.open(folder)
+    with pytest.raises(ValueError, match=match):
+        import_soft_labels(folder, features(), folder / "out")
+    (folder / "_temporary" / "x.parquet").unlink()
+    report = import_soft_labels(
+        folder / "**" / "*.parquet", features(), folder / "out"
+    )
+    np.testing.assert_allclose(report.labels[:], rows(), atol=1e-6)
+
+
 def test_arguments(path, tmp_path):
     labels = write(path)
     with pytest.raises(ValueError, match="`spec` must be None"):
