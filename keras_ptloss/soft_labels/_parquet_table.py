@@ -148,11 +148,10 @@ def read_table(
     width = first.width()
     spec = _spec(first, spec, width, total)
     num_classes = _num_classes(first, spec, width)
-    key = first.key(by)
     parts = [
         part
         for file in opened
-        for part in file.parts(key, spec, num_classes, width)
+        for part in file.parts(file.key(by), spec, num_classes, width)
     ]
     keys, arrays, distance, renormalised = keras.tree.map_structure(
         lambda *pieces: np.concatenate(pieces), *parts
@@ -165,7 +164,7 @@ def read_table(
         keys=keys,
         distance=distance,
         renormalised=renormalised,
-        ignored=tuple(sorted(first.other_columns)),
+        ignored=tuple(sorted(set().union(*(f.other_columns for f in opened)))),
         # Of the exported store, which is another if the k largest are taken.
         total_variation=metadata["total_variation"]
         if metadata and metadata["spec"].get("top_k") == spec.top_k

@@ -272,9 +272,9 @@ class SoftLabels(StoredRows):
 
         Args:
             directory: A new directory. It gets its name once it is whole.
-            ids: A name of each example, text or integer, in the order of the
-                rows, for a column `id`. Without, examples that are the same
-                are written once.
+            ids: A name of each example, text, UUID or integer, in the order
+                of the rows, for a column `id`. Without, examples that are the
+                same are written once.
             rows_per_file: Rows in a file, at most.
 
         Returns:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import uuid
 
 import helpers
 import numpy as np
@@ -201,6 +202,67 @@ def test_ids_are_written(path, tmp_path):
         with pytest.raises(ValueError, match="`ids` must be"):
             labels.to_parquet(tmp_path / "other", ids=wrong)
     assert not list(tmp_path.glob("other*"))
+
+
+def uuids(n=N):
+    return [uuid.UUID(int=i << 64 | i) for i in range(n)]
+
+
+def series(kind):
+    """Ids in pandas."""
+    pandas = pytest.importorskip("pandas")
+    return getattr(pandas, kind)([f"film {i}" for i in range(N)])
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        lambda: series("Series"),
+        lambda: series("Index"),
+        lambda: series("Series").astype("category"),
+        lambda: series("CategoricalIndex"),
+        lambda: np.array([f"film {i}" for i in range(N)]),
+        lambda: pa.array([f"film {i}" for i in range(N)], pa.large_string()),
+        lambda: np.arange(N, dtype="int32"),
+        lambda: [2**63 + i for i in range(N)],
+        lambda: np.arange(N, dtype="uint64") + np.uint64(2**63),
+        uuids,
+        lambda: np.array(uuids()),
+    ],
+)
+def test_forms_of_ids(path, tmp_path, ids):
+    labels, ids = write(path), ids()
+    labels.to_parquet(tmp_path / "rows", ids=ids)
+    stored = pq.read_table(tmp_path / "rows")["id"]
+    assert stored.type in (pa.string(), pa.int32(), pa.uint64())
+    assert [str(name) for name in stored.to_pylist()] == [str(i) for i in ids]
+    report = import_soft_labels(
+        tmp_path / "rows", features(), tmp_path / "again", ids=ids
+    )
+    np.testing.assert_array_equal(report.labels[:], labels[:])
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [5, [2**63, *range(-1, N - 2)], [2**64] * N, [None] * N, [b"a"] * N],
+)
+def test_ids_of_other_kinds(path, tmp_path, ids):
+    with pytest.raises(ValueError, match="`ids` must be"):
+        write(path).to_parquet(tmp_path / "other", ids=ids)
+    assert not list(tmp_path.glob("other*"))
+
+
+def test_ids_of_several_columns_and_uuids(folder):
+    """One file has `id`, the other `custom_id`: 16 bytes, as DuckDB writes."""
+    found = pa.array([name.bytes for name in uuids()], pa.binary(16))
+    table = pa.table({"id": found, "probabilities": lists(rows())})
+    pq.write_table(table.slice(20), folder / "a.parquet")
+    table = table.rename_columns(["custom_id", "probabilities"])
+    table = table.append_column("note", pa.nulls(N, pa.string()))
+    pq.write_table(table.slice(0, 20), folder / "b.parquet")
+    report = import_soft_labels(folder, features(), folder / "out", ids=uuids())
+    np.testing.assert_allclose(report.labels[:], rows(), atol=1e-6)
+    assert report.ignored == ("note",)
 
 
 @pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
