@@ -140,7 +140,9 @@ def read_table(
     if metadata and metadata["rows"] != total:
         fail(
             "path",
-            f"a whole directory: {metadata['rows']} rows were written",
+            f"a whole directory: {metadata['rows']} rows were written (or, of a"
+            " part that is meant, written without the metadata that say so:"
+            " `table.replace_schema_metadata()`)",
             f"{source}, with {total} rows in {len(files)} files",
         )
     if not total:

@@ -197,6 +197,22 @@ def test_a_dtype_that_loses_nothing_and_the_k_largest(path, tmp_path):
     assert top.max_total_variation == pytest.approx(lost.max(), abs=1e-3)
 
 
+def test_a_table_that_was_filtered(path, tmp_path):
+    """The error says how to have a part on purpose, which then works."""
+    labels = write(path, dtype="float32")
+    labels.to_parquet(tmp_path / "rows")
+    part = tmp_path / "part"
+    part.mkdir()
+    table = pq.read_table(tmp_path / "rows").slice(10, 20)
+    pq.write_table(table, part / "a.parquet")
+    match = r"50 rows were .*`table\.replace_schema_metadata\(\)`.* 20 rows"
+    with pytest.raises(ValueError, match=match):
+        SoftLabels.open(part)
+    pq.write_table(table.replace_schema_metadata(), part / "a.parquet")
+    again = SoftLabels.open(part, spec=SoftLabelSpec(dtype="float32"))
+    np.testing.assert_array_equal(again[:], labels[10:30])
+
+
 @pytest.mark.parametrize("text", ["5", "[]", "[" * 100_000, b"\xff"])
 def test_metadata_that_are_no_object(exported, text):
     table = pq.read_table(exported / "part-00000.parquet")
