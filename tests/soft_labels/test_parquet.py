@@ -538,12 +538,12 @@ def test_flipped_bytes_of_rows_without_our_record(path, tmp_path):
             np.testing.assert_array_equal(found.fingerprints, prints)
     # PyArrow 16 has longer headers.
     assert noticed > 0.8 * (footer - 4)
-    foreign = columns()
-    put(tmp_path, foreign, write_page_checksum=True)
-    file = tmp_path / "a.parquet"
+    file = tmp_path / "foreign" / "a.parquet"
+    file.parent.mkdir()
+    put(file.parent, columns(), write_page_checksum=True)
     for _ in flipped(file, [100]):
         with pytest.raises(ValueError, match="a.parquet, which is damaged"):
-            SoftLabels.open(tmp_path)
+            SoftLabels.open(file.parent)
 
 
 KILLED = textwrap.dedent(
