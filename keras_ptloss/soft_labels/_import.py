@@ -17,7 +17,7 @@ from keras_ptloss._checks import check_choice, fail
 from keras_ptloss.soft_labels import _data as data
 from keras_ptloss.soft_labels._import_parquet import import_parquet
 from keras_ptloss.soft_labels._journal import at_once, refuse_old
-from keras_ptloss.soft_labels._names import repeated, shorten
+from keras_ptloss.soft_labels._names import KEYS, repeated, shorten
 from keras_ptloss.soft_labels._numbers import ROUNDING
 from keras_ptloss.soft_labels._parquet_table import find_files
 from keras_ptloss.soft_labels._readers import Reader, Row
@@ -60,7 +60,8 @@ def import_soft_labels(
 
     A missing class gets an even share of the probability that its row leaves
     over; in a list of the likeliest tokens at most the smallest one listed,
-    since the list would hold a larger one. Then rows are divided by their sum.
+    since the list would hold a larger one. Then rows are divided by their sum,
+    which must be below 1.5.
     One number a row is a binary head, the probability of the second class.
     The whole table is read into memory, as float32.
 
@@ -81,16 +82,18 @@ def import_soft_labels(
         path: Directory of the store, which must not hold one yet.
         spec: As in `SoftLabels.write`. `class_names` are needed for JSON
             objects and tokens; a CSV file's columns serve if there are none.
+            Of Parquet as in `SoftLabels.open`.
         values: `"probabilities"` or `"log_probabilities"` (natural), what the
             numbers are. Those of tokens are always the latter; of Parquet a
             column's name says it, and this must be left out.
         empty_rows: `"error"`, or `"uniform"` to give equal probabilities to
             rows in which no class occurs, to requests that failed, and to
             examples that Parquet files lack.
-        ids: The `custom_id` of each example, in the order of `dataset`. Needed
-            where the rows have such a key or column, since batch jobs give
-            them in any order. Each must occur exactly once, but for Parquet,
-            of which see above.
+        ids: The name of each example, in the order of `dataset`. Needed where
+            the rows have a key or column `custom_id`, else `id` (not that of
+            an API's answer), else `fingerprint` (give `fingerprint(batch)`),
+            unless that is a class, since they may then be in any order. Each
+            must occur exactly once, but for Parquet, of which see above.
 
     Returns:
         An `ImportReport` with the opened store.
@@ -208,19 +211,21 @@ def _ordered(reader: Reader, ids: list[str] | None) -> list[Row]:
         if named:
             fail(
                 "ids",
-                f"given, the custom_id of each example: {reader.source} has"
-                f" such names ({named[0].custom_id!r} on {named[0].where}), so"
-                " its rows may be in any order",
+                "given, the custom_id, id or fingerprint (that of"
+                f" `soft_labels.fingerprint`) of each example: {reader.source}"
+                f" has such names ({named[0].custom_id!r} on"
+                f" {named[0].where}), so its rows may be in any order",
                 None,
             )
         return rows
     by_id = {row.custom_id: row for row in named}
     for row in rows:
         if not row.custom_id:
-            reader.fail(row.where, "has no custom_id, and `ids` are given")
+            problem = f"has no {' or '.join(KEYS)}, and `ids` are given"
+            reader.fail(row.where, problem)
         if by_id[row.custom_id] is not row:
             where = f"{row.where} and {by_id[row.custom_id].where}"
-            reader.fail(where, f"have the custom_id {row.custom_id!r} both")
+            reader.fail(where, f"have the id {row.custom_id!r} both")
     wanted = set(ids)
     missing = [name for name in ids if name not in by_id]
     foreign = [str(name) for name in by_id if name not in wanted]

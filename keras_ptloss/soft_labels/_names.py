@@ -5,6 +5,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 
+# Columns and keys that name the example; of several, the first counts.
+KEYS = ("custom_id", "id", "fingerprint")
 # Tokenizers write a space as U+2581 (SentencePiece) or U+0120, and a newline as
 # U+010A (byte-level BPE, as in GPT-2).
 _SPACES = re.compile("[\\s\u2581\u0120\u010a]+")
@@ -64,6 +66,11 @@ def _bare(text: str) -> str:
 
 def _folded(text: str) -> str:
     return _bare(text).casefold()
+
+
+def key_of(name: str) -> str:
+    """A column's or key's name as it would stand in `KEYS`."""
+    return name.strip().casefold()
 
 
 def shorten(items: Iterable[str], limit: int = 8) -> str:

@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import re
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -256,17 +257,34 @@ def fixed_size_lists(pa: Any, rows: Any, dtype: str) -> Any:
 
 def _id_column(pa: Any, ids: Any, count: int) -> Any:
     try:
-        column = pa.array(ids)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        # PyArrow 16 knows no UUIDs.
+        names = [str(i) if isinstance(i, uuid.UUID) else i for i in ids]
+        large = any(isinstance(i, int) and i >= 1 << 63 for i in names)
+        column = pa.array(names, pa.uint64() if large else None)
+    except (ValueError, TypeError, OverflowError) as error:
         fail("ids", f"integers or texts of one kind ({error})", ids)
-    kinds = pa.types
-    if not (kinds.is_integer(column.type) or kinds.is_string(column.type)):
-        fail("ids", "integers or texts", column.type)
     if len(column) != count or column.null_count:
         fail("ids", f"{count} ids, one a row", f"{len(column)} ids")
-    if len(column.unique()) != count:
-        fail("ids", "different", f"{count - len(column.unique())} repeated")
-    return column
+    found = plain_ids(pa, column)
+    if found is None:
+        fail("ids", "integers, texts or UUIDs", column.type)
+    if len(found.unique()) != count:
+        fail("ids", "different", f"{count - len(found.unique())} repeated")
+    return found
+
+
+def plain_ids(pa: Any, column: Any) -> Any:
+    """Ids as Arrow integers or texts; None if they are of another kind."""
+    kinds, column = pa.types, getattr(column, "storage", column)
+    if kinds.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
+    if kinds.is_fixed_size_binary(kind) and kind.byte_width == 16:
+        names = (uuid.UUID(bytes=name) for name in column.to_pylist())
+        return pa.array([str(name) for name in names])
+    if kinds.is_large_string(kind) or kinds.is_string_view(kind):
+        return column.cast(pa.string())
+    return column if kinds.is_integer(kind) or kinds.is_string(kind) else None
 
 
 @contextlib.contextmanager

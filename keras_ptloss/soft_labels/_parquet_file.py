@@ -16,6 +16,7 @@ from keras_ptloss.soft_labels._parquet import (
     KEY,
     TOP,
     group_rows,
+    plain_ids,
     read_batches,
     read_metadata,
 )
@@ -224,19 +225,14 @@ class ParquetFile:
         """Fingerprints `(n,)` uint64, or ids as texts."""
         pa, kinds = self._pa, self._pa.types
         self._refuse(column.is_null().to_numpy(False), first, f"no {name}")
-        kind = column.type
-        if kinds.is_dictionary(kind):
-            column = column.dictionary_decode()
-            kind = column.type
         if name != "fingerprint":
-            if not (
-                kinds.is_integer(kind)
-                or kinds.is_string(kind)
-                or kinds.is_large_string(kind)
-                or kinds.is_string_view(kind)
-            ):
-                self.fail(f"has ids of {kind}, not integers or texts")
-            return np.array(column.cast(pa.string()).to_pylist(), dtype=object)
+            ids = plain_ids(pa, column)
+            if ids is None:
+                self.fail(f"has ids of {column.type}, not integers or texts")
+            return np.array(ids.cast(pa.string()).to_pylist(), dtype=object)
+        if kinds.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        kind = column.type
         if kinds.is_int64(kind):
             # Of tools without unsigned integers: the same 64 bits.
             return column.to_numpy(zero_copy_only=False).view("uint64")

@@ -25,18 +25,32 @@ from keras_ptloss.soft_labels._spec import SoftLabelSpec, read_spec
 def find_files(source: str | os.PathLike[str]) -> list[Path] | None:
     """The Parquet files of a directory, a pattern or a file; None if no such.
 
-    Files whose names begin with `_` or `.` are other tools' notes.
+    Files and folders whose names begin with `_` or `.` are other tools' notes.
+
+    Raises:
+        FileNotFoundError: If a pattern fits no file.
+        ValueError: If folders of a directory have further files.
     """
     path = Path(source)
     if path.is_dir():
-        found = sorted(path.glob("*.parquet"))
-        found = [file for file in found if file.name[0] not in "_."]
+        every = [
+            file
+            for file in sorted(path.rglob("*.parquet"))
+            if not any(p[0] in "_." for p in file.relative_to(path).parts)
+        ]
+        found = [file for file in every if file.parent == path]
+        if found and len(found) < len(every):
+            deeper = next(file for file in every if file.parent != path)
+            wanted = "a directory without further Parquet files in its folders"
+            fail("source", wanted, f"{path}, with {deeper.relative_to(path)}")
         return found or None
     if path.suffix != ".parquet":
         return None
     if path.is_file():
         return [path]
-    found = sorted(Path(name) for name in glob.glob(str(source)))
+    found = sorted(
+        Path(name) for name in glob.glob(str(source), recursive=True)
+    )
     if not found:
         raise FileNotFoundError(f"No Parquet files at {source}")
     return found
@@ -115,8 +129,9 @@ def read_table(
     if verify:
         check_files(files)
     opened = [ParquetFile(pa, path, verify) for path in files]
-    first = opened[0]
-    for file in opened[1:]:
+    # Spark writes a partition without rows too.
+    first = next((file for file in opened if file.rows), opened[0])
+    for file in opened:
         if (file.kind, file.metadata) != (first.kind, first.metadata):
             file.fail(f"is of another form or store than {first.path}")
     total = sum(file.rows for file in opened)
@@ -125,7 +140,9 @@ def read_table(
     if metadata and metadata["rows"] != total:
         fail(
             "path",
-            f"a whole directory: {metadata['rows']} rows were written",
+            f"a whole directory: {metadata['rows']} rows were written (or, of a"
+            " part that is meant, written without the metadata that say so:"
+            " `table.replace_schema_metadata()`)",
             f"{source}, with {total} rows in {len(files)} files",
         )
     if not total:
@@ -133,11 +150,10 @@ def read_table(
     width = first.width()
     spec = _spec(first, spec, width, total)
     num_classes = _num_classes(first, spec, width)
-    key = first.key(by)
     parts = [
         part
         for file in opened
-        for part in file.parts(key, spec, num_classes, width)
+        for part in file.parts(file.key(by), spec, num_classes, width)
     ]
     keys, arrays, distance, renormalised = keras.tree.map_structure(
         lambda *pieces: np.concatenate(pieces), *parts
@@ -150,8 +166,11 @@ def read_table(
         keys=keys,
         distance=distance,
         renormalised=renormalised,
-        ignored=tuple(sorted(first.other_columns)),
-        total_variation=metadata["total_variation"] if metadata else None,
+        ignored=tuple(sorted(set().union(*(f.other_columns for f in opened)))),
+        # Of the exported store, which is another if the k largest are taken.
+        total_variation=metadata["total_variation"]
+        if metadata and metadata["spec"].get("top_k") == spec.top_k
+        else None,
     ).without_duplicates()
 
 
@@ -160,8 +179,9 @@ def _spec(
 ) -> SoftLabelSpec:
     """Complete the spec by what the files say."""
     logits = file.kind == "logits"
-    if spec is None and file.metadata:
-        spec = read_spec(SoftLabelSpec, file.metadata["spec"])
+    if file.metadata:
+        stored = read_spec(SoftLabelSpec, file.metadata["spec"])
+        spec = _with_stored(stored, spec or SoftLabelSpec(), file.path)
     elif spec is None:
         dtype = "float16" if file.is_half else "float32"
         spec = SoftLabelSpec(from_logits=logits, dtype=dtype)
@@ -178,11 +198,35 @@ def _spec(
     return dataclasses.replace(spec, num_examples=total)
 
 
+def _with_stored(
+    stored: SoftLabelSpec, spec: SoftLabelSpec, path: Path
+) -> SoftLabelSpec:
+    """Take what is left at its default from the files; refuse what differs.
+
+    Only a dtype may, which can then be float32 alone, and loses nothing.
+    """
+    found = {}
+    for field in dataclasses.fields(spec):
+        name = field.name
+        before, now = getattr(stored, name), getattr(spec, name)
+        if now == field.default:
+            found[name] = before
+        elif before not in (None, now) and name not in (
+            "dtype",
+            "num_examples",
+        ):
+            fail(name, f"{before!r}, as {path} says", now)
+    return dataclasses.replace(spec, **found)
+
+
 def _num_classes(file: ParquetFile, spec: SoftLabelSpec, width: int) -> int:
     names = len(spec.class_names) if spec.class_names else None
     known = spec.num_classes or names
     if file.metadata:
-        known = known or int(file.metadata["num_classes"])
+        stored = int(file.metadata["num_classes"])
+        if known not in (None, stored):
+            file.fail(f"has {stored} classes, not {known}")
+        known = stored
     if file.kind != "top_ids":
         found = max(width, 2)  # one column is a binary head
         if known not in (None, found):

@@ -11,7 +11,13 @@ import numpy as np
 
 from keras_ptloss._binary import two_events
 from keras_ptloss._checks import SUM_TOLERANCE, fail
-from keras_ptloss.soft_labels._names import ClassNames, repeated, shorten
+from keras_ptloss.soft_labels._names import (
+    KEYS,
+    ClassNames,
+    key_of,
+    repeated,
+    shorten,
+)
 from keras_ptloss.soft_labels._numbers import (
     RowProblem,
     number,
@@ -24,6 +30,10 @@ from keras_ptloss.soft_labels._responses import (
     positions,
     unpack_batch,
 )
+
+# Judges that write their numbers out are off by less; a label or the confidence
+# in one of two classes, taken for a third, adds half or more.
+_TOO_MUCH = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +80,7 @@ class Reader:
         self._log = log
         self._classes = ClassNames(names or ())
         self._nested = self._classes.nested()
+        self._keys = tuple(k for k in KEYS if self._classes.find(k) is None)
         self._where = ""
 
     def fail(self, where: str, problem: str) -> Any:
@@ -108,6 +119,12 @@ class Reader:
             raise RowProblem(f"has {len(row.values)} classes, not {width}")
         # One number is a binary head; what rounding adds to 1 goes.
         values = row.values
+        total = np.nansum(values)
+        if total >= _TOO_MUCH:
+            raise RowProblem(
+                f"has probabilities that add up to {total:.6g} (is there a"
+                " column that is no class? `class_names` tell the classes)"
+            )
         if width == 1:
             values = two_events(np.minimum(values, 1), from_logits=False)
         return dataclasses.replace(row, values=values)
@@ -155,14 +172,26 @@ class Reader:
                 f"a table whose columns differ: {shorten(twice)} stands twice",
                 header,
             )
+        named = [key_of(name) for name in header]
         if self.names is None:
             self.names = tuple(
-                name.strip() for name in header if name != "custom_id"
+                name.strip()
+                for name, key in zip(header, named, strict=True)
+                if key not in self._keys
             )
             self._classes = ClassNames(self.names)
-        columns: dict[int | str, int] = {}
+            if not all(self.names):
+                fail(
+                    "class_names",
+                    f"given: a column of {self.source} has no name",
+                    None,
+                )
+        ids = [named.index(key) for key in self._keys if key in named]
+        columns: dict[int | str, int] = {"id": ids[0]} if ids else {}
         for column, name in enumerate(header):
-            key = "custom_id" if name == "custom_id" else self._find(name)
+            if named[column] in self._keys:
+                continue
+            key = self._find(name)
             if key in columns:
                 fail(
                     "source",
@@ -172,7 +201,7 @@ class Reader:
                 )
             if key is not None:
                 columns[key] = column
-        if not columns.keys() - {"custom_id"}:
+        if not columns.keys() - {"id"}:
             wanted = f"a table of {self.names}"
             if not self.names:
                 wanted = "a table whose first line names the classes"
@@ -184,7 +213,7 @@ class Reader:
         for key, column in columns.items():
             if isinstance(key, int):
                 values[key] = parse(cells[column])
-        name = cells[columns["custom_id"]] if "custom_id" in columns else None
+        name = cells[columns["id"]] if "id" in columns else None
         values = probabilities(values, log=self._log)
         return Row(values, custom_id=name)
 
@@ -202,7 +231,7 @@ class Reader:
             raise RowProblem("is no JSON") from None
         if not isinstance(record, (dict, list)):
             raise RowProblem("is no list or object")
-        custom_id, record, failure = unpack_batch(record)
+        custom_id, record, failure = unpack_batch(record, self._keys)
         if failure is not None:
             return Row(None, custom_id=custom_id, failure=failure)
         answer = positions(record)
@@ -290,7 +319,7 @@ class Reader:
 
     def _find(self, name: str) -> int | None:
         index = self._classes.find(name)
-        if index is None and name != "custom_id":
+        if index is None:
             self.ignored.add(name)
         return index
 

@@ -9,6 +9,7 @@ output, and dictionaries from token id to `Logprob` as vLLM writes them.
 import dataclasses
 from typing import Any
 
+from keras_ptloss.soft_labels._names import KEYS, key_of
 from keras_ptloss.soft_labels._numbers import RowProblem, number, probability
 
 
@@ -34,15 +35,29 @@ class Position:
         return (*self.listed, (self.token, self.probability))
 
 
-def unpack_batch(record: Any) -> tuple[str | None, Any, str | None]:
-    """Return a line's `custom_id`, what it holds, and how it failed if so."""
+def unpack_batch(
+    record: Any, keys: tuple[str, ...] = KEYS[:1]
+) -> tuple[str | None, Any, str | None]:
+    """Return a line's id, what else it holds, and how it failed if so.
+
+    Args:
+        record: The line.
+        keys: Those of `KEYS` that are no class.
+    """
     if not isinstance(record, dict):
         return None, record, None
-    held = {key: value for key, value in record.items() if key != "custom_id"}
-    custom_id = record.get("custom_id")
-    if custom_id is not None:
+    answers = (record.get(key) for key in ("choices", "output", "response"))
+    if any(isinstance(answer, (list, dict)) for answer in answers):
+        # The API's own name of what it returned.
+        keys = tuple(key for key in keys if key != "id")
+    held = {k: value for k, value in record.items() if key_of(k) not in keys}
+    names = {key_of(k): value for k, value in record.items() if k not in held}
+    named = (key for key in keys if names.get(key) is not None)
+    custom_id, key = None, next(named, None)
+    if key is not None:
+        custom_id = names[key]
         if isinstance(custom_id, bool) or not isinstance(custom_id, (str, int)):
-            raise RowProblem(f"has the custom_id {custom_id!r}, not a text")
+            raise RowProblem(f"has the {key} {custom_id!r}, not a text")
         custom_id = str(custom_id)
     error, response = record.get("error"), record.get("response")
     if error and isinstance(error, (dict, str)):

@@ -227,7 +227,8 @@ class SoftLabels(StoredRows):
                 the whole store once, or of Parquet's pages. Lengths and dtypes
                 are always compared.
             spec: Of Parquet files only: what the rows are, where the files'
-                metadata do not say.
+                metadata do not say. Fields left at their defaults are the
+                metadata's; others must agree, but for `dtype="float32"`.
 
         Returns:
             The store, memory-mapped if it is one.
@@ -271,9 +272,9 @@ class SoftLabels(StoredRows):
 
         Args:
             directory: A new directory. It gets its name once it is whole.
-            ids: A name of each example, text or integer, in the order of the
-                rows, for a column `id`. Without, examples that are the same
-                are written once.
+            ids: A name of each example, text, UUID or integer, in the order
+                of the rows, for a column `id`. Without, examples that are the
+                same are written once.
             rows_per_file: Rows in a file, at most.
 
         Returns:

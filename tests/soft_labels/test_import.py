@@ -20,7 +20,7 @@ def test_csv(tmp_path):
     report = run(
         tmp_path,
         "api.csv",
-        "id,positive,negative,neutral\n"
+        "note,positive,negative,neutral\n"
         '"a,1",0.7,0.1,0.2\n'
         "b,0.9,,\n"
         "c,60e-2,0.2,0.4\n",
@@ -30,13 +30,49 @@ def test_csv(tmp_path):
     np.testing.assert_array_equal(report.filled, [False, True, False])
     np.testing.assert_array_equal(report.renormalised, [False, False, True])
     assert not report.empty.any() and report.num_repaired == 2
-    assert report.ignored == ("id",)
+    assert report.ignored == ("note",)
     assert SoftLabels.open(report.labels.path).spec.class_names == NAMES
 
 
 def test_csv_header_names_the_classes(tmp_path):
     report = run(tmp_path, "api.csv", "a,b\n0.5,0.5\n", names=None)
     assert report.labels.spec.class_names == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (",neg,pos\n0,0.2,0.8\n1,0.9,0.1\n", "class_names` must be given"),
+        ("neg,pos,\n0.2,0.8,\n", "`class_names` must be given.* no name"),
+        ("neg,pos,label\n0.9,0.1,0\n0.2,0.8,1\n", "line 3 .* add up to 2"),
+        ("neg,pos,sure\n0.5,0.5,0.5\n", "line 2 .* add up to 1.5 .*class_n"),
+    ],
+)
+def test_csv_with_columns_that_are_no_class(tmp_path, content, match):
+    """Of pandas' index, labels, confidences: names tell the classes."""
+    with pytest.raises(ValueError, match=match):
+        run(tmp_path, "a.csv", content, names=None)
+    report = run(tmp_path, "a.csv", content, names=("neg", "pos"))
+    np.testing.assert_array_equal(report.renormalised, False)
+    assert len(report.ignored) == 1
+
+
+@pytest.mark.parametrize("logs", [False, True])
+@pytest.mark.parametrize("name", ["a.npy", "a.jsonl", "b.jsonl"])
+def test_rows_that_add_up_to_far_more_than_1(tmp_path, name, logs):
+    """As sigmoids do, of classes that do not exclude each other."""
+    rows = np.array([[0.5, 0.3, 0.4], [0.9, 0.1, 0.8]])
+    table = np.log(rows) if logs else rows
+    content = {
+        "a.npy": table,
+        "a.jsonl": lines(*table.tolist()),
+        "b.jsonl": lines(
+            *(dict(zip(NAMES, row.tolist(), strict=True)) for row in table)
+        ),
+    }[name]
+    values = "log_probabilities" if logs else "probabilities"
+    with pytest.raises(ValueError, match=r"(line 2|row 1) .* add up to 1\.8"):
+        run(tmp_path, name, content, values=values)
 
 
 def test_csv_without_a_class_fills_it(tmp_path):

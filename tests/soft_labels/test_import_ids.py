@@ -1,9 +1,13 @@
 """Import of rows that bear ids, such as a batch job's output."""
 
+import shutil
+
 import helpers
 import numpy as np
 import pytest
 from imports import lines, run, top
+
+from keras_ptloss.soft_labels import fingerprint
 
 pytestmark = helpers.slow_but_on_one()
 
@@ -65,6 +69,61 @@ def test_tables_with_ids(tmp_path, name, content):
     assert names == ("a", "b")
 
 
+@pytest.mark.parametrize("key", ["id", " ID", "fingerprint", "custom_id"])
+@pytest.mark.parametrize(
+    ("name", "names"), [("a.csv", NAMES), ("a.csv", None), ("a.jsonl", NAMES)]
+)
+def test_the_names_of_rows(tmp_path, name, names, key):
+    """As in Parquet; they are no class, nor is a second one."""
+    x = np.arange(3)
+    ids = fingerprint(x) if key == "fingerprint" else x
+    second = {} if key == "fingerprint" else {"Fingerprint": 7}
+    yes = [0.125, 0.25, 0.75]
+    found = [
+        {key: int(ids[row]), **second, "no": 1 - yes[row], "yes": yes[row]}
+        for row in (2, 0, 1)
+    ]
+    content = lines(*found)
+    if name == "a.csv":
+        table = [found[0], *(row.values() for row in found)]
+        content = "".join(",".join(map(str, row)) + "\n" for row in table)
+    with pytest.raises(ValueError, match="`ids` must be given, .*any order"):
+        run(tmp_path, name, content, names=names)
+    report = run(tmp_path, name, content, names=names, ids=ids)
+    np.testing.assert_allclose(report.labels[:][:, 1], yes, atol=1e-6)
+    assert report.labels.spec.class_names == NAMES and report.ignored == ()
+
+
+def test_names_that_are_classes(tmp_path):
+    """Such as Indonesian, among languages."""
+    names = ("en", "ID")
+    for name, content in (
+        ("a.csv", "id,en\n0.25,0.75\n"),
+        ("a.jsonl", lines({"id": 0.25, "en": 0.75})),
+    ):
+        report = run(tmp_path / name, name, content, names=names)
+        np.testing.assert_allclose(report.labels[0], [0.75, 0.25], atol=1e-6)
+        assert report.num_repaired == 0
+
+
+def test_the_names_of_answers_are_the_apis(tmp_path):
+    """Unless what the API said is a column of a table."""
+    answer = batch("a", 0.75)["response"]["body"]
+    for record in (
+        {"id": "chatcmpl-1", **answer},
+        {"id": "batch_1", "response": {"body": answer}},
+    ):
+        report = run(tmp_path, "a.jsonl", lines(record), names=NAMES)
+        np.testing.assert_allclose(report.labels[0], [0.25, 0.75], atol=1e-6)
+        shutil.rmtree(report.labels.path)
+    record = {"id": 3, "response": "Yes!", "no": 0.25, "yes": 0.75}
+    with pytest.raises(ValueError, match="`ids` must be given, .*'3' on line"):
+        run(tmp_path, "a.jsonl", lines(record), names=NAMES)
+    record = {"fingerprint": 3, **answer}
+    report = run(tmp_path, "a.jsonl", lines(record), names=NAMES, ids=[3])
+    np.testing.assert_allclose(report.labels[0], [0.25, 0.75], atol=1e-6)
+
+
 def test_failed_requests_are_reported_by_id(tmp_path):
     content = lines(
         failed("d"),
@@ -108,7 +167,7 @@ def test_failed_requests_without_ids_are_reported_by_line(tmp_path):
         ("ab", ["a", "b", "c"], "has no row of 'c' .*error file.*append it.$"),
         ("abc", ["a", "b"], "has rows of 'c', which are not among them"),
         ("ab", ["a", "c"], "no row of 'c' .* and rows of 'b', which are not"),
-        ("aba", ["a", "b"], "line 1 and line 3 of .* custom_id 'a' both"),
+        ("aba", ["a", "b"], "line 1 and line 3 of .* have the id 'a' both"),
         ("ab", ["a", "b", "a"], "`ids` must be different: 'a' stands twice"),
         ("ab", [1, "1"], "`ids` must be different: '1' stands twice"),
         ("ab", "ab", "`ids` must be a sequence of ids"),
@@ -125,7 +184,9 @@ def test_ids_that_do_not_fit(tmp_path, rows, ids, match):
 
 def test_rows_without_ids(tmp_path):
     content = lines(batch("a", 0.5), [0.5, 0.5])
-    match = "line 2 of .* has no custom_id, and `ids` are given"
+    match = (
+        "line 2 of .* has no custom_id or id or finger.*, and `ids` are given"
+    )
     with pytest.raises(ValueError, match=match):
         run(tmp_path, "a.jsonl", content, names=NAMES, ids=["a", "b"])
     with pytest.raises(ValueError, match="row 0 of .* has no custom_id"):

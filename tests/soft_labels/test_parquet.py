@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import uuid
 
 import helpers
 import numpy as np
@@ -203,6 +204,67 @@ def test_ids_are_written(path, tmp_path):
     assert not list(tmp_path.glob("other*"))
 
 
+def uuids(n=N):
+    return [uuid.UUID(int=i << 64 | i) for i in range(n)]
+
+
+def series(kind):
+    """Ids in pandas."""
+    pandas = pytest.importorskip("pandas")
+    return getattr(pandas, kind)([f"film {i}" for i in range(N)])
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        lambda: series("Series"),
+        lambda: series("Index"),
+        lambda: series("Series").astype("category"),
+        lambda: series("CategoricalIndex"),
+        lambda: np.array([f"film {i}" for i in range(N)]),
+        lambda: pa.array([f"film {i}" for i in range(N)], pa.large_string()),
+        lambda: np.arange(N, dtype="int32"),
+        lambda: [2**63 + i for i in range(N)],
+        lambda: np.arange(N, dtype="uint64") + np.uint64(2**63),
+        uuids,
+        lambda: np.array(uuids()),
+    ],
+)
+def test_forms_of_ids(path, tmp_path, ids):
+    labels, ids = write(path), ids()
+    labels.to_parquet(tmp_path / "rows", ids=ids)
+    stored = pq.read_table(tmp_path / "rows")["id"]
+    assert stored.type in (pa.string(), pa.int32(), pa.uint64())
+    assert [str(name) for name in stored.to_pylist()] == [str(i) for i in ids]
+    report = import_soft_labels(
+        tmp_path / "rows", features(), tmp_path / "again", ids=ids
+    )
+    np.testing.assert_array_equal(report.labels[:], labels[:])
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [5, [2**63, *range(-1, N - 2)], [2**64] * N, [None] * N, [b"a"] * N],
+)
+def test_ids_of_other_kinds(path, tmp_path, ids):
+    with pytest.raises(ValueError, match="`ids` must be"):
+        write(path).to_parquet(tmp_path / "other", ids=ids)
+    assert not list(tmp_path.glob("other*"))
+
+
+def test_ids_of_several_columns_and_uuids(folder):
+    """One file has `id`, the other `custom_id`: 16 bytes, as DuckDB writes."""
+    found = pa.array([name.bytes for name in uuids()], pa.binary(16))
+    table = pa.table({"id": found, "probabilities": lists(rows())})
+    pq.write_table(table.slice(20), folder / "a.parquet")
+    table = table.rename_columns(["custom_id", "probabilities"])
+    table = table.append_column("note", pa.nulls(N, pa.string()))
+    pq.write_table(table.slice(0, 20), folder / "b.parquet")
+    report = import_soft_labels(folder, features(), folder / "out", ids=uuids())
+    np.testing.assert_allclose(report.labels[:], rows(), atol=1e-6)
+    assert report.ignored == ("note",)
+
+
 @pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("form", [pa.list_, pa.large_list, None])
 def test_forms_of_lists(folder, kind, form):
@@ -379,6 +441,43 @@ def test_no_files(tmp_path):
         SoftLabels.open(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["0.parquet", "b.parquet"])
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_file_without_rows(folder, name, typed):
+    """First or last; pandas does not know what lists would have been in it."""
+    table = pa.table(columns()).slice(0, 0)
+    if not typed:
+        table = pa.table({key: pa.nulls(0) for key in columns()})
+    pq.write_table(table, folder / name)
+    put(folder, columns())
+    labels = SoftLabels.open(folder)
+    np.testing.assert_allclose(labels[:], rows(), atol=1e-6)
+    report = import_soft_labels(folder, features(), folder / "out")
+    np.testing.assert_allclose(report.labels[:], rows(), atol=1e-6)
+
+
+@pytest.mark.parametrize("deeper", ["more", "a=1/b=2"])
+def test_files_in_folders(folder, deeper):
+    """Are missed nowhere; what other tools note is in `_folders`."""
+    (folder / deeper).mkdir(parents=True)
+    (folder / "_temporary").mkdir()
+    table = pa.table(columns())
+    pq.write_table(table.slice(0, 20), folder / "a.parquet")
+    (folder / "_temporary" / "x.parquet").write_bytes(b"")
+    assert len(SoftLabels.open(folder)) == 20
+    pq.write_table(table.slice(20), folder / deeper / "a.parquet")
+    match = f"`source` must be .* in its folders.*rows, with {deeper}/a.parq"
+    with pytest.raises(ValueError, match=match):
+        SoftLabels.open(folder)
+    with pytest.raises(ValueError, match=match):
+        import_soft_labels(folder, features(), folder / "out")
+    (folder / "_temporary" / "x.parquet").unlink()
+    report = import_soft_labels(
+        folder / "**" / "*.parquet", features(), folder / "out"
+    )
+    np.testing.assert_allclose(report.labels[:], rows(), atol=1e-6)
+
+
 def test_arguments(path, tmp_path):
     labels = write(path)
     with pytest.raises(ValueError, match="`spec` must be None"):
@@ -439,12 +538,12 @@ def test_flipped_bytes_of_rows_without_our_record(path, tmp_path):
             np.testing.assert_array_equal(found.fingerprints, prints)
     # PyArrow 16 has longer headers.
     assert noticed > 0.8 * (footer - 4)
-    foreign = columns()
-    put(tmp_path, foreign, write_page_checksum=True)
-    file = tmp_path / "a.parquet"
+    file = tmp_path / "foreign" / "a.parquet"
+    file.parent.mkdir()
+    put(file.parent, columns(), write_page_checksum=True)
     for _ in flipped(file, [100]):
         with pytest.raises(ValueError, match="a.parquet, which is damaged"):
-            SoftLabels.open(tmp_path)
+            SoftLabels.open(file.parent)
 
 
 KILLED = textwrap.dedent(

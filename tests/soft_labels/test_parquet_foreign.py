@@ -3,13 +3,20 @@
 import errno
 import json
 import os
+import pickle
+import re
 import shutil
 
 import helpers
+import numpy as np
 import pytest
-from stores import N, write
+from stores import N, features, write
 
-from keras_ptloss.soft_labels import SoftLabels
+from keras_ptloss.soft_labels import (
+    SoftLabels,
+    SoftLabelSpec,
+    import_soft_labels,
+)
 
 pytestmark = helpers.slow_but_on_one()
 
@@ -120,6 +127,90 @@ def test_metadata_from_elsewhere(exported, field, value):
     match = rf"`path` must be .*{file.name}, which is unreadable \(its metad"
     with pytest.raises(ValueError, match=match):
         SoftLabels.open(exported)
+
+
+@pytest.fixture(params=["open", "import"])
+def read(request, tmp_path):
+    """A function of a directory and a spec, that reads stored rows."""
+    if request.param == "open":
+        return lambda folder, spec: SoftLabels.open(folder, spec=spec)
+    return lambda folder, spec: (
+        import_soft_labels(
+            folder, features(), tmp_path / "again", spec=spec
+        ).labels
+    )
+
+
+NOTES = {
+    "class_names": ("a", "b", "c", "d"),
+    "temperature": 2.0,
+    "teacher_name": "it",
+}
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"class_names": ("b", "a", "c", "d")},
+        {"temperature": 3.0},
+        {"teacher_name": "another"},
+        {"from_logits": True},
+        {"top_k": 1},
+        {"top_k": 2, "num_classes": 5},
+        {"top_k": 2, "num_classes": 5, "class_names": tuple("abcde")},
+    ],
+)
+def test_a_spec_that_contradicts_the_metadata(path, tmp_path, read, kwargs):
+    notes = {} if "num_classes" in kwargs else NOTES
+    top_k = 2 if "top_k" in kwargs else None
+    write(path, top_k=top_k, **notes).to_parquet(tmp_path / "rows")
+    (name, value), *_ = reversed(kwargs.items())
+    match = f"{name}` must be .*{re.escape(repr(value))}|has 4 classes, not 5"
+    with pytest.raises(ValueError, match=match):
+        read(tmp_path / "rows", SoftLabelSpec(**kwargs))
+
+
+@pytest.mark.parametrize("stored", ["float16", "float32"])
+def test_a_spec_adds_to_the_metadata(path, tmp_path, read, stored):
+    """And what it leaves open stays, of logits too."""
+    known = {"from_logits": True, "temperature": 2.0, "dtype": stored}
+    labels = write(path, **known)
+    labels.to_parquet(tmp_path / "rows")
+    added = {"teacher_name": "it", "class_names": NOTES["class_names"]}
+    again = read(tmp_path / "rows", SoftLabelSpec(**added))
+    expected = SoftLabelSpec(num_examples=N, **known, **added)
+    assert again.spec == pickle.loads(pickle.dumps(again)).spec == expected
+    np.testing.assert_array_equal(again[:], labels[:])
+
+
+def test_a_dtype_that_loses_nothing_and_the_k_largest(path, tmp_path):
+    labels = write(path, **NOTES)
+    labels.to_parquet(tmp_path / "rows")
+    again = SoftLabels.open(
+        tmp_path / "rows", spec=SoftLabelSpec(dtype="float32")
+    )
+    expected = SoftLabelSpec(num_examples=N, dtype="float32", **NOTES)
+    assert again.spec == expected
+    np.testing.assert_allclose(again[:], labels[:], atol=1e-7)
+    top = SoftLabels.open(tmp_path / "rows", spec=SoftLabelSpec(top_k=1))
+    lost = 0.5 * np.abs(top[:] - labels[:]).sum(-1)
+    assert top.max_total_variation == pytest.approx(lost.max(), abs=1e-3)
+
+
+def test_a_table_that_was_filtered(path, tmp_path):
+    """The error says how to have a part on purpose, which then works."""
+    labels = write(path, dtype="float32")
+    labels.to_parquet(tmp_path / "rows")
+    part = tmp_path / "part"
+    part.mkdir()
+    table = pq.read_table(tmp_path / "rows").slice(10, 20)
+    pq.write_table(table, part / "a.parquet")
+    match = r"50 rows were .*`table\.replace_schema_metadata\(\)`.* 20 rows"
+    with pytest.raises(ValueError, match=match):
+        SoftLabels.open(part)
+    pq.write_table(table.replace_schema_metadata(), part / "a.parquet")
+    again = SoftLabels.open(part, spec=SoftLabelSpec(dtype="float32"))
+    np.testing.assert_array_equal(again[:], labels[10:30])
 
 
 @pytest.mark.parametrize("text", ["5", "[]", "[" * 100_000, b"\xff"])

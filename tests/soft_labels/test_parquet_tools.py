@@ -86,6 +86,22 @@ def duckdb(folder, columns):
         )
 
 
+def test_uuids_of_duckdb(tmp_path):
+    tool = pytest.importorskip("duckdb")
+    source = tmp_path / "a.parquet"
+    with tool.connect() as connection:
+        connection.execute(
+            "create table t as select uuid() as id, [x / 5, 1 - x / 5]::float[]"
+            " as probabilities from range(5) r(x)"
+        )
+        connection.execute(f"copy (from t order by id) to '{source}'")
+        found = connection.execute("from t").fetchall()
+    ids, rows = zip(*found, strict=True)
+    x = np.arange(5)
+    report = import_soft_labels(source, x, tmp_path / "store", ids=ids)
+    np.testing.assert_allclose(report.labels[:], rows, atol=1e-3)
+
+
 def duckdb_reads(file):
     tool = pytest.importorskip("duckdb")
     with tool.connect() as connection:

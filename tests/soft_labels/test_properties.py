@@ -184,7 +184,7 @@ def test_imported_rows(rows, form, random):
 
 KEYS = """choices logprobs content top_logprobs token logprob tokens type output
 token_logprobs custom_id response body status_code error yes no decoded_token
-message output_text""".split()
+message output_text id fingerprint""".split()
 leaves = (
     st.none()
     | st.booleans()
