@@ -21,3 +21,12 @@ def forget_jax_state(model: keras.Model) -> None:
     """
     model.jax_state_sync()
     model._jax_state = None
+
+
+def set_direction(metric: keras.metrics.Metric, better: str) -> None:
+    """Say for `mode="auto"` of Keras's callbacks whether more is better.
+
+    They read a private attribute, as they do of Keras's own metrics; there is
+    no public way to be asked, and without it `EarlyStopping` refuses.
+    """
+    metric._direction = better

@@ -126,7 +126,7 @@ BACKEND_CODE = {
 PRIVATE_KERAS = {
     ("_keras.py", "_flatten_layers"): "whether all layers can be compiled",
     ("_keras.py", "_jax_state"): "an error leaves a state that would come back",
-    ("metrics/_cases.py", "_direction"): "Keras's callbacks read it",
+    ("_keras.py", "_direction"): "Keras's callbacks read it",
     ("distiller/_distiller.py", "_update_teacher_metrics"): "the package's own",
 }
 

@@ -18,11 +18,11 @@ from keras_ptloss._checks import (
     differ,
     fail,
 )
+from keras_ptloss._keras import set_direction
 from keras_ptloss.metrics._cases import (
     MeanOfCases,
     looked_at,
     seen_weights,
-    set_direction,
 )
 
 Tensor = Any

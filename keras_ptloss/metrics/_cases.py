@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from keras_ptloss._checks import check_class_axis
+from keras_ptloss._keras import set_direction
 from keras_ptloss.losses._base import unmasked, weight_of_cases
 
 Tensor = Any
@@ -82,12 +83,3 @@ def looked_at(rows: Tensor, weight: Tensor) -> Tensor:
     classes = ops.cast(ops.shape(rows)[-1], rows.dtype)
     seen = ops.expand_dims(ops.not_equal(weight, 0.0), axis=-1)
     return ops.where(seen, rows, 1.0 / classes)
-
-
-def set_direction(metric: keras.metrics.Metric, better: str) -> None:
-    """Say for `mode="auto"` of Keras's callbacks whether more is better.
-
-    They read a private attribute, as they do of Keras's own metrics; there is
-    no public way to be asked, and without it `EarlyStopping` refuses.
-    """
-    metric._direction = better
