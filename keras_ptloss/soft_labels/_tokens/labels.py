@@ -107,8 +107,9 @@ class TokenLabels:
         """Ask a teacher about texts, or go on where an earlier call was.
 
         The call may be killed at any moment. Repeated, it checks that the
-        stored sequences are the first of `dataset` and asks the teacher for
-        the others only. For another teacher choose another `path`.
+        stored sequences are the first of `dataset`, and that the same tokens
+        count, and asks the teacher for the others only. For another teacher
+        choose another `path`.
 
         Args:
             teacher: A `keras.Model`, run frozen by `predict_on_batch`, or a
@@ -133,9 +134,9 @@ class TokenLabels:
             The store, opened.
 
         Raises:
-            ValueError: If an argument is out of its range, the data set or
-                `spec` is not that of what is stored, or the teacher returns
-                NaN, ids that are none, or no probabilities.
+            ValueError: If an argument is out of its range, the data set,
+                `spec` or `sample_weight` is not that of what is stored, or the
+                teacher returns NaN, ids that are none, or no probabilities.
             RuntimeError: If the teacher raises (its exception is the cause),
                 or another process writes the same store.
             OSError: If the disk is full; what is stored stays good.
