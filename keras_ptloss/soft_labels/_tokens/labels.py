@@ -116,7 +116,8 @@ class TokenLabels:
                 callable, from a batch to `(batch, time, V)`: of each token
                 what follows it. Or a callable to the likeliest only, `(batch,
                 time, entries, 2)`, as `TopKPTLoss` takes them, with at least k
-                entries or padding (ids below -1).
+                entries or padding (ids below -1), in float32 where ids are
+                above 2048, which float16 rounds (bfloat16: 256).
             dataset: Token ids: an array `(N, time)` of integers; a dictionary
                 with `"token_ids"` and `"padding_mask"`, as KerasHub has them
                 (or `"input_ids"` and `"attention_mask"`); a list of sequences
