@@ -84,6 +84,17 @@ def as_array(x: Any) -> np.ndarray:
     return keras.ops.convert_to_numpy(x)
 
 
+def as_input(x: Any) -> Any:
+    """Return texts as a tensor of strings, which TensorFlow alone has.
+
+    `fit` makes one of an array of texts, but of none in a batch.
+    """
+    texts = isinstance(x, np.ndarray) and x.dtype.kind in "OSU"
+    if texts and keras.backend.backend() == "tensorflow":
+        return keras.ops.convert_to_tensor(x, "string")
+    return x
+
+
 def maximum(x: Tensor, least: Any) -> Tensor:
     """Return the larger of two, in the dtype of `x`.
 
