@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_ptloss._backend import as_array
 from keras_ptloss._checks import fail
 
 Tensor = Any
@@ -64,8 +65,7 @@ def elements(loader: Any) -> Iterator[Any]:
 
 
 def _as_numpy(leaf: Tensor) -> Any:
-    # A tensor of PyTorch's, whatever Keras's backend, may be on a GPU.
-    return leaf.detach().cpu().numpy() if hasattr(leaf, "detach") else leaf
+    return as_array(leaf) if hasattr(leaf, "detach") else leaf
 
 
 class Source:
@@ -146,6 +146,12 @@ def grain_pairs(batches: Callable[[], Iterator[Any]]) -> Any:
     return Pairs()
 
 
+def _without_bfloat16(leaf: Any) -> Any:
+    """Make float32 of what PyTorch does not take from NumPy."""
+    bfloat16 = str(getattr(leaf, "dtype", "")) == "bfloat16"
+    return leaf.astype("float32") if bfloat16 else leaf
+
+
 def torch_pairs(dataset: Any, batches: Callable[[], Iterator[Any]]) -> Any:
     """Make a `DataLoader` of what `batches` yields in each pass.
 
@@ -157,7 +163,8 @@ def torch_pairs(dataset: Any, batches: Callable[[], Iterator[Any]]) -> Any:
 
     class Pairs(torch.utils.data.IterableDataset):  # type: ignore[name-defined]
         def __iter__(self) -> Iterator[Any]:
-            return batches()
+            for batch in batches():
+                yield keras.tree.map_structure(_without_bfloat16, batch)
 
     class SizedPairs(Pairs):
         def __len__(self) -> int:

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_ptloss._backend import as_array
 from keras_ptloss._checks import SUM_TOLERANCE, fail
 from keras_ptloss.losses._events import LARGEST_ID, Events
 from keras_ptloss.losses._top_k import log_of_others
@@ -77,7 +78,7 @@ def asked(teacher: Any, spec: TokenLabelSpec) -> Callable[[Tensor], Any]:
         rows = teacher(x)
         if ops.is_tensor(rows):
             return _cut(rows, spec)
-        rows = np.asarray(rows)
+        rows = as_array(rows)
         tensor = ops.convert_to_tensor if rows.ndim == 3 else np.asarray
         return _cut(tensor(rows), spec)
 
