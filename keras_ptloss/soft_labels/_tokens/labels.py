@@ -121,8 +121,9 @@ class TokenLabels:
             dataset: Token ids: an array `(N, time)` of integers; a dictionary
                 with `"token_ids"` and `"padding_mask"`, as KerasHub has them
                 (or `"input_ids"` and `"attention_mask"`); a list of sequences
-                of any lengths, which becomes such a dictionary, padded with
-                0 on the right; or batches of these, in any form that
+                of any lengths (or a column of lists, as Hugging Face's data
+                sets have), which becomes such a dictionary, padded with 0 on
+                the right; or batches of these, in any form that
                 `SoftLabels.write` takes.
             path: Directory of the store. It is made if absent.
             spec: What is stored.
