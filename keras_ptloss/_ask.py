@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ptloss._backend import weights_given_back
+from keras_ptloss._backend import as_array, weights_given_back
 from keras_ptloss._checks import (
     as_rows,
     check_class_indices,
@@ -164,7 +164,7 @@ def _as_own(x: Any) -> Any:
     """Return inputs as the backend takes them: on JAX no `tf.Tensor`."""
     return keras.tree.map_structure(
         lambda leaf: (
-            leaf.numpy()
+            as_array(leaf)
             if hasattr(leaf, "numpy") and not ops.is_tensor(leaf)
             else leaf
         ),

@@ -72,16 +72,29 @@ def _stands_for_a_shape(x: Tensor) -> bool:
 def as_array(x: Any) -> np.ndarray:
     """Return numbers or a tensor of any backend as a NumPy array.
 
-    NumPy itself refuses PyTorch's tensors that are recorded for a gradient, and
-    warns of how Keras 3.15 hands it others.
+    NumPy itself refuses PyTorch's tensors that are recorded for a gradient, or
+    in bfloat16, and warns of how Keras 3.15 hands it others.
     """
     if isinstance(x, keras.Variable):
         x = keras.ops.convert_to_tensor(x)
+    if hasattr(x, "detach"):  # PyTorch's, whatever Keras's backend
+        if str(x.dtype) == "torch.bfloat16":
+            return x.float().numpy(force=True).astype("bfloat16")
+        return x.numpy(force=True)
     if not keras.ops.is_tensor(x):
         return np.asarray(x)
-    if keras.backend.backend() == "torch" and x.dtype.itemsize > 2:
-        return np.asarray(x.numpy(force=True))
     return keras.ops.convert_to_numpy(x)
+
+
+def as_input(x: Any) -> Any:
+    """Return texts as a tensor of strings, which TensorFlow alone has.
+
+    `fit` makes one of an array of texts, but of none in a batch.
+    """
+    texts = isinstance(x, np.ndarray) and x.dtype.kind in "OSU"
+    if texts and keras.backend.backend() == "tensorflow":
+        return keras.ops.convert_to_tensor(x, "string")
+    return x
 
 
 def maximum(x: Tensor, least: Any) -> Tensor:

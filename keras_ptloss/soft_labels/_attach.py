@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_ptloss._backend import as_input
 from keras_ptloss._checks import check_count, check_flag, fail
 from keras_ptloss.soft_labels import _data as data
 from keras_ptloss.soft_labels import _loaders as loaders
@@ -95,7 +96,8 @@ class _AttachedArrays(keras.utils.PyDataset):
         low = index * self._batch_size
         chosen = self._order[low : low + self._batch_size]
         x = data.take(self._x, chosen)
-        return self._match.batch(self._rows[chosen], x, None)
+        x, *rest = self._match.batch(self._rows[chosen], x, None)
+        return keras.tree.map_structure(as_input, x), *rest
 
 
 class _Pairs:

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_ptloss._backend import as_array
 from keras_ptloss._checks import fail
 
 Tensor = Any
@@ -64,8 +65,7 @@ def elements(loader: Any) -> Iterator[Any]:
 
 
 def _as_numpy(leaf: Tensor) -> Any:
-    # A tensor of PyTorch's, whatever Keras's backend, may be on a GPU.
-    return leaf.detach().cpu().numpy() if hasattr(leaf, "detach") else leaf
+    return as_array(leaf) if hasattr(leaf, "detach") else leaf
 
 
 class Source:
@@ -74,7 +74,8 @@ class Source:
     Args:
         records: Has a length, and records by integers, as a Grain
             `RandomAccessDataSource` or a PyTorch map-style data set. Of a
-            tuple, `(inputs, targets)`, the inputs are taken.
+            tuple, `(inputs, targets)`, the inputs are taken. A list of values
+            is one array, as Hugging Face's data sets have them.
     """
 
     ndim = 1
@@ -90,19 +91,48 @@ class Source:
         """Stack the inputs of a slice, or of an array of positions."""
         if isinstance(index, slice):
             index = range(*index.indices(len(self)))
-        found = [self._input(int(position)) for position in index]
+        found = [
+            keras.tree.traverse(_as_leaf, self.inputs(int(position)))
+            for position in index
+        ]
         return keras.tree.map_structure(_stack, *found)
 
-    def _input(self, position: int) -> Any:
+    def inputs(self, position: int) -> Any:
+        """The inputs of a record, as they are."""
         record = self._records[position]
-        if isinstance(record, tuple):
-            record = record[0]
-        return keras.tree.map_structure(_as_numpy, record)
+        return record[0] if isinstance(record, tuple) else record
+
+
+def _as_leaf(part: Any) -> Any:
+    """Make one array of a list of values; None for what is looked into."""
+    if isinstance(part, list) and _is_values(part):
+        return _joined(np.array, part)
+    return _as_numpy(part) if hasattr(part, "detach") else None
+
+
+def _is_values(part: Any) -> bool:
+    if isinstance(part, list):
+        return all(map(_is_values, part))
+    return part is None or np.isscalar(part)
 
 
 def _stack(*leaves: Any) -> Any:
-    texts = isinstance(leaves[0], (str, bytes))
-    return np.array(leaves, dtype=object) if texts else np.stack(leaves)
+    if isinstance(leaves[0], (str, bytes)):
+        return np.array(leaves, dtype=object)
+    return _joined(np.stack, leaves)
+
+
+def _joined(join: Callable[[Any], Any], parts: Any) -> Any:
+    try:
+        return join(parts)
+    except ValueError:
+        fail(
+            "dataset",
+            "made of examples of one shape, so pad them (of token ids,"
+            " `TokenLabels` pads a list of sequences)",
+            "examples of the shapes"
+            f" {sorted({np.array(p, dtype=object).shape for p in parts})}",
+        )
 
 
 def is_source(dataset: Any) -> bool:
@@ -146,6 +176,12 @@ def grain_pairs(batches: Callable[[], Iterator[Any]]) -> Any:
     return Pairs()
 
 
+def _without_bfloat16(leaf: Any) -> Any:
+    """Make float32 of what PyTorch does not take from NumPy."""
+    bfloat16 = str(getattr(leaf, "dtype", "")) == "bfloat16"
+    return leaf.astype("float32") if bfloat16 else leaf
+
+
 def torch_pairs(dataset: Any, batches: Callable[[], Iterator[Any]]) -> Any:
     """Make a `DataLoader` of what `batches` yields in each pass.
 
@@ -157,7 +193,8 @@ def torch_pairs(dataset: Any, batches: Callable[[], Iterator[Any]]) -> Any:
 
     class Pairs(torch.utils.data.IterableDataset):  # type: ignore[name-defined]
         def __iter__(self) -> Iterator[Any]:
-            return batches()
+            for batch in batches():
+                yield keras.tree.map_structure(_without_bfloat16, batch)
 
     class SizedPairs(Pairs):
         def __len__(self) -> int:

@@ -76,6 +76,9 @@ class Matcher:
         targets, weight = self.targets(rows, x, weight)
         if self.preprocessor is not None:
             x = self.preprocessor(x)
+        # As `fit` itself has several inputs: in TensorFlow's data sets a list
+        # is one tensor.
+        x = keras.tree.lists_to_tuples(x)
         return keras.utils.pack_x_y_sample_weight(x, targets, weight)
 
     def targets(self, rows: Any, x: Tensor, weight: Any) -> tuple[Any, Any]:

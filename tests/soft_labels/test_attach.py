@@ -148,6 +148,69 @@ def test_stored_equals_live(path):
             np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", [list, tuple])
+@pytest.mark.parametrize("of", ["arrays", "pydataset", "preprocessor"])
+def test_fit_of_several_inputs(path, of, form):
+    """In a list, as Keras's `fit` takes them, the student learns the same."""
+    x = features()
+    two = form([x, x[:, :1]])
+
+    def fitted(*data):
+        keras.utils.set_random_seed(3)
+        inputs = [keras.Input((3,)), keras.Input((1,))]
+        logits = keras.layers.Dense(C)(keras.layers.Concatenate()(inputs))
+        student = keras.Model(inputs, logits)
+        student.compile(keras.optimizers.SGD(0.1), "mse")
+        student.fit(*data, batch_size=8, shuffle=False, verbose=0)
+        return weights_of(student)
+
+    class Pairs(Batches):
+        def __getitem__(self, index):
+            return form(super().__getitem__(index)), np.zeros(8)
+
+    if of == "preprocessor":
+        attached = write(path).attach(
+            x, batch_size=8, preprocessor=lambda x: form([x, x[:, :1]])
+        )
+    else:
+        dataset = two if of == "arrays" else Pairs(*two)
+        teacher = Teacher()
+        labels = write(path, lambda x: teacher(x[0]), dataset, num_examples=N)
+        attached = labels.attach(dataset, batch_size=8)
+    soft = np.concatenate([attached[i][1] for i in range(7)])
+    both = fitted(attached), fitted(list(two), soft)
+    for a, b in zip(*both, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow", reason="others have no texts"
+)
+@pytest.mark.parametrize("preprocessor", [None, lambda x: {"text": x}])
+def test_fit_of_texts(path, preprocessor):
+    """A student that takes strings: the layer sees each with its own row."""
+    texts = [f"film {i}" for i in range(N)]
+    seen = []
+
+    class Length(keras.layers.Layer):
+        def call(self, x):
+            import tensorflow as tf
+
+            tf.py_function(lambda t: seen.extend(t.numpy().tolist()), [x], [])
+            return tf.cast(tf.strings.length(x), "float32")[:, None]
+
+    labels = write(path, lambda x: Teacher().rows(features(len(x))), texts)
+    x = keras.Input((), dtype="string", name="text")
+    student = keras.Model(
+        x if preprocessor is None else {"text": x},
+        keras.layers.Dense(C)(Length()(x)),
+    )
+    student.compile("sgd", "mse")
+    attached = labels.attach(texts, batch_size=8, preprocessor=preprocessor)
+    student.fit(attached, shuffle=False, verbose=0)
+    assert seen == [text.encode() for text in texts]
+
+
 def test_attach_arguments(path):
     labels, x = write(path), features()
     for ids in ("rows", [0.5], [[0]]):

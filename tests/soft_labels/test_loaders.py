@@ -12,7 +12,13 @@ from records import Records
 from stores import C, N, Teacher, features, weights_of, write
 
 from keras_ptloss import PTLoss
-from keras_ptloss.soft_labels import SoftLabels, SoftLabelSpec
+from keras_ptloss.soft_labels import (
+    SoftLabels,
+    SoftLabelSpec,
+    TokenLabels,
+    TokenLabelSpec,
+    fingerprint,
+)
 
 
 def import_grain():
@@ -25,11 +31,16 @@ def import_grain():
     return grain
 
 
-def torch_loader(*arrays, workers=0, **kwargs):
+def import_torch():
     if importlib.util.find_spec("torch") is None:
         pytest.skip("`make test-torch` runs it, which has PyTorch")
-    from torch.utils import data
+    import torch
 
+    return torch
+
+
+def torch_loader(*arrays, workers=0, **kwargs):
+    data = import_torch().utils.data
     return data.DataLoader(
         Records(*arrays),
         batch_size=8,
@@ -147,6 +158,65 @@ def test_fit(path, loader):
         weights.append(weights_of(student))
     for a, b in zip(*weights, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_torch_teachers(path, dtype):
+    """Recorded for a gradient, and in what NumPy has not, on any backend."""
+    torch = import_torch()
+    rows = Teacher().rows(features())
+    given = torch.tensor(rows, requires_grad=True).to(getattr(torch, dtype))
+    labels = write(path, lambda x: given[: len(x)], features(8))
+    atol = {"float32": 1e-3, "bfloat16": 2.0**-8}[dtype]
+    np.testing.assert_allclose(labels[:], rows[:8], atol=atol)
+
+    def tokens(x):
+        ids = torch.tensor(x["token_ids"])
+        return (ids[..., None] == torch.arange(4)).to(given) + 0 * given[0]
+
+    spec = TokenLabelSpec(top_k=1)
+    store = path.with_name("tokens")
+    texts = [[1, 2], [3, 0, 1]]
+    stored = TokenLabels.write(tokens, texts, store, spec=spec, verbose=0)
+    assert [stored[i][:, 0, 0].tolist() for i in (0, 1)] == texts
+
+    def entries(x):
+        return torch.stack([given[0, :1] * 0 + 3, given[0, :1] * 0 - 1], -1)[
+            None, None
+        ].tile((*x["token_ids"].shape, 1, 1))
+
+    spec = TokenLabelSpec(top_k=1, vocabulary_size=5)
+    store = path.with_name("entries")
+    stored = TokenLabels.write(entries, texts, store, spec=spec, verbose=0)
+    assert stored[1][:, 0].tolist() == [[3, -1]] * 3
+
+
+def test_torch_in_bfloat16(path):
+    """Arrays, loaders and weights, found by the same fingerprints."""
+    torch = import_torch()
+    x = torch.tensor(features(16)).bfloat16()
+    weight = torch.linspace(0, 1, 16).bfloat16()
+    exact = x.float().numpy()
+    expected = fingerprint(exact.astype("bfloat16"))
+    data = torch_loader(x, torch.zeros(16), weight)
+    for kind in (x, Records(x), data):
+        teacher = Teacher()
+        labels = write(
+            path.with_name(type(kind).__name__),
+            lambda x, t=teacher: t(x.astype("float32")),
+            kind,
+            num_examples=16,
+        )
+        np.testing.assert_array_equal(labels.fingerprints, expected)
+        np.testing.assert_allclose(labels[:], teacher.rows(exact), atol=1e-3)
+    inputs, soft, found = read(labels.attach(data))
+    np.testing.assert_array_equal(inputs, exact)
+    np.testing.assert_array_equal(soft, labels[:])
+    np.testing.assert_array_equal(found, weight.float().numpy())
+    student = keras.Sequential([keras.Input((3,)), keras.layers.Dense(C)])
+    student.compile("sgd", "mse")
+    for kind in (x, data):
+        student.fit(labels.attach(kind), shuffle=False, verbose=0)
 
 
 def test_shuffled_torch_loaders(path):

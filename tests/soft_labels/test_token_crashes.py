@@ -5,6 +5,7 @@ import os
 import signal
 
 import helpers
+import keras
 import numpy as np
 import pytest
 from forker import asked_rows, forking
@@ -281,7 +282,11 @@ def rows(value):
         (entries((2, 0.5), (3, -1.5)), "log-probability of 0.5, above 0"),
         (entries((2, np.nan), (3, -1.5)), "log-probability of nan"),
         (entries((2, -0.1), (3, -0.1)), "add up to 1.80967"),
-        (entries((2.5, -1), (3, -1.0)), r"not whole, \[2.5 3. \]"),
+        (entries((2.5, -1), (3, -1.0)), r"no whole int64, \[2.5 3. \]"),
+        (entries((2, -1.0), (np.inf, -1.0)), r"no whole int64, \[ 2. inf\]"),
+        (entries((-np.inf, -1.0), (3, -1.0)), "no whole int64"),
+        (entries((np.nan, -1.0), (3, -1.0)), "no whole int64"),
+        (entries((2, -1.0), (1e30, -1.0)), "no whole int64"),
         (entries((2, -1.0), (-1, -9.0)), "with their tail .id -1. add up to"),
         (lambda x: np.ones((1, 3, 2, 3)), "one that returns shape"),
         (lambda x: np.ones((1, 2, 2, 2)), "returned shape .1, 2, '...'. where"),
@@ -292,6 +297,31 @@ def rows(value):
 def test_answers_that_are_refused(path, teacher, match):
     with pytest.raises(ValueError, match=match):
         write(path, teacher, [[1, 2, 3]], k=2, vocabulary_size=V)
+
+
+@pytest.mark.parametrize("model", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "first"), [("float16", 2049), ("bfloat16", 257)]
+)
+def test_ids_that_a_dtype_rounds(path, dtype, first, model):
+    """Every id below `first` is exact in it, and `first` is not."""
+
+    def api(x):
+        found = [[[[first - 1, -1.0], [3, -2.0]]] * 3]
+        return keras.ops.convert_to_tensor(found, dtype)
+
+    teacher, x = api, np.array([[1, 2, 3]])
+    if model:
+        layer = keras.layers.Lambda(lambda x: api(x), dtype=dtype)
+        teacher = keras.Sequential([keras.Input((3,), dtype="int32"), layer])
+    with pytest.raises(
+        ValueError,
+        match="`teacher` must be one whose dtype has all ids below"
+        f" vocabulary_size={first + 1}.*returns {dtype}, which rounds {first}",
+    ):
+        write(path, teacher, x, k=2, vocabulary_size=first + 1)
+    labels = write(path, teacher, x, k=2, vocabulary_size=first)
+    assert labels[0][0].tolist()[:2] == [[first - 1, -1.0], [3, -2.0]]
 
 
 @pytest.mark.parametrize(

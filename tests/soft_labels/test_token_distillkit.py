@@ -223,6 +223,7 @@ GOOD = ([3, 4], [[1, 2]], [[-1.0, -2.0]])
         ),
         (([3, 4], None, GOOD[2]), "row 1 of .* has a null"),
         (([3, 4], [[1, None]], GOOD[2]), "row 1 of .* has a null"),
+        (([3, 4], [[1, 2.5]], GOOD[2]), "has ids in float64, not whole"),
     ],
 )
 def test_rows_that_are_refused(tmp_path, path, row, match):

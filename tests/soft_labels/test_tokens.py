@@ -185,6 +185,39 @@ def test_weights_say_what_is_stored(path):
     np.testing.assert_array_equal(found, weight[:1])
 
 
+@pytest.mark.parametrize("fail_at", [None, 5])
+def test_weights_of_what_is_stored_stay(path, fail_at):
+    """In a complete store, and in one that is gone on with; 10 to 17 bits."""
+    rows = [[n, *range(n + 9)] for n in range(8)]
+    weight = np.ones((8, 17), "float32")
+    weight[:, [0, 3]] = 0
+    teacher = Teacher(entries=4, fail_at=fail_at)
+    try:
+        write(path, teacher, rows, sample_weight=weight)
+    except RuntimeError:
+        assert teacher.asked == fail_at
+    teacher.fail_at = None
+    asked = teacher.asked
+    for row, token in ((0, 0), (3, 11), (4, 1)):
+        other = np.array(weight)
+        other[row, token] = 1 - other[row, token]
+        for wrong in (other, None):
+            number = 0 if wrong is None else row
+            with pytest.raises(
+                ValueError,
+                match="`sample_weight` must be 0 for the tokens that it was 0"
+                f".*sequence {number}, of which other",
+            ):
+                write(path, teacher, rows, sample_weight=wrong, batch_size=3)
+    assert teacher.asked == asked
+    # What lies beyond a sequence, and how much a token weighs, is not stored.
+    weight[2, 14:] = 0
+    weight[1, 2] = 0.5
+    labels = write(path, teacher, rows, sample_weight=weight, batch_size=3)
+    assert teacher.asked == 8
+    assert labels.counts.tolist() == [8 + n for n in range(8)]
+
+
 def test_any_order_part_and_padding(path):
     teacher = Teacher(entries=4)
     labels = write(path, teacher)

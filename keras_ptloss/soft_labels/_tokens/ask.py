@@ -7,8 +7,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_ptloss._backend import as_array
 from keras_ptloss._checks import SUM_TOLERANCE, fail
-from keras_ptloss.losses._events import Events
+from keras_ptloss.losses._events import LARGEST_ID, Events
 from keras_ptloss.losses._top_k import log_of_others
 from keras_ptloss.soft_labels._tokens.entries import tokens_of_entries
 from keras_ptloss.soft_labels._tokens.spec import TokenLabelSpec, Tokens
@@ -77,15 +78,16 @@ def asked(teacher: Any, spec: TokenLabelSpec) -> Callable[[Tensor], Any]:
         rows = teacher(x)
         if ops.is_tensor(rows):
             return _cut(rows, spec)
-        rows = np.asarray(rows)
+        rows = as_array(rows)
         tensor = ops.convert_to_tensor if rows.ndim == 3 else np.asarray
         return _cut(tensor(rows), spec)
 
     return run
 
 
-def _check_shape(shape: tuple[int, ...], spec: TokenLabelSpec) -> None:
+def _check_entries(rows: Any, spec: TokenLabelSpec) -> None:
     """Require entries, of a teacher that gives no rows of all tokens."""
+    shape = rows.shape
     if len(shape) == 3:
         spec.check_vocabulary(shape[-1])  # which has fewer than k
     if len(shape) != 4 or shape[-1] != 2:
@@ -97,6 +99,18 @@ def _check_shape(shape: tuple[int, ...], spec: TokenLabelSpec) -> None:
         )
     if spec.vocabulary_size is None:
         fail("vocabulary_size", "given for a teacher that returns ids", None)
+    # The first whole number that a float has not is one more than a power of 2.
+    exact = 2 ** np.arange(LARGEST_ID.bit_length()) + 1
+    exact = exact[exact < spec.vocabulary_size].astype("float64")
+    with np.errstate(over="ignore"):
+        lost = exact[exact.astype(rows.dtype).astype("float64") != exact]
+    if len(lost):
+        fail(
+            "teacher",
+            "one whose dtype has all ids below vocabulary_size="
+            f"{spec.vocabulary_size} (float32 has)",
+            f"one that returns {rows.dtype}, which rounds {lost[0]:.0f}",
+        )
 
 
 def ask_tokens(
@@ -135,7 +149,7 @@ def ask_tokens(
         spec.check_vocabulary(int(found[0][0]))
     else:
         rows = found
-        _check_shape(rows.shape, spec)
+        _check_entries(rows, spec)
     if rows.shape[:2] != kept.shape:
         raise ValueError(
             f"The teacher returned shape {(*rows.shape[:2], '...')} where the"
@@ -151,11 +165,12 @@ def ask_tokens(
         )
 
     if rows is found:
-        ids, logs = rows[kept][..., 0], rows[kept][..., 1]
-        wrong = (ids != np.round(ids)).any(-1)
+        ids, logs = rows[kept][..., 0].astype("float64"), rows[kept][..., 1]
+        # Not a cast alone, by which inf and 1e30 would be padding.
+        wrong = (~(np.abs(ids) < 2.0**63) | (ids != np.round(ids))).any(-1)
         if wrong.any():
             token = int(np.argmax(wrong))
-            refuse(token, f"has ids that are not whole, {ids[token]}")
+            refuse(token, f"has ids that are no whole int64, {ids[token]}")
         tokens = tokens_of_entries(ids.astype("int64"), logs, spec, refuse)
         return tokens, int(spec.vocabulary_size or 0)
     size, ids, values, tail, total = found

@@ -91,6 +91,8 @@ class ParquetLists:
             self.fail(where, "has a null")
         sequence = self._numbers(tokens, where)
         ids, logs = self._lists(ids, where), self._lists(logs, where)
+        if ids.dtype.kind not in "iu":
+            self.fail(where, f"has ids in {ids.dtype}, not whole numbers")
         if len(ids) != len(logs) or not 0 <= len(sequence) - len(ids) <= 1:
             self.fail(
                 where,

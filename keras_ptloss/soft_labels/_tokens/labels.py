@@ -107,20 +107,23 @@ class TokenLabels:
         """Ask a teacher about texts, or go on where an earlier call was.
 
         The call may be killed at any moment. Repeated, it checks that the
-        stored sequences are the first of `dataset` and asks the teacher for
-        the others only. For another teacher choose another `path`.
+        stored sequences are the first of `dataset`, and that the same tokens
+        count, and asks the teacher for the others only. For another teacher
+        choose another `path`.
 
         Args:
             teacher: A `keras.Model`, run frozen by `predict_on_batch`, or a
                 callable, from a batch to `(batch, time, V)`: of each token
                 what follows it. Or a callable to the likeliest only, `(batch,
                 time, entries, 2)`, as `TopKPTLoss` takes them, with at least k
-                entries or padding (ids below -1).
+                entries or padding (ids below -1), in float32 where ids are
+                above 2048, which float16 rounds (bfloat16: 256).
             dataset: Token ids: an array `(N, time)` of integers; a dictionary
                 with `"token_ids"` and `"padding_mask"`, as KerasHub has them
                 (or `"input_ids"` and `"attention_mask"`); a list of sequences
-                of any lengths, which becomes such a dictionary, padded with
-                0 on the right; or batches of these, in any form that
+                of any lengths (or a column of lists, as Hugging Face's data
+                sets have), which becomes such a dictionary, padded with 0 on
+                the right; or batches of these, in any form that
                 `SoftLabels.write` takes.
             path: Directory of the store. It is made if absent.
             spec: What is stored.
@@ -133,9 +136,9 @@ class TokenLabels:
             The store, opened.
 
         Raises:
-            ValueError: If an argument is out of its range, the data set or
-                `spec` is not that of what is stored, or the teacher returns
-                NaN, ids that are none, or no probabilities.
+            ValueError: If an argument is out of its range, the data set,
+                `spec` or `sample_weight` is not that of what is stored, or the
+                teacher returns NaN, ids that are none, or no probabilities.
             RuntimeError: If the teacher raises (its exception is the cause),
                 or another process writes the same store.
             OSError: If the disk is full; what is stored stays good.

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_ptloss._backend import as_array
 from keras_ptloss.soft_labels._match import Contents, Matcher
 from keras_ptloss.soft_labels._tokens.sequences import (
     kept_of,
@@ -73,7 +74,7 @@ class TokenMatcher(Matcher):
         y_true[kept] = found
         weights = kept.astype("float32")
         if weight is not None:
-            weight = np.asarray(weight, "float32")
+            weight = as_array(weight).astype("float32")
             kept_of(sequences, weight)  # its shape
             weights *= weight[:, None] if weight.ndim == 1 else weight
         return y_true, weights

@@ -8,6 +8,7 @@ import numpy as np
 from keras_ptloss._backend import as_array
 from keras_ptloss._checks import fail
 from keras_ptloss.soft_labels import _data as data
+from keras_ptloss.soft_labels._loaders import Source, is_source
 
 Tensor = Any
 
@@ -31,9 +32,13 @@ def as_token_dataset(dataset: Any) -> Any:
     """Give lists of sequences the form that KerasHub's models take.
 
     Args:
-        dataset: A list of sequences of ids, of any lengths, or what
-            `soft_labels._data.as_dataset` takes.
+        dataset: A list of sequences of ids, of any lengths, or a source of
+            lists, or what `soft_labels._data.as_dataset` takes.
     """
+    if not data.is_streamed(dataset) and is_source(dataset):
+        source = Source(dataset)
+        if len(source) and isinstance(source.inputs(0), list):
+            dataset = [source.inputs(row) for row in range(len(source))]
     if isinstance(dataset, (list, tuple)) and all(
         np.ndim(row) == 1 or isinstance(row, (list, tuple)) for row in dataset
     ):

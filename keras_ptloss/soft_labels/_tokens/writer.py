@@ -91,11 +91,13 @@ class TokenWriter(Journal):
     ) -> Iterator[tuple[int, Any, Batch]]:
         """Yield `(position, inputs, batch)` of what is not stored.
 
-        The stored sequences are compared with `dataset` on the way.
+        The stored sequences are compared with `dataset` on the way, as is
+        which of their tokens count.
         """
-        end = 0
+        end = place = 0
         for row, x, weight in token_batches(dataset, sample_weight, batch_size):
             sequences = sequences_of(x)
+            kept = kept_of(sequences, weight)
             found = token_fingerprints(sequences)
             end = row + len(found)
             known = max(0, min(len(found), self.stored - row))
@@ -107,18 +109,48 @@ class TokenWriter(Journal):
                     " which is another than the stored one (or choose another"
                     " `path`)"
                 )
+            if known:
+                bits = _bits(kept[:known], sequences.real[:known])
+                place = self._compare(bits, row, place)
             if known < len(found) and self.complete:
                 wrong_length(f"at least {end}", self.stored)
             if known < len(found):
                 rest = slice(known, None)
                 batch = Batch(
                     Sequences(*(part[rest] for part in sequences)),
-                    kept_of(sequences, weight)[rest],
+                    kept[rest],
                     found[rest],
                 )
                 yield row + known, take(x, rest), batch
         if end < self.stored or not end:
             wrong_length(end, max(self.stored, 1))
+
+    def _compare(self, bits: list[Any], row: int, place: int) -> int:
+        """Require that the same tokens count as are stored.
+
+        Args:
+            bits: What `_bits` returns of stored sequences.
+            row: Position of the first of them.
+            place: Where their bytes begin in the file.
+
+        Returns:
+            Where they end.
+        """
+        flat = np.concatenate(bits)
+        stored = np.fromfile(
+            self.path("kept"), "|u1", count=len(flat), offset=_HEADER + place
+        )
+        if len(stored) != len(flat):
+            damaged(self.directory, "kept.npy is too short")
+        rows = np.repeat(np.arange(row, row + len(bits)), list(map(len, bits)))
+        wrong = rows[stored != flat]
+        if len(wrong):
+            raise ValueError(
+                "`sample_weight` must be 0 for the tokens that it was 0 for in"
+                f" the stored sequences. Received: sequence {wrong[0]}, of"
+                " which other tokens count (or choose another `path`)"
+            )
+        return place + len(flat)
 
     def append(
         self, batch: Batch, tokens: Tokens, vocabulary_size: int
@@ -132,7 +164,6 @@ class TokenWriter(Journal):
         """
         encoded, distance = encode_tokens(tokens, vocabulary_size)
         kept, real = batch.kept, batch.sequences.real
-        bits = [np.packbits(k[r]) for k, r in zip(kept, real, strict=True)]
         arrays = {
             "sequences": {
                 "fingerprints": batch.fingerprints,
@@ -140,7 +171,7 @@ class TokenWriter(Journal):
                 "counts": kept.sum(-1).astype("<u4"),
             },
             "tokens": encoded,
-            "kept": {"kept": np.concatenate(bits)},
+            "kept": {"kept": np.concatenate(_bits(kept, real))},
         }
         with self.disk():
             if not self.manifest:
@@ -181,6 +212,11 @@ class TokenWriter(Journal):
                 size = np.dtype(dtype).itemsize * int(np.prod(shape))
                 os.ftruncate(self.descriptors[name], _HEADER + size)
                 self.write_at(name, _header(dtype, shape), 0)
+
+
+def _bits(kept: Any, real: Any) -> list[Any]:
+    """Which tokens of each sequence count, a bit each, in whole bytes."""
+    return [np.packbits(k[r]) for k, r in zip(kept, real, strict=True)]
 
 
 def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
