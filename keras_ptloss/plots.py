@@ -6,9 +6,11 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._checks import (
+    as_floats,
     check_constant_epsilon,
     check_count,
     check_labels,
+    check_real,
     fail,
     on_simplex,
 )
@@ -81,8 +83,10 @@ def plot_loss_curve(
     Reference:
         Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), Figure 2.
     """
+    expected = "above 0 and below 1"
+    teacher_prob = check_real("teacher_prob", teacher_prob, expected)
     if not 0.0 < teacher_prob < 1.0:
-        fail("teacher_prob", "above 0 and below 1", teacher_prob)
+        fail("teacher_prob", expected, teacher_prob)
     epsilon = check_constant_epsilon(epsilon, classes=2)
     teacher = np.array([[teacher_prob, 1.0 - teacher_prob]])
     proxy = proxy_teacher(teacher, epsilon).probabilities[0, 0]
@@ -360,6 +364,8 @@ def plot_classes(result: Searched, *, ax: Axes = None) -> Axes:
 
 def _axes(ax: Axes) -> Axes:
     if ax is not None:
+        if not hasattr(ax, "axvline"):
+            fail("ax", "Matplotlib axes, or None", ax)
         return ax
     try:
         import matplotlib.pyplot as plt
@@ -376,18 +382,20 @@ def _diagonal(ax: Axes) -> None:
 
 
 def _probabilities(argument: str, rows: Any) -> np.ndarray:
-    array = np.asarray(rows)
+    expected = "probabilities, (examples, classes), not logits"
+    array = as_floats(argument, rows, expected)
     if array.ndim != 2 or 0 in array.shape or not on_simplex(array).all():
-        fail(argument, "probabilities, (examples, classes), not logits", rows)
+        fail(argument, expected, rows)
     return array
 
 
 def _vector(argument: str, values: Any) -> np.ndarray:
-    array = np.asarray(values, dtype="float64")
+    expected = "a vector of finite values that differ"
+    array = as_floats(argument, values, expected)
     if (
         array.ndim != 1
         or not np.all(np.isfinite(array))
         or len(np.unique(array)) < 2
     ):
-        fail(argument, "a vector of finite values that differ", values)
+        fail(argument, expected, values)
     return array

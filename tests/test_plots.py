@@ -1,5 +1,6 @@
 """What the plots draw: the data of lines and bars, not pixels."""
 
+import functools
 import subprocess
 import sys
 
@@ -87,7 +88,7 @@ class TestLossCurve:
         np.testing.assert_allclose(curve[curve[:, 1].argmin()], [0.6, 0.0],
                                    atol=1e-6)  # fmt: skip
 
-    @pytest.mark.parametrize("teacher_prob", [0.0, 1.0, np.nan])
+    @pytest.mark.parametrize("teacher_prob", [0.0, 1.0, np.nan, "a", None])
     def test_error(self, teacher_prob):
         with pytest.raises(ValueError, match="`teacher_prob` must be above 0"):
             plot_loss_curve(1.0, teacher_prob)
@@ -117,7 +118,9 @@ class TestProxyTeacher:
         with pytest.raises(ValueError, match=r"same shape.*\(200, 3\) and"):
             plot_proxy_teacher(truth, truth[:10])
 
-    @pytest.mark.parametrize("bad", [[[2.0, -1.0]], [0.5, 0.5], [[0.3, 0.3]]])
+    @pytest.mark.parametrize(
+        "bad", [[[2.0, -1.0]], [0.5, 0.5], [[0.3, 0.3]], [["a"]], [[1], []]]
+    )
     def test_not_probabilities(self, bad):
         with pytest.raises(ValueError, match="`teacher_probs` must be prob"):
             plot_proxy_teacher(bad, [[0.5, 0.5]])
@@ -181,7 +184,7 @@ class TestDistanceAccuracy:
         assert ax.get_title() == f"correlation {expected:.2f}"
 
     @pytest.mark.parametrize(
-        "bad", [[0.5], [0.5, 0.5], [0.1, np.nan], [[0.1, 0.2]], []]
+        "bad", [[0.5], [0.5, 0.5], [0.1, np.nan], [[0.1, 0.2]], [], "a", None]
     )
     def test_no_correlation(self, bad):
         with pytest.raises(ValueError, match="`distances` must be a vector"):
@@ -219,6 +222,27 @@ class TestSearch:
 
 
 class TestAxes:
+    @pytest.mark.parametrize(
+        "plot, arguments",
+        [
+            (plot_loss_curve, (1.0,)),
+            (plot_proxy_teacher, ([[0.4, 0.6]], [[0.5, 0.5]])),
+            (plot_reliability, ([[0.4, 0.6]], [1])),
+            (plot_distance_accuracy, ([1, 2], [2, 1])),
+        ],
+    )
+    def test_are_none(self, plot, arguments):
+        with pytest.raises(ValueError, match="`ax` must be Matpl.*ax='x'"):
+            plot(*arguments, ax="x")
+
+    def test_of_a_result_are_none(self, random_search):
+        for plot in (
+            random_search.plot,
+            functools.partial(plot_search, random_search),
+        ):
+            with pytest.raises(ValueError, match="`ax` must be Matpl.*ax='x'"):
+                plot(ax="x")
+
     def test_makes_a_figure(self, ax):
         made = plot_distance_accuracy([1, 2], [2, 1])
         assert made is not ax
