@@ -775,6 +775,10 @@ class TestInputs:
         model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
         with pytest.raises(ValueError, match="`inputs` must hold.*inputs=None"):
             self.SEARCH.search(model, self.LABELS)
+        for inputs in (3, "a"):
+            match = f"`inputs` must be arrays.*Received: inputs={inputs!r}"
+            with pytest.raises(ValueError, match=match):
+                self.SEARCH.search(model, self.LABELS, inputs=inputs)
 
     def test_inputs_need_a_model(self):
         match = "`inputs` goes with a Keras model.*ndarray"
@@ -782,13 +786,13 @@ class TestInputs:
             self.SEARCH.search(self.TEACHER, self.LABELS, inputs=np.ones(4))
 
     def test_proxy_teacher_checks_its_teacher(self, result):
-        with pytest.raises(ValueError, match="`teacher` must hold prob"):
+        with pytest.raises(ValueError, match="`outputs` must hold prob"):
             result.proxy_teacher([[3.0, 1.0, 2.0]])
 
     @pytest.mark.parametrize("classes", [2, 4])
     def test_proxy_teacher_of_other_class_count(self, vector, classes):
         rows = np.full((4, classes), 1 / classes)
-        with pytest.raises(ValueError, match="`teacher`.*Received"):
+        with pytest.raises(ValueError, match="`outputs`.*Received"):
             vector.proxy_teacher(rows)
 
 
