@@ -16,6 +16,8 @@ from keras_ptloss._checks import (
     fail,
 )
 
+__all__ = ["FilteredTeacher"]
+
 
 class FilteredTeacher(keras.callbacks.Callback):
     """Average the teacher's outputs along its training (Filter-KD).

@@ -8,6 +8,8 @@ from keras_ptloss._checks import fail
 from keras_ptloss._correction import Correction
 from keras_ptloss._several import SideBySide
 
+__all__ = ["CorrectedTeacher", "TeachersSideBySide"]
+
 Tensor = Any
 
 
