@@ -263,11 +263,9 @@ def plot_distance_accuracy(
     ax = _axes(ax)
     ax.plot(distances, accuracies, "o")
     correlation = np.corrcoef(distances, accuracies)[0, 1]
-    ax.set(
-        xlabel="distance of the proxy teacher to the truth",
-        ylabel="student's accuracy",
-        title=f"correlation {correlation:.2f}",
-    )
+    ax.set_title(f"correlation {correlation:.2f}")
+    ax.set_xlabel("distance of the proxy teacher to the truth")
+    ax.set_ylabel("student's accuracy")
     return ax
 
 
@@ -358,7 +356,8 @@ def plot_classes(result: Searched, *, ax: Axes = None) -> Axes:
         else:
             ax.bar(position + 0.27 * (index - 1), shares, 0.27, label=name)
     ax.set(xlabel="class", ylabel="share")
-    ax.legend()
+    # Above the axes: bars may stand anywhere in them.
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=3, fontsize=8)
     return ax
 
 

@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+import types
 
 import helpers
 import keras
@@ -12,6 +13,7 @@ import pytest
 from keras_ptloss import ProxyTeacherSearch, proxy_teacher
 from keras_ptloss.metrics import ExpectedCalibrationError
 from keras_ptloss.plots import (
+    plot_classes,
     plot_distance_accuracy,
     plot_loss_curve,
     plot_proxy_teacher,
@@ -219,6 +221,24 @@ class TestSearch:
         for bad in (result, result.trials):
             with pytest.raises(ValueError, match="`result`.*a RandomSearch"):
                 plot_search(bad)
+
+
+class TestClasses:
+    @pytest.mark.parametrize("classes", [3, 8, 100])
+    @pytest.mark.parametrize("width", [3.0, 6.4, 12.0])
+    def test_legend_hides_nothing(self, classes, width):
+        """It stands beside the axes, and within the figure."""
+        shares = np.full(classes, 1 / classes)
+        names = ("labels", "teacher", "corrected")
+        result = types.SimpleNamespace(classes=dict.fromkeys(names, shares))
+        figure = matplotlib.figure.Figure(figsize=(width, 3.0))
+        ax = plot_classes(result, ax=figure.subplots())
+        figure.canvas.draw()
+        legend = ax.get_legend().get_window_extent()
+        drawn = ax.get_window_extent()
+        assert legend.y0 >= drawn.y1
+        assert legend.x0 >= 0 and legend.x1 <= figure.bbox.x1
+        assert legend.y1 <= figure.bbox.y1
 
 
 class TestAxes:
