@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 
 import helpers
 import keras
@@ -544,21 +545,28 @@ class TestResult:
         assert '<img src="data:image/png;base64,' in page
 
     # As many orders as classes make no matrix of classes.
-    @pytest.mark.parametrize("order", [5, 20])
-    def test_summary_fits_a_screen(self, order):
+    @pytest.mark.parametrize("order, classes", [(5, 20), (20, 20), (2, 100)])
+    def test_summary_fits_a_screen(self, order, classes):
         """At many classes it says what stands out, and not every number."""
-        teacher = helpers.dirichlet(0, 400, 20)
+        teacher = helpers.dirichlet(0, 400, classes)
         labels = helpers.draw_labels(teacher, 1)
         search = ProxyTeacherSearch(
             GradientSearch(
                 order=order, per_class=True, calibration="vector", penalty=0.1
             )
         )
-        lines = str(search.search(teacher, labels)).splitlines()
-        assert len(lines) < 15
-        assert max(map(len, lines)) < 200
-        shown = f"per class, (20, {order}), from"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of few labels
+            result = search.search(teacher, labels)
+        lines = str(result).splitlines()
+        assert len(result.trials["score"]) == 1
+        assert lines[-1].startswith("  cost     1 trial, ")
+        assert len(lines) < 20
+        assert max(map(len, lines)) <= 100
+        shown = f"per class, ({classes}, {order}), from"
         assert any(shown in line for line in lines)
+        page = result._repr_html_()
+        assert all(note in page for note in result.notes)
 
     def test_summary_shows_the_calibration(self, vector):
         assert "  scale " in str(vector)
