@@ -240,7 +240,8 @@ def check_targets(
     shape = tuple(y_true.shape)
     leading = shape[:-2] if rows is None else tuple(rows)[:-1]
     expected = (*leading, None, 2)
-    if len(shape) != len(expected) or any(map(differ, shape, expected)):
+    same = len(shape) == len(expected) and not any(map(differ, shape, expected))
+    if not same or shape[-2] == 0:
         beside = "" if rows is None else f", {argument} of shape {tuple(rows)}"
         raise ValueError(
             "`y_true` must hold ids and their log-probabilities for each row "

@@ -389,7 +389,15 @@ class TestErrors:
 
     @pytest.mark.parametrize("tail", TAILS)
     @pytest.mark.parametrize(
-        "shape", [(4, 12), (3, 2, 1, 2), (1, 3, 1, 2), (6, 1, 2), (2, 3, 1, 3)]
+        "shape",
+        [
+            (4, 12),
+            (3, 2, 1, 2),
+            (1, 3, 1, 2),
+            (6, 1, 2),
+            (2, 3, 1, 3),
+            (2, 3, 0, 2),
+        ],
     )
     def test_shape(self, tail, shape):
         """Time before batch too: as many rows, but other ones."""
