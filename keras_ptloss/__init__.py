@@ -6,12 +6,14 @@ The names that most users need are here; the rest is one room away, as in
 
 from keras_ptloss import (
     callbacks,
+    distiller,
     layers,
     losses,
     metrics,
     plots,
     proxy,
     search,
+    serving,
     soft_labels,
 )
 from keras_ptloss._correction import Correction
@@ -33,6 +35,7 @@ __all__ = [
     "SoftLabels",
     "__version__",
     "callbacks",
+    "distiller",
     "export_student",
     "layers",
     "losses",
@@ -42,5 +45,6 @@ __all__ = [
     "proxy_teacher",
     "pt_loss",
     "search",
+    "serving",
     "soft_labels",
 ]

@@ -282,6 +282,12 @@ def check_class_indices(labels: np.ndarray) -> None:
         )
 
 
+def check_examples(argument: str, value: Any) -> None:
+    """Require what may hold inputs: no text, no number and not None."""
+    if value is None or np.isscalar(value):
+        fail(argument, "arrays of examples", value)
+
+
 def check_labels(labels: Any, *, examples: int, classes: int) -> np.ndarray:
     """Require one integer class an example; return an int64 array."""
     array = as_array(labels)

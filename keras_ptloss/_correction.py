@@ -186,8 +186,9 @@ class Correction:
             outputs,
             from_logits=self.teacher_from_logits,
             if_logits="take their softmax, or say teacher_from_logits=True",
+            argument="outputs",
         )
-        self.calibration.check_input("teacher", rows.shape[-1])
+        self.calibration.check_input("outputs", rows.shape[-1])
         return self.calibration(rows, from_logits=self.teacher_from_logits)
 
     def proxy(self, outputs: Any) -> ProxyTeacherResult:
@@ -203,7 +204,7 @@ class Correction:
             ValueError: as `teacher`.
         """
         teacher = self.teacher(outputs)
-        self.recalibration.check_input("teacher", teacher.shape[-1])
+        self.recalibration.check_input("outputs", teacher.shape[-1])
         rows = teacher.reshape(-1, teacher.shape[-1])
         solved = proxy_teacher(rows, self.epsilon)
         if self.recalibration.is_identity:
@@ -211,7 +212,7 @@ class Correction:
         corrected = self.recalibration(solved.probabilities, from_logits=False)
         return dataclasses.replace(solved, probabilities=corrected)
 
-    def target(self, outputs: Tensor) -> Tensor:
+    def target(self, outputs: Tensor, *, argument: str = "outputs") -> Tensor:
         """Return the corrected teacher of tensors, for a loss or a layer.
 
         As `proxy`, in the dtype of `outputs`, and compiled with what it is
@@ -220,6 +221,8 @@ class Correction:
         Args:
             outputs: the teacher's outputs, `(..., C_in)`, float32 or better;
                 those of several teachers side by side, or a list of them.
+            argument: what errors call `outputs`, where they are another's
+                argument.
 
         Returns:
             Probabilities, `(..., C)`.
@@ -227,17 +230,17 @@ class Correction:
         from_logits = self.teacher_from_logits
         if self.row is not None:
             rows = self.row.logarithms(
-                "y_true", self.row.join("y_true", outputs)
+                argument, self.row.join(argument, outputs)
             )
             from_logits = True
         else:
             rows = two_events(outputs, from_logits=from_logits)
             if not from_logits:
                 advice = "say teacher_from_logits=True of the correction"
-                check_probabilities("y_true", rows, advice)
-            self.calibration.check_input("y_true", rows.shape[-1])
+                check_probabilities(argument, rows, advice)
+            self.calibration.check_input(argument, rows.shape[-1])
         teacher = self.calibration(rows, from_logits=from_logits)
-        self.recalibration.check_input("y_true", teacher.shape[-1])
+        self.recalibration.check_input(argument, teacher.shape[-1])
         if teacher.shape[-1] is not None:
             check_constant_epsilon(self.epsilon, classes=teacher.shape[-1])
         if np.any(self.epsilon):

@@ -36,6 +36,7 @@ class SideBySide:
         counts: the class count of each teacher, 2 of a binary head.
         from_logits: whether its outputs are logits, one flag for all or one a
             teacher.
+        names: what errors call these two.
 
     Raises:
         ValueError: if an argument is not of this form.
@@ -43,17 +44,19 @@ class SideBySide:
 
     counts: tuple[int, ...]
     from_logits: Any = False
+    names: dataclasses.InitVar[tuple[str, str]] = (
+        "teachers",
+        "teacher_from_logits",
+    )
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, names: tuple[str, str]) -> None:
         """Check the arguments; keep them as tuples."""
+        many, form = names
         if not isinstance(self.counts, (list, tuple)) or not self.counts:
-            fail("teachers", "the class count of each teacher", self.counts)
-        counts = tuple(
-            check_count("teachers", c, at_least=2) for c in self.counts
-        )
-        name = "teacher_from_logits"
-        given = given_each(name, self.from_logits, len(counts))
-        flags = tuple(check_flag(name, flag) for flag in given)
+            fail(many, "the class count of each teacher", self.counts)
+        counts = tuple(check_count(many, c, at_least=2) for c in self.counts)
+        given = given_each(form, self.from_logits, len(counts))
+        flags = tuple(check_flag(form, flag) for flag in given)
         object.__setattr__(self, "counts", counts)
         object.__setattr__(self, "from_logits", flags)
 
@@ -95,14 +98,17 @@ class SideBySide:
         ):
             part = two_events(output, from_logits=flag)
             one, first = part.shape[:-1], (parts or [part])[0].shape[:-1]
-            if differ(part.shape[-1], self.counts[k]) or (
-                len(one) != len(first) or any(map(differ, one, first))
-            ):
+            received = f"{argument}[{k}] of shape {tuple(output.shape)}"
+            if differ(part.shape[-1], self.counts[k]):
+                raise ValueError(
+                    f"`{argument}[{k}]` must be outputs with {self.counts[k]} "
+                    f"classes. Received: {received}"
+                )
+            if len(one) != len(first) or any(map(differ, one, first)):
                 raise ValueError(
                     f"`{argument}[{k}]` must be of the same examples as "
-                    f"{argument}[0], with {self.counts[k]} classes. Received: "
-                    f"{argument}[{k}] of shape {tuple(output.shape)}, "
-                    f"{argument}[0] of shape {tuple(outputs[0].shape)}"
+                    f"{argument}[0]. Received: {received}, {argument}[0] of "
+                    f"shape {tuple(outputs[0].shape)}"
                 )
             parts.append(part)
         if all(isinstance(part, np.ndarray) for part in parts):

@@ -8,11 +8,15 @@ import scipy.special
 
 from keras_ptloss._binary import two_events
 from keras_ptloss._checks import (
+    check_count,
+    check_examples,
     check_flag,
     check_number,
     check_probabilities,
     fail,
 )
+
+__all__ = ["FilteredTeacher"]
 
 
 class FilteredTeacher(keras.callbacks.Callback):
@@ -43,8 +47,8 @@ class FilteredTeacher(keras.callbacks.Callback):
             head of one output; None before the end of the first epoch.
 
     Raises:
-        ValueError: if `rate` is not above 0 and at most 1; during `fit`, if
-            the teacher's outputs are not rows of probabilities `(N, C)`.
+        ValueError: if an argument is not of this form; during `fit`, if the
+            teacher's outputs are not rows of probabilities `(N, C)`.
 
     Example:
         >>> import keras, numpy as np
@@ -73,11 +77,14 @@ class FilteredTeacher(keras.callbacks.Callback):
         batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        check_examples("x", x)
         self.x = x
         self.rate = check_number("rate", rate, at_least=0.0)
         if not 0.0 < self.rate <= 1.0:
             fail("rate", "above 0 and at most 1", rate)
         self.from_logits = check_flag("from_logits", from_logits)
+        if batch_size is not None:
+            batch_size = check_count("batch_size", batch_size)
         self.batch_size = batch_size
         self.probabilities: np.ndarray | None = None
 

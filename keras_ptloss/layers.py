@@ -8,6 +8,8 @@ from keras_ptloss._checks import fail
 from keras_ptloss._correction import Correction
 from keras_ptloss._several import SideBySide
 
+__all__ = ["CorrectedTeacher", "TeachersSideBySide"]
+
 Tensor = Any
 
 
@@ -53,7 +55,7 @@ class CorrectedTeacher(keras.layers.Layer):
 
     def call(self, inputs: Tensor) -> Tensor:
         """Return the corrected rows, `(..., C)`, of `(..., C_in)` or a list."""
-        return self.correction.target(inputs)
+        return self.correction.target(inputs, argument="inputs")
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """Return `(..., C)`."""
@@ -115,12 +117,13 @@ class TeachersSideBySide(keras.layers.Layer):
         # The inputs reach the teachers as they are, whatever the global policy.
         kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
-        models = list(teachers)
-        if not all(isinstance(model, keras.Model) for model in models):
+        if not isinstance(teachers, (list, tuple)) or not all(
+            isinstance(model, keras.Model) for model in teachers
+        ):
             fail("teachers", "a list of Keras models", teachers)
-        self.row = SideBySide(counts, from_logits)
-        self.row.check_number("teachers", len(models))
-        self.teachers = models
+        self.row = SideBySide(counts, from_logits, ("counts", "from_logits"))
+        self.row.check_number("teachers", len(teachers))
+        self.teachers = list(teachers)
 
     def call(self, inputs: Any) -> Tensor:
         """Return the teachers' outputs, `(..., C_1 + C_2 + ...)`."""

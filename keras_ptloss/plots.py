@@ -6,9 +6,11 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._checks import (
+    as_floats,
     check_constant_epsilon,
     check_count,
     check_labels,
+    check_real,
     fail,
     on_simplex,
 )
@@ -81,8 +83,10 @@ def plot_loss_curve(
     Reference:
         Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), Figure 2.
     """
+    expected = "above 0 and below 1"
+    teacher_prob = check_real("teacher_prob", teacher_prob, expected)
     if not 0.0 < teacher_prob < 1.0:
-        fail("teacher_prob", "above 0 and below 1", teacher_prob)
+        fail("teacher_prob", expected, teacher_prob)
     epsilon = check_constant_epsilon(epsilon, classes=2)
     teacher = np.array([[teacher_prob, 1.0 - teacher_prob]])
     proxy = proxy_teacher(teacher, epsilon).probabilities[0, 0]
@@ -259,11 +263,9 @@ def plot_distance_accuracy(
     ax = _axes(ax)
     ax.plot(distances, accuracies, "o")
     correlation = np.corrcoef(distances, accuracies)[0, 1]
-    ax.set(
-        xlabel="distance of the proxy teacher to the truth",
-        ylabel="student's accuracy",
-        title=f"correlation {correlation:.2f}",
-    )
+    ax.set_title(f"correlation {correlation:.2f}")
+    ax.set_xlabel("distance of the proxy teacher to the truth")
+    ax.set_ylabel("student's accuracy")
     return ax
 
 
@@ -354,12 +356,15 @@ def plot_classes(result: Searched, *, ax: Axes = None) -> Axes:
         else:
             ax.bar(position + 0.27 * (index - 1), shares, 0.27, label=name)
     ax.set(xlabel="class", ylabel="share")
-    ax.legend()
+    # Above the axes: bars may stand anywhere in them.
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=3, fontsize=8)
     return ax
 
 
 def _axes(ax: Axes) -> Axes:
     if ax is not None:
+        if not hasattr(ax, "axvline"):
+            fail("ax", "Matplotlib axes, or None", ax)
         return ax
     try:
         import matplotlib.pyplot as plt
@@ -376,18 +381,20 @@ def _diagonal(ax: Axes) -> None:
 
 
 def _probabilities(argument: str, rows: Any) -> np.ndarray:
-    array = np.asarray(rows)
+    expected = "probabilities, (examples, classes), not logits"
+    array = as_floats(argument, rows, expected)
     if array.ndim != 2 or 0 in array.shape or not on_simplex(array).all():
-        fail(argument, "probabilities, (examples, classes), not logits", rows)
+        fail(argument, expected, rows)
     return array
 
 
 def _vector(argument: str, values: Any) -> np.ndarray:
-    array = np.asarray(values, dtype="float64")
+    expected = "a vector of finite values that differ"
+    array = as_floats(argument, values, expected)
     if (
         array.ndim != 1
         or not np.all(np.isfinite(array))
         or len(np.unique(array)) < 2
     ):
-        fail(argument, "a vector of finite values that differ", values)
+        fail(argument, expected, values)
     return array

@@ -123,6 +123,22 @@ class TestFilteredTeacher:
         with pytest.raises(ValueError, match="`rate` must be.*Received: rate="):
             FilteredTeacher(data[0], rate=rate)
 
+    @pytest.mark.parametrize(
+        "argument, value",
+        [
+            ("x", None),
+            ("x", "a"),
+            ("x", 3.0),
+            ("batch_size", "a"),
+            ("batch_size", 0),
+            ("batch_size", 2.5),
+        ],
+    )
+    def test_arguments(self, data, argument, value):
+        match = f"`{argument}` must be.*Received: {argument}={value!r}"
+        with pytest.raises(ValueError, match=match):
+            FilteredTeacher(**{"x": data[0], argument: value})
+
     def test_outputs_that_are_not_probabilities(self, data, labels):
         filtered = FilteredTeacher(data[0])
         with pytest.raises(ValueError, match="probabilities.*from_logits=True"):

@@ -214,18 +214,21 @@ class TestConfig:
     @pytest.mark.parametrize("method", ["proxy", "target"])
     def test_input_of_other_classes_after_epsilon(self, teacher, scale, method):
         correction = Correction(proxy_scale=scale)
-        with pytest.raises(ValueError, match="must have the [124] classes"):
+        match = "`outputs` must have the [124] classes"
+        with pytest.raises(ValueError, match=match):
             getattr(correction, method)(teacher.astype("float32"))
 
     @pytest.mark.parametrize("columns", [2, 4])
     def test_input_of_other_classes(self, columns):
         rows = np.full((4, columns), 1 / columns)
-        with pytest.raises(ValueError, match="`teacher` must have the 3"):
+        with pytest.raises(ValueError, match="`outputs` must have the 3"):
             Correction(scale=[1.0, 2.0, 3.0]).proxy(rows)
 
-    def test_logits_by_mistake(self):
-        with pytest.raises(ValueError, match="say teacher_from_logits=True"):
-            Correction().proxy([[2.0, -1.0, 0.5]])
+    @pytest.mark.parametrize("method", ["teacher", "proxy", "target"])
+    def test_logits_by_mistake(self, method):
+        match = "`outputs` must hold prob.*say teacher_from_logits=True"
+        with pytest.raises(ValueError, match=match):
+            getattr(Correction(), method)(np.array([[2.0, -1.0, 0.5]]))
 
 
 class TestValue:
@@ -308,3 +311,15 @@ class TestLayer:
         match = "`correction` must be a keras_ptloss.Correction"
         with pytest.raises(ValueError, match=match):
             CorrectedTeacher(0.5)
+
+    @pytest.mark.parametrize(
+        "row, match",
+        [
+            ([0.4, 0.6], "`inputs` must have the 3 classes"),
+            ([2.0, -1.0, 0.5], "`inputs` must hold probabilities"),
+        ],
+    )
+    def test_inputs(self, row, match):
+        layer = CorrectedTeacher(Correction(scale=[1.0, 2.0, 3.0]))
+        with pytest.raises(ValueError, match=match):
+            layer(np.array([row], "float32"))

@@ -1,7 +1,9 @@
 """What the plots draw: the data of lines and bars, not pixels."""
 
+import functools
 import subprocess
 import sys
+import types
 
 import helpers
 import keras
@@ -11,6 +13,7 @@ import pytest
 from keras_ptloss import ProxyTeacherSearch, proxy_teacher
 from keras_ptloss.metrics import ExpectedCalibrationError
 from keras_ptloss.plots import (
+    plot_classes,
     plot_distance_accuracy,
     plot_loss_curve,
     plot_proxy_teacher,
@@ -87,7 +90,7 @@ class TestLossCurve:
         np.testing.assert_allclose(curve[curve[:, 1].argmin()], [0.6, 0.0],
                                    atol=1e-6)  # fmt: skip
 
-    @pytest.mark.parametrize("teacher_prob", [0.0, 1.0, np.nan])
+    @pytest.mark.parametrize("teacher_prob", [0.0, 1.0, np.nan, "a", None])
     def test_error(self, teacher_prob):
         with pytest.raises(ValueError, match="`teacher_prob` must be above 0"):
             plot_loss_curve(1.0, teacher_prob)
@@ -117,7 +120,9 @@ class TestProxyTeacher:
         with pytest.raises(ValueError, match=r"same shape.*\(200, 3\) and"):
             plot_proxy_teacher(truth, truth[:10])
 
-    @pytest.mark.parametrize("bad", [[[2.0, -1.0]], [0.5, 0.5], [[0.3, 0.3]]])
+    @pytest.mark.parametrize(
+        "bad", [[[2.0, -1.0]], [0.5, 0.5], [[0.3, 0.3]], [["a"]], [[1], []]]
+    )
     def test_not_probabilities(self, bad):
         with pytest.raises(ValueError, match="`teacher_probs` must be prob"):
             plot_proxy_teacher(bad, [[0.5, 0.5]])
@@ -181,7 +186,7 @@ class TestDistanceAccuracy:
         assert ax.get_title() == f"correlation {expected:.2f}"
 
     @pytest.mark.parametrize(
-        "bad", [[0.5], [0.5, 0.5], [0.1, np.nan], [[0.1, 0.2]], []]
+        "bad", [[0.5], [0.5, 0.5], [0.1, np.nan], [[0.1, 0.2]], [], "a", None]
     )
     def test_no_correlation(self, bad):
         with pytest.raises(ValueError, match="`distances` must be a vector"):
@@ -218,7 +223,46 @@ class TestSearch:
                 plot_search(bad)
 
 
+class TestClasses:
+    @pytest.mark.parametrize("classes", [3, 8, 100])
+    @pytest.mark.parametrize("width", [3.0, 6.4, 12.0])
+    def test_legend_hides_nothing(self, classes, width):
+        """It stands beside the axes, and within the figure."""
+        shares = np.full(classes, 1 / classes)
+        names = ("labels", "teacher", "corrected")
+        result = types.SimpleNamespace(classes=dict.fromkeys(names, shares))
+        figure = matplotlib.figure.Figure(figsize=(width, 3.0))
+        ax = plot_classes(result, ax=figure.subplots())
+        figure.canvas.draw()
+        legend = ax.get_legend().get_window_extent()
+        drawn = ax.get_window_extent()
+        assert legend.y0 >= drawn.y1
+        assert legend.x0 >= 0 and legend.x1 <= figure.bbox.x1
+        assert legend.y1 <= figure.bbox.y1
+
+
 class TestAxes:
+    @pytest.mark.parametrize(
+        "plot, arguments",
+        [
+            (plot_loss_curve, (1.0,)),
+            (plot_proxy_teacher, ([[0.4, 0.6]], [[0.5, 0.5]])),
+            (plot_reliability, ([[0.4, 0.6]], [1])),
+            (plot_distance_accuracy, ([1, 2], [2, 1])),
+        ],
+    )
+    def test_are_none(self, plot, arguments):
+        with pytest.raises(ValueError, match="`ax` must be Matpl.*ax='x'"):
+            plot(*arguments, ax="x")
+
+    def test_of_a_result_are_none(self, random_search):
+        for plot in (
+            random_search.plot,
+            functools.partial(plot_search, random_search),
+        ):
+            with pytest.raises(ValueError, match="`ax` must be Matpl.*ax='x'"):
+                plot(ax="x")
+
     def test_makes_a_figure(self, ax):
         made = plot_distance_accuracy([1, 2], [2, 1])
         assert made is not ax

@@ -218,12 +218,19 @@ class TestLayer:
     def test_errors(self):
         with pytest.raises(ValueError, match="`teachers` must be the outputs"):
             TeachersSideBySide([helpers.linear_model(3)], (3, 5))
-        with pytest.raises(ValueError, match="a list of Keras models"):
-            TeachersSideBySide([helpers.linear_model(3), "five"], (3, 5))
+        for wrong in ([helpers.linear_model(3), "five"], None, 3):
+            with pytest.raises(ValueError, match="`teachers` must be a list"):
+                TeachersSideBySide(wrong, (3, 5))
         two = [helpers.linear_model(3), helpers.linear_model(3)]
         layer = TeachersSideBySide(two, (3, 5))
         with pytest.raises(ValueError, match=r"`teachers\[1\]`.*5 classes"):
             layer(np.ones((2, 5), "float32"))
+        for counts in (3, (3, 1), (3, "five")):
+            with pytest.raises(ValueError, match="`counts` must be"):
+                TeachersSideBySide(two, counts)
+        for flags in ("x", [True], [True, "x"]):
+            with pytest.raises(ValueError, match="`from_logits` must be"):
+                TeachersSideBySide(two, (3, 5), from_logits=flags)
 
 
 class TestErrors:
@@ -252,7 +259,7 @@ class TestErrors:
 
     def test_classes_of_a_teacher(self):
         outputs = outputs_of("logits")[::-1]
-        match = r"`teacher\[0\]` must be.*with 3 classes. Received.*\(6, 5\)"
+        match = r"with 3 classes. Received: teacher\[0\] of shape \(6, 5\)$"
         with pytest.raises(ValueError, match=match):
             make("logits").teacher(outputs)
 
@@ -280,6 +287,8 @@ class TestErrors:
         outputs = outputs_of("logits")
         with pytest.raises(ValueError, match=r"`teacher\[0\]` must hold prob"):
             make("probabilities").proxy(outputs)
-        with pytest.raises(ValueError, match="`y_true, teacher 0` must hold"):
-            rows = np.concatenate(outputs, axis=1).astype("float32")
+        rows = np.concatenate(outputs, axis=1).astype("float32")
+        with pytest.raises(ValueError, match="`outputs, teacher 0` must hold"):
             make("probabilities").target(ops.convert_to_tensor(rows))
+        with pytest.raises(ValueError, match="`y_true, teacher 0` must hold"):
+            make("probabilities").loss()(rows, helpers.softmax(STUDENT))

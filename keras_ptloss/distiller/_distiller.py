@@ -19,7 +19,9 @@ from keras_ptloss.distiller._metrics import (
 from keras_ptloss.distiller._options import (
     check_forms,
     check_hard_labels,
+    check_has_targets,
     check_is_trained,
+    check_key,
     check_weights,
     one_loss,
 )
@@ -130,8 +132,8 @@ class Distiller(Training):
         self._hidden = OutOfSight()
         self.student = student
         self.teacher_weights = check_weights(teacher_weights)
-        self.student_inputs = student_inputs
-        self.teacher_inputs = teacher_inputs
+        self.student_inputs = check_key("student_inputs", student_inputs)
+        self.teacher_inputs = check_key("teacher_inputs", teacher_inputs)
         self.hard_label_loss: Any = hard_label_loss
         self.hard_label_weight = check_hard_labels(
             hard_label_loss, hard_label_weight
@@ -257,7 +259,7 @@ class Distiller(Training):
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Return the student's outputs."""
         key = self.teacher_inputs
-        if key is None or key in inputs:
+        if key is None or (isinstance(inputs, dict) and key in inputs):
             for model in self._hidden.teachers:
                 if not model.built:
                     model(select(inputs, key, "teacher_inputs"), training=False)
@@ -302,20 +304,10 @@ class Distiller(Training):
         self, x: Any, labels: Any, call: Callable[..., Any] = operator.call
     ) -> Targets:
         """Return the labels, and what the teachers answer, as one tensor."""
-        if self.hard_label_weight and labels is None:
-            raise ValueError(
-                "`y` must hold labels when `hard_label_weight` is above 0. "
-                f"Received: y=None, hard_label_weight={self.hard_label_weight}"
-            )
+        check_has_targets(self, labels)
         if self.hard_label_weight == 1.0:
             return Targets(labels, None)
         models = self._hidden.teachers
-        if not models:
-            raise ValueError(
-                "`teacher` must be set before fit or evaluate; a loaded "
-                "distiller has none: `distiller.teacher = model`. Received: "
-                "teacher=None"
-            )
         inputs = select(x, self.teacher_inputs, "teacher_inputs")
         with no_gradient():
             outputs = [call(model, inputs, training=False) for model in models]

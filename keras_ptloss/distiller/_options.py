@@ -69,6 +69,29 @@ def check_hard_labels(loss: Any, weight: Any) -> float:
     return number
 
 
+def check_key(argument: str, value: Any) -> str | None:
+    """Require the key of one model's inputs, or None."""
+    if value is not None and not isinstance(value, str):
+        fail(argument, "a key of x, a text, or None", value)
+    return value
+
+
+def check_has_targets(distiller: Any, labels: Any) -> None:
+    """Require what the loss of a step is of: labels, a teacher, or both."""
+    weight = distiller.hard_label_weight
+    if weight and labels is None:
+        raise ValueError(
+            "`y` must hold labels when `hard_label_weight` is above 0. "
+            f"Received: y=None, hard_label_weight={weight}"
+        )
+    if weight < 1.0 and distiller.teacher is None:
+        raise ValueError(
+            "`teacher` must be set before fit or evaluate; a loaded "
+            "distiller has none: `distiller.teacher = model`. Received: "
+            "teacher=None"
+        )
+
+
 def check_is_trained(distiller: Any) -> None:
     """Require a loss, or losses of the student's own, where it is trained."""
     weight = distiller.hard_label_weight

@@ -195,9 +195,10 @@ def select(inputs: Any, key: str | None, argument: str) -> Any:
     """Return `inputs`, or what they have under `key`."""
     if key is None:
         return inputs
-    if not isinstance(inputs, dict) or key not in inputs:
-        keys = sorted(inputs) if isinstance(inputs, dict) else type(inputs)
-        fail(argument, f"a key of x, which has {keys}", key)
+    if not isinstance(inputs, dict):
+        fail(argument, "None where x is no dict", key)
+    if key not in inputs:
+        fail(argument, f"a key of x, which has {sorted(inputs)}", key)
     return inputs[key]
 
 

@@ -10,7 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from keras_ptloss._checks import check_count, check_number, fail
+from keras_ptloss._checks import (
+    as_floats,
+    check_count,
+    check_number,
+    fail,
+)
 
 
 def focal_epsilon(gamma: int, order: int) -> np.ndarray:
@@ -126,11 +131,8 @@ def _of_target(
 
 
 def _positive(teacher_probs: Any) -> np.ndarray:
-    teacher = np.asarray(teacher_probs, dtype="float64")
+    expected = "of shape (examples, classes) and above 0 everywhere"
+    teacher = as_floats("teacher_probs", teacher_probs, expected)
     if teacher.ndim != 2 or not np.all(teacher > 0):
-        fail(
-            "teacher_probs",
-            "of shape (examples, classes) and above 0 everywhere",
-            teacher_probs,
-        )
+        fail("teacher_probs", expected, teacher_probs)
     return teacher

@@ -219,24 +219,35 @@ def put(rows: Tensor, ids: Tensor, present: Tensor, values: Tensor) -> Tensor:
     )
 
 
-def check_targets(y_true: Tensor, classes: int | None, rank: int) -> None:
+def check_targets(
+    y_true: Tensor,
+    classes: int | None,
+    rows: Sequence[int | None] | None,
+    argument: str = "y_pred",
+) -> None:
     """Require targets `(..., K, 2)` for the student's `(..., C)`.
 
     Args:
         y_true: the targets.
         classes: C, where it is known.
-        rank: how many axes the student's rows have.
+        rows: shape of the student's rows; None where there is no student.
+        argument: name of the argument that they are.
 
     Raises:
         ValueError: if the shape is another; where values are seen, if an id is
             no class or comes twice, or the rows are not log-probabilities.
     """
     shape = tuple(y_true.shape)
-    if len(shape) != rank + 1 or differ(shape[-1], 2):
+    leading = shape[:-2] if rows is None else tuple(rows)[:-1]
+    expected = (*leading, None, 2)
+    same = len(shape) == len(expected) and not any(map(differ, shape, expected))
+    if not same or shape[-2] == 0:
+        beside = "" if rows is None else f", {argument} of shape {tuple(rows)}"
         raise ValueError(
-            "`y_true` must hold ids and their log-probabilities, "
-            "(..., k, 2): np.stack([ids, log_probabilities], axis=-1). "
-            f"Received: y_true of shape {shape}, y_pred of rank {rank}"
+            "`y_true` must hold ids and their log-probabilities for each row "
+            "of the student, (..., k, 2): "
+            "np.stack([ids, log_probabilities], axis=-1). "
+            f"Received: y_true of shape {shape}{beside}"
         )
     seen = visible_values(y_true)
     if seen is None or not seen.size:

@@ -117,7 +117,7 @@ def fused_top_k_pt_loss(
         fail("bias", f"of shape ({classes},), one a class", tuple(bias.shape))
     wide = backend.result_type(hidden.dtype, "float32")
     y_true = ops.cast(ops.convert_to_tensor(y_true), wide)
-    check_targets(y_true, classes, len(hidden.shape))
+    check_targets(y_true, classes, hidden.shape, "hidden")
     leading = ops.shape(hidden)[:-1]
     hidden = ops.reshape(hidden, (-1, hidden.shape[-1]))
     entries = ops.shape(y_true)[-2]

@@ -3,10 +3,12 @@
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
+from keras_ptloss._backend import visible_values
 from keras_ptloss._binary import of_classes, two_events
-from keras_ptloss._checks import check_number, differ
+from keras_ptloss._checks import check_number, differ, on_simplex
 from keras_ptloss.losses._base import TeacherLoss, log_student, read_student
 from keras_ptloss.losses._pt_loss import pt_loss
 
@@ -45,8 +47,31 @@ def label_perturbed_loss(
     )
     one_minus_p = -ops.expm1(log_student(student, from_logits=from_logits))
     label = two_events(ops.cast(label, student.dtype), from_logits=False)
+    _check_one_hot(label)
     label = of_classes(label, student.shape[-1])
     return kl + epsilon * ops.sum(label * one_minus_p, axis=-1)
+
+
+def _check_one_hot(label: Tensor) -> None:
+    """Require one-hot rows `(..., C)`, where their values can be seen.
+
+    Those at weight 0 come uniform.
+    """
+    values = visible_values(label)
+    if values is None or not values.size:
+        return
+    rows = values.reshape(-1, values.shape[-1])
+    one_hot = (rows.max(axis=-1) == 1) | (np.ptp(rows, axis=-1) == 0)
+    bad = ~(on_simplex(rows) & one_hot)
+    if bad.any():
+        row = int(np.argmax(bad))
+        shown = np.array2string(rows[row], precision=4, threshold=6)
+        raise ValueError(
+            "`y_true` must hold the one-hot label in its second row, "
+            "np.stack([teacher, one_hot], axis=-2). Received: "
+            f"y_true[{row}, 1]={shown} ({np.count_nonzero(bad)} of {len(bad)} "
+            "rows are bad)"
+        )
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
@@ -77,7 +102,8 @@ class LabelPerturbedLoss(TeacherLoss):
     Raises:
         ValueError: if `epsilon` is below -1; when called, if the shapes are
             others, or (seen outside compiled functions) rows that should be
-            probabilities are not.
+            probabilities are not, or the label's row is not one-hot: a smoothed
+            label is refused, for it cannot be told from the teacher.
 
     Example:
         >>> import numpy as np

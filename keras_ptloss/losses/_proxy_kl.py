@@ -95,7 +95,8 @@ class ProxyKLDivergence(TeacherLoss):
 
     def teacher(self, y_true: Tensor) -> Tensor:
         """Return the corrected teacher, `(..., C)`, of outputs as they come."""
-        return ops.stop_gradient(self.correction.target(y_true))
+        corrected = self.correction.target(y_true, argument="y_true")
+        return ops.stop_gradient(corrected)
 
     def _to_the_corrected(
         self,

@@ -105,6 +105,7 @@ def pt_loss(
     if teacher_from_logits is None:
         teacher_from_logits = from_logits
     check_flag("teacher_from_logits", teacher_from_logits)
+    check_flag("entropy", entropy)
     student = read_student(y_pred, from_logits=from_logits)
     teacher, log_teacher = read_teacher(
         y_true,

@@ -73,7 +73,7 @@ def top_k_pt_loss(
         student = ops.log(ops.maximum(student, TINY))
     y_true = ops.cast(ops.convert_to_tensor(y_true), student.dtype)
     classes = student.shape[-1]
-    check_targets(y_true, classes, len(student.shape))
+    check_targets(y_true, classes, student.shape)
     leading = ops.shape(student)[:-1]
     if classes is None:
         classes = ops.shape(student)[-1]

@@ -52,7 +52,8 @@ class ProxyTeacherResult:
         """Say in one line how the solve went, and what to do if it did not."""
         rows = self.converged.size
         text = (
-            f"{rows} proxy teachers by {self.solver} in {self.seconds:.3g} s, "
+            f"{rows} proxy teacher{'s' * (rows != 1)} by {self.solver} in "
+            f"{self.seconds:.3g} s, "
             f"{self.steps.mean():.1f} steps a row"
         )
         missed = int(np.count_nonzero(~self.converged))

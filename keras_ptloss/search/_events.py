@@ -6,7 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import float64
-from keras_ptloss._checks import fail
+from keras_ptloss._checks import as_floats, fail
 from keras_ptloss.losses._events import (
     LARGEST_ID,
     REST,
@@ -56,8 +56,8 @@ def top_k_events(y_true: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
         >>> rows.round(2).tolist(), events.tolist()
         ([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]], [1, 2])
     """
-    y_true = np.asarray(y_true, "float64")
-    check_targets(y_true, None, y_true.ndim - 1)
+    y_true = as_floats("y_true", y_true, "numbers of shape (..., k, 2)")
+    check_targets(y_true, None, None)
     labels = np.asarray(labels)
     if labels.shape != y_true.shape[:-2] or labels.dtype.kind not in "iu":
         fail(

@@ -5,6 +5,7 @@ import dataclasses
 import html
 import importlib.util
 import io
+import textwrap
 from typing import Any
 
 import keras
@@ -19,6 +20,7 @@ from keras_ptloss.proxy import ProxyTeacherResult
 
 # A summary prints coefficients and scales of so many classes in full.
 CLASSES_SHOWN = 5
+WIDTH = 100  # of its lines, in characters
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,9 +175,9 @@ class SearchResult:
         rows = "".join(
             f"<tr><td>{html.escape(line[2:10].strip())}</td>"
             f"<td>{html.escape(line[10:].strip())}</td></tr>"
-            for line in str(self).splitlines()[1:]
+            for line in self._lines()[1:]
         )
-        title = html.escape(str(self).splitlines()[0])
+        title = html.escape(self._lines()[0])
         table = f"<table><caption>{title}</caption>{rows}</table>"
         return table + self._picture()
 
@@ -198,6 +200,13 @@ class SearchResult:
 
     def __str__(self) -> str:
         """Return the text that `summary` prints."""
+        wrap = textwrap.TextWrapper(
+            WIDTH, subsequent_indent=" " * 11, break_on_hyphens=False
+        )
+        return "\n".join(map(wrap.fill, self._lines()))
+
+    def _lines(self) -> list[str]:
+        """Return the lines of the text, long ones whole."""
         found = self.correction
         lines = [
             f"Teacher's correction: {self.method}, objective {self.objective}",
@@ -220,11 +229,12 @@ class SearchResult:
         lines += self._of_trials()
         lines += [f"  note     {note}" for note in self.notes]
         lines.append(
-            f"  cost     {len(self.trials['score'])} trials, {self.solves} "
-            f"solves, {self.unconverged} rows not converged, "
+            f"  cost     {_count(len(self.trials['score']), 'trial')}, "
+            f"{_count(self.solves, 'solve')}, "
+            f"{_count(self.unconverged, 'row')} not converged, "
             f"{self.seconds:.3g} s"
         )
-        return "\n".join(lines)
+        return "\n".join(lines).splitlines()
 
     @property
     def _zero(self) -> str:
@@ -256,7 +266,7 @@ class SearchResult:
             return [
                 "  chosen   {calibration} calibration, {epsilon} epsilon, "
                 "penalty {penalty:g}: {gain:.4g} +- {standard_error:.2g} below "
-                "{zero} on held-out folds".format(zero=self._zero, **row)
+                "{zero}, held out".format(zero=self._zero, **row)
             ]
         if "best_of_order" in trials:
             return [
@@ -270,6 +280,10 @@ class SearchResult:
                 if best
             ]
         return []
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _of_teachers(found: Correction) -> list[str]:

@@ -9,7 +9,12 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from keras_ptloss._checks import check_choice, check_count, fail
+from keras_ptloss._checks import (
+    check_choice,
+    check_count,
+    check_examples,
+    fail,
+)
 from keras_ptloss._teacher import LabelledOutputs, read_labelled
 from keras_ptloss.search._cross_validated import CrossValidatedSearch
 from keras_ptloss.search._examples import Examples
@@ -156,6 +161,8 @@ class ProxyTeacherSearch:
         """
         begin = time.perf_counter()
         progress = Progress(verbose)
+        if inputs is not None:
+            check_examples("inputs", inputs)
         read = read_labelled(
             teacher,
             labels,

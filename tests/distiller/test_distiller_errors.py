@@ -339,6 +339,18 @@ class TestWrongInput:
         with pytest.raises(errors, match=rf"`{side}_inputs`.*\['a'\]"):
             run(distiller, call, {"a": x})
 
+    @pytest.mark.parametrize("argument", ["student_inputs", "teacher_inputs"])
+    def test_keys(self, x, argument):
+        for key in (3, ["a"]):
+            match = f"`{argument}` must be a key of x.*Received: {argument}="
+            with pytest.raises(ValueError, match=match):
+                Distiller(make_model(), make_model(), **{argument: key})
+        distiller = distil(make_model(), make_model(seed=1), **{argument: "a"})
+        errors = (ValueError, RuntimeError)
+        match = f"`{argument}` must be None where x is no dict.*='a'"
+        with pytest.raises(errors, match=match):
+            run(distiller, "fit", x)
+
     @calls
     def test_no_teacher(self, x, call):
         with pytest.raises(ValueError, match="`teacher` must be set"):

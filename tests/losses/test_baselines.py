@@ -260,6 +260,29 @@ class TestErrors:
             ):
                 loss(y_true, case.logits)
 
+    @pytest.mark.parametrize(
+        "label",
+        [[0, 0, 0, 0], [0, 5, 0, 0], [0, 1, 1, 0], [0.1, 0.7, 0.1, 0.1]],
+    )
+    def test_no_label_in_the_second_row(self, label):
+        """Seen where it counts: at weight 0 there may be anything."""
+        case = Case("label_perturbed")
+        y_true = case.y_true.copy()
+        y_true[2, 1] = label
+        with pytest.raises(
+            ValueError, match=r"`y_true`.*one-hot.*y_true\[2, 1\]=.*1 of 6"
+        ):
+            case.build()(y_true, case.logits)
+        weight = np.array([1, 1, 0, 1, 1, 1], "float32")
+        value = case.build()(y_true, case.logits, sample_weight=weight)
+        expected = np.mean(case.expected * weight)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+    def test_rows_in_the_other_order(self):
+        case = Case("label_perturbed")
+        with pytest.raises(ValueError, match="`y_true`.*one-hot.*6 of 6"):
+            case.build()(case.y_true[:, ::-1], case.logits)
+
 
 class TestConventions:
     """What each loss is, by losses that others wrote."""

@@ -103,6 +103,14 @@ def test_label_smoothing(rows, delta):
             "`teacher_probs` must be .* above 0 everywhere",
         ),
         (
+            lambda: temperature_epsilon("a", 2.0, 3),
+            "`teacher_probs` must be .*teacher_probs='a'",
+        ),
+        (
+            lambda: label_smoothing_epsilon(None, 0.1, 3),
+            "`teacher_probs` must be .*teacher_probs=None",
+        ),
+        (
             lambda: label_smoothing_epsilon([[0.5, 0.5]], 1.5, 3),
             "`delta`.*delta=1.5",
         ),

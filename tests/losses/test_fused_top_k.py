@@ -336,6 +336,14 @@ class TestErrors:
             ({"weights": np.zeros((4, 23))}, r"\(5, C\) or \(C, 5\)"),
             ({"weights": np.zeros((5, 5))}, "another number of classes"),
             ({"y_true": np.ones((6, 23))}, r"\(\.\.\., k, 2\)"),
+            ({"y_true": np.full((1, 1, 2), -1.0)}, r"k, 2\).*hidden of shape"),
+            (
+                {
+                    "y_true": np.full((3, 2, 1, 2), -1.0),
+                    "hidden": np.zeros((2, 3, 5), "float32"),
+                },
+                r"k, 2\).*\(3, 2, 1, 2\), hidden of shape \(2, 3, 5\)",
+            ),
             ({"y_true": np.full((6, 1, 2), 23.0)}, "at most 22"),
         ],
     )

@@ -139,7 +139,10 @@ def test_epsilon_of_an_example_holds_at_its_positions(positions, constant):
     assert found == pytest.approx(np.stack(expected), rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("flag", ["from_logits", "teacher_from_logits"])
-def test_flags_of_the_function(flag):
+@pytest.mark.parametrize("value", ["no", 3])
+@pytest.mark.parametrize(
+    "flag", ["from_logits", "teacher_from_logits", "entropy"]
+)
+def test_flags_of_the_function(flag, value):
     with pytest.raises(ValueError, match=f"`{flag}` must"):
-        pt_loss([[0.5, 0.5]], [[0.4, 0.6]], 0.0, **{flag: "no"})
+        pt_loss([[0.5, 0.5]], [[0.4, 0.6]], 0.0, **{flag: value})

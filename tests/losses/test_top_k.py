@@ -387,9 +387,25 @@ class TestErrors:
         with pytest.raises(ValueError, match=match):
             top_k_pt_loss(np.array([entries]), logits, 0.0, from_logits=True)
 
-    def test_shape(self):
-        with pytest.raises(ValueError, match=r"\(\.\.\., k, 2\)"):
-            top_k_pt_loss(np.ones((4, 12)), np.full((4, 4), 0.25), 0.0)
+    @pytest.mark.parametrize("tail", TAILS)
+    @pytest.mark.parametrize(
+        "shape",
+        [
+            (4, 12),
+            (3, 2, 1, 2),
+            (1, 3, 1, 2),
+            (6, 1, 2),
+            (2, 3, 1, 3),
+            (2, 3, 0, 2),
+        ],
+    )
+    def test_shape(self, tail, shape):
+        """Time before batch too: as many rows, but other ones."""
+        rows = np.full((2, 3, 4), 0.25)
+        with pytest.raises(
+            ValueError, match=r"`y_true`.*\(\.\.\., k, 2\).*y_pred of shape"
+        ):
+            top_k_pt_loss(np.full(shape, -1.0), rows, 0.0, tail=tail)
 
     @pytest.mark.parametrize(
         "arguments, match",

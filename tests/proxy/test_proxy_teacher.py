@@ -299,6 +299,8 @@ class TestResult:
         text = str(proxy_teacher(helpers.dirichlet(0, 4, 3), 1.0))
         assert "4 proxy teachers by newton" in text
         assert text.endswith("all converged")
+        one = str(proxy_teacher(helpers.dirichlet(0, 1, 3), 1.0))
+        assert "1 proxy teacher by newton" in one
 
     def test_text_says_what_to_do(self):
         result = proxy_teacher(

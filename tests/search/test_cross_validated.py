@@ -253,7 +253,7 @@ class TestColumns:
         biased[2].summary()
         text = capsys.readouterr().out
         assert "chosen" in text
-        assert "below plain KL on held-out folds" in text
+        assert "below plain KL, held out" in text
 
     def test_cost(self, biased):
         result = biased[2]

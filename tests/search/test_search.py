@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 
 import helpers
 import keras
@@ -572,21 +573,28 @@ class TestResult:
         assert '<img src="data:image/png;base64,' in page
 
     # As many orders as classes make no matrix of classes.
-    @pytest.mark.parametrize("order", [5, 20])
-    def test_summary_fits_a_screen(self, order):
+    @pytest.mark.parametrize("order, classes", [(5, 20), (20, 20), (2, 100)])
+    def test_summary_fits_a_screen(self, order, classes):
         """At many classes it says what stands out, and not every number."""
-        teacher = helpers.dirichlet(0, 400, 20)
+        teacher = helpers.dirichlet(0, 400, classes)
         labels = helpers.draw_labels(teacher, 1)
         search = ProxyTeacherSearch(
             GradientSearch(
                 order=order, per_class=True, calibration="vector", penalty=0.1
             )
         )
-        lines = str(search.search(teacher, labels)).splitlines()
-        assert len(lines) < 15
-        assert max(map(len, lines)) < 200
-        shown = f"per class, (20, {order}), from"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of few labels
+            result = search.search(teacher, labels)
+        lines = str(result).splitlines()
+        assert len(result.trials["score"]) == 1
+        assert lines[-1].startswith("  cost     1 trial, ")
+        assert len(lines) < 20
+        assert max(map(len, lines)) <= 100
+        shown = f"per class, ({classes}, {order}), from"
         assert any(shown in line for line in lines)
+        page = result._repr_html_()
+        assert all(note in page for note in result.notes)
 
     def test_summary_shows_the_calibration(self, vector):
         assert "  scale " in str(vector)
@@ -804,6 +812,10 @@ class TestInputs:
         model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
         with pytest.raises(ValueError, match="`inputs` must hold.*inputs=None"):
             self.SEARCH.search(model, self.LABELS)
+        for inputs in (3, "a"):
+            match = f"`inputs` must be arrays.*Received: inputs={inputs!r}"
+            with pytest.raises(ValueError, match=match):
+                self.SEARCH.search(model, self.LABELS, inputs=inputs)
 
     def test_inputs_need_a_model(self):
         match = "`inputs` goes with a Keras model.*ndarray"
@@ -811,13 +823,13 @@ class TestInputs:
             self.SEARCH.search(self.TEACHER, self.LABELS, inputs=np.ones(4))
 
     def test_proxy_teacher_checks_its_teacher(self, result):
-        with pytest.raises(ValueError, match="`teacher` must hold prob"):
+        with pytest.raises(ValueError, match="`outputs` must hold prob"):
             result.proxy_teacher([[3.0, 1.0, 2.0]])
 
     @pytest.mark.parametrize("classes", [2, 4])
     def test_proxy_teacher_of_other_class_count(self, vector, classes):
         rows = np.full((4, classes), 1 / classes)
-        with pytest.raises(ValueError, match="`teacher`.*Received"):
+        with pytest.raises(ValueError, match="`outputs`.*Received"):
             vector.proxy_teacher(rows)
 
 

@@ -93,9 +93,18 @@ class TestRows:
         with pytest.raises(ValueError, match=match):
             top_k_events(y_true, labels)
 
-    def test_targets(self):
-        with pytest.raises(ValueError, match="each id once"):
-            top_k_events([[[1, -1.0], [1, -2.0]]], np.zeros(1, int))
+    @pytest.mark.parametrize(
+        "y_true, match",
+        [
+            ([[[1, -1.0], [1, -2.0]]], "each id once"),
+            (None, r"`y_true` must hold ids.*y_true of shape \(\)$"),
+            (3.0, r"`y_true` must hold ids.*y_true of shape \(\)$"),
+            ("a", "`y_true` must be numbers.*y_true='a'"),
+        ],
+    )
+    def test_targets(self, y_true, match):
+        with pytest.raises(ValueError, match=match):
+            top_k_events(y_true, np.zeros(1, int))
 
 
 def test_search_finds_the_temperature_and_the_loss_takes_it(text):
