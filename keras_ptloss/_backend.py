@@ -5,10 +5,8 @@ both are needed by the proxy-teacher solver, which is called some ten thousand
 times in a search and whose result should not depend on the backend.
 """
 
-import concurrent.futures
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -264,7 +262,7 @@ def row_sum(x: Tensor) -> Tensor:
     units round float32; and not on PyTorch, where there is no XLA.
     """
     xla = keras.backend.backend() != "torch"
-    if xla and _on_cpu() and x.shape[-1] is not None:
+    if xla and on_cpu() and x.shape[-1] is not None:
         return keras.ops.matmul(x, keras.ops.ones((x.shape[-1], 1), x.dtype))
     return keras.ops.sum(x, axis=-1, keepdims=True)
 
@@ -275,61 +273,12 @@ def threads_by_operations() -> bool:
     XLA's CPU compiler (JAX 0.10) does so with loops of more operations than
     bytes, however short they are.
     """
-    return keras.backend.backend() == "jax" and _on_cpu()
-
-
-def block_elements() -> int:
-    """Return how many float64 elements one compiled call should work on.
-
-    A block of 96 KiB on a CPU: the solver's arrays, some ten of them, then
-    stay in a core's cache, and XLA does not share loops so short out to
-    threads, which costs more time of all than it saves. Enough to fill an
-    accelerator, whose arrays then take some 32 MiB each.
-    """
-    return 3 * 2**12 if _on_cpu() else 2**22
-
-
-def by_blocks(
-    function: Callable[..., Any], blocks: Sequence[tuple[Any, ...]]
-) -> list[Any]:
-    """Return `function(*block)` for each block of rows.
-
-    A compiled block keeps one core of a CPU busy (`block_elements`), so that
-    the blocks are shared out to threads, one a core. The first goes ahead: it
-    may have to be compiled. In turn on an accelerator, on PyTorch, which
-    shares out each operation, and wherever something is set for this thread
-    alone, a `keras.distribution` or a strategy of TensorFlow.
-    """
-    first = [function(*block) for block in blocks[:1]]
-    alone = (
-        keras.backend.backend() == "torch"
-        or not _on_cpu()
-        or keras.distribution.distribution() is not None
-        or replicas() > 1
-    )
-    if alone or len(blocks) < 3:
-        return first + [function(*block) for block in blocks[1:]]
-    return first + list(_threads().map(lambda b: function(*b), blocks[1:]))
+    return keras.backend.backend() == "jax" and on_cpu()
 
 
 @functools.cache
-def _threads() -> concurrent.futures.ThreadPoolExecutor:
-    """Return one thread for each core that this process may use.
-
-    They are kept: new ones for each call would each leave memory behind.
-    """
-    known = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count()
-    return concurrent.futures.ThreadPoolExecutor(cores)
-
-
-if hasattr(os, "register_at_fork"):
-    # A forked process has none of them, and would wait for them.
-    os.register_at_fork(after_in_child=_threads.cache_clear)
-
-
-@functools.cache
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Return whether the backend computes on the CPU."""
     backend = keras.backend.backend()
     if backend == "jax":
         import jax

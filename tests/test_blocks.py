@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from keras.distribution import DataParallel, set_distribution
 
-from keras_ptloss._backend import by_blocks
+from keras_ptloss._cores import by_blocks
 from keras_ptloss.proxy import _blocks
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from machine import load_average, machine, resident
 
 from keras_ptloss import ProxyTeacherSearch
-from keras_ptloss._backend import block_elements
+from keras_ptloss._cores import block_elements
 from keras_ptloss._perturbation import perturbation, slope
 from keras_ptloss.proxy._blocks import solve_newton
 from keras_ptloss.proxy._fsolve import _fsolve_row

@@ -3,7 +3,8 @@
 import numpy as np
 import scipy.special
 
-from keras_ptloss._backend import block_elements, by_blocks, on_numpy
+from keras_ptloss._backend import on_numpy
+from keras_ptloss._cores import block_elements, by_blocks
 from keras_ptloss.proxy._newton import Solution, newton
 from keras_ptloss.proxy._stationarity import Layout
 

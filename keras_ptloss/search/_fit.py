@@ -11,8 +11,8 @@ import dataclasses
 import numpy as np
 import scipy.optimize
 
-from keras_ptloss._backend import by_blocks
 from keras_ptloss._calibration import Calibration
+from keras_ptloss._cores import by_blocks
 from keras_ptloss.proxy._blocks import TOLERANCE, row_blocks, solve_newton
 from keras_ptloss.proxy._stationarity import numpy_adjoint
 from keras_ptloss.search._examples import Examples

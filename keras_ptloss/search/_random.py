@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_ptloss._backend import block_elements
 from keras_ptloss._checks import check_choice, check_count, check_flag, fail
+from keras_ptloss._cores import block_elements
 from keras_ptloss._correction import Correction
 from keras_ptloss.proxy._blocks import TOLERANCE, solve_newton
 from keras_ptloss.proxy._proxy_teacher import SOLVERS, proxy_teacher
