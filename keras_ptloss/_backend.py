@@ -5,6 +5,7 @@ both are needed by the proxy-teacher solver, which is called some ten thousand
 times in a search and whose result should not depend on the backend.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence

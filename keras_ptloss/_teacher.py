@@ -14,6 +14,7 @@ from keras_ptloss._binary import two_events
 from keras_ptloss._checks import (
     as_rows,
     check_count,
+    check_examples,
     check_flag,
     check_ignore_class,
     check_label_range,
@@ -89,6 +90,8 @@ def read_labelled(
         ValueError: if an argument is not of this form.
     """
     ignore_class = check_ignore_class(ignore_class)
+    if inputs is not None:
+        check_examples("inputs", inputs)
     if classes is not None:
         classes = check_count("classes", classes, at_least=2)
     teachers = list(teacher) if is_several(teacher) else [teacher]

@@ -12,7 +12,6 @@ from threadpoolctl import threadpool_limits
 from keras_ptloss._checks import (
     check_choice,
     check_count,
-    check_examples,
     fail,
 )
 from keras_ptloss._teacher import LabelledOutputs, read_labelled
@@ -161,8 +160,6 @@ class ProxyTeacherSearch:
         """
         begin = time.perf_counter()
         progress = Progress(verbose)
-        if inputs is not None:
-            check_examples("inputs", inputs)
         read = read_labelled(
             teacher,
             labels,
