@@ -80,20 +80,8 @@ def as_array(x: Any) -> np.ndarray:
         if str(x.dtype) == "torch.bfloat16":
             return x.float().numpy(force=True).astype("bfloat16")
         return x.numpy(force=True)
-    if not keras.ops.is_tensor(x):
-        return np.asarray(x)
-    return keras.ops.convert_to_numpy(x)
-
-
-def as_input(x: Any) -> Any:
-    """Return texts as a tensor of strings, which TensorFlow alone has.
-
-    `fit` makes one of an array of texts, but of none in a batch.
-    """
-    texts = isinstance(x, np.ndarray) and x.dtype.kind in "OSU"
-    if texts and keras.backend.backend() == "tensorflow":
-        return keras.ops.convert_to_tensor(x, "string")
-    return x
+    tensor = keras.ops.is_tensor(x)
+    return keras.ops.convert_to_numpy(x) if tensor else np.asarray(x)
 
 
 def maximum(x: Tensor, least: Any) -> Tensor:

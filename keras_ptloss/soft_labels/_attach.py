@@ -8,12 +8,15 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_ptloss._backend import as_input
 from keras_ptloss._checks import check_count, check_flag, fail
 from keras_ptloss.soft_labels import _data as data
 from keras_ptloss.soft_labels import _loaders as loaders
 from keras_ptloss.soft_labels._match import Matcher
-from keras_ptloss.soft_labels._tf_data import is_tf_dataset, with_targets
+from keras_ptloss.soft_labels._tf_data import (
+    as_input,
+    is_tf_dataset,
+    with_targets,
+)
 
 Tensor = Any
 

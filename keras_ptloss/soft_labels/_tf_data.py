@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_ptloss._checks import fail
 
@@ -26,6 +27,17 @@ def is_infinite(dataset: Any) -> bool:
     """Whether a `tf.data.Dataset` is known to have no end."""
     tf = sys.modules["tensorflow"]
     return bool(dataset.cardinality() == tf.data.INFINITE_CARDINALITY)
+
+
+def as_input(x: Any) -> Any:
+    """Return texts as a tensor of strings, which TensorFlow alone has.
+
+    `fit` makes one of an array of texts, but of none in a batch.
+    """
+    texts = isinstance(x, np.ndarray) and x.dtype.kind in "OSU"
+    if texts and keras.backend.backend() == "tensorflow":
+        return keras.ops.convert_to_tensor(x, "string")
+    return x
 
 
 def with_targets(
