@@ -180,7 +180,7 @@ class Correction:
                 probabilities as `teacher_from_logits` says.
         """
         if self.row is not None:
-            z = self.row.logarithms("teacher", read_row(self.row, outputs))
+            z = self.row.logarithms("outputs", read_row(self.row, outputs))
             return self.calibration(z, from_logits=True)
         rows = read_outputs(
             outputs,

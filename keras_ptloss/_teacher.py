@@ -259,17 +259,19 @@ def read_row(row: SideBySide, outputs: Any) -> np.ndarray:
             all examples (a row with NaN), or other examples than the first.
     """
     if isinstance(outputs, (list, tuple)):
-        row.check_number("teacher", len(outputs))
+        row.check_number("outputs", len(outputs))
     else:
-        whole = row.join("teacher", as_rows("teacher", outputs))
+        whole = row.join("outputs", as_rows("outputs", outputs))
         outputs = [whole[..., columns] for columns in row.columns]
-    parts = _read_each(outputs, row.from_logits)
-    return np.asarray(row.join("teacher", parts))
+    parts = _read_each(outputs, row.from_logits, "outputs")
+    return np.asarray(row.join("outputs", parts))
 
 
-def _read_each(outputs: Any, flags: tuple[bool, ...]) -> list[np.ndarray]:
+def _read_each(
+    outputs: Any, flags: tuple[bool, ...], argument: str = "teacher"
+) -> list[np.ndarray]:
     pairs = enumerate(zip(outputs, flags, strict=True))
-    return [_read_answers(f"teacher[{k}]", *pair) for k, pair in pairs]
+    return [_read_answers(f"{argument}[{k}]", *pair) for k, pair in pairs]
 
 
 def _read_answers(argument: str, outputs: Any, from_logits: bool) -> np.ndarray:

@@ -259,13 +259,13 @@ class TestErrors:
 
     def test_classes_of_a_teacher(self):
         outputs = outputs_of("logits")[::-1]
-        match = r"with 3 classes. Received: teacher\[0\] of shape \(6, 5\)$"
+        match = r"with 3 classes. Received: outputs\[0\] of shape \(6, 5\)$"
         with pytest.raises(ValueError, match=match):
             make("logits").teacher(outputs)
 
     def test_other_examples(self):
         one, two = outputs_of("logits")
-        match = r"`teacher\[1\]` must be of the same examples.*\(5, 5\)"
+        match = r"`outputs\[1\]` must be of the same examples.*\(5, 5\)"
         with pytest.raises(ValueError, match=match):
             make("logits").teacher([one, two[:-1]])
 
@@ -279,13 +279,13 @@ class TestErrors:
         outputs[1][2] = np.nan
         outputs[1][4] = np.nan
         given = outputs if as_list else np.concatenate(outputs, axis=1)
-        match = r"`teacher\[1\]` must answer every.*NaN in 2 of 6.*\[1\]\[2\]"
+        match = r"`outputs\[1\]` must answer every.*NaN in 2 of 6.*\[1\]\[2\]"
         with pytest.raises(ValueError, match=match):
             make(form).proxy(given)
 
     def test_logits_for_probabilities_name_the_teacher(self):
         outputs = outputs_of("logits")
-        with pytest.raises(ValueError, match=r"`teacher\[0\]` must hold prob"):
+        with pytest.raises(ValueError, match=r"`outputs\[0\]` must hold prob"):
             make("probabilities").proxy(outputs)
         rows = np.concatenate(outputs, axis=1).astype("float32")
         with pytest.raises(ValueError, match="`outputs, teacher 0` must hold"):

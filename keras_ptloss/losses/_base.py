@@ -14,6 +14,7 @@ from keras_ptloss._checks import (
     check_classes,
     check_flag,
     check_probabilities,
+    differ,
 )
 
 Tensor = Any
@@ -87,6 +88,7 @@ class TeacherLoss(keras.losses.Loss):
         for weight in (unmasked(y_pred), sample_weight):
             if weight is not None:
                 y_true = ops.convert_to_tensor(y_true, dtype=self.dtype)
+                _check_leading_axes(y_true, y_pred)
                 rank = len(y_pred.shape)
                 y_true = _weighted_rows(y_true, weight, rank, self._padding)
         if sample_weight is not None:
@@ -173,6 +175,21 @@ def _of_positions(weight: Tensor, y_pred: Tensor, dtype: str) -> Tensor:
     if tuple(weight.shape) == tuple(shape) and None not in shape:
         return weight
     return weight * ops.ones_like(y_pred[..., 0], dtype=dtype)
+
+
+def _check_leading_axes(y_true: Tensor, y_pred: Tensor) -> None:
+    """Require a row of the teacher for each of the student's.
+
+    Weights would spread one row over the batch.
+    """
+    leading = y_pred.shape[:-1]
+    own = y_true.shape[: len(leading)]
+    if len(own) != len(leading) or any(map(differ, own, leading)):
+        raise ValueError(
+            "`y_true` must have a row for each of `y_pred`. Received: y_true "
+            f"of shape {tuple(y_true.shape)}, y_pred of shape "
+            f"{tuple(y_pred.shape)}"
+        )
 
 
 def _weighted_rows(

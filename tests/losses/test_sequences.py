@@ -81,6 +81,14 @@ def test_lists_with_weights():
     )
 
 
+@pytest.mark.parametrize("shape", [(1, 4), (2, 4), (4,), (3, 1, 4)])
+def test_weights_do_not_spread_a_row(shape):
+    """A `where` by the weights would make a batch of it."""
+    teacher, student = np.full(shape, 0.25), np.full((3, 4), 0.25)
+    with pytest.raises(ValueError, match="`y_true`.*y_pred|`y_pred`.*y_true"):
+        PTLoss(0.0)(teacher, student, sample_weight=np.ones(3))
+
+
 FLAGS = {"from_logits": True, "teacher_from_logits": False}
 MASKED = {
     "pt_loss": lambda: PTLoss([0.5, 0.2], **FLAGS),
