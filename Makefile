@@ -2,7 +2,7 @@
 #   make demo         distil students from a biased teacher, on handwritten digits
 #   make test         the tests, on TensorFlow and on JAX
 #   make test-floor   the core's, on the lowest versions that setup.cfg allows
-#   make test-torch   the core's, on PyTorch
+#   make test-torch   the core's, on PyTorch; test-floor-torch: on the lowest Keras
 #   make test-dist    the wheel, built and tested as it would be installed
 #   make test-rest    a student served by KServe, in an environment of its own
 #   make lint         ruff, mypy, and the layers in pyproject.toml
@@ -27,8 +27,8 @@ CORE = tests/losses tests/proxy tests/search tests/distiller tests/soft_labels \
 MARKS ?= not slow
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test test-floor test-torch test-rest slow lint dist test-dist docs \
-	docs-test docs-quick clean
+.PHONY: demo test test-floor test-floor-torch test-torch test-rest slow lint dist \
+	test-dist docs docs-test docs-quick clean
 # Nothing is left half-installed by an interrupted run.
 .DELETE_ON_ERROR:
 
@@ -43,6 +43,10 @@ test-floor: .venv-floor-tensorflow/installed .venv-floor-jax/installed
 	KERAS_BACKEND=tensorflow .venv-floor-tensorflow/bin/python -m pytest -n 2 \
 		-m "$(MARKS)" $(CORE)
 	KERAS_BACKEND=jax .venv-floor-jax/bin/python -m pytest -n 2 \
+		-m "$(MARKS)" $(CORE)
+
+test-floor-torch: .venv-floor-torch/installed
+	KERAS_BACKEND=torch .venv-floor-torch/bin/python -m pytest -n 2 \
 		-m "$(MARKS)" $(CORE)
 
 # With JAX beside it, to compare with.
