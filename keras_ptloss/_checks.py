@@ -5,7 +5,7 @@ Every check names the argument, says what was expected and shows what came:
 """
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 import keras
@@ -163,7 +163,7 @@ def check_classes(
             f"`{first_name}` and `{second_name}` must have the same number of "
             f"classes on their last axis. {received}"
         )
-    if len(one) != len(two) or any(map(differ, one, two)):
+    if shapes_differ(one, two):
         raise ValueError(
             f"`{first_name}` and `{second_name}` must have the same shape. "
             f"{received}"
@@ -173,6 +173,11 @@ def check_classes(
 def differ(one: int | None, two: int | None) -> bool:
     """Return whether two sizes differ; an unknown one, None, fits any."""
     return one is not None and two is not None and one != two
+
+
+def shapes_differ(one: Sequence[int | None], two: Sequence[int | None]) -> bool:
+    """Return whether two shapes differ; an unknown size, None, fits any."""
+    return len(one) != len(two) or any(map(differ, one, two))
 
 
 def on_simplex(rows: np.ndarray) -> np.ndarray:

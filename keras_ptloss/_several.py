@@ -23,6 +23,7 @@ from keras_ptloss._checks import (
     check_probabilities,
     differ,
     fail,
+    shapes_differ,
 )
 
 Tensor = Any
@@ -104,7 +105,7 @@ class SideBySide:
                     f"`{argument}[{k}]` must be outputs with {self.counts[k]} "
                     f"classes. Received: {received}"
                 )
-            if len(one) != len(first) or any(map(differ, one, first)):
+            if shapes_differ(one, first):
                 raise ValueError(
                     f"`{argument}[{k}]` must be of the same examples as "
                     f"{argument}[0]. Received: {received}, {argument}[0] of "

@@ -98,7 +98,8 @@ def read_labelled(
     several = len(teachers) > 1
     given = given_each("from_logits", from_logits, len(teachers))
     flags = tuple(map(_says_logits, teachers, given))
-    if not is_data_set(labels):
+    asked = any(isinstance(one, keras.Model) for one in teachers)
+    if asked and not is_data_set(labels):
         _check_before_asking(teachers, labels, classes, ignore_class)
     outputs, labels = answers(teachers, labels, inputs)
     if ignore_class is not None:
@@ -115,12 +116,8 @@ def read_labelled(
     if several or counts != (classes,):
         row = SideBySide(counts, flags)
         rows = np.asarray(row.join("teacher", parts))
-    labels = _aligned(labels, rows.shape)
-    rows = rows.reshape(-1, rows.shape[-1])
-    if ignore_class is not None:
-        kept = labels != ignore_class
-        rows, labels = rows[kept], labels[kept]
-    _check_range(labels, classes)
+    kept, labels = _kept(labels, rows.shape, classes, ignore_class)
+    rows = rows.reshape(-1, rows.shape[-1])[kept]
     return LabelledOutputs(
         rows,
         labels.astype("int64"),
@@ -148,11 +145,7 @@ def _check_before_asking(
     if classes is None and len(counts) == len(shapes):
         classes = _classes(None, counts)
     for shape in filter(None, shapes):
-        rows = _aligned(labels, (len(labels), *shape))
-        if ignore_class is not None:
-            rows = rows[rows != ignore_class]
-        if classes is not None:
-            _check_range(rows, classes)
+        _kept(labels, (len(labels), *shape), classes, ignore_class)
 
 
 def _answer_shape(teacher: Any) -> tuple[int, ...] | None:
@@ -171,13 +164,33 @@ def _seen(labels: np.ndarray, ignore_class: int) -> np.ndarray:
     return np.asarray(seen)
 
 
-def _check_range(labels: np.ndarray, classes: int) -> None:
-    check_label_range(
-        labels,
-        classes,
-        "the classes (`ignore_class` leaves rows out; `classes` says how many "
-        "there are where the teacher has others)",
-    )
+def _kept(
+    labels: np.ndarray,
+    shape: tuple[int, ...],
+    classes: int | None,
+    ignore_class: int | None,
+) -> tuple[Any, np.ndarray]:
+    """Return an index of the rows that are not ignored, and their labels.
+
+    Args:
+        labels: of outputs of `shape`, one a row.
+        shape: `(N, ..., C)`; the rows are those of all leading axes.
+        classes: C of the labels; None where it is not known yet.
+        ignore_class: a label that marks rows to leave out.
+    """
+    labels = _aligned(labels, shape)
+    kept: Any = slice(None)
+    if ignore_class is not None:
+        kept = labels != ignore_class
+        labels = labels[kept]
+    if classes is not None:
+        check_label_range(
+            labels,
+            classes,
+            "the classes (`ignore_class` leaves rows out; `classes` says how "
+            "many there are where the teacher has others)",
+        )
+    return kept, labels
 
 
 def _classes(classes: int | None, counts: tuple[int, ...]) -> int:

@@ -14,7 +14,7 @@ from keras_ptloss._checks import (
     check_classes,
     check_flag,
     check_probabilities,
-    differ,
+    shapes_differ,
 )
 
 Tensor = Any
@@ -183,8 +183,7 @@ def _check_leading_axes(y_true: Tensor, y_pred: Tensor) -> None:
     Weights would spread one row over the batch.
     """
     leading = y_pred.shape[:-1]
-    own = y_true.shape[: len(leading)]
-    if len(own) != len(leading) or any(map(differ, own, leading)):
+    if shapes_differ(y_true.shape[: len(leading)], leading):
         raise ValueError(
             "`y_true` must have a row for each of `y_pred`. Received: y_true "
             f"of shape {tuple(y_true.shape)}, y_pred of shape "

@@ -22,7 +22,7 @@ from keras import ops
 
 from keras_ptloss._backend import maximum, minimum, visible_values
 from keras_ptloss._calibration import LOWEST, TINY
-from keras_ptloss._checks import SUM_TOLERANCE, differ
+from keras_ptloss._checks import SUM_TOLERANCE, shapes_differ
 from keras_ptloss._perturbation import perturbation, slope
 
 Tensor = Any
@@ -240,8 +240,7 @@ def check_targets(
     shape = tuple(y_true.shape)
     leading = shape[:-2] if rows is None else tuple(rows)[:-1]
     expected = (*leading, None, 2)
-    same = len(shape) == len(expected) and not any(map(differ, shape, expected))
-    if not same or shape[-2] == 0:
+    if shapes_differ(shape, expected) or shape[-2] == 0:
         beside = "" if rows is None else f", {argument} of shape {tuple(rows)}"
         raise ValueError(
             "`y_true` must hold ids and their log-probabilities for each row "

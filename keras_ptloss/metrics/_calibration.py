@@ -17,6 +17,7 @@ from keras_ptloss._checks import (
     check_probabilities,
     differ,
     fail,
+    shapes_differ,
 )
 from keras_ptloss._keras import set_direction
 from keras_ptloss.metrics._cases import (
@@ -85,9 +86,7 @@ def _labels(
     rank = len(student.shape)
     if len(y_true.shape) == rank - 1:
         y_true = ops.expand_dims(y_true, axis=-1)
-    if len(y_true.shape) != rank or any(
-        map(differ, y_true.shape[:-1], student.shape[:-1])
-    ):
+    if shapes_differ(y_true.shape[:-1], student.shape[:-1]):
         raise ValueError(
             "`y_true` must hold one class index, or one one-hot row, for each "
             "case of `y_pred`. Received: y_true of shape "

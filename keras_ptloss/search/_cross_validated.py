@@ -230,9 +230,7 @@ class _Base:
         )
         if self.bent:
             form = Form("temperature", False, search.order, search.penalty)
-            begin = Point(
-                np.clip(scale, *SCALES), np.asarray(0.0), np.zeros(search.order)
-            )
+            begin = Point.start(form, examples.classes, scale)
             fitted = fit(form, examples, objective, begin=begin, precise=False)
             self.scale, self.epsilon = fitted.point.scale, fitted.point.epsilon
             self.solves = fitted.evaluations * len(examples.labels)

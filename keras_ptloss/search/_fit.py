@@ -74,12 +74,14 @@ class Point:
     epsilon: np.ndarray
 
     @classmethod
-    def start(cls, form: Form, classes: int) -> "Point":
-        """Return the teacher as it is: no calibration, epsilon = 0."""
+    def start(cls, form: Form, classes: int, scale: float = 1.0) -> "Point":
+        """Return the teacher at a temperature `1 / scale`: epsilon = 0."""
         vector = (classes,) if form.calibration == "vector" else ()
         rows = (classes,) if form.per_class else ()
         return cls(
-            np.ones(vector), np.zeros(vector), np.zeros((*rows, form.order))
+            np.full(vector, np.clip(scale, *SCALES)),
+            np.zeros(vector),
+            np.zeros((*rows, form.order)),
         )
 
     @property

@@ -122,21 +122,19 @@ class GradientSearch:
             first = together.fit(examples, objective)
             examples, together = examples.after(first), "none"
         form = Form(together, self.per_class, self.order, self.penalty)
-        begin = Point.start(form, examples.classes)
+        scale = 1.0
         if together != "none":
             # Rows that are surely wrong have no slope left at the teacher.
             scale = fit_temperature(
                 examples.logits, examples.targets, objective
             )
-            scales = np.full_like(begin.scale, np.clip(scale, *SCALES))
-            begin = dataclasses.replace(begin, scale=scales)
         fitted = fit(
             form,
             examples,
             objective,
             starts=self.starts,
             seed=seed,
-            begin=begin,
+            begin=Point.start(form, examples.classes, scale),
         )
         point = fitted.point
         q, _ = proxy(examples.calibrated(point.calibration), point.epsilon)

@@ -9,11 +9,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from keras_ptloss._checks import (
-    check_choice,
-    check_count,
-    fail,
-)
+from keras_ptloss._checks import check_choice, check_count, fail
 from keras_ptloss._teacher import LabelledOutputs, read_labelled
 from keras_ptloss.search._cross_validated import CrossValidatedSearch
 from keras_ptloss.search._examples import Examples

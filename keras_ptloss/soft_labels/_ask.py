@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_ptloss._backend import as_array
 from keras_ptloss._binary import two_events
-from keras_ptloss._checks import SUM_TOLERANCE
+from keras_ptloss._checks import SUM_TOLERANCE, as_rows
 from keras_ptloss.soft_labels._data import length
 from keras_ptloss.soft_labels._writer import ShardWriter
 
@@ -38,7 +37,7 @@ def ask(
         " before are stored: call again to go on"
     )
     try:
-        outputs = as_array(run(x))
+        outputs = as_rows("teacher", run(x))
     except Exception as error:
         raise RuntimeError(
             f"The teacher failed {where}: {type(error).__name__}: {error}"
@@ -62,7 +61,7 @@ def _problem(outputs: Any, count: int, num_classes: int | None) -> str | None:
     classes = max(outputs.shape[1], 2)
     if num_classes not in (None, classes):
         return f"{classes} classes, not {columns}"
-    if outputs.dtype.kind not in "biuf" and outputs.dtype.name != "bfloat16":
+    if outputs.dtype.kind not in "biuf":
         return f"dtype {outputs.dtype}, not numbers"
     return None
 
