@@ -7,19 +7,43 @@ to NumPy arrays and to tensors alike.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import scipy.special
 from keras import ops
 
+from keras_ptloss._backend import exponential
 from keras_ptloss._checks import as_floats, differ, fail
 
 Tensor = Any
 
 LOWEST = -1e30  # logarithms and logits of masked classes: 0 * -inf is NaN
 TINY = float(np.finfo("float32").tiny)  # inside logarithms: 0 log 0 = 0
+
+
+class Rows(NamedTuple):
+    """Distributions `weights / total`, and their logarithm.
+
+    A softmax may be left as exponentials and their sum: what a loss sums over
+    the classes is then divided once a row, not once a value.
+
+    Attributes:
+        weights: `(..., C)`, at or above 0.
+        total: what they are divided by, `(..., 1)`; None is 1.
+        log: the logarithm of the distribution, `(..., C)`, finite: of a masked
+            class, whose logit is -inf, `LOWEST`.
+    """
+
+    weights: Tensor
+    total: Tensor | None
+    log: Tensor
+
+    @property
+    def probabilities(self) -> Tensor:
+        """The distributions, `(..., C)`."""
+        return self.weights if self.total is None else self.weights / self.total
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,19 +134,17 @@ class Calibration:
         z = self._logits(outputs, from_logits, np if array else ops)
         return (scipy.special.softmax if array else ops.softmax)(z, axis=-1)
 
-    def with_log(
-        self, outputs: Tensor, *, from_logits: bool
-    ) -> tuple[Tensor, Tensor]:
+    def with_log(self, outputs: Tensor, *, from_logits: bool) -> Rows:
         """Return the calibrated distribution and its logarithm, `(..., C)`.
 
-        The logarithm is finite, and costs nothing beside a softmax.
+        The logarithm costs nothing beside a softmax.
 
         Args:
             outputs: logits or probabilities, `(..., C_in)`: a tensor.
             from_logits: whether they are logits.
         """
         if self.is_identity and not from_logits:
-            return outputs, ops.log(ops.maximum(outputs, TINY))
+            return Rows(outputs, None, ops.log(ops.maximum(outputs, TINY)))
         return softmax_and_log(self._logits(outputs, from_logits, ops))
 
     def _logits(self, outputs: Tensor, from_logits: bool, xp: Any) -> Tensor:
@@ -140,16 +162,13 @@ class Calibration:
         return xp.add(z, bias) if np.any(bias) else z
 
 
-def softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `softmax(z)` and its logarithm, of one exponential a value.
-
-    The logarithm is finite: of a masked class, whose logit is -inf, `LOWEST`.
-    """
+def softmax_and_log(logits: Tensor) -> Rows:
+    """Return `softmax(z)` and its logarithm, of one exponential a value."""
     shifted = logits - ops.max(logits, axis=-1, keepdims=True)
     shifted = ops.maximum(shifted, LOWEST)
-    exp = ops.exp(shifted)
-    total = ops.sum(exp, axis=-1, keepdims=True)
-    return exp / total, shifted - ops.log(total)
+    weights = exponential(shifted)
+    total = ops.sum(weights, axis=-1, keepdims=True)
+    return Rows(weights, total, shifted - ops.log(total))
 
 
 def log_probabilities(probabilities: Tensor, xp: Any = np) -> Tensor:

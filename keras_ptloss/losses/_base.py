@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._binary import of_classes, two_events
-from keras_ptloss._calibration import LOWEST, Calibration
+from keras_ptloss._calibration import LOWEST, Calibration, Rows
 from keras_ptloss._checks import (
     check_class_axis,
     check_classes,
@@ -235,7 +235,7 @@ def read_teacher(
     *,
     from_logits: bool,
     calibration: Calibration | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Rows:
     """Return the teacher's `t` and `log t`, in the form of the student's rows.
 
     Args:
@@ -255,9 +255,12 @@ def read_teacher(
         check_probabilities("y_true", y_true, "say teacher_from_logits=True")
     calibration.check_input("y_true", y_true.shape[-1])
     rows = calibration.with_log(y_true, from_logits=from_logits)
-    check_classes("y_true", rows[0], "y_pred", student)
-    teacher, log_teacher = (of_classes(x, student.shape[-1]) for x in rows)
-    return teacher, log_teacher
+    check_classes("y_true", rows.weights, "y_pred", student)
+    classes = student.shape[-1]
+    return rows._replace(
+        weights=of_classes(rows.weights, classes),
+        log=of_classes(rows.log, classes),
+    )
 
 
 def log_student(student: Tensor, *, from_logits: bool) -> Tensor:

@@ -27,7 +27,8 @@ def focal_loss(
 ) -> Tensor:
     """Compute `-sum_c t_c (1 - p_c)^gamma log p_c` (Eq. 12), `(...)`."""
     student = read_student(y_pred, from_logits=from_logits)
-    teacher, _ = read_teacher(y_true, student, from_logits=teacher_from_logits)
+    rows = read_teacher(y_true, student, from_logits=teacher_from_logits)
+    teacher = rows.probabilities
     log_p = log_student(student, from_logits=from_logits)
     # Above 0, where the power has no finite slope for gamma below 1.
     one_minus_p = ops.maximum(-ops.expm1(log_p), TINY)

@@ -22,7 +22,8 @@ def label_smoothing_loss(
 ) -> Tensor:
     """Compute `KL(t' || p)` with `t' = (1 - delta) t + delta / C`, `(...)`."""
     student = read_student(y_pred, from_logits=from_logits)
-    teacher, _ = read_teacher(y_true, student, from_logits=teacher_from_logits)
+    rows = read_teacher(y_true, student, from_logits=teacher_from_logits)
+    teacher = rows.probabilities
     classes = ops.cast(ops.shape(teacher)[-1], teacher.dtype)
     smoothed = (1.0 - delta) * teacher + delta / classes
     return pt_loss(

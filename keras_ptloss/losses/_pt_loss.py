@@ -7,9 +7,14 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ptloss._backend import row_sum, threads_by_operations
+from keras_ptloss._backend import (
+    fuses_shift,
+    row_sum,
+    threads_by_operations,
+)
 from keras_ptloss._binary import two_events
 from keras_ptloss._calibration import (
+    Rows,
     check_teacher_calibration,
     softmax_and_log,
     teacher_calibration,
@@ -29,7 +34,8 @@ from keras_ptloss.losses._base import (
 
 Tensor = Any
 
-# The order from which `t (1 + p h)` takes more operations than it moves bytes.
+# The order from which loops over the polynomial take more operations than they
+# move bytes, unless there is little beside it.
 LONG = 5
 
 
@@ -107,7 +113,7 @@ def pt_loss(
     check_flag("teacher_from_logits", teacher_from_logits)
     check_flag("entropy", entropy)
     student = read_student(y_pred, from_logits=from_logits)
-    teacher, log_teacher = read_teacher(
+    teacher = read_teacher(
         y_true,
         student,
         from_logits=teacher_from_logits,
@@ -121,7 +127,7 @@ def pt_loss(
         classes=student.shape[-1],
         examples=student.shape[0],
     )
-    rows = (teacher, log_teacher if entropy else None)
+    log_teacher = teacher.log if entropy else None
     constant = isinstance(epsilon, np.ndarray)
     if constant and not np.any(epsilon):
         coefficients = []  # KL
@@ -134,49 +140,48 @@ def pt_loss(
             coefficients = [ops.reshape(x, of_examples) for x in coefficients]
     if not from_logits:
         log_p = log_student(student, from_logits=False)
-        return _value(*rows, student, log_p, coefficients)
-    if constant:
-        return _with_gradient(*rows, student, coefficients)
-    # Coefficients may be differentiated as well: leave it to autodiff.
-    return _value(*rows, *softmax_and_log(student), coefficients)
+        rows = Rows(student, None, log_p)
+    elif constant:
+        return _with_gradient(teacher, log_teacher, student, coefficients)
+    else:  # may be differentiated as well: leave it to autodiff
+        rows = softmax_and_log(student)
+    terms = _terms(rows, coefficients)
+    value = _expected(teacher.probabilities, log_teacher, terms, coefficients)
+    return ops.squeeze(value, axis=-1)
 
 
-def _terms(
+def _terms(student: Rows, coefficients: Sequence[Tensor]) -> Tensor:
+    """Return `sum_m epsilon_{c,m} (1 - p_c)^m - log p_c`, `(..., C)`."""
+    if not coefficients:
+        return -student.log
+    # 1 - p has the digits that the softmax has, as -expm1(log p) would.
+    one_minus_p = 1.0 - student.probabilities
+    return perturbation(one_minus_p, coefficients) - student.log
+
+
+def _expected(
+    weights: Tensor,
     log_teacher: Tensor | None,
-    student: Tensor,
-    log_student: Tensor,
+    terms: Tensor,
     coefficients: Sequence[Tensor],
 ) -> Tensor:
-    """Return `log t_c - log p_c + sum_m epsilon_{c,m} (1 - p_c)^m`.
+    """Return `sum_c weights_c (log t_c + terms_c)`, `(..., 1)`.
 
     `log t` is left out where it is None.
     """
-    terms = -log_student
-    if coefficients:
-        # 1 - p has the digits that the softmax has, as -expm1(log p) would.
-        terms = perturbation(1.0 - student, coefficients) - log_student
-    return terms if log_teacher is None else log_teacher + terms
+    if log_teacher is None:
+        return row_sum(weights * terms)
+    if _is_long(weights, coefficients) and fuses_shift(weights):
+        return row_sum(weights * log_teacher) + row_sum(weights * terms)
+    return row_sum(weights * (log_teacher + terms))
 
 
-def _expected(teacher: Tensor, terms: Tensor) -> Tensor:
-    """Return `sum_c t_c terms_c`, `(...)`."""
-    return ops.squeeze(row_sum(teacher * terms), axis=-1)
-
-
-def _value(
-    teacher: Tensor,
-    log_teacher: Tensor | None,
-    student: Tensor,
-    log_student: Tensor,
-    coefficients: Sequence[Tensor],
-) -> Tensor:
-    """Eq. 7 of probabilities and their logarithms, `(...)`."""
-    terms = _terms(log_teacher, student, log_student, coefficients)
-    return _expected(teacher, terms)
+def _is_long(x: Tensor, coefficients: Sequence[Tensor]) -> bool:
+    return len(coefficients) >= LONG and threads_by_operations(x)
 
 
 def _with_gradient(
-    teacher: Tensor,
+    teacher: Rows,
     log_teacher: Tensor | None,
     logits: Tensor,
     coefficients: Sequence[Tensor],
@@ -186,43 +191,66 @@ def _with_gradient(
     With `h` the slope of the perturbation, `w_c = t_c (1 + p_c h_c)`:
 
         d loss / d logits = p sum_c w_c - w
+
+    A teacher that is yet to be divided by its totals is divided after the sums.
     """
+    log = () if log_teacher is None else (log_teacher,)
+    shares = () if teacher.total is None else (1.0 / teacher.total,)
 
     @ops.custom_gradient
-    def differentiable(teacher: Tensor, logits: Tensor, *log: Tensor) -> Any:
-        student, log_student = softmax_and_log(logits)
-        log_teacher = log[0] if log else None
-        terms = _terms(log_teacher, student, log_student, coefficients)
+    def differentiable(weights: Tensor, logits: Tensor, *rest: Tensor) -> Any:
+        log_teacher = rest[0] if log else None
+        share = rest[-1] if shares else None
+        student = softmax_and_log(logits)
+        terms = _terms(student, coefficients)
+        undivided = _expected(weights, log_teacher, terms, coefficients)
+        value = undivided if share is None else share * undivided
 
         def gradient(*args: Tensor, upstream: Tensor = None) -> Any:
             if upstream is None:  # as TensorFlow and JAX call it
                 (upstream,) = args
             upstream = ops.expand_dims(upstream, -1)
-            w, total = _weights(teacher, student, coefficients)
+            divided = upstream if share is None else upstream * share
+            both = terms if log_teacher is None else log_teacher + terms
+            p = student.probabilities
+            w, total = _weights(weights, share, p, coefficients)
             return (
-                upstream * terms,
-                upstream * (total * student - w),
-                *(upstream * teacher for _ in log),
+                divided * both,
+                upstream * (total * p - w),
+                *(divided * weights for _ in log),
+                *(upstream * undivided for _ in shares),
             )
 
-        return _expected(teacher, terms), gradient
+        return ops.squeeze(value, axis=-1), gradient
 
-    log = () if log_teacher is None else (log_teacher,)
-    return differentiable(teacher, logits, *log)
+    return differentiable(teacher.weights, logits, *log, *shares)
 
 
 def _weights(
-    teacher: Tensor, student: Tensor, coefficients: Sequence[Tensor]
+    teacher: Tensor,
+    share: Tensor | None,
+    p: Tensor,
+    coefficients: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Return `w_c = t_c (1 + p_c h_c)`, `(..., C)`, and its sum, `(..., 1)`."""
+    """Return `w_c = t_c (1 + p_c h_c)`, `(..., C)`, and its sum, `(..., 1)`.
+
+    Args:
+        teacher: t, or what becomes it by `share`; that sums to 1.
+        share: `(..., 1)`, or None.
+        p: the student.
+        coefficients: epsilon, one a power.
+    """
     if not coefficients:
-        return teacher, row_sum(teacher)
-    bent = teacher * (student * slope(1.0 - student, coefficients))
+        if share is None:
+            return teacher, row_sum(teacher)
+        return share * teacher, ops.ones_like(share)
+    bent = teacher * (p * slope(1.0 - p, coefficients))
     w = teacher + bent
-    if len(coefficients) < LONG or not threads_by_operations():
-        return w, row_sum(w)
-    # `t p h` takes fewer; the teacher is read twice more.
-    return w, row_sum(teacher) + row_sum(bent)
+    if share is not None:
+        return share * w, 1.0 + share * row_sum(bent)
+    if _is_long(teacher, coefficients):  # `t p h` takes fewer than `w`
+        return w, row_sum(teacher) + row_sum(bent)
+    return w, row_sum(w)
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
