@@ -10,7 +10,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from keras_ptloss._checks import check_choice, check_count, fail
-from keras_ptloss._teacher import LabelledOutputs, read_labelled
+from keras_ptloss._several import is_several
+from keras_ptloss._teacher import read_labelled
 from keras_ptloss.search._cross_validated import CrossValidatedSearch
 from keras_ptloss.search._examples import Examples
 from keras_ptloss.search._gradient import GradientSearch
@@ -156,6 +157,8 @@ class ProxyTeacherSearch:
         """
         begin = time.perf_counter()
         progress = Progress(verbose)
+        if is_several(teacher) and len(teacher) > 1:
+            self._check_several(f"a list of {len(teacher)}")  # unasked
         read = read_labelled(
             teacher,
             labels,
@@ -164,7 +167,11 @@ class ProxyTeacherSearch:
             ignore_class=ignore_class,
             classes=classes,
         )
-        self._check_several(read)
+        if read.row is not None:
+            counts = ", ".join(map(str, read.row.counts))
+            self._check_several(
+                f"teachers of {counts} classes, with labels of {read.classes}"
+            )
         examples = Examples.of(read)
         if self.objective in OBJECTIVES.values() and self.method.by_class:
             examples = left_to_the_teacher(examples)
@@ -203,15 +210,13 @@ class ProxyTeacherSearch:
             notes=(*notes, *found.notes),
         )
 
-    def _check_several(self, read: LabelledOutputs) -> None:
-        """Require a method that takes several teachers where there are some."""
-        if read.row is not None and not self.method.several:
+    def _check_several(self, received: str) -> None:
+        """Require a method that takes several teachers, or other classes."""
+        if not self.method.several:
             raise ValueError(
                 "`teacher` must be one teacher of the labels' classes for "
                 f"method={self.method.name!r}; CrossValidatedSearch and "
-                "CalibrationSearch take others. Received: teachers of "
-                f"{', '.join(map(str, read.row.counts))} classes, with labels "
-                f"of {read.classes}"
+                f"CalibrationSearch take others. Received: {received}"
             )
 
     def _notes(

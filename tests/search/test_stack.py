@@ -420,9 +420,32 @@ class TestErrors:
 
     @pytest.mark.parametrize("method", ["random", "gradient"])
     def test_methods_of_one_teacher(self, problem, method):
-        match = f"`teacher` must be one teacher.*method='{method}'.*3, 3"
+        match = f"`teacher` must be one teacher.*method='{method}'.*list of 2"
         with pytest.raises(ValueError, match=match):
             ProxyTeacherSearch(method).search(*problem[:2])
+
+    @pytest.mark.parametrize("method", ["random", "gradient"])
+    def test_methods_of_one_teacher_ask_none_of_several(self, problem, method):
+        asked = []
+
+        class Asked(keras.Model):
+            def call(self, x):
+                asked.append(x)
+                return x
+
+        with pytest.raises(ValueError, match="`teacher` must be one teacher"):
+            ProxyTeacherSearch(method).search(
+                [Asked(), Asked()], problem[1], inputs=problem[0][0]
+            )
+        assert not asked
+
+    @pytest.mark.parametrize("method", ["random", "gradient"])
+    def test_methods_of_the_labels_classes(self, problem, method):
+        match = "must be one teacher.*teachers of 3 classes, with labels of 4"
+        with pytest.raises(ValueError, match=match):
+            ProxyTeacherSearch(method).search(
+                problem[0][0], problem[1], classes=4
+            )
 
     def test_missing_answers(self, problem):
         teachers = [problem[0][0], problem[0][1].copy()]
