@@ -1,7 +1,8 @@
 """What a PTLoss costs: value and gradient on logits, beside other losses.
 
     python benchmarks/speed/loss.py --backend jax [--before CHECKOUT] \
-        [--output benchmarks/results/loss.md] [--full]
+        [--output benchmarks/results/loss.csv] [--full]
+    python benchmarks/speed/loss_report.py benchmarks/results/loss.csv
 
 Every loss gets the same logits and soft labels, is averaged over the batch and
 differentiated by the logits, in one compiled function. `--before` is another
@@ -21,6 +22,7 @@ of them.
 """
 
 import argparse
+import csv
 import importlib
 import os
 import pathlib
@@ -29,7 +31,7 @@ import sys
 import time
 
 import numpy as np
-from machine import load_average, machine
+from machine import machine
 
 ORDERS = (1, 5)
 KEEP = {  # freed memory, in this process
@@ -37,29 +39,8 @@ KEEP = {  # freed memory, in this process
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "MALLOC_ARENA_MAX": "1",
 }
-LEAST = 12  # bytes a value: read logits and teacher, write the gradient
+QUARTILES = ("low", "ratio", "high")
 WIDTHS = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "bf16": 2, "f16": 2}
-HEADER = """# PTLoss: value and gradient, beside other losses
-
-`python benchmarks/speed/loss.py --backend jax|tensorflow --before CHECKOUT \
---output benchmarks/results/loss.md`, once a backend.
-
-Forward and backward from logits (standard normal, times 3) with soft labels
-(softmax of the like), mean over the batch, one compiled function. "PTLoss" has
-epsilon uniform in [-1/m, 10] of order M. The rivals: "Keras KL" is
-`KLDivergence` after softmax, "Optax KL" (JAX) `kl_divergence` after
-log-softmax, "Keras cross-entropy" `CategoricalCrossentropy(from_logits=True)`,
-which has no `t log t` to compute. "Before" is the checkout of `--before`.
-
-Ratios are to the faster of the two KL (the smaller median): median over the
-interleaved rounds of the ratio within a round, quartiles in brackets. "CPU" is
-the process's time on all threads, "wall" the clock's. A *pass* is one kernel
-that reads or writes an array of batch x C values; *bytes* are what the passes
-read and write, a value (least possible: 12 in float32, the logits and the
-teacher in and the gradient out); *exp, log* are counted a value. These three
-are read off the compiled program (XLA's; in plain graphs, TensorFlow's after
-its own optimisation), and do not depend on the machine's load.
-"""
 
 
 def load(checkout):
@@ -300,7 +281,7 @@ def measure(functions, labels, logits, rounds, seed):
 
 
 def rows(classes, batch, form_name, form, xla, packages, arguments):
-    """Measure one cell; return its Markdown rows."""
+    """Measure one cell; return a row for each loss."""
     import keras
 
     generator = np.random.default_rng(arguments.seed)
@@ -321,35 +302,33 @@ def rows(classes, batch, form_name, form, xla, packages, arguments):
         arguments.seed,
     )
     kl = [name for name in seconds if name.endswith("KL")]
-    lines = []
+    found = []
     for name, times in seconds.items():
-        cells = []
-        for clock in (0, 1):
-            medians = [np.median(seconds[rival][clock]) for rival in kl]
-            best = kl[int(np.argmin(medians))]
-            ratios = times[clock] / seconds[best][clock]
-            low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-            cells.append(
-                f"**{middle:.2f}** [{low:.2f}, {high:.2f}] | "
-                f"{1e6 * np.median(times[clock]):,.0f}"
-            )
         passes, width, transcendentals = both[name][1]
-        lines.append(
-            f"| {classes} | {batch} | {form_name} | {name} | "
-            f"{' | '.join(cells)} | {passes} | {width:.0f} | "
-            f"{transcendentals:.0f} |"
-        )
-        print(lines[-1], flush=True)
-    return lines
+        row = {
+            "classes": classes,
+            "batch": batch,
+            "form": form_name,
+            "loss": name,
+            "passes": passes,
+            "bytes": f"{width:.0f}",
+            "transcendentals": f"{transcendentals:.0f}",
+        }
+        for clock, time_of in zip(("cpu", "wall"), (0, 1), strict=True):
+            medians = [np.median(seconds[rival][time_of]) for rival in kl]
+            best = kl[int(np.argmin(medians))]
+            ratios = times[time_of] / seconds[best][time_of]
+            quartiles = np.quantile(ratios, [0.25, 0.5, 0.75])
+            for part, value in zip(QUARTILES, quartiles, strict=True):
+                row[f"{clock}_{part}"] = f"{value:.3f}"
+            row[f"{clock}_us"] = f"{1e6 * np.median(times[time_of]):.1f}"
+        found.append(row)
+        print(*row.values(), flush=True)
+    return found
 
 
-def table(xla, packages, arguments):
-    """Measure one way of compiling; return Markdown lines."""
-    lines = [
-        "| C | batch | form | loss | CPU | µs | wall | µs | passes | bytes | "
-        "exp, log |",
-        "|---" * 11 + "|",
-    ]
+def measured(xla, packages, arguments):
+    """Yield the rows of each cell of one way of compiling."""
     for classes in arguments.classes:
         for batch in arguments.batch:
             if classes * batch > arguments.values:
@@ -358,14 +337,24 @@ def table(xla, packages, arguments):
                 # The other forms where time is what is seen, not the call.
                 plain = name == "shared" or arguments.full
                 if plain or (classes, batch) in ((100, 256), (1000, 256)):
-                    lines += rows(
+                    yield rows(
                         classes, batch, name, form, xla, packages, arguments
                     )
-    return lines
+
+
+def append(found, path):
+    """Append rows to a CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, found[0].keys(), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(found)
 
 
 def main():
-    """Measure a backend and append to the output."""
+    """Measure a backend and append to the output as rows come."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=["jax", "tensorflow"])
     parser.add_argument("--before", type=pathlib.Path)
@@ -397,34 +386,22 @@ def main():
     packages = {"PTLoss": load(None)}
     if arguments.before:
         packages["before"] = load(arguments.before)
-    titles = {"jax": {True: "jax.jit"}}.get(
+    programs = {"jax": {True: "jax.jit"}}.get(
         backend,
         {True: "tf.function(jit_compile=True)", False: "plain tf.function"},
     )
-    lines = []
-    for xla, title in titles.items():
-        lines += ["", f"## {backend}: {title}", ""]
-        lines += table(xla, packages, arguments)
-    facts = f"{arguments.rounds} rounds, seed {arguments.seed}. "
-    report = (
-        "\n".join(
-            [
-                *lines,
-                "",
-                facts
-                + machine(
-                    ("keras", backend, "numpy", "optax"),
-                    load_average("at the end"),
-                ),
+    versions = ("keras", backend, "numpy", "optax")
+    for xla, program in programs.items():
+        for found in measured(xla, packages, arguments):
+            facts = machine(versions, f"{arguments.rounds} rounds")
+            where = {"backend": backend, "program": program}
+            load_now = f"{os.getloadavg()[0]:.1f}"
+            found = [
+                where | row | {"load": load_now, "facts": facts}
+                for row in found
             ]
-        )
-        + "\n"
-    )
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        new = not arguments.output.exists()
-        with open(arguments.output, "a") as file:
-            file.write((HEADER if new else "") + report)
+            if arguments.output:
+                append(found, arguments.output)
 
 
 if __name__ == "__main__":
