@@ -272,9 +272,10 @@ def threads_by_operations(x: Tensor) -> bool:
     """Return whether loops of many operations over `x` go to several threads.
 
     XLA's CPU compiler (JAX 0.10) shares out loops of more operations than
-    bytes, from some thousand values on, which takes longer than the loops.
+    bytes from some thousand values on, which takes longer than they do; from
+    2^17 on it shares out all.
     """
-    return _xla_on_cpu() and _values(x) >= 1000
+    return _xla_on_cpu() and 1000 <= _values(x) < 2**17
 
 
 def fuses_shift(x: Tensor) -> bool:

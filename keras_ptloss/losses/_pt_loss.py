@@ -241,16 +241,17 @@ def _weights(
         coefficients: epsilon, one a power.
     """
     if not coefficients:
-        if share is None:
-            return teacher, row_sum(teacher)
-        return share * teacher, ops.ones_like(share)
-    bent = teacher * (p * slope(1.0 - p, coefficients))
-    w = teacher + bent
-    if share is not None:
-        return share * w, 1.0 + share * row_sum(bent)
-    if _is_long(teacher, coefficients):  # `t p h` takes fewer than `w`
-        return w, row_sum(teacher) + row_sum(bent)
-    return w, row_sum(w)
+        w, total = teacher, row_sum(teacher)
+    else:
+        bent = teacher * (p * slope(1.0 - p, coefficients))
+        w = teacher + bent
+        if not _is_long(teacher, coefficients):
+            total = row_sum(w)
+        elif share is None:  # `t p h` takes fewer operations than `w`
+            total = row_sum(teacher) + row_sum(bent)
+        else:
+            return share * w, 1.0 + share * row_sum(bent)
+    return (w, total) if share is None else (share * w, share * total)
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
