@@ -8,7 +8,6 @@ times in a search and whose result should not depend on the backend.
 import concurrent.futures
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -241,61 +240,6 @@ def check_distribution() -> None:
             "JAX: keras.distribution.set_distribution(None). Received: a "
             f"{type(distribution).__name__} with the {backend} backend"
         )
-
-
-def row_sum(x: Tensor) -> Tensor:
-    """Sum over the last axis: `(..., C)` to `(..., 1)`.
-
-    XLA's CPU compiler fuses neighbouring row sums into one loop that is
-    neither vectorised nor parallel (JAX 0.10: 3 to 6 times slower); a product
-    with a vector of ones stays out of it. Not on accelerators, whose matrix
-    units round float32; and not on PyTorch, where there is no XLA.
-    """
-    xla = keras.backend.backend() != "torch"
-    if xla and on_cpu() and x.shape[-1] is not None:
-        return keras.ops.matmul(x, keras.ops.ones((x.shape[-1], 1), x.dtype))
-    return keras.ops.sum(x, axis=-1, keepdims=True)
-
-
-def _xla_on_cpu() -> bool:
-    """Return whether XLA's CPU compiler is at work for certain: JAX's."""
-    return keras.backend.backend() == "jax" and on_cpu()
-
-
-def _values(x: Tensor) -> float:
-    """Return how many values `x` has, infinitely many where a size is open."""
-    known = all(isinstance(size, int) for size in x.shape)
-    return math.prod(x.shape) if known else math.inf
-
-
-def threads_by_operations(x: Tensor) -> bool:
-    """Return whether loops of many operations over `x` go to several threads.
-
-    XLA's CPU compiler (JAX 0.10) shares out loops of more operations than
-    bytes from some thousand values on, which takes longer than they do; from
-    2^17 on it shares out all.
-    """
-    return _xla_on_cpu() and 1000 <= _values(x) < 2**17
-
-
-def fuses_shift(x: Tensor) -> bool:
-    """Return whether a softmax's shift is in the loops that read it.
-
-    XLA's CPU compiler (JAX 0.10) leaves it to a library from 4,096 values on.
-    """
-    return _xla_on_cpu() and _values(x) < 4096
-
-
-def exponential(x: Tensor) -> Tensor:
-    """Return `exp(x)` of numbers of at most 0, `(..., C)`.
-
-    XLA's CPU compiler (JAX 0.10) takes a third of the time for it in a loop
-    with another operation, if rows are long: such as this bound, below which
-    `exp` is 0 in float64 as well.
-    """
-    if _xla_on_cpu() and x.shape[-1] >= 40:
-        x = keras.ops.maximum(x, -1000.0)
-    return keras.ops.exp(x)
 
 
 @functools.cache

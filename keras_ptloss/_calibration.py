@@ -14,8 +14,8 @@ import numpy as np
 import scipy.special
 from keras import ops
 
-from keras_ptloss._backend import exponential
 from keras_ptloss._checks import as_floats, differ, fail
+from keras_ptloss._xla import exponential
 
 Tensor = Any
 

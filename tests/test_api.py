@@ -120,6 +120,7 @@ RECORDS = {
 # A backend's own code, by file: why `keras.ops` does not serve.
 BACKEND_CODE = {
     "_backend.py": "what differs between backends stands here",
+    "_xla.py": "the bits of a number, which keras.ops do not give",
     "serving/_saved_model.py": "SavedModels are TensorFlow's format",
     "serving/_stablehlo.py": "what TensorFlow has to read of JAX's SavedModels",
 }

@@ -9,6 +9,9 @@ import keras
 import numpy as np
 import pytest
 
+from keras_ptloss._backend import float64
+from keras_ptloss._xla import log
+
 SCRIPT = """
 import json, numpy as np
 from keras_ptloss import ProxyTeacherSearch
@@ -67,3 +70,18 @@ def test_same_seed_same_result_on_another_backend(capsys):
     for ours, theirs in zip(*results, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_logarithm(dtype):
+    """Of the whole range, and next to 1, where it is small."""
+    info = np.finfo(dtype)
+    near = 1.0 - 10.0 ** np.linspace(-16, -0.1, 500)
+    wide = 10.0 ** np.linspace(np.log10(info.tiny) + 0.01, 4.0, 2000)
+    x = np.concatenate([near, 2.0 - near, wide]).astype(dtype)
+    with float64():
+        got = keras.ops.convert_to_numpy(log(keras.ops.convert_to_tensor(x)))
+    assert got.dtype == dtype
+    np.testing.assert_allclose(
+        got, np.log(x.astype("float64")), rtol=8 * info.eps, atol=0
+    )

@@ -7,11 +7,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ptloss._backend import (
-    fuses_shift,
-    row_sum,
-    threads_by_operations,
-)
 from keras_ptloss._binary import two_events
 from keras_ptloss._calibration import (
     Rows,
@@ -25,6 +20,7 @@ from keras_ptloss._checks import (
     check_flag,
 )
 from keras_ptloss._perturbation import perturbation, slope
+from keras_ptloss._xla import fuses_shift, row_sum, threads_by_operations
 from keras_ptloss.losses._base import (
     TeacherLoss,
     log_student,

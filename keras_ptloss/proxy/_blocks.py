@@ -1,5 +1,7 @@
 """The solver on NumPy arrays: blocks of rows, all of one compiled shape."""
 
+from typing import Any
+
 import numpy as np
 import scipy.special
 
@@ -44,34 +46,44 @@ def solve_newton(
     """
     if not np.any(epsilon):
         return unperturbed(teacher, epsilon.shape[: max(epsilon.ndim - 2, 0)])
-    coefficients = np.moveaxis(epsilon, -1, 0)  # (M,), (M, C), (M, K, 1 or C)
     several = epsilon.ndim == 3
-    if several:
-        times = at_once or len(epsilon)
-        groups = np.split(
-            coefficients[:, :, None, :], len(epsilon) // times, axis=1
-        )
-    else:
-        times = 1
-        groups = [coefficients.reshape(len(coefficients), 1, -1)]
+    coefficients = np.moveaxis(epsilon, -1, 0)  # (M,), (M, C), (M, K, 1 or C)
+    if not several:
+        coefficients = coefficients.reshape(len(coefficients), 1, -1)
+    times = (at_once or len(epsilon)) if several else 1
+    groups = np.split(coefficients, coefficients.shape[1] // times, axis=1)
     blocks = row_blocks(teacher, times=times)
     parts = by_blocks(
-        lambda rows, coefficients: numpy_newton(
-            rows, coefficients, tolerance=tolerance, max_steps=max_steps
+        lambda rows, group: _solve_block(
+            rows, group, tolerance=tolerance, max_steps=max_steps
         ),
         [(*block, group) for group in groups for block in blocks],
     )
-    axis = 1 if several else 0
-    unfilled = (slice(None),) * axis + (slice(len(teacher)),)
     solved = [
         [
-            np.concatenate(part, axis=axis)[unfilled]
+            np.concatenate(part, axis=1)[:, : len(teacher)]
             for part in zip(*parts[first : first + len(blocks)], strict=True)
         ]
         for first in range(0, len(parts), len(blocks))
     ]
-    fields = zip(*solved, strict=True)
-    return Solution(*(np.concatenate(field) for field in fields))
+    fields = [np.concatenate(field) for field in zip(*solved, strict=True)]
+    return Solution(*(field if several else field[0] for field in fields))
+
+
+def _solve_block(
+    rows: np.ndarray, coefficients: np.ndarray, **settings: Any
+) -> list[np.ndarray]:
+    """Solve rows `(N, C)` for K epsilon, `(M, K, 1 or C)`: `(K, N, ...)`.
+
+    All of them are rows to the compiled function: with axes of their own XLA's
+    CPU compiler would not vectorise it.
+    """
+    times = coefficients.shape[1]
+    every = np.tile(rows, (times, 1))
+    if times > 1:
+        coefficients = np.repeat(coefficients, len(rows), axis=1)
+    solution = numpy_newton(every, coefficients, **settings)
+    return [x.reshape(times, len(rows), *x.shape[1:]) for x in solution]
 
 
 def unperturbed(teacher: np.ndarray, several: tuple[int, ...]) -> Solution:
@@ -87,9 +99,9 @@ def row_blocks(
     """Cut arrays `(N, C)` into blocks of rows, all of one shape.
 
     A compiled function serves one shape, and compiling takes longer than most
-    solves. Sizes are therefore powers of two from 1,024 on, so that the folds
-    of a search have that of the whole; the last block is filled with uniform
-    rows, which are solved soon.
+    solves. Sizes are therefore equal parts of powers of two from 1,024 on, so
+    that the folds of a search have that of the whole; the last block is filled
+    with uniform rows, which are solved soon.
 
     Args:
         *arrays: `(N, C)` each.
@@ -101,7 +113,9 @@ def row_blocks(
     examples, classes = arrays[0].shape
     least = max(16, -(-LEAST_ROWS[Layout.of(classes).axis] // times))
     most = max(least, block_elements() // (classes * times) // 16 * 16)
-    size = min(most, max(1024, 2 ** (examples - 1).bit_length()))
+    whole = max(1024, 2 ** (examples - 1).bit_length())
+    parts = -(-whole // most)
+    size = -(-whole // parts // 16) * 16
     missing = -examples % size
     filled = [
         np.concatenate([a, np.full((missing, classes), 1.0 / classes)])

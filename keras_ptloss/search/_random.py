@@ -89,7 +89,7 @@ class RandomSearch:
         scores: list[float] = []
         unconverged: list[int] = []
         # Trials differ in their steps: few together waste few.
-        at_once = max(1, block_elements() // 4 // teacher.size)
+        at_once = max(1, block_elements() // 2 // teacher.size)
         # Those whose blocks are shared out together, within 32 MiB.
         size = at_once * max(1, min(16, 2**22 // (at_once * teacher.size)))
         for start in range(0, len(epsilons), size):
