@@ -257,9 +257,10 @@ def read_teacher(
     rows = calibration.with_log(y_true, from_logits=from_logits)
     check_classes("y_true", rows.weights, "y_pred", student)
     classes = student.shape[-1]
-    return rows._replace(
-        weights=of_classes(rows.weights, classes),
-        log=of_classes(rows.log, classes),
+    return Rows(
+        of_classes(rows.weights, classes),
+        rows.total,
+        of_classes(rows.log, classes),
     )
 
 

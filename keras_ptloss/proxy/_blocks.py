@@ -7,8 +7,9 @@ import scipy.special
 
 from keras_ptloss._backend import on_numpy
 from keras_ptloss._cores import block_elements, by_blocks
-from keras_ptloss.proxy._newton import Solution, newton
+from keras_ptloss.proxy._newton import SURE, Solution, newton
 from keras_ptloss.proxy._stationarity import Layout
+from keras_ptloss.proxy._table import table_of
 
 # `newton`'s, wherever the caller does not ask for others.
 TOLERANCE = 1e-12
@@ -53,11 +54,18 @@ def solve_newton(
     times = (at_once or len(epsilon)) if several else 1
     groups = np.split(coefficients, coefficients.shape[1] // times, axis=1)
     blocks = row_blocks(teacher, times=times)
+    shared = coefficients.shape[2] == 1
+    table = shared and len(coefficients) <= SURE
+    tables = [table_of(g[:, :, 0].T) if table else () for g in groups]
     parts = by_blocks(
-        lambda rows, group: _solve_block(
-            rows, group, tolerance=tolerance, max_steps=max_steps
+        lambda *block: _solve_block(
+            *block, tolerance=tolerance, max_steps=max_steps
         ),
-        [(*block, group) for group in groups for block in blocks],
+        [
+            (*block, *group)
+            for group in zip(groups, tables, strict=True)
+            for block in blocks
+        ],
     )
     solved = [
         [
@@ -71,7 +79,10 @@ def solve_newton(
 
 
 def _solve_block(
-    rows: np.ndarray, coefficients: np.ndarray, **settings: Any
+    rows: np.ndarray,
+    coefficients: np.ndarray,
+    table: tuple[np.ndarray, ...],
+    **settings: Any,
 ) -> list[np.ndarray]:
     """Solve rows `(N, C)` for K epsilon, `(M, K, 1 or C)`: `(K, N, ...)`.
 
@@ -82,7 +93,7 @@ def _solve_block(
     every = np.tile(rows, (times, 1))
     if times > 1:
         coefficients = np.repeat(coefficients, len(rows), axis=1)
-    solution = numpy_newton(every, coefficients, **settings)
+    solution = numpy_newton(every, coefficients, *table, **settings)
     return [x.reshape(times, len(rows), *x.shape[1:]) for x in solution]
 
 

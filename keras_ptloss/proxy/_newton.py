@@ -26,6 +26,7 @@ from keras_ptloss.proxy._stationarity import (
     smallest,
     stationarity,
 )
+from keras_ptloss.proxy._table import Table, proxies_by_table
 
 Tensor = Any
 
@@ -100,7 +101,7 @@ class Solution(NamedTuple):
 def newton(
     teacher: Tensor,
     coefficients: Tensor,
-    *,
+    *table: Tensor,
     tolerance: float,
     max_steps: int,
 ) -> Solution:
@@ -109,6 +110,8 @@ def newton(
     Args:
         teacher: `(..., C)`, rows on the simplex.
         coefficients: `(M, ...)`, each order broadcastable to `teacher`.
+        *table: the fields of a `Table`, or nothing; `teacher` is then `(R, C)`,
+            and the classes share the coefficients.
         tolerance: residual at which a row is left alone.
         max_steps: most steps a row.
     """
@@ -124,7 +127,7 @@ def newton(
         tolerance,
         max_steps,
     )
-    state = init(problem)
+    state = init(problem, *table)
     (state,) = ops.while_loop(
         lambda state: unfinished(problem, state),
         lambda state: (step(problem, state),),
@@ -141,11 +144,12 @@ def loss_at(problem: Problem, q: Tensor) -> Tensor:
     return loss_of(problem.layout, problem.teacher, q, problem.coefficients)
 
 
-def init(problem: Problem) -> State:
+def init(problem: Problem, *table: Tensor) -> State:
     """Return the teacher itself, and where to look first.
 
-    That is one step of the fixed-point map, `w / sum w` at the teacher:
-    cheaper than a Newton step, it spares the slowest rows several.
+    That is where the table says, if there is one and the loss is convex, or
+    else one step of the fixed-point map, `w / sum w` at the teacher: cheaper
+    than a Newton step, either spares several.
     """
     layout, teacher = problem.layout, problem.teacher
     # Trials share the teacher's rows: broadcast `q` to all of them.
@@ -155,6 +159,14 @@ def init(problem: Problem) -> State:
     moves = ~layout.row(layout.all(gap <= 0))
     # No class is lost: one at 0 would stay there.
     trial = normalised(layout, maximum(w, 1e-3 * teacher))
+    if table:
+        trial = ops.cond(
+            problem.convex,
+            lambda: proxies_by_table(
+                layout, teacher, layout.sum(w), Table(*table)
+            ),
+            lambda: trial,
+        )
     trial = ops.where(layout.by_class(moves), trial, q)
     loss = loss_at(problem, q)
     return State(

@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from keras_ptloss._checks import check_choice, check_count, fail
 from keras_ptloss._several import is_several
-from keras_ptloss._teacher import read_labelled
+from keras_ptloss._teacher import LabelledOutputs, read_labelled
 from keras_ptloss.search._cross_validated import CrossValidatedSearch
 from keras_ptloss.search._examples import Examples
 from keras_ptloss.search._gradient import GradientSearch
@@ -157,8 +157,7 @@ class ProxyTeacherSearch:
         """
         begin = time.perf_counter()
         progress = Progress(verbose)
-        if is_several(teacher) and len(teacher) > 1:
-            self._check_several(f"a list of {len(teacher)}")  # unasked
+        self._check_list(teacher)
         read = read_labelled(
             teacher,
             labels,
@@ -167,11 +166,7 @@ class ProxyTeacherSearch:
             ignore_class=ignore_class,
             classes=classes,
         )
-        if read.row is not None:
-            counts = ", ".join(map(str, read.row.counts))
-            self._check_several(
-                f"teachers of {counts} classes, with labels of {read.classes}"
-            )
+        self._check_row(read)
         examples = Examples.of(read)
         if self.objective in OBJECTIVES.values() and self.method.by_class:
             examples = left_to_the_teacher(examples)
@@ -209,6 +204,19 @@ class ProxyTeacherSearch:
             },
             notes=(*notes, *found.notes),
         )
+
+    def _check_list(self, teacher: Any) -> None:
+        """Refuse several teachers before they are asked."""
+        if is_several(teacher) and len(teacher) > 1:
+            self._check_several(f"a list of {len(teacher)}")
+
+    def _check_row(self, read: LabelledOutputs) -> None:
+        """Refuse teachers of other classes, which their answers show."""
+        if read.row is not None:
+            counts = ", ".join(map(str, read.row.counts))
+            self._check_several(
+                f"teachers of {counts} classes, with labels of {read.classes}"
+            )
 
     def _check_several(self, received: str) -> None:
         """Require a method that takes several teachers, or other classes."""
