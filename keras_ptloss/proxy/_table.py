@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_ptloss.proxy._stationarity import ROUNDING, Layout
+from keras_ptloss._backend import maximum, minimum
+from keras_ptloss.proxy._stationarity import ROUNDING, Layout, smallest
 
 Tensor = Any
 
@@ -96,21 +97,24 @@ def proxies_by_table(
     def classes(log_nu: Tensor) -> tuple[Tensor, Tensor]:
         """Return `q_c(nu)`, and its derivative by `log nu`."""
         place = (log_nu - first) * density
-        node = ops.cast(ops.clip(place, 0.0, NODES - 2.0), "int32")
+        node = minimum(maximum(place, 0.0), NODES - 2.0)
+        node = ops.cast(node, "int32")
         share = place - ops.cast(node, place.dtype)
         low = ops.take(values, begin + node)
         rise = ops.take(values, begin + node + 1) - low
         small = teacher * ops.exp(-log_nu)
         below = place > NODES - 1.0
         return (
-            ops.where(below, small, ops.maximum(low + share * rise, 0.0)),
+            ops.where(below, small, maximum(low + share * rise, 0.0)),
             ops.where(below, -small, rise * density),
         )
 
-    log_nu = ops.log(nu)
+    log_nu = ops.log(maximum(nu, smallest(nu)))
     for _ in range(STEPS):
         q, slope = classes(log_nu)
         log_nu = log_nu - (layout.sum(q) - 1.0) / layout.sum(slope)
+        # A place that is no number would be none in the table.
+        log_nu = ops.where(ops.isfinite(log_nu), log_nu, 0.0 * nu)
     q, _ = classes(log_nu)
-    q = ops.maximum(q, 1e-6 * teacher)  # no class is lost, whatever nu is
+    q = maximum(q, 1e-6 * teacher)  # no class is lost, whatever nu is
     return q / layout.sum(q)
