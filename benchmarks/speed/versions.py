@@ -5,7 +5,8 @@
         --data ../shared/data
 
 Each version runs in processes of its own, by turns. Times are of the
-processor, so that other jobs of the machine count little.
+processor, so that other jobs of the machine count little; of Algorithm 1 they
+are by the clock, with all cores.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import pathlib
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 
@@ -23,7 +25,7 @@ SHARPENED = (1, 10, 20)  # the factors of the teachers' logits
 
 
 def solve_times(repeats):
-    """Yield `(C, "shared" | "per class", processor seconds of a solve)`."""
+    """Yield `(C, kind of epsilon and call, processor seconds of a solve)`."""
     try:
         from keras_ptloss.proxy._proxy_teacher import solve_newton
     except ImportError:
@@ -32,15 +34,54 @@ def solve_times(repeats):
     random = np.random.default_rng(0)
     for classes in CLASSES:
         teacher = random.dirichlet(np.full(classes, 0.3), size=1000)
-        count = 30 if classes < 100 else 5
+        several = 30 if classes < 100 else 5
         for name, width in (("shared", 1), ("per class", classes)):
-            epsilon = random.uniform(-0.2, 10.0, (count, width, 5))
-            solve_newton(teacher, epsilon)
-            for _ in range(repeats):
-                begin = time.process_time()
-                solve_newton(teacher, epsilon)
-                seconds = time.process_time() - begin
-                yield classes, name, seconds / (count * len(teacher))
+            epsilon = random.uniform(-0.2, 10.0, (several, width, 5))
+            one = epsilon[0, 0] if width == 1 else epsilon[0]
+            for call, given in (("several", epsilon), ("one", one)):
+                solve_newton(teacher, given)
+                count = several if call == "several" else 1
+                for _ in range(repeats):
+                    begin = time.process_time()
+                    for _ in range(several // count):
+                        solve_newton(teacher, given)
+                    seconds = time.process_time() - begin
+                    kind = f"{name}, {call} a call"
+                    yield classes, kind, seconds / (several * len(teacher))
+
+
+def search_times(repeats):
+    """Yield `(C, "Algorithm 1", seconds of a later call)`, by the clock."""
+    random = np.random.default_rng(0)
+    for classes in (3, 100):
+        teacher = random.dirichlet(np.full(classes, 0.3), size=1000)
+        labels = random.integers(classes, size=1000)
+        search = algorithm_1(0)
+        search.search(teacher, labels)
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            search.search(teacher, labels)
+            yield classes, "Algorithm 1", time.perf_counter() - begin
+
+
+def algorithm_1(seed):
+    """Return the paper's search, of either version."""
+    import keras_ptloss
+
+    try:
+        method = keras_ptloss.search.RandomSearch(order=5)
+    except AttributeError:
+        return keras_ptloss.ProxyTeacherSearch(
+            method="random", order=5, seed=seed
+        )
+    return keras_ptloss.ProxyTeacherSearch(method, seed=seed)
+
+
+def times(repeats):
+    """Yield all of them."""
+    warnings.simplefilter("ignore")  # of labels that tell nothing
+    yield from solve_times(repeats)
+    yield from search_times(repeats)
 
 
 def teachers(data):
@@ -83,23 +124,14 @@ def found(data):
 
 def drawn(data):
     """Yield `(teacher, seed, epsilon)` of the studies' Algorithm 1."""
-    import keras_ptloss
-
     for key, few, _, rows, labels in teachers(data):
         for seed in range(3):
-            try:
-                method = keras_ptloss.search.RandomSearch(order=5)
-                search = keras_ptloss.ProxyTeacherSearch(method, seed=seed)
-            except AttributeError:
-                search = keras_ptloss.ProxyTeacherSearch(
-                    method="random", order=5, seed=seed
-                )
-            result = search.search(rows[few], labels[few])
+            result = algorithm_1(seed).search(rows[few], labels[few])
             yield key, seed, np.ravel(result.epsilon).tolist()
 
 
 # Of a checkout, in a process of its own.
-JOBS = {"time": lambda data: solve_times(3), "found": found, "drawn": drawn}
+JOBS = {"time": lambda data: times(3), "found": found, "drawn": drawn}
 
 
 def child(checkout, job, data):
@@ -127,10 +159,10 @@ def main():
     before, now = arguments.checkouts
     ratios = {}
     for _ in range(arguments.turns):
-        times = [child(c, "time", arguments.data) for c in (before, now)]
-        for old, new in zip(*times, strict=True):
+        both = [child(c, "time", arguments.data) for c in (before, now)]
+        for old, new in zip(*both, strict=True):
             ratios.setdefault(tuple(old[:2]), []).append(new[2] / old[2])
-    print("| C | epsilon | processor time, now / before [quartiles] |")
+    print("| C | epsilon | time, now / before [quartiles] |")
     print("|---|---|---|")
     for (classes, name), values in ratios.items():
         low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
