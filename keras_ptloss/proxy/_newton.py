@@ -248,7 +248,7 @@ def plan(
     sure = problem.convex & ops.all(close) & short
     trial = ops.cond(
         sure,
-        lambda: q + q * found.rate,
+        lambda: q * (1.0 + found.rate),  # q times the rate may underflow
         lambda: careful(problem, q, convex, found, damping),
     )
     return trial, sure, found.residual

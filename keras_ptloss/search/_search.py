@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
 from threadpoolctl import threadpool_limits
 
@@ -207,7 +208,10 @@ class ProxyTeacherSearch:
 
     def _check_list(self, teacher: Any) -> None:
         """Refuse several teachers before they are asked."""
-        if is_several(teacher) and len(teacher) > 1:
+        models = is_several(teacher) and [
+            one for one in teacher if isinstance(one, keras.Model)
+        ]
+        if models and len(teacher) > 1:
             self._check_several(f"a list of {len(teacher)}")
 
     def _check_row(self, read: LabelledOutputs) -> None:

@@ -420,7 +420,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("method", ["random", "gradient"])
     def test_methods_of_one_teacher(self, problem, method):
-        match = f"`teacher` must be one teacher.*method='{method}'.*list of 2"
+        match = f"`teacher` must be one teacher.*method='{method}'.*3, 3"
         with pytest.raises(ValueError, match=match):
             ProxyTeacherSearch(method).search(*problem[:2])
 
