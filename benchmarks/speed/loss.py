@@ -14,11 +14,10 @@ the process's CPU time, of all threads, which other work on the machine hardly
 moves; and the wall's. Passes and bytes are read off the compiled program, and
 hold whatever else the machine does.
 
-Two costs that are no loss's are kept out of the times. glibc gives freed memory
-back to the system, whose fresh pages take up to five times as long as the work
-on them, now for one loss, now for another; and JAX hands programs of 1,000
-operations or more over to another thread, which takes longer than the smallest
-of them.
+Two costs that are no loss's are kept out of the times: glibc is told to keep
+what is freed, so that no loss pays for fresh pages; and JAX not to hand programs
+over to another thread, which takes longer than the smallest of them (it does so
+with some 1,000 operations and more).
 """
 
 import argparse
@@ -252,8 +251,7 @@ def cost_of_graph(function, labels, logits, values):
 def measure(functions, labels, logits, rounds, seed):
     """Return `{name: seconds a call, (2, rounds)}`, CPU and wall.
 
-    Each round lays its arrays elsewhere: where a loop reads what lies a
-    multiple of 4 KiB from what it writes, it may take four times as long.
+    Each round lays its arrays elsewhere, so that no loss has a place of luck.
     """
     calls, seconds = {}, {name: [] for name in functions}
     for name, function in functions.items():
