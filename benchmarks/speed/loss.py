@@ -15,9 +15,9 @@ moves; and the wall's. Passes and bytes are read off the compiled program, and
 hold whatever else the machine does.
 
 Two costs that are no loss's are kept out of the times: glibc is told to keep
-what is freed, so that no loss pays for fresh pages; and JAX not to hand programs
-over to another thread, which takes longer than the smallest of them (it does so
-with some 1,000 operations and more).
+what is freed, so that no loss pays for fresh pages; and JAX not to hand
+programs over to another thread, which takes longer than the smallest of them
+(it does so with some 1,000 operations and more).
 """
 
 import argparse
