@@ -12,7 +12,6 @@ import pathlib
 
 SECTION = "## Tables"
 ORDERS = (1, 5)
-CELL = ("classes", "batch", "form")
 
 
 def read(path):

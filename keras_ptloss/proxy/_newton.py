@@ -155,18 +155,22 @@ def init(problem: Problem, *table: Tensor) -> State:
     # Trials share the teacher's rows: broadcast `q` to all of them.
     q = teacher + 0.0 * sum(problem.coefficients)
     w = stationarity(layout, teacher, q, problem.coefficients).w
-    gap = ops.abs(w - q * layout.sum(w)) - problem.tolerance * w
+    total = layout.sum(w)
+    gap = ops.abs(w - q * total) - problem.tolerance * w
     moves = ~layout.row(layout.all(gap <= 0))
-    # No class is lost: one at 0 would stay there.
-    trial = normalised(layout, maximum(w, 1e-3 * teacher))
+
+    def fixed_point() -> Tensor:
+        # No class is lost: one at 0 would stay there.
+        return normalised(layout, maximum(w, 1e-3 * teacher))
+
     if table:
         trial = ops.cond(
             problem.convex,
-            lambda: proxies_by_table(
-                layout, teacher, layout.sum(w), Table(*table)
-            ),
-            lambda: trial,
+            lambda: proxies_by_table(layout, teacher, total, Table(*table)),
+            fixed_point,
         )
+    else:
+        trial = fixed_point()
     trial = ops.where(layout.by_class(moves), trial, q)
     loss = loss_at(problem, q)
     return State(

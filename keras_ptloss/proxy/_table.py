@@ -16,7 +16,7 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import maximum, minimum
-from keras_ptloss.proxy._stationarity import ROUNDING, Layout, smallest
+from keras_ptloss.proxy._stationarity import Layout, smallest
 
 Tensor = Any
 
@@ -54,18 +54,16 @@ def table_of(epsilon: np.ndarray) -> Table:
     Its values mean nothing where the loss is not convex.
     """
     s, log_q = _grid()
+    q = np.exp(log_q)
     order = epsilon.shape[1]
-    # As in `_stationarity`: sums of positive terms.
-    a = 1.0 + np.arange(1, order + 1) * epsilon
-    a[np.abs(a) <= ROUNDING * np.finfo("float64").eps] = 0.0
+    # As in `_stationarity`: sums of positive terms, if the loss is convex.
+    a = np.maximum(1.0 + np.arange(1, order + 1) * epsilon, 0.0)
     value = s[:, None] ** np.arange(order) @ a.T
-    r = s[:, None] ** order + np.exp(log_q)[:, None] * value
-    convex = np.all(a >= 0, axis=1)
+    r = s[:, None] ** order + q[:, None] * value
     r[0] = np.where(r[0] > 0, r[0], r[1])
-    y = np.log(np.where(convex, r, 1.0)) - log_q[:, None]
+    y = np.log(r) - log_q[:, None]
     width = (y[-1] - y[0]) / (NODES - 1)
     nodes = y[0] + np.arange(NODES)[:, None] * width
-    q = np.exp(log_q)
     values = [
         np.interp(at, one, q) for at, one in zip(nodes.T, y.T, strict=True)
     ]

@@ -11,7 +11,6 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from keras_ptloss._checks import check_choice, check_count, fail
-from keras_ptloss._several import is_several
 from keras_ptloss._teacher import LabelledOutputs, read_labelled
 from keras_ptloss.search._cross_validated import CrossValidatedSearch
 from keras_ptloss.search._examples import Examples
@@ -208,10 +207,8 @@ class ProxyTeacherSearch:
 
     def _check_list(self, teacher: Any) -> None:
         """Refuse several teachers before they are asked."""
-        models = is_several(teacher) and [
-            one for one in teacher if isinstance(one, keras.Model)
-        ]
-        if models and len(teacher) > 1:
+        several = isinstance(teacher, (list, tuple)) and len(teacher) > 1
+        if several and any(isinstance(one, keras.Model) for one in teacher):
             self._check_several(f"a list of {len(teacher)}")
 
     def _check_row(self, read: LabelledOutputs) -> None:

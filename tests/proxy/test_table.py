@@ -8,7 +8,7 @@ from keras_ptloss._backend import float64
 from keras_ptloss.proxy import _blocks
 from keras_ptloss.proxy._newton import SURE
 from keras_ptloss.proxy._stationarity import Layout
-from keras_ptloss.proxy._table import NODES, proxies_by_table, table_of
+from keras_ptloss.proxy._table import NODES, Table, proxies_by_table, table_of
 
 EPSILONS = {
     "one": [3.0],
@@ -66,9 +66,7 @@ def test_points_are_near_the_solutions(classes):
                     keras.ops.convert_to_tensor(np.tile(teacher, (2, 1))), 2
                 ),
                 layout.enter(keras.ops.convert_to_tensor(nu), 2),
-                type(table_of(epsilons))(
-                    *map(keras.ops.convert_to_tensor, table_of(epsilons))
-                ),
+                Table(*map(keras.ops.convert_to_tensor, table_of(epsilons))),
             )
         )
         q = keras.ops.convert_to_numpy(q)
