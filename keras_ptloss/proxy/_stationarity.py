@@ -205,7 +205,8 @@ def distance(layout: Layout, q: Tensor, w: Tensor, d: Tensor) -> Distance:
     relative step is smaller than the largest of theirs.
     """
     tiny = smallest(q)
-    weight = q / maximum(d, 1e6 * tiny)
+    # At most 1e35 in float32: sums of q times it do not overflow.
+    weight = q / maximum(d, 1e3 * tiny)
     nu = layout.sum(w * weight) / layout.sum(q * weight)
     large = q > 0.5
     rate = ops.where(large, 0.0, (w - nu * q) / maximum(d, tiny))

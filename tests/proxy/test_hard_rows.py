@@ -13,6 +13,7 @@ import scipy.special
 from keras_ptloss import Correction, ProxyTeacher, proxy_teacher
 from keras_ptloss.layers import CorrectedTeacher
 from keras_ptloss.proxy._layer import proxy_tensor
+from keras_ptloss.proxy._newton import newton
 
 mpmath = pytest.importorskip("mpmath")
 
@@ -362,6 +363,19 @@ class TestFloat32:
         # Below, a few millionths of t are subnormal: 0, or of few digits.
         torch = keras.backend.backend() == "torch"
         assert off.max() < (5e-3 if torch else 3e-5)
+
+    def test_small_hessians_keep_their_weight(self):
+        """Held at 1e6 times the smallest float, the steps went to and fro."""
+        small = np.float32(4e-34) * np.arange(1, 20, dtype="float32")
+        teacher = rows_of_one_large(2, small.astype("float64"))
+        _, _, residual, steps = newton(
+            keras.ops.convert_to_tensor(teacher.astype("float32")),
+            keras.ops.convert_to_tensor(LOWEST.astype("float32")[:, None]),
+            tolerance=1e-5,
+            max_steps=100,
+        )
+        assert np.all(keras.ops.convert_to_numpy(residual) <= 1e-5)
+        assert np.all(keras.ops.convert_to_numpy(steps) <= 6)
 
     @pytest.mark.parametrize("order", [1, 5])
     def test_correction_of_a_hard_teacher(self, order):
