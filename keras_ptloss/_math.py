@@ -1,0 +1,98 @@
+"""The formulas that the losses, the proxy teacher and the search share.
+
+Symbols are the paper's: `t` teacher probabilities, `p` student probabilities,
+`q` proxy teacher, all of shape `(..., C)`. Functions that take `xp` serve NumPy
+arrays (`xp=numpy`) and tensors (`xp=keras.ops`) alike.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+Tensor = Any
+
+# Teacher probabilities below this value carry no information that is worth
+# scaling: APIs and float16 files give zeros there.
+MIN_PROBABILITY = 1e-7
+
+
+def log_teacher_probs(teacher_probs: Tensor, xp: Any = np) -> Tensor:
+    """Return `z = log max(t, 1e-7)`, the logits of a teacher's probabilities.
+
+    Everything that scales a teacher, by a temperature or a matrix, starts from
+    this `z`, so that a loss, a search and a correction agree.
+    """
+    return xp.log(xp.maximum(teacher_probs, MIN_PROBABILITY))
+
+
+def perturbation(s: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
+    """Return `P(s) = sum_m eps_m s^m` with `s = 1 - p` (Eq. 7)."""
+    return s * _horner(s, coefficients)
+
+
+def slope(s: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
+    """Return `h(s) = dP/ds = sum_m m eps_m s^(m-1)`."""
+    return _horner(s, [m * e for m, e in enumerate(coefficients, start=1)])
+
+
+def curvature(s: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
+    """Return `dh/ds = sum_m m (m-1) eps_m s^(m-2)`."""
+    terms = [m * (m - 1) * e for m, e in enumerate(coefficients, start=1)]
+    return _horner(s, terms[1:])
+
+
+def _horner(s: Tensor, terms: Sequence[Tensor]) -> Tensor:
+    """Return `terms[0] + terms[1] s + terms[2] s^2 + ...`."""
+    value = 0.0 * s
+    for term in reversed(terms):
+        value = value * s + term
+    return value
+
+
+def shared_proxy(
+    teacher_probs: Tensor, epsilon: Tensor, xp: Any = np
+) -> Tensor:
+    """Return the proxy teacher of one shared epsilon of order 1, exactly.
+
+    The first-order condition of Eq. 8 is `q_c = t_c / (nu - eps t_c)`. The
+    multiplier nu is the root of `sum_c q_c = 1`; Newton's method on
+    `1 / sum_c q_c` converges from the lower end of nu's interval, in at most
+    16 steps for `eps >= -0.9999`.
+
+    Args:
+        teacher_probs: `(..., C)`, float32 or better.
+        epsilon: a number above -1.
+        xp: `numpy` or `keras.ops`.
+
+    Returns:
+        Probabilities, `(..., C)`.
+    """
+    t = teacher_probs
+    largest = xp.max(t, axis=-1, keepdims=True)
+    highest = 1.0 + xp.maximum(epsilon, 0.0)
+    nu = xp.maximum(
+        (1.0 + epsilon) * largest, 1.0 + xp.minimum(epsilon, 0.0)
+    )
+    for _ in range(16):
+        q = t / (nu - epsilon * t)
+        total = xp.sum(q, axis=-1, keepdims=True)
+        fall = xp.sum(q / (nu - epsilon * t), axis=-1, keepdims=True)
+        nu = xp.minimum(nu + (total - 1.0) * total / fall, highest)
+    q = t / (nu - epsilon * t)
+    return q / xp.sum(q, axis=-1, keepdims=True)
+
+
+def two_events(outputs: Tensor, *, from_logits: bool) -> Tensor:
+    """Return rows `(..., 2)` for a binary head's `(..., 1)`; others unchanged.
+
+    A model with one output gives `p`, or its logit `z`, of the second class.
+    As two classes that is `[1 - p, p]`, or `[0, z]`, whose softmax it is.
+    """
+    classes = outputs.shape[-1] if len(outputs.shape) else 0
+    if classes != 1:
+        return outputs
+    xp = np if isinstance(outputs, np.ndarray) else ops
+    first = xp.zeros_like(outputs) if from_logits else 1.0 - outputs
+    return xp.concatenate([first, outputs], axis=-1)
