@@ -1,68 +1,64 @@
-# On a fresh machine: python3, make and the package registries are enough.
-#   make demo         distil students from a biased teacher, on handwritten digits
-#   make test         the tests, on TensorFlow and on JAX
-#   make test-floor   the core's, on the lowest versions that setup.cfg allows
-#   make test-torch   the core's, on PyTorch; test-floor-torch: on the lowest Keras
-#   make test-dist    the wheel, built and tested as it would be installed
-#   make test-rest    a student served by KServe, in an environment of its own
-#   make lint         ruff, mypy, and the layers in pyproject.toml
-#   make slow         the tests that are left out of `make test`
-#   make docs         the site, in docs/_build/html; INTERSPHINX=0: without links
-#                     to other projects, looked up where there is a network
-#   make docs-test    the site in a browser: Debian's chromium, or CHROMIUM=path
-#   make docs-quick   both in two minutes, without running the pages' code
-# PYTHON=python3.13 takes another interpreter; `make clean` first.
+# On a fresh machine, python3, make and the package registries are enough.
+#   make demo       distil students from a biased teacher, on handwritten digits
+#   make test       what to run after a change: TensorFlow in full, JAX in part
+#   make test-all   what CI runs: linters, `make test`, and the targets below
+#   make nightly    everything slower
+#   make lint       ruff, mypy, and the import layers in pyproject.toml
+#   make docs       build the site in docs/_build/html, running its code
+# PYTHON=python3.13 uses another interpreter; run `make clean` first.
 
 PYTHON ?= python3
-# For test-floor and test-torch, whose wheels need not be there for later ones.
+# The lowest supported versions have no wheels for later Pythons.
 OLDEST_PYTHON ?= python3.11
-# The CPU's. An index that lacks it: PIP_EXTRA_INDEX_URL=
-# https://download.pytorch.org/whl/cpu, or TORCH=torch, with CUDA's libraries.
+# The CPU build of PyTorch. If your index lacks it, use
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu or TORCH=torch.
 TORCH ?= torch==2.13.0+cpu
 BIN = .venv/bin
-CORE = tests/losses tests/proxy tests/search tests/distiller tests/soft_labels \
-	tests/test_binary.py tests/test_calibration.py tests/test_checks.py \
-	tests/test_correction.py tests/test_metrics.py
-# Of the core's, by their markers; see pyproject.toml.
-MARKS ?= not slow
+QUICK = -m "not ci and not nightly"
+# What can behave differently on another backend.
+BACKEND_TESTS = tests/losses tests/test_proxy.py tests/test_correction.py \
+	tests/test_distiller.py tests/test_metrics.py
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test test-floor test-floor-torch test-torch test-rest slow lint dist \
-	test-dist docs docs-test docs-quick clean
-# Nothing is left half-installed by an interrupted run.
+.PHONY: demo test test-all nightly lint test-ci test-torch test-floor dist \
+	test-dist docs docs-quick docs-test clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.installed
-	$(BIN)/python examples/digits.py --output demo-output
+	$(BIN)/python examples/digits.py
 
 test: .venv/test.installed
-	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n 2 -m "not slow and not rest"
-	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 -m "not slow and not rest"
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n 2 $(QUICK)
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 $(QUICK) $(BACKEND_TESTS) \
+		tests/test_serving.py tests/search/test_search.py
 
-test-floor: .venv-floor-tensorflow/installed .venv-floor-jax/installed
-	KERAS_BACKEND=tensorflow .venv-floor-tensorflow/bin/python -m pytest -n 2 \
-		-m "$(MARKS)" $(CORE)
-	KERAS_BACKEND=jax .venv-floor-jax/bin/python -m pytest -n 2 \
-		-m "$(MARKS)" $(CORE)
+test-all: lint test test-ci test-torch test-floor test-dist docs-quick
 
-test-floor-torch: .venv-floor-torch/installed
-	KERAS_BACKEND=torch .venv-floor-torch/bin/python -m pytest -n 2 \
-		-m "$(MARKS)" $(CORE)
+test-ci: .venv/test.installed .venv/ray.installed
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n 2 -m ci
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 -m ci $(BACKEND_TESTS)
 
-# With JAX beside it, to compare with.
+# A smoke run: losses, solver and distiller on PyTorch.
 test-torch: .venv-torch/installed
-	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest -n 2 \
-		-m "$(MARKS)" $(CORE) tests/test_backends.py \
-		tests/test_pytorch.py \
-		tests/test_without_tensorflow.py
+	KERAS_PTLOSS_REQUIRE_ALL=0 KERAS_BACKEND=torch .venv-torch/bin/python -m pytest -n 2 $(QUICK) \
+		$(BACKEND_TESTS)
 
-slow: .venv/test.installed .venv/slow.installed
-	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m "slow and not rest"
-	KERAS_BACKEND=jax $(BIN)/python -m pytest -m "slow and not rest"
+# The same on the lowest versions that setup.cfg allows.
+test-floor: .venv-floor-tensorflow/installed .venv-floor-jax/installed
+	KERAS_PTLOSS_REQUIRE_ALL=0 KERAS_BACKEND=tensorflow .venv-floor-tensorflow/bin/python -m pytest -n 2 \
+		$(QUICK) $(BACKEND_TESTS)
+	KERAS_PTLOSS_REQUIRE_ALL=0 KERAS_BACKEND=jax .venv-floor-jax/bin/python -m pytest -n 2 \
+		$(QUICK) $(BACKEND_TESTS)
 
-test-rest: .venv/test.installed .venv-rest/rest.installed
-	KERAS_BACKEND=jax KSERVE_PYTHON=.venv-rest/bin/python \
-	  $(BIN)/python -m pytest -m rest
+nightly: .venv/test.installed .venv/ray.installed .venv-rest/installed \
+		.venv-torch/installed .venv-floor-tensorflow/installed \
+		.venv-floor-jax/installed docs-test
+	KSERVE_PYTHON=.venv-rest/bin/python KERAS_BACKEND=tensorflow \
+		$(BIN)/python -m pytest -m nightly
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2
+	KERAS_PTLOSS_REQUIRE_ALL=0 KERAS_BACKEND=torch .venv-torch/bin/python -m pytest -n 2
+	KERAS_PTLOSS_REQUIRE_ALL=0 KERAS_BACKEND=tensorflow .venv-floor-tensorflow/bin/python -m pytest -n 2
+	KERAS_PTLOSS_REQUIRE_ALL=0 KERAS_BACKEND=jax .venv-floor-jax/bin/python -m pytest -n 2
 
 lint: .venv/test.installed
 	$(BIN)/ruff check .
@@ -70,51 +66,51 @@ lint: .venv/test.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
 	@! git ls-files --cached --ignored --exclude-standard | grep . \
-		|| { echo "these are ignored, and committed"; exit 1; }
+		|| { echo "these files are committed although ignored"; exit 1; }
 
-# What would be published: complete, and readable where it is shown.
 dist: .venv/release.installed
 	rm -rf dist
 	$(BIN)/check-manifest
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 
-# The wheel in an environment of its own, the tests from the source
-# distribution: pytest, without `python -m`, sees no other copy of the package.
+# The wheel in an environment of its own, with the tests of the source
+# distribution. Plain `pytest` does not put the checkout on the path.
 test-dist: dist
 	$(PYTHON) -m venv --clear .venv-dist
-	.venv-dist/bin/pip install --quiet pytest matplotlib scikit-learn \
-	  "$$(echo dist/*.whl)[tensorflow,jax,parquet]"
+	.venv-dist/bin/pip install --quiet pytest hypothesis matplotlib \
+		"$$(echo dist/*.whl)[tensorflow,arrow]"
 	tar -xzf dist/*.tar.gz -C .venv-dist --strip-components 1 --one-top-level=source
 	rm -r .venv-dist/source/keras_ptloss
-	cd .venv-dist/source && KERAS_BACKEND=jax ../bin/pytest tests/test_api.py
+	cd .venv-dist/source && KERAS_BACKEND=tensorflow ../bin/pytest tests/test_api.py
 
 docs: .venv/docs.installed
 	KERAS_BACKEND=jax $(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
 
-docs-test: .venv/docs-test.installed docs
-	KERAS_BACKEND=jax $(BIN)/python -m pytest docs/browser
-
-docs-quick: .venv/docs-test.installed
+# Without running the pages' code.
+docs-quick: .venv/docs.installed
 	KERAS_BACKEND=jax $(BIN)/python -m sphinx -W --keep-going \
 		-D nb_execution_mode=off -D suppress_warnings=myst-nb.lexer \
 		docs docs/_build/html
-	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 -m "not slow" docs/browser
 
-# Installing one extra leaves the other in place.
+# In a browser: Debian's chromium, or CHROMIUM=path.
+docs-test: .venv/docs-test.installed docs
+	KERAS_BACKEND=jax $(BIN)/python -m pytest docs/browser
+
+# Installing one extra leaves the others in place.
 .venv/%.installed: setup.cfg pyproject.toml | .venv/bin/pip
 	$(BIN)/pip install --quiet --editable ".[$*]"
-	touch $@
-
-# KServe wants older releases of pandas and protobuf than the tests have.
-.venv-rest/rest.installed:
-	$(PYTHON) -m venv .venv-rest
-	.venv-rest/bin/pip install --quiet kserve tensorflow
 	touch $@
 
 .venv/bin/pip:
 	$(call require_python,$(PYTHON))
 	$(PYTHON) -m venv .venv
+
+# KServe needs older releases of pandas and protobuf than the tests.
+.venv-rest/installed:
+	$(PYTHON) -m venv --clear .venv-rest
+	.venv-rest/bin/pip install --quiet kserve tensorflow
+	touch $@
 
 .venv-floor-%/installed: tests/floor-%.txt setup.cfg pyproject.toml
 	$(call require_python,$(OLDEST_PYTHON))
@@ -127,10 +123,10 @@ docs-quick: .venv/docs-test.installed
 	$(call require_python,$(OLDEST_PYTHON))
 	$(OLDEST_PYTHON) -m venv --clear .venv-torch
 	.venv-torch/bin/pip install --quiet "$(TORCH)" \
-		--editable ".[torch,jax,core-tests]"
+		--editable ".[torch,core-tests]"
 	touch $@
 
-# Before an environment is made of it, which the next run would take.
+# Checked before an environment is made with it.
 require_python = @$(1) -c "import sys; sys.exit( \
 	sys.version_info < (3, 11) and '$(1) is Python %d.%d; 3.11 or later is \
 	needed: make PYTHON=python3.11' % sys.version_info[:2])"
