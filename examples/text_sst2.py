@@ -1,0 +1,118 @@
+"""Distil a BERT classifier on SST-2 with stored probabilities and 300 labels.
+
+The teacher is a BERT-base model that was fine-tuned on few sentences. Its
+probabilities are stored once. 300 labels correct it, and BERT-tiny learns from
+the corrected probabilities.
+
+    pip install 'keras_ptloss[examples]'
+    python examples/text_sst2.py           # needs a GPU
+    python examples/text_sst2.py --quick   # few sentences, BERT-tiny as teacher
+
+Texts come from TensorFlow Datasets and models from KerasHub, which download
+them.
+"""
+
+import sys
+
+import keras
+import keras_hub
+import numpy as np
+import tensorflow_datasets as tfds
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+
+from keras_ptloss import SoftLabels, distillation_targets
+
+# --- Setup ---
+
+QUICK = "--quick" in sys.argv
+TEACHER = "bert_tiny_en_uncased" if QUICK else "bert_base_en_uncased"
+STUDENT = "bert_tiny_en_uncased"
+NUM_TRAIN = 2_000 if QUICK else 60_000
+NUM_TEACHER = 200 if QUICK else 1_000  # sentences that the teacher learns from
+NUM_LABELS = 300  # sentences whose labels correct the teacher
+EPOCHS = 1 if QUICK else 3
+keras.utils.set_random_seed(0)
+
+
+def classifier(preset):
+    """Load a BERT classifier that ends in a softmax."""
+    model = keras_hub.models.BertTextClassifier.from_preset(
+        preset, num_classes=2, activation="softmax"
+    )
+    model.compile(keras.optimizers.Adam(5e-5), "categorical_crossentropy")
+    return model
+
+
+# --- Data ---
+
+print("Loading SST-2")
+splits = ["train", "validation"]
+train, test = tfds.load("glue/sst2", split=splits, batch_size=-1)
+texts = np.array([text.decode() for text in tfds.as_numpy(train["sentence"])])
+true_labels = np.asarray(train["label"])
+order = np.random.default_rng(0).permutation(len(texts))
+for_teacher = order[:NUM_TEACHER]
+for_student = order[NUM_TEACHER:][:NUM_TRAIN]
+x = texts[for_student]
+labels = np.full(len(x), -1)  # -1: unknown
+labels[:NUM_LABELS] = true_labels[for_student][:NUM_LABELS]
+x_test = np.array([t.decode() for t in tfds.as_numpy(test["sentence"])])
+y_test = np.asarray(test["label"])
+
+# --- Teacher ---
+
+print(f"Fine-tuning the teacher on {NUM_TEACHER} sentences")
+teacher = classifier(TEACHER)
+one_hot = keras.utils.to_categorical(true_labels, 2)
+teacher.fit(
+    texts[for_teacher], one_hot[for_teacher], batch_size=16, epochs=EPOCHS
+)
+
+print("Storing its probabilities; run again to continue after an interruption")
+store = SoftLabels.write(
+    teacher,
+    x,
+    "sst2-quick.softlabels" if QUICK else "sst2.softlabels",
+    teacher_name=f"{TEACHER}, {NUM_TEACHER} sentences",
+    class_names=["negative", "positive"],
+)
+teacher_probs = np.asarray(store)
+
+# --- Correct ---
+
+
+def labels_only():
+    """Build a classifier that learns from the labelled sentences alone."""
+    return make_pipeline(TfidfVectorizer(), LogisticRegression(C=10.0))
+
+
+targets = distillation_targets(
+    teacher_probs,
+    labels,
+    x=x,
+    build_model=labels_only,
+    class_names=["negative", "positive"],
+)
+targets.summary()
+
+# --- Distil ---
+
+
+def distil(values, sample_weight=None):
+    """Train a student; return its accuracy on the test sentences."""
+    keras.utils.set_random_seed(1)
+    student = classifier(STUDENT)
+    student.fit(x, values, sample_weight=sample_weight, epochs=EPOCHS)
+    predicted = student.predict(x_test).argmax(axis=1)
+    return np.mean(predicted == y_test)
+
+
+plain = distil(teacher_probs)
+ours = distil(targets.values, targets.sample_weight)
+
+# --- Compare ---
+
+print(f"student of the teacher            {100 * plain:.1f} %")
+print(f"student of distillation_targets   {100 * ours:.1f} %")
