@@ -1,8 +1,8 @@
 """Distil a ResNet on CIFAR-100 with a live teacher and augmented images.
 
 A ResNet-56 teacher is trained on part of the images, with wrong labels among
-them. 1,000 labels correct it, and a ResNet-20 learns from the corrected teacher,
-which sees the same augmented images as the student.
+them. 1,000 labels correct it, and a ResNet-20 learns from the corrected
+teacher, which sees the same augmented images as the student.
 
     pip install 'keras_ptloss[examples]'
     python examples/images_cifar100.py           # needs a GPU
