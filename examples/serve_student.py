@@ -4,10 +4,10 @@
     python examples/serve_student.py           # needs a server, see below
     python examples/serve_student.py --quick   # calls the SavedModel directly
 
-Start the server in another terminal, in the same folder:
+Start the server in another terminal, in the same folder (one line):
 
-    docker run -p 8500:8500 -v "$PWD/served/digits:/models/digits" \\
-        -e MODEL_NAME=digits tensorflow/serving
+    docker run -p 8500:8500 -e MODEL_NAME=digits
+        -v "$PWD/served/digits:/models/digits" tensorflow/serving
 """
 
 import sys
