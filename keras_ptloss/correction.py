@@ -1,6 +1,7 @@
 """The correction of a teacher: what a search finds, and its Keras layers."""
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -192,7 +193,7 @@ class Correction:
 
     @property
     def is_identity(self) -> bool:
-        """Whether it leaves the probabilities of the one teacher as they are."""
+        """Whether it returns the probabilities of one teacher unchanged."""
         return (
             self.temperature == 1.0
             and not self.epsilon.any()
@@ -220,7 +221,7 @@ class Correction:
         elif isinstance(teacher_outputs, (list, tuple)):
             outputs = list(teacher_outputs)
         else:
-            outputs = self._split(as_array(teacher_outputs))
+            outputs = self.split(as_array(teacher_outputs))
         if len(outputs) != len(flags):
             raise ValueError(
                 "`teacher_outputs` must have one array for each of "
@@ -255,21 +256,19 @@ class Correction:
             Probabilities, `(..., C)`, in the dtype of `teacher_probs`.
         """
         teacher_probs = two_events(teacher_probs, from_logits=False)
-        return _corrected(self, self._split(teacher_probs), ops)
+        return _corrected(self, self.split(teacher_probs), ops)
 
-    def _split(self, side_by_side: Tensor) -> list[Tensor]:
-        """Return one array per teacher."""
-        counts = self.teacher_classes or (self.num_classes,)
+    def split(self, side_by_side: Tensor) -> list[Tensor]:
+        """Return one array per teacher of outputs that stand side by side."""
         width = side_by_side.shape[-1]
-        if counts == (None,):
-            return [side_by_side]
+        counts = self.teacher_classes or (self.num_classes or width,)
         if width is not None and width != sum(counts):
             raise ValueError(
                 "Teacher outputs must have the classes that the correction is "
                 f"for, {' + '.join(map(str, counts))}. Received: teacher "
                 f"outputs of shape {tuple(side_by_side.shape)}"
             )
-        ends = np.cumsum(counts)
+        ends = itertools.accumulate(counts)
         return [
             side_by_side[..., end - count : end]
             for count, end in zip(counts, ends, strict=True)
@@ -423,7 +422,7 @@ def as_probabilities(
         raise ValueError(
             f"`{argument}` must not be a masked array: leave the masked rows "
             "out, of the labels too. Received: a mask that hides "
-            f"{np.ma.count_masked(outputs)} of {outputs.size} values"
+            f"{np.count_nonzero(np.ma.getmaskarray(outputs))} of {outputs.size} values"
         )
     array = as_array(outputs)
     if array.dtype.name == "bfloat16":  # not a float type to NumPy
@@ -437,8 +436,8 @@ def as_probabilities(
     missing = np.isnan(array).any(axis=-1)
     if missing.any():
         raise ValueError(
-            f"`{argument}` must not contain NaN: leave out the examples without "
-            f"an answer, of all teachers and the labels. Received: NaN in "
+            f"`{argument}` must not contain NaN: leave out the examples "
+            "without an answer, of all teachers and the labels. Received: NaN in "
             f"{np.count_nonzero(missing)} of {missing.size} rows, the first at "
             f"index {int(np.argmax(missing))}"
         )
@@ -530,7 +529,7 @@ class CorrectedTeacher(keras.layers.Layer):
             inputs = ops.concatenate(parts, axis=-1)
         inputs = two_events(inputs, from_logits=False)
         valid = True
-        for k, part in enumerate(self.correction._split(inputs)):
+        for k, part in enumerate(self.correction.split(inputs)):
             check_probabilities(
                 f"inputs, teacher {k}", part, "add a keras.layers.Softmax()"
             )
@@ -564,8 +563,8 @@ class CorrectedTeacher(keras.layers.Layer):
 class TeachersSideBySide(keras.layers.Layer):
     """Call several models on the same inputs and concatenate their outputs.
 
-    `keras.Sequential([TeachersSideBySide(models), CorrectedTeacher(correction)])`
-    is the corrected teacher of several live teachers.
+    Followed by `CorrectedTeacher(result.correction)`, it is the corrected
+    teacher of several live teachers.
 
     Args:
         teachers: Keras models, in the order of the search.
