@@ -140,24 +140,21 @@ class Correction:
                 f"classes. Received: classes={found}"
             )
         counts, classes = self.teacher_classes, self.num_classes
-        if counts and self.matrix is not None:
-            if self.matrix.shape[1] != sum(counts):
-                raise ValueError(
-                    "`matrix` must have a column for each class of each "
-                    f"teacher, {sum(counts)}. Received: matrix of shape "
-                    f"{self.matrix.shape}, teacher_classes={counts}"
-                )
-        for k, (count, temperature) in enumerate(
-            zip(counts or (), _tuple(self.temperature), strict=True)
-            if counts
-            else ()
+        if self.matrix is not None and self.matrix.shape[1] != sum(counts):
+            raise ValueError(
+                "`matrix` must have a column for each class of each teacher, "
+                f"{sum(counts)}. Received: matrix of shape "
+                f"{self.matrix.shape}, teacher_classes={counts}"
+            )
+        for count, temperature in zip(
+            counts or (), _tuple(self.temperature), strict=bool(counts)
         ):
             if count != classes and np.isfinite(temperature):
                 raise ValueError(
                     "`temperature` must be inf for a teacher whose classes are "
                     f"not the {classes} of the student: only the matrix can "
                     f"use it. Received: temperature={self.temperature}, "
-                    f"teacher_classes={counts} (teacher {k})"
+                    f"teacher_classes={counts}"
                 )
         kept = self.kept_classes
         if kept and classes is not None:
@@ -421,8 +418,8 @@ def as_probabilities(
     if isinstance(outputs, np.ma.MaskedArray):
         raise ValueError(
             f"`{argument}` must not be a masked array: leave the masked rows "
-            "out, of the labels too. Received: a mask that hides "
-            f"{np.count_nonzero(np.ma.getmaskarray(outputs))} of {outputs.size} values"
+            "out, of the labels too. Received: a masked array of shape "
+            f"{outputs.shape}"
         )
     array = as_array(outputs)
     if array.dtype.name == "bfloat16":  # not a float type to NumPy
@@ -437,9 +434,9 @@ def as_probabilities(
     if missing.any():
         raise ValueError(
             f"`{argument}` must not contain NaN: leave out the examples "
-            "without an answer, of all teachers and the labels. Received: NaN in "
-            f"{np.count_nonzero(missing)} of {missing.size} rows, the first at "
-            f"index {int(np.argmax(missing))}"
+            "without an answer, of all teachers and the labels. Received: NaN "
+            f"in {np.count_nonzero(missing)} of {missing.size} rows, the first "
+            f"at index {int(np.argmax(missing))}"
         )
     if from_logits:
         if not np.isfinite(array).all():

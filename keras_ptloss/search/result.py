@@ -185,7 +185,7 @@ class SearchResult:
             lines.append(f"{names[c]:{wide}}  " + " ".join(values))
         if len(order) < len(names):
             lines.append(
-                f"({len(order)} of {len(names)} classes: those that change most)"
+                f"(the {len(order)} of {len(names)} classes that change most)"
             )
         return lines
 
@@ -305,7 +305,7 @@ def _verdict(
     """Return one sentence that says whether the correction helps."""
     labels, weights = examples.labels, examples.sample_weight
     number = len(labels)
-    if found.correction.is_identity:
+    if found.correction.is_identity or found.chosen.startswith("teacher"):
         return (
             f"The teacher could not be improved with these {number} labels; "
             "use it as it is."
@@ -322,11 +322,13 @@ def _verdict(
     before, _ = mean_and_error(baseline.argmax(axis=1) == labels)
     after, error = mean_and_error(corrected.argmax(axis=1) == labels)
     accuracy = f"{100 * after:.1f} % (± {100 * error:.1f}) are right"
+    instead = f"instead of {100 * before:.1f} %"
     if after > before:
-        return f"{where}, {accuracy} instead of {100 * before:.1f} %."
-    gain, error = mean_and_error(_nll(baseline, labels) - _nll(corrected, labels))
-    instead = "as before" if after == before else f"instead of {100 * before:.1f} %"
+        return f"{where}, {accuracy} {instead}."
+    difference = _nll(corrected, labels) - _nll(baseline, labels)
+    change, error = mean_and_error(difference)
     return (
-        f"{where}, the NLL is {gain:.3f} (± {error:.3f}) lower, and {accuracy} "
-        f"{instead}."
+        f"{where}, the NLL is {abs(change):.3f} (± {error:.3f}) "
+        f"{'lower' if change < 0.0 else 'higher'}, and {accuracy} "
+        f"{instead if after < before else 'as before'}."
     )

@@ -234,7 +234,9 @@ def _notes_on_teachers(
             if a != b and counts[a, b]
         ]
         shown = ", ".join(moved[:10]) + (", ..." if len(moved) > 10 else "")
-        teacher = "teacher" if len(examples.teacher_probs) == 1 else f"teacher {k}"
+        teacher = (
+            "teacher" if len(examples.teacher_probs) == 1 else f"teacher {k}"
+        )
         notes.append(
             f"The classes of the {teacher} seem permuted: {100 * right:.0f} % "
             f"of its answers are right, and {100 * permuted:.0f} % would be if "
@@ -255,9 +257,7 @@ def _notes_on_labels(examples: Examples, weighted: bool) -> list[str]:
     classes, number = examples.num_classes, len(examples.labels)
     counts = np.bincount(examples.labels, minlength=classes)
     shares = [
-        t.mean(axis=0)
-        for t in examples.teacher_probs
-        if t.shape[1] == classes
+        t.mean(axis=0) for t in examples.teacher_probs if t.shape[1] == classes
     ]
     if not shares:
         return []
