@@ -140,7 +140,11 @@ class Correction:
                 f"classes. Received: classes={found}"
             )
         counts, classes = self.teacher_classes, self.num_classes
-        if self.matrix is not None and self.matrix.shape[1] != sum(counts):
+        if (
+            counts
+            and self.matrix is not None
+            and self.matrix.shape[1] != sum(counts)
+        ):
             raise ValueError(
                 "`matrix` must have a column for each class of each teacher, "
                 f"{sum(counts)}. Received: matrix of shape "
