@@ -3,7 +3,6 @@
 # The old modules stay until their replacements are merged.
 from keras_ptloss.losses._fused_top_k import fused_top_k_pt_loss
 from keras_ptloss.losses._label_perturbed import LabelPerturbedLoss
-from keras_ptloss.losses._proxy_kl import ProxyKLDivergence
 from keras_ptloss.losses._top_k import TopKPTLoss, top_k_pt_loss
 from keras_ptloss.losses.base import TeacherLoss
 from keras_ptloss.losses.baselines import (
@@ -14,15 +13,16 @@ from keras_ptloss.losses.baselines import (
     label_smoothing_epsilon,
     temperature_epsilon,
 )
+from keras_ptloss.losses.corrected_kl import CorrectedKLDivergence
 from keras_ptloss.losses.pt_loss import PTLoss, pt_loss
 
 __all__ = [
+    "CorrectedKLDivergence",
     "Flooding",
     "FocalLoss",
     "LabelPerturbedLoss",
     "LabelSmoothingLoss",
     "PTLoss",
-    "ProxyKLDivergence",
     "TeacherLoss",
     "TopKPTLoss",
     "focal_epsilon",
