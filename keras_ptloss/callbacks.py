@@ -6,40 +6,29 @@ import keras
 import numpy as np
 import scipy.special
 
-from keras_ptloss._binary import two_events
-from keras_ptloss._checks import (
-    check_count,
-    check_examples,
-    check_flag,
-    check_number,
-    check_probabilities,
-    fail,
-)
+from keras_ptloss._checks import check_flag, check_probabilities, fail
+from keras_ptloss._math import two_events
 
 __all__ = ["FilteredTeacher"]
 
 
 class FilteredTeacher(keras.callbacks.Callback):
-    """Average the teacher's outputs along its training (Filter-KD).
+    """Average the teacher's probabilities over its training (Filter-KD).
 
-    A network's outputs on an example swing during training; their average
-    along the way is often nearer to the truth than the last of them. Give
-    this callback to the teacher's `fit`, and the student the result:
+    The outputs of a network for one example swing during training. Their
+    average is often nearer to the truth than the last of them. Pass this
+    callback to the teacher's `fit`, and its `probabilities` to the student:
 
         average_n <- (1 - rate) average_n + rate p_n
 
-    after every epoch, with the weights at its end and in inference mode. The
-    average starts at the outputs of the first epoch, as in the authors' code
-    (which takes the outputs of the training step itself); each `fit` starts
-    anew.
+    after every epoch, in inference mode. The average starts at the outputs of
+    the first epoch, as in the authors' code. Each `fit` starts again.
 
     Args:
-        x: the examples that the student will see, in any form that `predict`
-            takes, always in the same order.
-        rate: weight of an epoch's outputs, above 0 and at most 1 (the last
-            epoch's outputs alone).
-        from_logits: whether the teacher gives logits; probabilities are
-            averaged.
+        x: the student's examples, in any form that `predict` takes, and always
+            in the same order.
+        rate: weight of an epoch's outputs, above 0 and at most 1.
+        from_logits: whether the teacher gives logits.
         batch_size: as in `keras.Model.predict`.
 
     Attributes:
@@ -47,8 +36,8 @@ class FilteredTeacher(keras.callbacks.Callback):
             head of one output; None before the end of the first epoch.
 
     Raises:
-        ValueError: if an argument is not of this form; during `fit`, if the
-            teacher's outputs are not rows of probabilities `(N, C)`.
+        ValueError: if `rate` is out of range; during `fit`, if the outputs are
+            not `(N, C)`, or are no probabilities without `from_logits`.
 
     Example:
         >>> import keras, numpy as np
@@ -77,14 +66,11 @@ class FilteredTeacher(keras.callbacks.Callback):
         batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        check_examples("x", x)
-        self.x = x
-        self.rate = check_number("rate", rate, at_least=0.0)
-        if not 0.0 < self.rate <= 1.0:
+        if not 0.0 < rate <= 1.0:
             fail("rate", "above 0 and at most 1", rate)
+        self.x = x
+        self.rate = rate
         self.from_logits = check_flag("from_logits", from_logits)
-        if batch_size is not None:
-            batch_size = check_count("batch_size", batch_size)
         self.batch_size = batch_size
         self.probabilities: np.ndarray | None = None
 
@@ -93,25 +79,21 @@ class FilteredTeacher(keras.callbacks.Callback):
         self.probabilities = None
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Add the outputs of this epoch's weights."""
-        outputs = self.model.predict(
-            self.x, batch_size=self.batch_size, verbose=0
+        """Add the outputs of this epoch's weights to the average."""
+        outputs = np.asarray(
+            self.model.predict(self.x, batch_size=self.batch_size, verbose=0),
+            "float32",
         )
-        if len(np.shape(outputs)) != 2:
+        if outputs.ndim != 2:
             raise ValueError(
-                "The teacher must give one array (examples, classes). "
-                f"Received: outputs of shape {np.shape(outputs)}"
+                "The teacher must give one array, (examples, classes). "
+                f"Received: outputs of shape {outputs.shape}"
             )
-        outputs = two_events(
-            np.asarray(outputs, "float32"), from_logits=self.from_logits
-        )
+        outputs = two_events(outputs, from_logits=self.from_logits)
         if self.from_logits:
             outputs = scipy.special.softmax(outputs, axis=-1)
         else:
-            check_probabilities("outputs", outputs, "say from_logits=True")
+            check_probabilities("outputs", outputs, "set from_logits=True")
         if self.probabilities is None:
             self.probabilities = outputs
-        else:
-            self.probabilities = (
-                1.0 - self.rate
-            ) * self.probabilities + self.rate * outputs
+        self.probabilities += self.rate * (outputs - self.probabilities)

@@ -15,7 +15,7 @@ from keras_ptloss._checks import (
     on_simplex,
 )
 from keras_ptloss.losses._pt_loss import pt_loss
-from keras_ptloss.metrics._calibration import confidence_bins
+from keras_ptloss.metrics import confidence_bins
 from keras_ptloss.proxy._proxy_teacher import proxy_teacher
 
 __all__ = [

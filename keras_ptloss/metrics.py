@@ -1,0 +1,489 @@
+"""Metrics of a student: its distance to the teacher, and its calibration.
+
+`TeacherAgreement`, `TotalVariationDistance` and `KLToTeacher` compare the
+student with the teacher: their `y_true` holds the teacher's probabilities.
+`BrierScore` and `ExpectedCalibrationError` compare the student with true
+labels. All of them average over every position of the leading axes. Positions
+of weight 0, or behind a Keras mask, may hold anything, NaN too.
+"""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_ptloss._backend import visible_values
+from keras_ptloss._checks import (
+    check_classes,
+    check_count,
+    check_flag,
+    check_ignore_class,
+    fail,
+)
+from keras_ptloss._keras import set_direction
+from keras_ptloss.losses.base import (
+    TINY,
+    expand_weights,
+    log_student,
+    read_student,
+    read_teacher,
+    unmasked,
+    valid_probs,
+)
+
+Tensor = Any
+
+__all__ = [
+    "BrierScore",
+    "ExpectedCalibrationError",
+    "KLToTeacher",
+    "TeacherAgreement",
+    "TotalVariationDistance",
+]
+
+
+class TeacherMetric(keras.metrics.Mean):
+    """Base class of the metrics that compare the student with the teacher.
+
+    A subclass implements `values`.
+
+    Args:
+        from_logits: whether the student's outputs are logits.
+        name: name of the metric.
+        dtype: dtype of the result.
+    """
+
+    default_name: str
+    better = "down"
+
+    def __init__(
+        self,
+        *,
+        from_logits: bool = False,
+        name: str | None = None,
+        dtype: Any = "float32",
+    ) -> None:
+        super().__init__(name=name or self.default_name, dtype=dtype)
+        set_direction(self, self.better)
+        self.from_logits = check_flag("from_logits", from_logits)
+
+    def values(self, teacher: Tensor, student: Tensor) -> Tensor:
+        """Return one value per position, `(...)`.
+
+        Args:
+            teacher: probabilities, `(..., C)`.
+            student: logits with `from_logits`, else probabilities, `(..., C)`.
+        """
+        raise NotImplementedError
+
+    def update_state(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            y_true: the teacher's probabilities, `(..., C)`. A row of zeros is
+                padding and does not count.
+            y_pred: the student's outputs, `(..., C)`.
+            sample_weight: `(...)`, or one weight per example, `(N,)`.
+        """
+        weight = position_weights(y_pred, sample_weight)
+        student = read_student(
+            where_weighted(y_pred, weight), from_logits=self.from_logits
+        )
+        teacher = read_teacher(where_weighted(y_true, weight), student)
+        padding = ops.all(ops.equal(teacher, 0.0), axis=-1)
+        weight = ops.where(padding, 0.0, weight)
+        super().update_state(
+            self.values(teacher, student), sample_weight=weight
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that build the same metric again."""
+        return {**super().get_config(), "from_logits": self.from_logits}
+
+
+@keras.saving.register_keras_serializable(package="keras_ptloss")
+class TeacherAgreement(TeacherMetric):
+    """Share of examples in which teacher and student name the same class.
+
+        agreement = mean_n [argmax_c t_{n,c} = argmax_c p_{n,c}]
+
+    It compares the student with the teacher, not with labels: a student can
+    agree with its teacher and be wrong with it. Of tied classes the first
+    counts.
+
+    `y_true` holds the teacher's probabilities, `(..., C)`, `y_pred` the
+    student's outputs. `(..., 1)` is the probability (or the logit) of the
+    second of two classes.
+
+    Args:
+        from_logits: whether the student's outputs are logits.
+        name: name of the metric.
+        dtype: dtype of the result.
+
+    Example:
+        >>> import numpy as np
+        >>> agreement = TeacherAgreement()
+        >>> agreement.update_state(
+        ...     np.array([[0.9, 0.1], [0.4, 0.6]]),
+        ...     np.array([[0.6, 0.4], [0.5, 0.5]]),
+        ... )
+        >>> float(agreement.result())
+        0.5
+
+    Reference:
+        Stanton et al. 2021, Does Knowledge Distillation Really Work?
+        (https://arxiv.org/abs/2106.05945).
+    """
+
+    default_name = "teacher_agreement"
+    better = "up"
+
+    def values(self, teacher: Tensor, student: Tensor) -> Tensor:
+        """Return 1 where both name the same class, else 0."""
+        # NaN where a row is invalid, else 0.
+        valid = 0.0 * (ops.max(teacher, -1) + ops.max(student, -1))
+        same = ops.equal(ops.argmax(teacher, -1), ops.argmax(student, -1))
+        return ops.cast(same, teacher.dtype) + valid
+
+
+@keras.saving.register_keras_serializable(package="keras_ptloss")
+class TotalVariationDistance(TeacherMetric):
+    """Half the L1 distance between teacher and student, from 0 to 1.
+
+        TV = mean_n 1/2 sum_c |t_{n,c} - p_{n,c}|
+
+    It compares the student with the teacher, not with labels. It is the largest
+    difference between the probabilities that the two give to any set of
+    classes, so one confident error cannot dominate the mean, as it can for KL.
+
+    `y_true` holds the teacher's probabilities, `(..., C)`, `y_pred` the
+    student's outputs. `(..., 1)` is the probability (or the logit) of the
+    second of two classes.
+
+    Args:
+        from_logits: whether the student's outputs are logits.
+        name: name of the metric.
+        dtype: dtype of the result.
+
+    Example:
+        >>> import numpy as np
+        >>> distance = TotalVariationDistance()
+        >>> distance.update_state(
+        ...     np.array([[0.75, 0.25], [0.5, 0.5]]),
+        ...     np.array([[0.5, 0.5], [0.5, 0.5]]),
+        ... )
+        >>> float(distance.result())
+        0.125
+
+    Reference:
+        Levin, Peres and Wilmer 2017, Markov Chains and Mixing Times, §4.1.
+    """
+
+    default_name = "total_variation_distance"
+
+    def values(self, teacher: Tensor, student: Tensor) -> Tensor:
+        """Return half the L1 distance."""
+        if self.from_logits:
+            student = ops.softmax(student, axis=-1)
+        return 0.5 * ops.sum(ops.abs(teacher - student), axis=-1)
+
+
+@keras.saving.register_keras_serializable(package="keras_ptloss")
+class KLToTeacher(TeacherMetric):
+    """Kullback-Leibler divergence from teacher to student, in nats.
+
+        KL = mean_n sum_c t_{n,c} (log t_{n,c} - log p_{n,c})
+
+    It compares the student with the teacher, not with labels. It is PTLoss
+    without the perturbation: logged beside PTLoss, it shows how far the student
+    stays from the teacher on purpose. `0 log 0 = 0`, and probabilities of the
+    student count as at least `keras.config.epsilon()`.
+
+    `y_true` holds the teacher's probabilities, `(..., C)`, `y_pred` the
+    student's outputs. `(..., 1)` is the probability (or the logit) of the
+    second of two classes.
+
+    Args:
+        from_logits: whether the student's outputs are logits.
+        name: name of the metric.
+        dtype: dtype of the result.
+
+    Example:
+        >>> import numpy as np
+        >>> divergence = KLToTeacher()
+        >>> divergence.update_state(
+        ...     np.array([[0.5, 0.5]]), np.array([[0.8, 0.2]])
+        ... )
+        >>> round(float(divergence.result()), 4)
+        0.2231
+
+    Reference:
+        Hinton et al. 2015, Distilling the Knowledge in a Neural Network
+        (https://arxiv.org/abs/1503.02531).
+    """
+
+    default_name = "kl_to_teacher"
+
+    def values(self, teacher: Tensor, student: Tensor) -> Tensor:
+        """Return the divergence."""
+        log_t = ops.log(ops.maximum(teacher, TINY))
+        log_p = log_student(student, from_logits=self.from_logits)
+        return ops.sum(teacher * (log_t - log_p), axis=-1)
+
+
+@keras.saving.register_keras_serializable(package="keras_ptloss")
+class BrierScore(keras.metrics.Mean):
+    """Squared distance between the student and the true labels, from 0 to 2.
+
+        Brier = mean_n sum_c (p_{n,c} - y_{n,c})^2
+
+    The true probabilities have the best score, so it judges accuracy and
+    calibration together. It is a sum over the classes: scores of two-class
+    problems that look at one class are half of it.
+
+    `y_true` holds class indices, `(...)` or `(..., 1)`, or one-hot rows,
+    `(..., C)`. `y_pred` is `(..., C)`; `(..., 1)` is the probability (or the
+    logit) of the second of two classes.
+
+    Args:
+        from_logits: whether the student's outputs are logits.
+        ignore_class: a class index whose positions do not count, such as -100
+            or 255, as in `keras.losses.SparseCategoricalCrossentropy`.
+        name: name of the metric.
+        dtype: dtype of the result.
+
+    Raises:
+        ValueError: on update in an eager call, if a label is no class. In a
+            compiled function the result is NaN.
+
+    Example:
+        >>> import numpy as np
+        >>> score = BrierScore()
+        >>> score.update_state(
+        ...     np.array([0, 1]), np.array([[1.0, 0.0], [0.5, 0.5]])
+        ... )
+        >>> float(score.result())
+        0.25
+
+    Reference:
+        Brier 1950, Verification of Forecasts Expressed in Terms of
+        Probability, Monthly Weather Review 78(1).
+    """
+
+    def __init__(
+        self,
+        *,
+        from_logits: bool = False,
+        ignore_class: int | None = None,
+        name: str = "brier_score",
+        dtype: Any = "float32",
+    ) -> None:
+        super().__init__(name=name, dtype=dtype)
+        set_direction(self, "down")
+        self.from_logits = check_flag("from_logits", from_logits)
+        self.ignore_class = check_ignore_class(ignore_class)
+
+    def update_state(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            y_true: class indices or one-hot rows.
+            y_pred: the student's outputs, `(..., C)`.
+            sample_weight: `(...)`, or one weight per example, `(N,)`.
+        """
+        labels, student, weight = read_labelled(
+            y_true, y_pred, sample_weight, self.from_logits, self.ignore_class
+        )
+        values = ops.sum(ops.square(student - labels), axis=-1)
+        super().update_state(values, sample_weight=weight)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that build the same metric again."""
+        return {
+            **super().get_config(),
+            "from_logits": self.from_logits,
+            "ignore_class": self.ignore_class,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_ptloss")
+class ExpectedCalibrationError(keras.metrics.Metric):
+    """Distance of the student's confidence from its accuracy on true labels.
+
+    A student that says 0.9 should be right 9 times in 10. Examples are sorted
+    by their confidence `max_c p_c` into bins B of equal width,
+    `(m / num_bins, (m + 1) / num_bins]`:
+
+        ECE = sum_B (|B| / N) |accuracy(B) - confidence(B)|
+
+    With weights, `|B|` and `N` are sums of weights. The bins are summed over
+    all batches, so the result does not depend on the batch size.
+
+    `y_true` holds class indices, `(...)` or `(..., 1)`, or one-hot rows,
+    `(..., C)`. `y_pred` is `(..., C)`; `(..., 1)` is the probability (or the
+    logit) of the second of two classes.
+
+    Args:
+        num_bins: number of bins.
+        from_logits: whether the student's outputs are logits.
+        ignore_class: a class index whose positions do not count, such as -100
+            or 255, as in `keras.losses.SparseCategoricalCrossentropy`.
+        name: name of the metric.
+        dtype: dtype of the result.
+
+    Raises:
+        ValueError: on update in an eager call, if a label is no class. In a
+            compiled function the result is NaN.
+
+    Example:
+        >>> import numpy as np
+        >>> error = ExpectedCalibrationError(num_bins=10)
+        >>> error.update_state(
+        ...     np.array([0, 1]), np.array([[0.75, 0.25], [0.75, 0.25]])
+        ... )
+        >>> float(error.result())
+        0.25
+
+    Reference:
+        Guo et al. 2017, On Calibration of Modern Neural Networks, Eq. 3
+        (https://arxiv.org/abs/1706.04599).
+    """
+
+    def __init__(
+        self,
+        *,
+        num_bins: int = 15,
+        from_logits: bool = False,
+        ignore_class: int | None = None,
+        name: str = "expected_calibration_error",
+        dtype: Any = "float32",
+    ) -> None:
+        super().__init__(name=name, dtype=dtype)
+        set_direction(self, "down")
+        self.num_bins = check_count("num_bins", num_bins)
+        self.from_logits = check_flag("from_logits", from_logits)
+        self.ignore_class = check_ignore_class(ignore_class)
+        # |B| (accuracy - confidence) is all that the formula needs of a bin.
+        self.gaps = self.add_weight(
+            shape=(self.num_bins,), initializer="zeros", name="gaps"
+        )
+        self.count = self.add_weight(
+            shape=(), initializer="zeros", name="count"
+        )
+
+    def update_state(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            y_true: class indices or one-hot rows.
+            y_pred: the student's outputs, `(..., C)`.
+            sample_weight: `(...)`, or one weight per example, `(N,)`.
+        """
+        labels, student, weight = read_labelled(
+            y_true, y_pred, sample_weight, self.from_logits, self.ignore_class
+        )
+        confidence = ops.max(student, axis=-1)
+        right = ops.equal(ops.argmax(student, -1), ops.argmax(labels, -1))
+        gaps = weight * (ops.cast(right, confidence.dtype) - confidence)
+        bins = confidence_bins(confidence, self.num_bins)
+        by_bin = ops.one_hot(bins, self.num_bins, dtype=gaps.dtype)
+        gaps = ops.reshape(
+            ops.expand_dims(gaps, -1) * by_bin, (-1, self.num_bins)
+        )
+        self.gaps.assign_add(ops.cast(ops.sum(gaps, axis=0), self.dtype))
+        self.count.assign_add(ops.cast(ops.sum(weight), self.dtype))
+
+    def result(self) -> Tensor:
+        """Return the error, a scalar; 0 before the first example."""
+        return ops.divide_no_nan(ops.sum(ops.abs(self.gaps)), self.count)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that build the same metric again."""
+        return {
+            **super().get_config(),
+            "num_bins": self.num_bins,
+            "from_logits": self.from_logits,
+            "ignore_class": self.ignore_class,
+        }
+
+
+def confidence_bins(confidence: Tensor, num_bins: int) -> Tensor:
+    """Return the bin m of each confidence, in `(m, m + 1] / num_bins`."""
+    bins = ops.ceil(confidence * num_bins) - 1
+    return ops.cast(ops.clip(bins, 0, num_bins - 1), "int32")
+
+
+def position_weights(y_pred: Tensor, sample_weight: Tensor = None) -> Tensor:
+    """Return the weight of each position, `(...)`: 0 where a mask hides it.
+
+    Args:
+        y_pred: `(..., C)`.
+        sample_weight: `(...)`, `(..., 1)`, one per example, `(N,)`, or None.
+    """
+    y_pred = ops.convert_to_tensor(y_pred)
+    weight = unmasked(y_pred)
+    weight = ops.ones_like(y_pred[..., 0]) if weight is None else weight
+    weight = ops.cast(weight, "float32")
+    if sample_weight is not None:
+        sample_weight = ops.cast(
+            ops.convert_to_tensor(sample_weight), "float32"
+        )
+        weight = weight * expand_weights(sample_weight, len(weight.shape))
+    return weight
+
+
+def where_weighted(rows: Tensor, weight: Tensor) -> Tensor:
+    """Return rows `(..., C)`, with zeros in those of weight 0."""
+    rows = ops.convert_to_tensor(rows)
+    seen = ops.not_equal(ops.expand_dims(weight, -1), 0.0)
+    return ops.where(seen, rows, ops.zeros_like(rows))
+
+
+def read_labelled(
+    y_true: Tensor,
+    y_pred: Tensor,
+    sample_weight: Tensor,
+    from_logits: bool,
+    ignore_class: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return one-hot labels, the student's probabilities, and weights.
+
+    The labels and probabilities are `(..., C)`, the weights `(...)`, all in
+    float32. The weight of a label that is no class is NaN.
+    """
+    weight = position_weights(y_pred, sample_weight)
+    student = ops.cast(where_weighted(y_pred, weight), "float32")
+    student = read_student(student, from_logits=from_logits)
+    if from_logits:
+        student = ops.softmax(student, axis=-1)
+    labels = ops.convert_to_tensor(y_true)
+    if labels.shape[-1] == 1 and len(labels.shape) == len(student.shape):
+        labels = ops.squeeze(labels, axis=-1)
+    if len(labels.shape) == len(weight.shape):
+        indices = ops.cast(labels, "int32")
+        if ignore_class is not None:
+            weight = ops.where(ops.equal(indices, ignore_class), 0.0, weight)
+        classes = student.shape[-1]
+        valid = (indices >= 0) & (indices < classes)
+        indices = ops.where(valid, indices, -1)  # PyTorch refuses others.
+        labels = ops.one_hot(indices, classes, dtype="float32")
+    check_classes("y_true", labels, "y_pred", student)
+    labels = ops.cast(where_weighted(labels, weight), "float32")
+    labels = valid_probs("y_true", labels, "give class indices instead")
+    # An index outside of [0, C) is a row of zeros.
+    wrong = ops.all(ops.equal(labels, 0.0), axis=-1) & ops.not_equal(weight, 0)
+    values = visible_values(wrong)
+    if values is not None and values.any():
+        fail(
+            "y_true",
+            f"class indices in [0, {student.shape[-1]}), or one-hot rows, "
+            "except where the weight is 0 or `ignore_class` says so",
+            ops.convert_to_numpy(y_true)[values][0],
+        )
+    return labels, student, ops.where(wrong, float("nan"), weight)
