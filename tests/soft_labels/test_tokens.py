@@ -1,358 +1,386 @@
-"""Stored tokens: what is written is read, of whatever sequences."""
+"""Log-probabilities of tokens from answers of language models."""
 
-import pickle
+import math
 
-import keras
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import Batches, tf_dataset
-from token_stores import Teacher, V, texts, top, write
+from responses_of import batch, chat, completion, position, token, write
 
-from keras_ptloss.losses import TopKPTLoss
-from keras_ptloss.soft_labels import TokenLabels, TokenLabelSpec, fingerprint
-from keras_ptloss.soft_labels._tokens.packing import pack, packed_size, unpack
+from keras_ptloss.soft_labels.tokens import bytes_to_ids, read_tokens
 
-HALF = 2.0**-11  # of float16, relative
-LEAST = 2.0**-25  # of its smallest numbers, absolute
+SETTINGS = settings(max_examples=40, deadline=None)
+# Byte-level BPE writes a space as U+0120, SentencePiece as U+2581.
+BPE = {
+    "\u0120": 0,
+    "Hi": 1,
+    "\u0120yes": 2,
+    "\u0120no": 3,
+    "<|im_end|>": 4,
+    "\u00b4": 5,  # the byte B4
+    "\u00c2\u00b4": 6,  # the letter U+00B4
+    "\u00ef\u00bf\u00bd": 7,  # the replacement character
+}
+PIECES = {"\u2581": 0, "Hi": 1, "</s>": 3, "<0xC3>": 5, "yes": 7, "no": 8}
+YES = position((" yes", 0.6), (" no", 0.2), with_bytes=True)
 
 
-def assert_stored(found, expected):
-    """Ids exact, log-probabilities within float16's rounding (and 1e-6)."""
-    np.testing.assert_array_equal(found[..., 0], expected[..., 0])
-    np.testing.assert_allclose(
-        found[..., 1], expected[..., 1], rtol=1.01 * HALF, atol=LEAST + 1e-6
+@pytest.fixture(scope="module")
+def read(tmp_path_factory):
+    """Read records with `read_tokens`; return a dictionary for each token.
+
+    It maps ids to probabilities; the id -1 is all other tokens together.
+    """
+    folder = tmp_path_factory.mktemp("tokens")
+
+    def run(*records, top_k=2, **options):
+        path = write(folder / "answers.jsonl", *records)
+        answers = read_tokens(path, top_k=top_k, **options)
+        for ids, targets in zip(
+            answers.sequences, answers.targets, strict=True
+        ):
+            assert targets.shape == (len(ids), top_k + 1, 2)
+        return [
+            [
+                {int(i): math.exp(log) for i, log in one if i >= -1}
+                for one in targets
+            ]
+            for targets in answers.targets
+        ]
+
+    return run
+
+
+def close(one, other):
+    return one.keys() == other.keys() and all(
+        math.isclose(one[key], other[key], abs_tol=1e-5) for key in one
     )
 
 
-@pytest.mark.parametrize("bits", range(1, 25))
-def test_packing_is_exact(bits):
-    random = np.random.default_rng(bits)
-    for k in (1, 2, 3, 16, 21):
-        numbers = random.integers(0, 1 << bits, (50, k))
-        numbers[0], numbers[1] = 0, (1 << bits) - 1
-        packed = pack(numbers, bits)
-        assert packed.shape == (50, packed_size(k, bits))
-        np.testing.assert_array_equal(unpack(packed, bits, k), numbers)
-        # An oracle: the digits, written one after the other.
-        digits = "".join(f"{n:0{bits}b}" for n in numbers[2])
-        digits += "0" * (-len(digits) % 8)
-        assert packed[2].tobytes() == int(digits, 2).to_bytes(len(digits) // 8)
+@st.composite
+def texts(draw):
+    """A vocabulary of bytes, a text of it, and a distribution at each token."""
+    words = draw(
+        st.lists(
+            st.text("aé\u4e2d \U0001f600", min_size=1, max_size=3).map(
+                str.encode
+            ),
+            min_size=4,
+            max_size=8,
+            unique=True,
+        )
+    )
+    words += [bytes([byte]) for byte in (0xC3, 0xA9, 0xF0)]
+    length = draw(st.integers(1, 4))
+    ids = st.integers(0, len(words) - 1)
+    answer = draw(st.lists(ids, min_size=length, max_size=length))
+    p = draw(
+        st.lists(
+            st.lists(
+                st.floats(0.01, 1), min_size=len(words), max_size=len(words)
+            ),
+            min_size=length,
+            max_size=length,
+        )
+    )
+    prompt = draw(st.lists(ids, min_size=1, max_size=3))
+    return words, prompt, answer, [np.array(q) / sum(q) for q in p]
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.data())
-def test_packing_of_any_numbers(data):
-    size = data.draw(st.integers(2, 2**24))
-    bits = max(1, int(np.ceil(np.log2(size))))
-    numbers = np.array(
-        [data.draw(st.lists(st.integers(0, size - 1), min_size=1))]
+def spell_bytes(data):
+    """Byte-level BPE by GPT-2's table, written independently."""
+    table, extra = {}, 0
+    for byte in range(256):
+        if chr(byte).isprintable() and byte not in (32, 0xA0, 0xAD):
+            table[byte] = chr(byte)
+        else:
+            table[byte] = chr(256 + extra)
+            extra += 1
+    return "".join(table[byte] for byte in data)
+
+
+@SETTINGS
+@given(texts(), st.integers(1, 12), st.sampled_from(["bytes", "pieces", "ids"]))
+def test_targets_are_those_of_the_model(read, drawn, top_k, form):
+    words, prompt, answer, probabilities = drawn
+
+    def item(number, p):
+        data = words[number]
+        if form == "pieces":
+            return token(spell_bytes(data), p)
+        text = data.decode(errors="replace")
+        if form == "ids":
+            return {**token(text, p), "id": number}
+        return token(text, p, data)
+
+    items = []
+    for own, p in zip(answer, probabilities, strict=True):
+        order = np.argsort(-p, kind="stable")[:top_k]
+        top = [item(i, p[i]) for i in order.tolist()]
+        items.append({**item(own, p[own]), "top_logprobs": top})
+    vocabulary = {spell_bytes(word): i for i, word in enumerate(words)}
+    # A space must occur for byte-level BPE to be recognised.
+    vocabulary.setdefault("\u0120", len(words))
+    (targets,) = read(
+        chat(*items),
+        top_k=top_k,
+        sequences=[prompt + answer],
+        tokenizer=None if form == "ids" else vocabulary,
     )
-    packed = pack(numbers, bits)
-    np.testing.assert_array_equal(
-        unpack(packed, bits, numbers.shape[1]), numbers
+    assert targets[: len(prompt) - 1] == [{}] * (len(prompt) - 1)
+    assert targets[-1] == {}  # nothing follows the last token
+    for found, own, p in zip(
+        targets[len(prompt) - 1 : -1], answer, probabilities, strict=True
+    ):
+        kept = np.argsort(-p, kind="stable")[:top_k].tolist()
+        wanted = {i: p[i] for i in kept}
+        if len(kept) < top_k:
+            wanted.setdefault(own, p[own])
+        wanted[-1] = 1 - sum(wanted.values())
+        assert close(found, wanted)
+
+
+# The shapes of responses.
+
+
+def test_prompt_log_probabilities(read):
+    # vLLM's `prompt_logprobs`: the prompt's own token may be one more.
+    def one(logprob, rank, text):
+        return {"logprob": logprob, "rank": rank, "decoded_token": text}
+
+    listed = [
+        None,
+        {"2": one(-0.5, 1, "a"), "7": one(-1.5, 2, "b")},
+        {
+            "9": one(-4.0, 9, "c"),
+            "1": one(-0.25, 1, "d"),
+            "7": one(-2.0, 2, "b"),
+        },
+    ]
+    record = {"choices": [{"text": "", "prompt_logprobs": listed}]}
+    record["choices"][0] |= {"prompt_token_ids": [5, 2, 9], "logprobs": None}
+    e = math.exp
+    wanted = [
+        {2: e(-0.5), 7: e(-1.5), -1: 1 - e(-0.5) - e(-1.5)},
+        {1: e(-0.25), 7: e(-2.0), -1: 1 - e(-0.25) - e(-2.0)},
+        {},
+    ]
+    chat_record = {"choices": [{"message": {}}], "prompt_logprobs": listed}
+    for one_record, sequences in [
+        (record, None),
+        (record, [[5, 2, 9]]),
+        (chat_record, [[5, 2, 9]]),
+    ]:
+        (found,) = read(one_record, sequences=sequences)
+        assert all(map(close, found, wanted))
+    with pytest.raises(ValueError, match="no entry for token 3 at position 2"):
+        read(chat_record, sequences=[[5, 2, 3]])
+    with pytest.raises(ValueError, match="3 for 2 tokens"):
+        read(chat_record, sequences=[[5, 2]])
+    chat_record["choices"][0]["logprobs"] = {"content": [YES]}
+    with pytest.raises(ValueError, match="`prompt_logprobs` and `logprobs`"):
+        read(chat_record, sequences=[[5, 2, 9]])
+
+
+def test_ids_in_the_response(read):
+    # vLLM's `return_token_ids`.
+    record = {**chat(YES), "prompt_token_ids": [1, 0]}
+    record["choices"][0]["token_ids"] = [2]
+    (found,) = read(record, tokenizer=BPE)
+    assert [one.keys() for one in found] == [set(), {2, 3, -1}, set()]
+    record["choices"][0]["token_ids"] = [3]
+    with pytest.raises(ValueError, match="another text or tokenizer"):
+        read(record, tokenizer=BPE)
+    # And its `return_tokens_as_token_ids`.
+    record = chat(position(("token_id:2", 0.6), ("token_id:3", 0.2)))
+    (found,) = read(record, sequences=[[1, 2]])
+    assert close(found[0], {2: 0.6, 3: 0.2, -1: 0.2})
+
+
+def test_echo(read):
+    # https://github.com/ggml-org/llama.cpp/pull/15189, vLLM 0.16; the first
+    # three tokens.
+    logprobs = {
+        "text_offset": [0, 3, 8],
+        "token_logprobs": [None, -8.818763732910156, -1.552642822265625],
+        "tokens": ["The", " step", " of"],
+        "top_logprobs": [
+            None,
+            {
+                " step": -8.818763732910156,
+                " is": -0.7875133752822876,
+                " ": -1.9750133752822876,
+            },
+            {" of": -1.552642822265625, " in": -1.740142822265625},
+        ],
+    }
+    vocabulary = {"The": 4, "\u0120step": 5, "\u0120of": 6, "\u0120": 7}
+    vocabulary |= {"\u0120is": 8, "\u0120in": 9}
+    record = {"choices": [{"text": "The step of", "logprobs": logprobs}]}
+    (found,) = read(record, sequences=[[4, 5, 6]], tokenizer=vocabulary)
+    p = [math.exp(-0.7875133752822876), math.exp(-1.9750133752822876)]
+    assert close(found[0], {8: p[0], 7: p[1], -1: 1 - sum(p)})
+    p = [math.exp(-1.552642822265625), math.exp(-1.740142822265625)]
+    assert close(found[1], {6: p[0], 9: p[1], -1: 1 - sum(p)})
+
+
+def test_openai_completions(read):
+    # text-davinci-003's answer in
+    # https://github.com/abetlen/llama-cpp-python/issues/2, its first token.
+    top = {
+        "\n": -0.028534053,
+        "\n\n": -5.3414392,
+        " (": -6.8118296,
+        " in": -4.9322805,
+        ":": -5.6061873,
+    }
+    probabilities = {text: math.exp(value) for text, value in top.items()}
+    record = completion("\n", ("\n", probabilities["\n"], probabilities))
+    vocabulary = {"\u010a": 1, "\u010a\u010a": 2, "\u0120in": 3, ":": 4}
+    options = {"sequences": [[0, 1]], "tokenizer": vocabulary}
+    (found,) = read(record, top_k=5, **options)
+    p = {
+        key: probabilities[text]
+        for text, key in {"\n": 1, "\n\n": 2, " in": 3, ":": 4}.items()
+    }
+    assert close(found[0], {**p, -1: 1 - sum(p.values())})  # " (" is unknown
+
+
+# Tokens and ids.
+
+
+def test_raw_pieces_are_not_read_as_their_letters(read):
+    # A server gives raw pieces, and their UTF-8 as bytes.
+    record = chat(
+        position(("\u0120yes", 0.6), ("\u00b4", 0.3), with_bytes=True)
     )
+    (found,) = read(record, sequences=[[1, 2]], tokenizer=BPE)
+    assert close(found[0], {2: 0.6, 5: 0.3, -1: 0.1})
+
+
+def test_a_file_of_text_or_of_pieces(read):
+    # Nothing in this file tells the letter U+00B4 from the byte B4.
+    record = chat(position(("Hi", 0.6), ("\u00b4", 0.3), with_bytes=True))
+    with pytest.raises(ValueError, match="text or raw pieces.*\u00b4"):
+        read(record, sequences=[[2, 1]], tokenizer=BPE)
+
+
+def test_replacement_characters_are_unknown(read):
+    # vLLM writes part of a letter so, and GPT-2 has a token for it.
+    record = chat(position((" yes", 0.6), ("\ufffd", 0.3), with_bytes=True))
+    (found,) = read(record, sequences=[[1, 2]], tokenizer=BPE)
+    assert close(found[0], {2: 0.6, -1: 0.4})
+
+
+def test_two_tokens_written_alike(read):
+    record = chat(position(("yes", 0.6), ("yes", 0.1), ("no", 0.1)))
+    with pytest.raises(ValueError, match="'yes' with two log-probabilities"):
+        read(record, sequences=[[1, 7]], tokenizer=PIECES)
+
+
+def test_bytes_of_sentencepiece():
+    found = bytes_to_ids(PIECES)
+    assert found == {
+        b" ": 0,
+        b"Hi": 1,
+        b"</s>": 3,
+        b"\xc3": 5,
+        b"yes": 7,
+        b"no": 8,
+    }
+
+
+class HuggingFaceTokenizer:
+    def get_vocab(self):
+        return dict(BPE)
+
+    def __call__(self, text):
+        return {"input_ids": [BPE.get(text, 0)]}
+
+
+class KerasHubTokenizer:
+    def vocabulary_size(self):
+        return len(BPE)
+
+    def id_to_token(self, number):
+        return list(BPE)[number]
+
+
+@pytest.mark.parametrize("kind", [HuggingFaceTokenizer, KerasHubTokenizer])
+def test_tokenizers(read, kind):
+    (found,) = read(chat(YES), sequences=[[1, 2]], tokenizer=kind())
+    assert close(found[0], {2: 0.6, 3: 0.2, -1: 0.2})
+
+
+def test_tokenizers_library(read):
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.models.BPE(vocab=BPE, merges=[])
+    (found,) = read(
+        chat(YES), sequences=[[1, 2]], tokenizer=tokenizers.Tokenizer(model)
+    )
+    assert close(found[0], {2: 0.6, 3: 0.2, -1: 0.2})
+
+
+# Where the answer stands, and what it lacks.
+
+
+def test_fewer_alternatives(read):
+    record = chat(position((" yes", 0.99), with_bytes=True))
+    (found,) = read(record, sequences=[[1, 2]], tokenizer=BPE)
+    assert close(found[0], {2: 0.99, -1: 0.01})
+
+
+def test_an_empty_last_token(read):
+    end = {"token": "", "logprob": -9999.0, "bytes": [], "top_logprobs": []}
+    (found,) = read(chat(YES, end), sequences=[[1, 2]], tokenizer=BPE)
+    assert close(found[0], {2: 0.6, 3: 0.2, -1: 0.2})
+
+
+def test_the_end_of_the_turn(read):
+    for tail in ([4], [4, 0]):
+        sequence = [1, 2, *tail]
+        (found,) = read(chat(YES), sequences=[sequence], tokenizer=BPE)
+        assert close(found[0], {2: 0.6, 3: 0.2, -1: 0.2})
+        assert found[1:] == [{}] * (1 + len(tail))
+
+
+def test_the_last_token_more_than_k_are_listed(read):
+    own = token(" no", 0.05)
+    record = chat(position((" yes", 0.6), ("Hi", 0.2), chosen=own))
+    (found,) = read(record, sequences=[[1, 3]], tokenizer=BPE)
+    assert close(found[0], {2: 0.6, 1: 0.2, -1: 0.2})
 
 
 @pytest.mark.parametrize(
-    ("logits", "k"), [(True, 1), (True, 4), (True, V), (False, 4)]
+    ("record", "options", "message"),
+    [
+        (chat(YES), {"sequences": [[1, 3]]}, "must end with its answer"),
+        (chat(YES), {"sequences": [[2, 1, 1, 1]]}, "must end with its answer"),
+        (chat(YES), {"sequences": [[]]}, "must end with its answer"),
+        (chat(YES), {}, "pass `sequences`"),
+        (chat(YES), {"sequences": [[1, 2]] * 2}, "1 answers for 2 sequences"),
+        (chat(YES), {"sequences": [[1, 2]], "top_k": 0}, "`top_k`"),
+        (chat(YES), {"tokenizer": None}, "Pass `tokenizer`"),
+        (chat(YES), {"tokenizer": BPE.get}, "`tokenizer` must be a dictionary"),
+        (chat(YES), {"tokenizer": {"a": 1}}, "none of the tokens of the file"),
+        (batch("a", chat(YES)), {"sequences": [[1, 2]]}, "Pass `ids`"),
+        (
+            chat(position(("\ufffd", 0.6), ("no", 0.3), with_bytes=True)),
+            {"sequences": [[1, 9, 3]], "tokenizer": PIECES},
+            "none of the tokens of the answer",
+        ),
+    ],
 )
-def test_round_trip(path, logits, k):
-    teacher = Teacher(logits=logits)
-    labels = write(path, teacher, k=k)
-    assert len(labels) == 12 and labels.vocabulary_size == V
-    assert labels.num_tokens == sum(map(len, texts()))
-    for row, tokens in enumerate(texts()):
-        assert_stored(labels[row], top(teacher.rows(tokens), k))
-        (found,) = fingerprint(np.array([tokens], "int32"))
-        assert labels.fingerprints[row] == found
-    with pytest.raises(IndexError):
-        labels[12]
-    assert len(list(labels)) == 12
-    assert "12 sequences" in repr(labels)
+def test_refused(read, record, options, message):
+    with pytest.raises(ValueError, match=message):
+        read(record, **{"tokenizer": BPE, **options})
 
 
-def test_error_of_storing_is_measured(path):
-    teacher = Teacher()
-    labels = write(path, teacher)
-    distances = []
-    for row, tokens in enumerate(texts()):
-        one, two = (
-            np.exp(t[..., 1].astype("float64"))
-            for t in (labels[row], top(teacher.rows(tokens), 4))
-        )
-        one, two = (m / m.sum(-1, keepdims=True) for m in (one, two))
-        distances.append(0.5 * np.abs(one - two).sum(-1))
-    distances = np.concatenate(distances)
-    assert labels.mean_total_variation == pytest.approx(
-        distances.mean(), rel=0.02
-    )
-    assert labels.max_total_variation == pytest.approx(
-        distances.max(), rel=0.02
-    )
-    assert 0 < labels.max_total_variation < 1e-3
-
-
-def test_keras_model_of_a_vocabulary(path):
-    """The likeliest are taken where the model runs; padding is not stored."""
-    keras.utils.set_random_seed(0)
-    model = keras.Sequential(
-        [
-            keras.Input((6,), dtype="int32"),
-            keras.layers.Embedding(V, 8),
-            keras.layers.Dropout(0.9),
-            keras.layers.Dense(V),
-        ]
-    )
-    x = np.random.default_rng(0).integers(0, V, (7, 6))
-    labels = write(path, model, x, k=3)
-    expected = top(keras.ops.convert_to_numpy(model(x, training=False)), 3)
-    for row in range(7):
-        assert_stored(labels[row], expected[row])
-
-
-def test_tail_that_is_next_to_nothing(path):
-    """`1 - sum` has no digits of a tail of exp(-30)."""
-    rows = np.full((1, 2, V), -34.0)
-    rows[..., 3] = 0.0
-    labels = write(path, lambda x: rows, np.array([[1, 2]]), k=1)
-    assert labels[0][0, 1, 1] == pytest.approx(np.log(V - 1) - 34, rel=HALF)
-
-
-def test_loss_on_what_is_read_is_that_on_what_was_given(path):
-    teacher, k = Teacher(), 4
-    labels = write(path, teacher, k=k)
-    x, y_true, weight = labels.attach(texts(), batch_size=12)[0]
-    given = top(teacher.rows(x["token_ids"]), k)
-    student = np.random.default_rng(3).normal(size=(*weight.shape, V))
-    loss = TopKPTLoss([0.3, 0.1], from_logits=True, reduction=None)
-    one, two = (
-        keras.ops.convert_to_numpy(
-            loss(y.astype("float32"), student.astype("float32"))
-        )
-        for y in (y_true, given)
-    )
-    real = x["padding_mask"] == 1
-    np.testing.assert_array_equal(weight, real)
-    # The gradient of the loss to log t is at most some nats.
-    logs = np.abs(given[..., 1])
-    bound = 10 * HALF * (np.exp(-logs) * logs).sum(-1) + 1e-5
-    assert (np.abs(one - two)[real] <= bound[real]).all()
-    assert (one[~real] == 0).all()
-
-
-def test_entries_of_a_teacher_that_gives_no_rows(path):
-    rows = np.log([0.4, 0.3, 0.2])
-    entries = np.stack([[5, 36, 0], rows], axis=-1)
-    padded = np.array([[2, np.log(0.9)], [-2, 7.0], [-5, 0.0]])
-    with_tail = np.array(
-        [[4, np.log(0.5)], [-1, np.log(0.3)], [9, np.log(0.2)]]
-    )
-
-    def api(batch):
-        return np.array([[entries, padded, with_tail]])
-
-    labels = write(path, api, [[1, 2, 3]], k=2, vocabulary_size=V)
-    tail = np.log([0.3, 0.1, 0.3])
-    expected = np.zeros((3, 3, 2))
-    expected[0] = [[5, rows[0]], [36, rows[1]], [-1, tail[0]]]
-    expected[1] = [[2, np.log(0.9)], [-2, 0], [-1, tail[1]]]
-    expected[2] = [[4, np.log(0.5)], [9, np.log(0.2)], [-1, tail[2]]]
-    assert_stored(labels[0], expected)
-
-
-def test_weights_say_what_is_stored(path):
-    x = {
-        "token_ids": np.arange(18).reshape(3, 6) % V,
-        "padding_mask": np.array([[1] * 6, [0, 0, 1, 1, 1, 1], [1] * 6]),
-    }
-    weight = np.array([[0, 0, 1, 2, 0, 1], [1] * 6, [0] * 6])
-    teacher = Teacher(entries=2)
-    labels = write(path, teacher, x, sample_weight=weight, k=2)
-    assert labels.counts.tolist() == [3, 4, 0]
-    assert labels.lengths.tolist() == [6, 4, 6]
-    kept = (weight > 0) & (x["padding_mask"] > 0)
-    _, y_true, found = labels.attach(x, batch_size=3)[0]
-    np.testing.assert_array_equal(found, kept)
-    expected = top(teacher.rows(x["token_ids"]), 2)
-    assert_stored(y_true[kept], expected[kept])
-    assert (y_true[~kept][..., 0] == -2).all()
-    # The batches' own weights count too.
-    _, _, found = labels.attach(
-        Batches(x["token_ids"][:1], weight[:1], weight[:1])
-    )[0]
-    np.testing.assert_array_equal(found, weight[:1])
-
-
-@pytest.mark.parametrize("fail_at", [None, 5])
-def test_weights_of_what_is_stored_stay(path, fail_at):
-    """In a complete store, and in one that is gone on with; 10 to 17 bits."""
-    rows = [[n, *range(n + 9)] for n in range(8)]
-    weight = np.ones((8, 17), "float32")
-    weight[:, [0, 3]] = 0
-    teacher = Teacher(entries=4, fail_at=fail_at)
-    try:
-        write(path, teacher, rows, sample_weight=weight)
-    except RuntimeError:
-        assert teacher.asked == fail_at
-    teacher.fail_at = None
-    asked = teacher.asked
-    for row, token in ((0, 0), (3, 11), (4, 1)):
-        other = np.array(weight)
-        other[row, token] = 1 - other[row, token]
-        for wrong in (other, None):
-            number = 0 if wrong is None else row
-            with pytest.raises(
-                ValueError,
-                match="`sample_weight` must be 0 for the tokens that it was 0"
-                f".*sequence {number}, of which other",
-            ):
-                write(path, teacher, rows, sample_weight=wrong, batch_size=3)
-    assert teacher.asked == asked
-    # What lies beyond a sequence, and how much a token weighs, is not stored.
-    weight[2, 14:] = 0
-    weight[1, 2] = 0.5
-    labels = write(path, teacher, rows, sample_weight=weight, batch_size=3)
-    assert teacher.asked == 8
-    assert labels.counts.tolist() == [8 + n for n in range(8)]
-
-
-def test_any_order_part_and_padding(path):
-    teacher = Teacher(entries=4)
-    labels = write(path, teacher)
-    some = [texts()[i] for i in (7, 0, 3)]
-    width = max(map(len, some)) + 2
-    ids, mask = np.zeros((2, 3, width), "int64")
-    for row, tokens in enumerate(some):  # padded on the left
-        ids[row, width - len(tokens) :] = tokens
-        mask[row, width - len(tokens) :] = 1
-    x = {"input_ids": ids, "attention_mask": mask}
-    assert labels.rows_of(x).tolist() == [7, 0, 3]
-    _, y_true, weight = labels.attach(x, batch_size=3)[0]
-    np.testing.assert_array_equal(weight, mask)
-    for row, number in enumerate((7, 0, 3)):
-        np.testing.assert_array_equal(
-            y_true[row][mask[row] == 1], labels[number]
-        )
-
-
-def test_equal_sequences_keep_their_own_weights(path):
-    x, weight = (
-        np.tile(np.arange(4), (2, 1)),
-        np.array([[1, 1, 0, 0], [0, 0, 1, 1]]),
-    )
-    labels = write(path, Teacher(entries=4), x, sample_weight=weight)
-    np.testing.assert_array_equal(labels.attach(x)[0][2], weight)
-
-
-def test_missing_and_foreign_sequences_are_told(path):
-    labels = write(path)
-    changed = [*texts()[3:], [36, 36], [35]]
-    rows = labels.rows_of(changed)
-    assert rows.tolist() == [*range(3, 12), -1, -1]
-    assert np.setdiff1d(np.arange(len(labels)), rows).tolist() == [0, 1, 2]
-    with pytest.raises(
-        ValueError,
-        match=r"Received: sequence 9, \[36 36\] of 2 tokens, which is not"
-        r" \(2 of the 11 compared are not; `rows_of`",
-    ):
-        labels.attach(changed)
-
-
-@pytest.mark.parametrize("form", ["array", "pydataset", "tf", "grain"])
-def test_forms_of_a_data_set(path, form):
-    x = np.random.default_rng(0).integers(0, V, (10, 6)).astype("int32")
-    y = np.zeros_like(x)
-    weight = np.ones(x.shape, "float32")
-    weight[:, -1] = 0
-    if form == "grain":
-        grain = pytest.importorskip("grain")
-        dataset = grain.MapDataset.source(
-            [(x[i], y[i], weight[i]) for i in range(10)]
-        ).batch(4)
-    elif form == "array":
-        dataset = x
-    else:
-        make = {"pydataset": Batches, "tf": tf_dataset}[form]
-        dataset = make(x, y, weight, size=4)
-    options = {"sample_weight": weight} if form == "array" else {}
-    teacher = Teacher(entries=4)
-    labels = write(path, teacher, dataset, **options)
-    assert teacher.asked == 10 and labels.num_tokens == 50
-    write(path, teacher, dataset, **options)
-    assert teacher.asked == 10
-    attached = labels.attach(dataset)
-    expected = top(teacher.rows(x), 4)
-    for number, batch in enumerate(attached):
-        inputs, y_true, found = map(np.asarray, batch)
-        low = number * len(inputs)
-        np.testing.assert_array_equal(found, weight[low : low + len(inputs)])
-        assert_stored(y_true[:, :-1], expected[low : low + len(inputs), :-1])
-        if number == 1:
-            break
-
-
-def test_fit(path):
-    """The lines of the docstring, on texts of different lengths."""
-    labels = write(path)
-    student = keras.Sequential(
-        [keras.layers.Embedding(V, 4), keras.layers.Dense(V)]
-    )
-    names = ("token_ids", "padding_mask")
-    x = {name: keras.Input((None,), name=name) for name in names}
-    # Keras 3.12 refuses an input that no output comes from.
-    logits = student(x["token_ids"]) + 0.0 * x["padding_mask"][..., None]
-    student = keras.Model(x, logits)
-    student.compile("adam", loss=TopKPTLoss(0.0, from_logits=True))
-    attached = labels.attach(texts(), batch_size=6)
-    fit = student.fit(attached, epochs=2, shuffle=False, verbose=0)
-    assert fit.history["loss"][1] < fit.history["loss"][0]
-
-
-def test_shuffled_and_preprocessed(path):
-    labels = write(path)
-    seen = []
-    attached = labels.attach(
-        texts(),
-        shuffle=True,
-        seed=1,
-        batch_size=4,
-        preprocessor=lambda x: x["token_ids"],
-    )
-    for index in range(len(attached)):
-        ids, y_true, weight = attached[index]
-        for row in range(len(ids)):
-            number = int(ids[row, 0])  # `texts` begin with their number
-            seen.append(number)
-            np.testing.assert_array_equal(
-                y_true[row][weight[row] == 1], labels[number]
-            )
-    assert sorted(seen) == list(range(12)) and seen != sorted(seen)
-
-
-def test_pickle(path):
-    labels = write(path)
-    again = pickle.loads(pickle.dumps(labels))
-    np.testing.assert_array_equal(again[3], labels[3])
-
-
-def test_sizes(path):
-    """Two bytes a value and the tail, 18 bits an id: DistillKit's ids."""
-    spec = TokenLabelSpec(top_k=128, vocabulary_size=152_000)
-    assert spec.token_bytes == 288 + 256 + 2
-    assert TokenLabelSpec(top_k=16).token_bytes is None
-    labels = write(path, k=16)
-    size = np.load(path / "shard-00000-of-00001" / "ids.npy").nbytes
-    assert size == labels.num_tokens * 16 * 6 / 8
-
-
-def test_ids_of_16_million(path):
-    last = 2**24 - 1
-    entries = np.array([[last, np.log(0.5)], [last - 1, np.log(0.25)]])
-    labels = write(
-        path, lambda x: np.tile(entries, (1, 2, 1, 1)), [[last, 1]], k=2,
-        vocabulary_size=2**24,
-    )  # fmt: skip
-    assert labels[0][0, :, 0].tolist() == [last, last - 1, -1]
-    assert isinstance(TokenLabels.open(path), TokenLabels)
+def test_answers_of_a_batch_job_are_found_by_id(read):
+    records = [batch("b", chat(YES)), batch("a", None)]
+    options = {"sequences": [[0, 2], [1, 2]], "ids": ["a", "b"]}
+    with pytest.raises(ValueError, match="`response` is null"):
+        read(*records, tokenizer=BPE, **options)
+    (found,) = read(*records, tokenizer=BPE, missing="skip", **options)
+    assert close(found[0], {2: 0.6, 3: 0.2, -1: 0.2})
