@@ -1,6 +1,0 @@
-import pytest
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "teacher.softlabels"
