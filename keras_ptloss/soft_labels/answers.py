@@ -1,0 +1,349 @@
+"""Class probabilities from the answers of language models.
+
+The model names a class by one token, and the server lists the likeliest tokens
+in its place. The page "Answers of a language model" states what is read; what
+can be read in two ways is an error.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_ptloss.soft_labels.responses import (
+    Missing,
+    NoAnswer,
+    Paths,
+    Position,
+    Token,
+    only_choice,
+    positions,
+    read_responses,
+    unknown_shape,
+)
+
+ClassNames = Sequence[str] | Mapping[str, Sequence[str]]
+
+_WHITESPACE = b" \t\r\n\v\f"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answers:
+    """Class probabilities read from a file of answers.
+
+    Attributes:
+        probabilities: `(N, num_classes)` float64; every row sums to 1.
+        other_mass: `(N,)`, the probability of tokens that are no class. Where
+            it is large, the row says little about the classes.
+        rows: `(N,)`, the line of each answer, counted from 0, or its place in
+            `ids`.
+        ids: The `custom_id` of each answer, or None if the file has none.
+        failed: Reasons of the answers left out, by `custom_id` or line.
+    """
+
+    probabilities: np.ndarray
+    other_mass: np.ndarray
+    rows: np.ndarray
+    ids: list[str] | None
+    failed: dict[str | int, str]
+
+
+def read_answers(
+    files: Paths,
+    class_names: ClassNames,
+    *,
+    after: str | None = None,
+    ids: Sequence[str] | None = None,
+    missing: Missing = "error",
+) -> Answers:
+    """Read the class probabilities of each answer in a file.
+
+    The class is one token of the answer: the last one that has text, or the
+    first one after the text `after`. The alternatives that the server lists
+    for this token give the probabilities. A class that is not listed gets the
+    smaller of the least listed probability and an equal part of what the listed
+    tokens leave.
+
+    Args:
+        files: A file with one JSON response per line, or a list of files.
+        class_names: The name of each class, as the model writes it. A
+            dictionary from each name to its spellings is allowed:
+            `{"no": ["no", "No"], "yes": ["yes", "Yes"]}`.
+        after: The class is the first token after this text, which must occur
+            once in the answer; `""` is the start of the answer. By default the
+            class is the last token of the answer.
+        ids: The `custom_id` of each example; the answers come in this order. By
+            default they come in the order of the lines.
+        missing: `"error"` or `"skip"`: whether an answer without class
+            probabilities, as after a failed request, is an error or is left
+            out. It never becomes a uniform row.
+
+    Returns:
+        An `Answers` with `probabilities`, `other_mass`, `ids` and `failed`.
+
+    Raises:
+        ValueError: If a line cannot be read, or a class is not one token, or
+            does not occur in the file.
+
+    Example:
+        >>> import json, math, tempfile
+        >>> from keras_ptloss.soft_labels import read_answers
+        >>> likeliest = [
+        ...     {"token": "yes", "logprob": math.log(0.6)},
+        ...     {"token": "no", "logprob": math.log(0.2)},
+        ... ]
+        >>> token = {**likeliest[0], "top_logprobs": likeliest}
+        >>> choice = {
+        ...     "message": {"content": "yes"},
+        ...     "logprobs": {"content": [token]},
+        ... }
+        >>> path = tempfile.mkdtemp() + "/answers.jsonl"
+        >>> with open(path, "w") as file:
+        ...     _ = file.write(json.dumps({"choices": [choice]}))
+        >>> answers = read_answers(path, ["no", "yes"])
+        >>> print(answers.probabilities.round(2), answers.other_mass.round(2))
+        [[0.25 0.75]] [0.2]
+    """
+    spellings = _spellings(class_names)
+    found = np.zeros(len(class_names), bool)
+    tokens: Counter[str] = Counter()
+
+    def read(response: dict[str, Any], _: int) -> tuple[np.ndarray, float]:
+        position = _class_position(response, spellings, after)
+        masses = _listed_masses(position, spellings, len(class_names))
+        found[~np.isnan(masses)] = True
+        tokens.update(token.text for token in position.entries)
+        return _class_probabilities(masses, position)
+
+    responses = read_responses(files, read, missing, ids)
+    absent = [
+        name
+        for name, is_found in zip(class_names, found, strict=True)
+        if not is_found
+    ]
+    if absent:
+        common = [text for text, _ in tokens.most_common(20)]
+        raise ValueError(
+            f"No answer lists a token for the classes {absent}. Each class must"
+            " be one token, spelled as the model writes it. Received:"
+            f" class_names={list(class_names)}; the tokens listed, the most"
+            f" frequent first: {common}"
+        )
+    return Answers(
+        probabilities=np.stack([row for row, _ in responses.values]),
+        other_mass=np.array([mass for _, mass in responses.values]),
+        rows=np.array(responses.rows),
+        ids=responses.ids,
+        failed=responses.failed,
+    )
+
+
+def _spellings(class_names: ClassNames) -> dict[str, int]:
+    """Map each text that stands for a class to the number of the class."""
+    if isinstance(class_names, str):
+        raise ValueError(
+            f"`class_names` must be a list. Received: {class_names=}"
+        )
+    if isinstance(class_names, Mapping):
+        texts = list(class_names.values())
+    else:
+        texts = [[name] for name in class_names]
+    pairs = [(text.strip(), c) for c, row in enumerate(texts) for text in row]
+    spellings = dict(pairs)
+    if len(texts) < 2 or "" in spellings or len(spellings) < len(pairs):
+        raise ValueError(
+            "`class_names` must be two or more different texts. Received:"
+            f" {class_names=}"
+        )
+    return spellings
+
+
+def _class_position(
+    response: dict[str, Any], spellings: dict[str, int], after: str | None
+) -> Position:
+    """Return the position at which an answer names its class."""
+    choice = only_choice(response)
+    found = positions(choice)
+    if any(math.isnan(position.token.logprob) for position in found):
+        raise ValueError("it repeats the prompt; ask without `echo`")
+    text = _answer_text(choice, found)
+    spans = _spans(found, text)
+    place = "the last token"
+    if after is None:
+        index = max(spans)
+    else:
+        place = f"the first token after {after!r}"
+        index = _first_after(spans, text, after.encode().rstrip(_WHITESPACE))
+    start, stop = spans[index]
+    shown = text[start:stop].decode(errors="replace")
+    received = (
+        f"Received: the tokens {_tail([p.token.text for p in found])} for the"
+        f" content {_tail(text.decode(errors='replace'))}"
+    )
+    rest = text[start:].decode(errors="replace")
+    until = text[:stop].decode(errors="replace")
+    for name in spellings:
+        is_longer = len(name) > len(shown)
+        if is_longer and (
+            until.endswith(name) if after is None else rest.startswith(name)
+        ):
+            raise ValueError(
+                f"the class {name!r} is more than one token here. Name the"
+                f" classes by letters or digits instead. {received}"
+            )
+    if shown not in spellings:
+        raise NoAnswer(
+            f"{place} is {shown!r}, none of the classes {list(spellings)}; if"
+            f" the class stands elsewhere, say where by `after`. {received}"
+        )
+    before, following = until[: -len(shown)], rest[len(shown) :]
+    if after is None and before and not before[-1].isspace():
+        raise NoAnswer(f"{place}, {shown!r}, ends a longer word. {received}")
+    if re.match(r"[-.,'’]?\w", following):
+        raise NoAnswer(f"{place}, {shown!r}, begins a longer word. {received}")
+    return found[index]
+
+
+def _tail(shown: Any) -> str:
+    """Return the end of a text or a list, for a message."""
+    return repr(shown) if len(shown) <= 40 else f"... {shown[-40:]!r}"
+
+
+def _answer_text(choice: dict[str, Any], found: list[Position]) -> bytes:
+    """Return the text of an answer without the reasoning before it."""
+    message, completion = choice.get("message"), choice.get("text")
+    if message is not None and completion is not None:
+        raise ValueError("it has `message` and `text`; keep one")
+    name, content = "text", completion
+    if isinstance(message, dict) and "content" not in message:
+        joined = b"".join(_bytes(position.token) for position in found)
+        content = joined.decode(errors="replace")
+    elif isinstance(message, dict):
+        name, content = "message.content", message["content"]
+    elif completion is None:
+        raise unknown_shape(choice, "`choices[0].message`")
+    if content is not None and not isinstance(content, str):
+        raise ValueError(f"`{name}` must be a text. Received: {content!r}")
+    if not content or not content.strip():
+        finish = choice.get("finish_reason")
+        raise NoAnswer(f"`{name}` is {content!r} (finish_reason {finish!r})")
+    return content.encode().rstrip(_WHITESPACE)
+
+
+def _spans(found: list[Position], text: bytes) -> dict[int, tuple[int, int]]:
+    """Return where each token with text stands in the answer.
+
+    The tokens may have more than the answer: the reasoning before it and the
+    end of the turn after it. Only the last tokens that spell the answer count.
+    Servers differ in the spaces, so these are not compared.
+    """
+    pieces = [_visible(_bytes(position.token)) for position in found]
+    ends = np.cumsum([len(piece) for piece in pieces], dtype=int).tolist()
+    starts = [0, *ends]  # one more than there are tokens
+    everything, wanted = b"".join(pieces), _visible(text)
+    begin = everything.rfind(wanted)
+    while begin >= 0 and not (begin in starts and begin + len(wanted) in ends):
+        begin = everything.rfind(wanted, 0, begin + len(wanted) - 1)
+    if begin < 0:
+        raise ValueError(
+            "the tokens of `logprobs` do not spell the content of the answer;"
+            " the server may give raw pieces or ids instead of text. Received:"
+            f" the tokens {_tail([p.token.text for p in found])} for the"
+            f" content {_tail(text.decode(errors='replace'))}"
+        )
+    where = [i for i, byte in enumerate(text) if byte not in _WHITESPACE]
+    return {
+        index: (where[first - begin], where[last - begin - 1] + 1)
+        for index, (first, last) in enumerate(itertools.pairwise(starts))
+        if begin <= first < last <= begin + len(wanted)
+    }
+
+
+def _bytes(token: Token) -> bytes:
+    return token.text.encode() if token.data is None else token.data
+
+
+def _visible(data: bytes) -> bytes:
+    return data.translate(None, _WHITESPACE)
+
+
+def _first_after(
+    spans: dict[int, tuple[int, int]], text: bytes, after: bytes
+) -> int:
+    """Return the index of the first token after a text."""
+    end = 0
+    if after:
+        count = text.count(after)
+        if count > 1:
+            raise ValueError(
+                f"the text {after.decode()!r} occurs {count} times in the"
+                " content of the answer; give a longer one as `after`"
+            )
+        if not count:
+            raise NoAnswer(
+                f"the content has no {after.decode()!r}. Received: the content"
+                f" {_tail(text.decode(errors='replace'))}"
+            )
+        end = text.index(after) + len(after)
+    for index, (start, stop) in spans.items():
+        if start < end < stop:
+            raise ValueError(
+                f"the text {after.decode()!r} ends inside the token"
+                f" {text[start:stop].decode(errors='replace')!r}"
+            )
+        if start >= end:
+            return index
+    raise NoAnswer(f"nothing follows {after.decode()!r} in the content")
+
+
+def _listed_masses(
+    position: Position, spellings: dict[str, int], num_classes: int
+) -> np.ndarray:
+    """Return the listed probability of each class; NaN where there is none."""
+    if not position.alternatives:
+        raise NoAnswer(
+            "`top_logprobs` is empty; ask for the likeliest tokens, such as"
+            " top_logprobs=20"
+        )
+    masses = np.full(num_classes, np.nan)
+    texts: set[str] = set()
+    for token in position.entries:
+        label = spellings.get(token.text.strip())
+        as_bytes = _bytes(token).decode(errors="replace").strip()
+        is_raw = token.text[:1] in ("Ġ", "▁") and token.text[1:] in spellings
+        if is_raw or spellings.get(as_bytes) != label:
+            raise ValueError(
+                f"the token {token.text!r} (bytes {token.data!r}) is a raw piece"
+                " of a vocabulary or contradicts its bytes; ask the server for"
+                " text"
+            )
+        if label is None:
+            continue
+        if token.text in texts:
+            raise ValueError(
+                f"`top_logprobs` lists two tokens of the text {token.text!r}"
+                " with different log-probabilities; ask the server for bytes"
+            )
+        texts.add(token.text)
+        masses[label] = np.nansum([masses[label], token.probability])
+    if not np.nansum(masses) > 0:
+        raise NoAnswer(f"`top_logprobs` lists none of {list(spellings)}")
+    return masses
+
+
+def _class_probabilities(
+    masses: np.ndarray, position: Position
+) -> tuple[np.ndarray, float]:
+    """Return the distribution over the classes, and the mass of the others."""
+    least = min(token.probability for token in position.alternatives)
+    left = max(1.0 - sum(token.probability for token in position.entries), 0.0)
+    absent = np.isnan(masses)
+    filled = min(least, left / max(absent.sum(), 1))
+    masses = np.where(absent, filled, masses)
+    total = float(masses.sum())
+    return masses / total, max(1.0 - total, 0.0)

@@ -1,0 +1,394 @@
+"""Responses of OpenAI-compatible servers: from a file to tokens.
+
+A file has one JSON object per line: a response of the chat or the completions
+endpoint as OpenAI, vLLM, SGLang or llama.cpp's server return it, or a line of a
+batch job's output, which holds such a response under `response.body`. What can
+be read in two ways is an error, and so is every other shape.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+T = TypeVar("T")
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+Missing = Literal["error", "skip"]
+
+# OpenAI's log-probability of a chosen token that is not among the likeliest.
+UNKNOWN_LOGPROB = -9999.0
+
+
+class NoAnswer(Exception):
+    """A response holds no answer to read; the message is the reason."""
+
+
+class Token(NamedTuple):
+    """A token and its log-probability.
+
+    Attributes:
+        text: As the server writes it.
+        logprob: Natural logarithm; NaN for the first token of a prompt.
+        data: Its bytes, if the server gives them.
+        id: Its id, if the server gives it.
+    """
+
+    text: str
+    logprob: float
+    data: bytes | None = None
+    id: int | None = None
+
+    @property
+    def probability(self) -> float:
+        """The exponential of `logprob`."""
+        return math.exp(self.logprob)
+
+
+class Position(NamedTuple):
+    """A token of an answer and its alternatives.
+
+    Attributes:
+        token: The token that the answer has here.
+        alternatives: The likeliest tokens here, each once.
+        is_listed: Whether `token` is one of them.
+    """
+
+    token: Token
+    alternatives: tuple[Token, ...]
+    is_listed: bool
+
+    @property
+    def entries(self) -> tuple[Token, ...]:
+        """All tokens with a known log-probability, each once."""
+        if self.is_listed or not self.token.logprob > UNKNOWN_LOGPROB:
+            return self.alternatives
+        return (*self.alternatives, self.token)
+
+
+@dataclasses.dataclass
+class Responses(Generic[T]):
+    """What was read from a file, one entry per answer.
+
+    Attributes:
+        values: What `read` returned for each answer.
+        rows: The line of each, counted from 0, or its place in `ids`.
+        ids: The `custom_id` of each; None if the file has none.
+        failed: Reasons of the answers left out, by `custom_id` or line.
+        num_lines: How many different answers the files have, with these.
+    """
+
+    values: list[T]
+    rows: list[int]
+    ids: list[str] | None
+    failed: dict[str | int, str]
+    num_lines: int
+
+    def check_order(
+        self, argument: str, count: int, ids: Sequence[str] | None
+    ) -> None:
+        """Check that row i belongs to the user's example i."""
+        if ids is None and self.ids is not None:
+            raise ValueError(
+                "The lines have a `custom_id`, so they may be in any order."
+                f" Pass `ids`, the custom_id of each of the `{argument}`."
+                f" Received: ids=None, custom_ids such as {self.ids[0]!r}"
+            )
+        if self.num_lines != count:
+            raise ValueError(
+                f"Each of the `{argument}` must have one answer. Received:"
+                f" {self.num_lines} answers for {count} {argument}"
+            )
+
+
+def read_responses(
+    files: Paths,
+    read: Callable[[dict[str, Any], int], T],
+    missing: Missing,
+    ids: Sequence[str] | None = None,
+) -> Responses[T]:
+    """Apply `read` to each response of the files.
+
+    A request that failed and was repeated may have two lines of one
+    `custom_id`; the answer counts.
+
+    Args:
+        files: A path, or a list of paths.
+        read: Takes a response and its row. It raises `NoAnswer` where there is
+            none, and ValueError where the response cannot be read.
+        missing: "error" or "skip": what to do about a `NoAnswer`.
+        ids: The `custom_id` of each example. If given, these are the rows, and
+            the values come in their order.
+    """
+    if missing not in ("error", "skip"):
+        raise ValueError(
+            f'`missing` must be "error" or "skip". Received: {missing=}'
+        )
+    row_of = None if ids is None else {name: i for i, name in enumerate(ids)}
+    if row_of is not None and len(row_of) < len(ids or ()):
+        raise ValueError("`ids` must all differ. Received: a repeated id")
+    found: dict[str | int, tuple[int, T]] = {}
+    failed: dict[str | int, str] = {}
+    kinds: set[bool] = set()
+    for row, (where, record) in enumerate(_records(files)):
+        key: str | int = row
+        try:
+            custom_id = _custom_id(record)
+            kinds.add(custom_id is not None)
+            if len(kinds) > 1:
+                raise ValueError("only some of the lines have a `custom_id`")
+            if row_of is not None and custom_id not in row_of:
+                raise ValueError(f"its custom_id {custom_id!r} is not in `ids`")
+            if custom_id is not None:
+                key, row = custom_id, (row_of or {}).get(custom_id, row)
+            value = read(_response(record), row)
+        except NoAnswer as reason:
+            failed[key] = f"{where}: {reason}"
+            continue
+        except ValueError as error:
+            raise ValueError(f"Cannot read {where}: {error}") from None
+        if key in found:
+            raise ValueError(
+                f"Cannot read {where}: a second answer to the request {key!r}"
+            )
+        found[key] = row, value
+    for name in row_of or ():
+        if name not in found:
+            failed.setdefault(name, f"{name!r} has no line")
+    failed = {key: why for key, why in failed.items() if key not in found}
+    _check_failed(failed, len(found), missing)
+    values = sorted(found.items(), key=lambda item: item[1][0])
+    return Responses(
+        values=[value for _, (_, value) in values],
+        rows=[row for _, (row, _) in values],
+        ids=[str(key) for key, _ in values] if True in kinds else None,
+        failed=failed,
+        num_lines=len(found) + len(failed),
+    )
+
+
+def _check_failed(
+    failed: dict[str | int, str], num_found: int, missing: Missing
+) -> None:
+    """Raise an error about answers without log-probabilities."""
+    if num_found and (missing == "skip" or not failed):
+        return
+    advice = ' Repeat them, or pass missing="skip".' if num_found else ""
+    reasons = "; ".join(list(failed.values())[:3]) or "files without lines"
+    raise ValueError(
+        f"{len(failed)} of {len(failed) + num_found} answers cannot be used."
+        f"{advice} Received: {reasons}"
+    )
+
+
+def _records(files: Paths) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each JSON object, and its file and line for error messages."""
+    paths = [files] if isinstance(files, (str, os.PathLike)) else files
+    for path in paths:
+        with Path(path).open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                where = f"line {number} of {Path(path).name}"
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(
+                        f"Each line must be one JSON object in UTF-8. Received:"
+                        f" {where}: {error}"
+                    ) from None
+                if not isinstance(record, dict):
+                    raise ValueError(
+                        "Each line must be one JSON object. Received:"
+                        f" {where}: a {type(record).__name__}"
+                    )
+                yield where, record
+
+
+def _custom_id(record: dict[str, Any]) -> str | None:
+    custom_id = record.get("custom_id")
+    if custom_id is not None and not isinstance(custom_id, str):
+        raise ValueError(f"`custom_id` is {custom_id!r}, not a text")
+    return custom_id
+
+
+def _response(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the response of a line, which a batch job wraps."""
+    batch = record.get("response")
+    if "choices" in record:
+        if batch is not None:
+            raise ValueError("it has `choices` and `response`; keep one")
+        body: Any = record
+    elif record.get("error"):
+        raise NoAnswer(f"error: {record['error']}")
+    elif "response" not in record:
+        raise unknown_shape(record, "`choices`")
+    elif batch is None:
+        raise NoAnswer("`response` is null")
+    elif not isinstance(batch, dict) or "body" not in batch:
+        raise unknown_shape(batch, "`response.body`")
+    else:
+        body = batch["body"]
+        if batch.get("status_code", 200) != 200:
+            raise NoAnswer(f"status_code {batch['status_code']}: {body}")
+    if isinstance(body, dict) and body.get("error"):
+        raise NoAnswer(f"error: {body['error']}")
+    if not isinstance(body, dict) or "choices" not in body:
+        raise unknown_shape(body, "`choices`")
+    return body
+
+
+def unknown_shape(value: Any, expected: str) -> ValueError:
+    """Return the error about a shape that is not read."""
+    shown = value
+    if isinstance(value, dict):
+        shown = f"the fields {', '.join(map(repr, value)) or '(none)'}"
+    return ValueError(
+        f"{expected} is missing. Only OpenAI's chat and completions responses"
+        ' are read; the page "Other answers" shows how to build an array from'
+        f" other shapes. Received: {shown}"
+    )
+
+
+def only_choice(response: dict[str, Any]) -> dict[str, Any]:
+    """Return the choice of a response; raise `NoAnswer` where it has none."""
+    choices = response["choices"]
+    if not choices:
+        raise NoAnswer("`choices` is empty")
+    if not isinstance(choices, list) or len(choices) > 1:
+        raise ValueError("`choices` must have one entry; ask with n=1")
+    choice = choices[0]
+    finish = choice.get("finish_reason")
+    refusal = (choice.get("message") or {}).get("refusal")
+    if choice.get("error"):
+        raise NoAnswer(f"error: {choice['error']}")
+    if finish == "content_filter":
+        raise NoAnswer("finish_reason is 'content_filter'")
+    if refusal:
+        raise NoAnswer(f"the model refused (`message.refusal`): {refusal!r}")
+    return choice
+
+
+def positions(choice: dict[str, Any]) -> list[Position]:
+    """Return the tokens of a choice, from either form of `logprobs`."""
+    logprobs = choice.get("logprobs")
+    if logprobs is None:
+        raise NoAnswer(
+            "`logprobs` is null (finish_reason"
+            f" {choice.get('finish_reason')!r}); ask for log-probabilities"
+        )
+    if not isinstance(logprobs, dict):
+        raise unknown_shape(logprobs, "`logprobs.content`")
+    chat, tokens = logprobs.get("content"), logprobs.get("tokens")
+    if chat is not None and tokens is not None:
+        raise ValueError(
+            "`logprobs` has `content` and `tokens`, which can be read in two"
+            " ways; keep one"
+        )
+    if chat is not None:
+        return [_chat_position(item) for item in chat]
+    if tokens is not None:
+        return _completion_positions(logprobs)
+    if "content" in logprobs or "tokens" in logprobs:
+        raise NoAnswer("`logprobs.content` is null")
+    raise unknown_shape(logprobs, "`logprobs.content`")
+
+
+def _chat_position(item: Any) -> Position:
+    """Read `{"token", "logprob", "bytes", "top_logprobs": [...]}`."""
+    alternatives = item.get("top_logprobs") if isinstance(item, dict) else None
+    return _position(_token(item), [_token(one) for one in alternatives or ()])
+
+
+def _token(item: Any) -> Token:
+    if not isinstance(item, dict):
+        raise ValueError(f"a token must be an object. Received: {item!r}")
+    text, data, number = (item.get(key) for key in ("token", "bytes", "id"))
+    if not isinstance(text, str):
+        raise ValueError(f"`token` must be a text. Received: {item!r}")
+    try:
+        data = None if data is None else bytes(data)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"`bytes` must be numbers from 0 to 255. Received: {item!r}"
+        ) from None
+    if number is not None and type(number) is not int:
+        raise ValueError(f"`id` must be an integer. Received: {item!r}")
+    return Token(text, as_logprob(item.get("logprob"), text), data, number)
+
+
+def _completion_positions(logprobs: dict[str, Any]) -> list[Position]:
+    """Read the lists `tokens`, `token_logprobs` and `top_logprobs`."""
+    texts, own = logprobs["tokens"], logprobs.get("token_logprobs")
+    top = logprobs.get("top_logprobs") or [None] * len(texts)
+    if not isinstance(own, list) or not len(texts) == len(own) == len(top):
+        raise ValueError(
+            "`tokens`, `token_logprobs` and `top_logprobs` must be lists of one"
+            " length"
+        )
+    found = []
+    for text, value, likeliest in zip(texts, own, top, strict=True):
+        if not isinstance(text, str) or not isinstance(likeliest or {}, dict):
+            raise ValueError(
+                "`tokens` must hold texts, and `top_logprobs` one object each."
+                f" Received: {text!r}, {likeliest!r}"
+            )
+        # The first token of a prompt has none.
+        logprob = math.nan if value is None else as_logprob(value, text)
+        alternatives = {
+            key: as_logprob(one, key) for key, one in (likeliest or {}).items()
+        }
+        # llama-cpp-python adds the chosen token under a second spelling.
+        twins = [
+            key
+            for key, one in alternatives.items()
+            if key != text and key.strip() == text.strip() and one == logprob
+        ]
+        for twin in twins:
+            del alternatives[twin]
+            alternatives[text] = logprob
+        listed = [Token(key, one) for key, one in alternatives.items()]
+        found.append(_position(Token(text, logprob), listed))
+    return found
+
+
+def _position(token: Token, listed: list[Token]) -> Position:
+    """Join a token and its alternatives, which must agree about it."""
+    alternatives = tuple(dict.fromkeys(listed))
+    same = [one.logprob for one in alternatives if _same(one, token)]
+    if same and not any(_agree(one, token.logprob) for one in same):
+        raise ValueError(
+            f"the answer's token {token.text!r} has the log-probability"
+            f" {token.logprob} of its own (`token_logprobs` or `logprob`), but"
+            f" {same[0]} in `top_logprobs`: they are two tokens of one text, or"
+            " computed differently. Ask the server for tokens by id or bytes"
+        )
+    total = sum(one.probability for one in alternatives)
+    if total > 1.01:
+        raise ValueError(
+            f"the probabilities in `top_logprobs` at {token.text!r} add up to"
+            f" {total:.3f}, more than 1. Received: {alternatives}"
+        )
+    return Position(token, alternatives, bool(same))
+
+
+def _same(one: Token, other: Token) -> bool:
+    return (one.text, one.data, one.id) == (other.text, other.data, other.id)
+
+
+def _agree(one: float, other: float) -> bool:
+    # Below this both are 0, whatever a server writes for that.
+    return max(one, other) < -30 or abs(one - other) < 0.01
+
+
+def as_logprob(value: Any, text: str) -> float:
+    """Check a log-probability; minus infinity is one."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or math.isnan(value) or value > 1e-3:
+        raise ValueError(
+            f"the log-probability of {text!r} must be a number of at most 0."
+            f" Received: {value!r}"
+        )
+    return min(float(value), 0.0)

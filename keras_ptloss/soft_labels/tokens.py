@@ -1,0 +1,424 @@
+"""Log-probabilities of tokens from the answers of language models.
+
+Each position of a text has the ids and log-probabilities of the k likeliest
+tokens, and the remaining probability as the rest. Servers write tokens as ids,
+as text or as raw pieces of a vocabulary; which of these a file has is decided
+once for the whole file.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_ptloss.soft_labels.responses import (
+    UNKNOWN_LOGPROB,
+    Missing,
+    Paths,
+    Position,
+    Token,
+    as_logprob,
+    only_choice,
+    positions,
+    read_responses,
+)
+
+REST, PADDING = -1, -2  # ids in the targets of `TopKPTLoss`
+
+# An answer ends its text, but for as many tokens that end the turn.
+_MAX_END_TOKENS = 2
+
+Key = tuple[str, bytes | None, int | None]
+TokenIds = Mapping[Key, int | None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenAnswers:
+    """Log-probabilities of tokens, read from a file of answers.
+
+    Attributes:
+        sequences: The token ids of each text.
+        targets: Of each text `(time, top_k + 1, 2)` float32, as `TopKPTLoss`
+            takes them: ids and log-probabilities of what follows each token.
+            The last entry, of id -1, is all other tokens together; entries of
+            id -2 are absent.
+        rows: `(N,)`, the line of each text, counted from 0, or its place in
+            `ids`.
+        ids: The `custom_id` of each text, or None if the file has none.
+        failed: Reasons of the answers left out, by `custom_id` or line.
+        unknown_mass: Mean probability of the listed tokens that the vocabulary
+            does not have. It is part of the rest.
+    """
+
+    sequences: list[np.ndarray]
+    targets: list[np.ndarray]
+    rows: np.ndarray
+    ids: list[str] | None
+    failed: dict[str | int, str]
+    unknown_mass: float
+
+
+def read_tokens(
+    files: Paths,
+    *,
+    top_k: int,
+    sequences: Sequence[Sequence[int]] | None = None,
+    tokenizer: Any = None,
+    ids: Sequence[str] | None = None,
+    missing: Missing = "error",
+) -> TokenAnswers:
+    """Read the likeliest tokens at each position of texts.
+
+    These are the tokens of the answers (`logprobs`, with `echo` those of the
+    prompts too) or vLLM's `prompt_logprobs`. Where a server lists fewer tokens
+    than `top_k`, those it lists are kept.
+
+    Args:
+        files: A file with one JSON response per line, or a list of files.
+        top_k: How many tokens to keep at each position.
+        sequences: The token ids of each text, in the order of the lines, or of
+            `ids`. An answer must be the end of its text, but for at most two
+            tokens that end the turn. Not needed where the responses have
+            `prompt_token_ids`.
+        tokenizer: Gives the ids of tokens: a dictionary from token to id, or a
+            tokenizer of Hugging Face or KerasHub. Not needed where the
+            responses have ids.
+        ids: The `custom_id` of each sequence, if the lines have one.
+        missing: `"error"` or `"skip"`: whether an answer without
+            log-probabilities is an error or is left out.
+
+    Returns:
+        A `TokenAnswers` with `sequences` and `targets`.
+
+    Raises:
+        ValueError: If a line cannot be read, or its tokens are not those of its
+            sequence.
+
+    Example:
+        >>> import json, math, tempfile
+        >>> from keras_ptloss.soft_labels import read_tokens
+        >>> likeliest = [
+        ...     {"token": " yes", "logprob": math.log(0.5)},
+        ...     {"token": " no", "logprob": math.log(0.25)},
+        ... ]
+        >>> token = {**likeliest[0], "top_logprobs": likeliest}
+        >>> choice = {"message": {}, "logprobs": {"content": [token]}}
+        >>> path = tempfile.mkdtemp() + "/answers.jsonl"
+        >>> with open(path, "w") as file:
+        ...     _ = file.write(json.dumps({"choices": [choice]}))
+        >>> answers = read_tokens(
+        ...     path,
+        ...     top_k=2,
+        ...     sequences=[[0, 1]],
+        ...     tokenizer={"Well": 0, "Ġyes": 1, "Ġno": 2},
+        ... )
+        >>> print(answers.targets[0][0].round(2).tolist())
+        [[1.0, -0.69], [2.0, -1.39], [-1.0, -1.39]]
+    """
+    if type(top_k) is not int or top_k < 1:
+        raise ValueError(f"`top_k` must be at least 1. Received: {top_k=}")
+    keys: set[Key] = set()
+    seen = read_responses(
+        files, lambda body, _: keys.update(_keys(body)), missing, ids
+    )
+    if sequences is not None:
+        seen.check_order("sequences", len(sequences), ids)
+    token_ids = _token_ids(keys, tokenizer)
+    unknown: list[float] = []
+
+    def read(body: dict[str, Any], row: int) -> tuple[np.ndarray, np.ndarray]:
+        given = None if sequences is None else np.array(sequences[row], int)
+        return _read_text(body, token_ids, given, top_k, unknown)
+
+    responses = read_responses(files, read, missing, ids)
+    return TokenAnswers(
+        sequences=[sequence for sequence, _ in responses.values],
+        targets=[targets for _, targets in responses.values],
+        rows=np.array(responses.rows),
+        ids=responses.ids,
+        failed=responses.failed,
+        unknown_mass=float(np.mean(unknown)) if unknown else 0.0,
+    )
+
+
+def _read_text(
+    response: dict[str, Any],
+    token_ids: TokenIds,
+    given: np.ndarray | None,
+    top_k: int,
+    unknown: list[float],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of a text and the targets at its positions."""
+    choice = only_choice(response)
+    prompt = _id_list(response, choice, "prompt_token_ids")
+    if given is None and prompt is None:
+        raise ValueError(
+            "it has no `prompt_token_ids`; pass `sequences`, the token ids of"
+            " the texts"
+        )
+    listed = _prompt_logprobs(response, choice)
+    if listed is not None:
+        start = 0
+        sequence = np.array(prompt, int) if given is None else given
+        entries = _prompt_entries(listed, sequence)
+    else:
+        found = positions(choice)
+        own = [token_ids[_key(position.token)] for position in found]
+        entries = [_entries(one, token_ids, unknown) for one in found]
+        while found and not (found[-1].token.text or entries[-1]):
+            del found[-1], own[-1], entries[-1]  # an empty token ends the text
+        sequence = _answered(choice, prompt, own) if given is None else given
+        start = _start(own, sequence)
+    targets = np.zeros((len(sequence), top_k + 1, 2), "float32")
+    targets[..., 0] = PADDING
+    for place, one in enumerate(entries, start - 1):
+        if place >= 0 and one:  # nothing precedes the first token of a text
+            targets[place] = _target(one, top_k)
+    return sequence, targets
+
+
+def _id_list(
+    response: dict[str, Any], choice: dict[str, Any], name: str
+) -> list[int] | None:
+    """Return a list of ids, which servers put in one of two places."""
+    ids = response.get(name) or choice.get(name)
+    if ids and not all(type(one) is int for one in ids):
+        raise ValueError(f"`{name}` must be integers. Received: {ids!r}")
+    return ids or None
+
+
+def _answered(
+    choice: dict[str, Any], prompt: list[int] | None, own: list[int | None]
+) -> np.ndarray:
+    """Return the ids of a prompt and its answer."""
+    said = _id_list({}, choice, "token_ids") or own
+    if None in said:
+        raise ValueError(
+            "the tokenizer does not have all tokens of the answer; ask the"
+            " server for `token_ids`"
+        )
+    return np.array([*(prompt or ()), *said], int)
+
+
+def _prompt_logprobs(
+    response: dict[str, Any], choice: dict[str, Any]
+) -> list[Any] | None:
+    listed = response.get("prompt_logprobs") or choice.get("prompt_logprobs")
+    if listed is not None and choice.get("logprobs") is not None:
+        raise ValueError(
+            "it has `prompt_logprobs` and `logprobs`, of different texts; ask"
+            " for one of them"
+        )
+    return listed
+
+
+def _prompt_entries(
+    listed: list[Any], sequence: np.ndarray
+) -> list[dict[int, float]]:
+    """Read vLLM's `prompt_logprobs`: null, then one object for each token."""
+    if len(sequence) != len(listed):
+        raise ValueError(
+            "`prompt_logprobs` must have one entry for each token of the"
+            f" sequence. Received: {len(listed)} for {len(sequence)} tokens"
+        )
+    entries: list[dict[int, float]] = []
+    for token, one in zip(sequence.tolist(), listed, strict=True):
+        found: dict[int, float] = {}
+        for key, value in (one or {}).items():
+            if not key.isdecimal() or not isinstance(value, dict):
+                raise ValueError(
+                    "`prompt_logprobs` must map ids to objects with `logprob`."
+                    f" Received: {key!r}: {value!r}"
+                )
+            found[int(key)] = as_logprob(value.get("logprob"), key)
+        if (entries and not found) or (found and token not in found):
+            raise ValueError(
+                f"`prompt_logprobs` has no entry for token {token} at position"
+                f" {len(entries)} of its sequence; it is of another text or"
+                " tokenizer"
+            )
+        entries.append(found)
+    return entries
+
+
+def _entries(
+    position: Position, token_ids: TokenIds, unknown: list[float]
+) -> dict[int, float]:
+    """Return the log-probabilities of a position by id."""
+    found: dict[int, float] = {}
+    missed = 0.0
+    for token in position.entries:
+        number = token_ids[_key(token)]
+        if not token.logprob > UNKNOWN_LOGPROB:
+            continue  # servers write it for a probability of 0
+        if number is None:
+            missed += token.probability
+        elif (
+            abs(found.setdefault(number, token.logprob) - token.logprob) > 0.01
+        ):
+            raise ValueError(
+                f"`top_logprobs` lists {token.text!r} with two"
+                " log-probabilities: the server writes two tokens alike. Ask it"
+                " for tokens by id or bytes"
+            )
+    unknown.append(missed)
+    return found
+
+
+def _target(entries: dict[int, float], top_k: int) -> np.ndarray:
+    """Return `(top_k + 1, 2)`: the likeliest tokens, and all others."""
+    kept = sorted(entries.items(), key=lambda pair: -pair[1])[:top_k]
+    rest = 1.0 - float(np.exp([logprob for _, logprob in kept]).sum())
+    target = np.zeros((top_k + 1, 2))
+    target[:, 0] = PADDING
+    target[: len(kept)] = kept
+    with np.errstate(divide="ignore"):
+        target[top_k] = REST, np.log(max(rest, 0.0))
+    return target
+
+
+def _start(own: list[int | None], sequence: np.ndarray) -> int:
+    """Return where an answer begins in its text, which it ends.
+
+    Tokens that the vocabulary does not have may stand for any.
+    """
+    said = np.array([-1 if one is None else one for one in own], int)
+    if not (said >= 0).any():
+        raise ValueError("the tokenizer has none of the tokens of the answer")
+    last = len(sequence) - len(said)
+    for start in range(last, max(last - _MAX_END_TOKENS, 0) - 1, -1):
+        if ((said < 0) | (said == sequence[start : start + len(said)])).all():
+            return start
+    raise ValueError(
+        "a text must end with its answer and at most two tokens more. It is"
+        " another text or tokenizer, or the server leaves out spaces (then ask"
+        " for tokens by id). Received: an answer of"
+        f" {np.array2string(said, threshold=8)} for the text"
+        f" {np.array2string(sequence, threshold=8)}"
+    )
+
+
+def _key(token: Token) -> Key:
+    return token.text, token.data, token.id
+
+
+def _keys(response: dict[str, Any]) -> set[Key]:
+    """Return all tokens of a response."""
+    choice = only_choice(response)
+    if _prompt_logprobs(response, choice) is not None:
+        return set()
+    return {
+        _key(token)
+        for position in positions(choice)
+        for token in (position.token, *position.alternatives)
+    }
+
+
+def _token_ids(keys: set[Key], tokenizer: Any) -> TokenIds:
+    """Return the id of each token of a file; None if it has none.
+
+    A server gives ids, or text and its bytes, or raw pieces of the vocabulary.
+    Pieces and text look alike for many tokens, so the reading that finds more
+    of the file's tokens holds for all of them.
+    """
+    # vLLM's `return_tokens_as_token_ids` writes the ids as text.
+    by_id = {
+        key: int(key[0][9:])
+        if re.fullmatch(r"token_id:\d+", key[0])
+        else key[2]
+        for key in keys
+    }
+    if None not in by_id.values():
+        return by_id
+    if tokenizer is None:
+        raise ValueError(
+            "The file has tokens without ids. Pass `tokenizer`, the vocabulary."
+            f" Received: the token {next(iter(keys))[0]!r}"
+        )
+    pieces = vocabulary(tokenizer)
+    by_bytes = bytes_to_ids(pieces)
+    as_text = {
+        # A replacement character stands for bytes that are unknown.
+        key: None
+        if "\ufffd" in key[0] and key[1] in (None, key[0].encode())
+        else by_bytes.get(key[0].encode() if key[1] is None else key[1])
+        for key in keys
+    }
+    as_pieces = {key: pieces.get(key[0]) for key in keys}
+    known_text, known_pieces = (
+        sum(one is not None for one in found.values())
+        for found in (as_text, as_pieces)
+    )
+    if not known_text + known_pieces:
+        raise ValueError(
+            "The tokenizer has none of the tokens of the file. Received: the"
+            f" tokens {sorted(key[0] for key in keys)[:10]}"
+        )
+    differ = [key[0] for key in keys if as_text[key] != as_pieces[key]]
+    if known_text == known_pieces and differ:
+        raise ValueError(
+            "The tokens of the file can be text or raw pieces of the"
+            " vocabulary, which differ. Ask the server for token ids. Received:"
+            f" {sorted(differ)[:10]}"
+        )
+    return as_text if known_text > known_pieces else as_pieces
+
+
+def vocabulary(tokenizer: Any) -> dict[Any, int]:
+    """Return the dictionary from token to id of a tokenizer."""
+    if isinstance(tokenizer, Mapping):
+        return dict(tokenizer)
+    if hasattr(tokenizer, "get_vocab"):  # Hugging Face
+        return dict(tokenizer.get_vocab())
+    if hasattr(tokenizer, "id_to_token"):  # KerasHub
+        size = tokenizer.vocabulary_size()
+        return {tokenizer.id_to_token(i): i for i in range(size)}
+    raise ValueError(
+        "`tokenizer` must be a dictionary from token to id, or a tokenizer of"
+        f" Hugging Face or KerasHub. Received: {tokenizer!r}"
+    )
+
+
+def bytes_to_ids(pieces: Mapping[Any, int]) -> dict[bytes, int]:
+    """Decode the tokens of a vocabulary to bytes.
+
+    Byte-level BPE (GPT-2, Llama 3, Qwen) writes each byte as a character and a
+    space as Ġ; SentencePiece (Llama 2, Gemma) writes a space as ▁ and bytes
+    that are no text as <0xE2>.
+    """
+    texts = [piece for piece in pieces if isinstance(piece, str)]
+    is_byte_level = sum("Ġ" in text for text in texts) > sum(
+        "▁" in text for text in texts
+    )
+    alphabet = _byte_alphabet()
+    found: dict[bytes, int] = {}
+    single: dict[bytes, int] = {}
+    for piece, number in pieces.items():
+        if not isinstance(piece, str):
+            found[bytes(piece)] = number  # tiktoken's
+        elif is_byte_level:
+            # Tokens that were added may be plain text.
+            is_plain = not alphabet.keys() >= set(piece)
+            codes = (
+                piece.encode() if is_plain else [alphabet[one] for one in piece]
+            )
+            found[bytes(codes)] = number
+        elif re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+            single[bytes.fromhex(piece[3:5])] = number
+        else:
+            found[piece.replace("▁", " ").encode()] = number
+    return {**single, **found}
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return the byte of each character of byte-level BPE.
+
+    Bytes that print are themselves; the others are U+0100 and on, in order.
+    """
+    printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printing]
+    return {chr(byte): byte for byte in printing} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
