@@ -30,3 +30,11 @@ def set_direction(metric: keras.metrics.Metric, better: str) -> None:
     no public way to be asked, and without it `EarlyStopping` refuses.
     """
     metric._direction = better
+
+
+def compute_dtypes(model: keras.Model) -> set[str]:
+    """Return the dtypes that a model's layers compute in.
+
+    `Model.layers` does not show the layers inside of a layer.
+    """
+    return {layer.compute_dtype for layer in model._flatten_layers()}

@@ -1,28 +1,28 @@
 """Exported students against the models they were written from."""
 
 import concurrent.futures
-import importlib.util
+import fcntl
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import textwrap
 import threading
 
-import helpers
 import keras
 import numpy as np
 import pytest
 import scipy.special
+from keras import layers
 
-from keras_ptloss.serving import _export, export_student
+from keras_ptloss import export_student, serving
 
 tf = pytest.importorskip("tensorflow")
 
 BACKEND = keras.backend.backend()
-ROOT = pathlib.Path(__file__).parents[1]
 CLOSE = {"rtol": 0, "atol": 1e-5}
-layers = keras.layers
+NAMES = ["cat", "dog", "Vögel"]
 
 on_tensorflow = pytest.mark.skipif(
     BACKEND != "tensorflow", reason="Keras does it with TensorFlow only"
@@ -31,7 +31,7 @@ on_jax = pytest.mark.skipif(BACKEND != "jax", reason="about JAX")
 
 
 def image_student():
-    """All but convolution and head behave otherwise in training."""
+    """Random layers, Dropout and BatchNormalization differ in training."""
     return keras.Sequential(
         [
             keras.Input((6, 6, 1), name="image"),
@@ -46,7 +46,7 @@ def image_student():
 
 
 def text_student():
-    """As keras-hub's: inputs in a dict, of free length, that must agree."""
+    """As KerasHub's: a dict of inputs, whose free lengths must agree."""
     inputs = {
         name: keras.Input((None,), name=name, dtype="int32")
         for name in ("token_ids", "padding_mask")
@@ -59,816 +59,289 @@ def text_student():
 
 
 def list_student():
-    inputs = [keras.Input((4,), name="left"), keras.Input((2,), name="right")]
-    return keras.Model(inputs, layers.Dense(3)(layers.Concatenate()(inputs)))
-
-
-def unnamed_student():
-    inputs = keras.Input((4,))
-    return keras.Model(inputs, layers.Dense(3)(inputs))
-
-
-def unnamed_pair():
-    inputs = [keras.Input((4,)), keras.Input((2,))]
+    """Names that TensorFlow does not take as they are, and none."""
+    inputs = [
+        keras.Input((4,), name="Left-pixel values.0"),
+        keras.Input((2,)),
+    ]
     return keras.Model(inputs, layers.Dense(3)(layers.Concatenate()(inputs)))
 
 
 def tagging_student():
-    inputs = keras.Input((5, 4), name="sequence")
+    inputs = keras.Input((5, 4))
     return keras.Model(inputs, layers.Dense(3)(inputs))
 
 
 STUDENTS = {
     "image": (image_student, {"image": (6, 6, 1)}),
     "text": (text_student, {"token_ids": (7,), "padding_mask": (7,)}),
-    "list": (list_student, {"left": (4,), "right": (2,)}),
-    "unnamed": (unnamed_student, {"inputs": (4,)}),
-    "unnamed_pair": (unnamed_pair, {"inputs_0": (4,), "inputs_1": (2,)}),
-    "tagging": (tagging_student, {"sequence": (5, 4)}),
+    "list": (list_student, {"Left_pixel_values_0": (4,), "inputs_1": (2,)}),
+    "tagging": (tagging_student, {"inputs": (5, 4)}),
 }
-every_student = pytest.mark.parametrize("kind", list(STUDENTS))
 
 
-def build(kind):
-    """Return a student with weights of its own, and its input shapes."""
+@pytest.fixture(scope="module")
+def students():
+    """One student of each kind, none of whose weights is 0 or 1."""
     keras.utils.set_random_seed(0)
-    make, shapes = STUDENTS[kind]
-    student = make()
     rng = np.random.default_rng(0)
-    for weight in student.weights:
-        if "float" in keras.backend.standardize_dtype(weight.dtype):
-            weight.assign(rng.uniform(0.1, 1, size=weight.shape))
-    return student, shapes
+    made = {kind: make() for kind, (make, _) in STUDENTS.items()}
+    for student in made.values():
+        for weight in student.weights:
+            if "float" in keras.backend.standardize_dtype(weight.dtype):
+                weight.assign(rng.uniform(0.1, 1, size=weight.shape))
+    return made
 
 
-def batch(shapes, size, seed=0):
-    """Return named inputs, and the same in the form that the model takes."""
-    rng = np.random.default_rng(seed)
+@pytest.fixture(scope="module")
+def saved(students, tmp_path_factory):
+    """The path of a SavedModel of each kind."""
+    folder = tmp_path_factory.mktemp("saved")
+    return {
+        kind: export(student, folder / kind, class_names=NAMES)
+        for kind, student in students.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def small():
+    return keras.Sequential([keras.Input((4,), name="x"), layers.Dense(3)])
+
+
+def export(student, directory, **arguments):
+    arguments = {"from_logits": True, "verbose": False} | arguments
+    return export_student(student, directory, **arguments)
+
+
+def batch(kind, size):
+    """Return inputs by the names in the export, and as the model takes them."""
+    rng = np.random.default_rng(size)
     named = {}
-    for name, shape in shapes.items():
-        if name in ("token_ids", "padding_mask"):
+    for name, shape in STUDENTS[kind][1].items():
+        if kind == "text":
             high = 20 if name == "token_ids" else 2
-            values = rng.integers(0, high, (size, *shape)).astype("int32")
+            named[name] = rng.integers(0, high, (size, *shape)).astype("int32")
         else:
-            values = rng.normal(size=(size, *shape)).astype("float32")
-        named[name] = values
-    if "token_ids" in named:
-        return named, named
+            named[name] = rng.normal(size=(size, *shape)).astype("float32")
     values = list(named.values())
-    return named, values[0] if len(values) == 1 else values
+    return named, (
+        named if kind == "text" else values if len(values) > 1 else values[0]
+    )
 
 
 def probabilities(student, inputs):
-    """What the student says, by NumPy from its logits."""
+    """The student's probabilities, from its logits by SciPy."""
     logits = keras.ops.convert_to_numpy(student(inputs, training=False))
     return scipy.special.softmax(logits.astype("float64"), axis=-1)
 
 
-def signature(path):
-    """The signature that TensorFlow Serving calls, kept with its model."""
+def load(path):
+    """Return the signature that servers call, as a function of arrays."""
     model = tf.saved_model.load(str(path))
-    return model, model.signatures["serving_default"]
+    serve = model.signatures["serving_default"]
 
+    def call(**inputs):
+        outputs = serve(**{k: tf.constant(v) for k, v in inputs.items()})
+        return {name: value.numpy() for name, value in outputs.items()}
 
-@pytest.fixture
-def small():
-    student, _ = build("unnamed")
-    return student
-
-
-# What is written.
-
-
-@every_student
-def test_reload_by_tensorflow(kind, tmp_path):
-    student, shapes = build(kind)
-    names = ["cat", "dog", "Vögel"]
-    path = export_student(
-        student, tmp_path / "student", from_logits=True, class_names=names
-    )
-    assert path == tmp_path / "student" / "1"
-    model, serve = signature(path)
-    assert set(model.signatures) == {"serve", "serving_default"}
-    specs = serve.structured_input_signature[1]
-    assert set(specs) == set(shapes)
-    for size in (1, 7):
-        named, inputs = batch(shapes, size, seed=size)
-        expected = probabilities(student, inputs)
-        served = serve(
-            **{name: tf.constant(value) for name, value in named.items()}
-        )
-        assert set(served) == {"probabilities", "label", "class_name"}
-        assert served["probabilities"].dtype == tf.float32
-        assert served["label"].dtype == tf.int32
-        np.testing.assert_allclose(served["probabilities"], expected, **CLOSE)
-        labels = expected.argmax(-1)
-        np.testing.assert_array_equal(served["label"], labels)
-        np.testing.assert_array_equal(
-            served["class_name"],
-            np.array([name.encode() for name in names], object)[labels],
-        )
-
-
-@on_tensorflow
-@every_student
-def test_reload_by_keras(kind, tmp_path):
-    """`TFSMLayer` takes what the student takes."""
-    student, shapes = build(kind)
-    path = export_student(student, tmp_path, from_logits=True)
-    layer = keras.layers.TFSMLayer(str(path))
-    for size in (1, 7):
-        _, inputs = batch(shapes, size, seed=size)
-        inputs = keras.tree.map_structure(tf.constant, inputs)
-        np.testing.assert_allclose(
-            layer(inputs)["probabilities"],
-            probabilities(student, inputs),
-            **CLOSE,
-        )
-
-
-def test_free_length(tmp_path):
-    student, shapes = build("text")
-    _, serve = signature(export_student(student, tmp_path, from_logits=True))
-    for length in (1, 30):
-        named, inputs = batch(dict.fromkeys(shapes, (length,)), 2)
-        np.testing.assert_allclose(
-            serve(**{k: tf.constant(v) for k, v in named.items()})[
-                "probabilities"
-            ],
-            probabilities(student, inputs),
-            **CLOSE,
-        )
-
-
-def test_probabilities_are_left_alone(tmp_path):
-    inputs = keras.Input((4,), name="x")
-    student = keras.Model(inputs, layers.Dense(3, activation="softmax")(inputs))
-    _, serve = signature(export_student(student, tmp_path))
-    x = np.random.default_rng(0).normal(size=(5, 4)).astype("float32")
-    np.testing.assert_allclose(
-        serve(x=tf.constant(x))["probabilities"], student(x), **CLOSE
-    )
-
-
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_mixed_precision(policy, tmp_path):
-    inputs = keras.Input((4,), name="x")
-    student = keras.Model(inputs, layers.Dense(3, dtype=policy)(inputs))
-    _, serve = signature(export_student(student, tmp_path, from_logits=True))
-    x = np.random.default_rng(0).normal(size=(5, 4)).astype("float32")
-    logits = keras.ops.cast(student(x), "float32")
-    np.testing.assert_allclose(
-        serve(x=tf.constant(x))["probabilities"],
-        keras.ops.softmax(logits),
-        rtol=0,
-        atol=1e-2,  # two compiled products of half precision
-    )
-
-
-def test_ties_go_to_the_first_class(tmp_path):
-    student = keras.Sequential(
-        [keras.Input((2,), name="x"), layers.Dense(3, "softmax", False, "ones")]
-    )
-    _, serve = signature(export_student(student, tmp_path))
-    assert serve(x=tf.zeros((1, 2)))["label"].numpy().tolist() == [0]
-
-
-def test_a_fixed_batch_size_is_freed(tmp_path):
-    inputs = keras.Input(batch_shape=(2, 4), name="x")
-    student = keras.Model(inputs, layers.Dense(3)(inputs))
-    _, serve = signature(export_student(student, tmp_path, from_logits=True))
-    specs = serve.structured_input_signature[1]
-    assert specs["x"].shape.as_list() == [None, 4]
-    x = np.random.default_rng(0).normal(size=(5, 4)).astype("float32")
-    np.testing.assert_allclose(
-        serve(x=tf.constant(x))["probabilities"],
-        scipy.special.softmax(x @ student.get_weights()[0], axis=-1),
-        **CLOSE,
-    )
-
-
-def test_requests_at_once(tmp_path):
-    """From JAX, each request also writes the state of Dropout back."""
-    student, shapes = build("image")
-    _, serve = signature(export_student(student, tmp_path, from_logits=True))
-    named, inputs = batch(shapes, 400)
-    images = tf.constant(named["image"])
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        served = list(
-            pool.map(
-                lambda i: serve(image=images[i : i + 1])["probabilities"],
-                range(400),
-            )
-        )
-    np.testing.assert_allclose(
-        np.concatenate(served), probabilities(student, inputs), **CLOSE
-    )
-
-
-def test_after_training_and_subclassing(tmp_path):
-    """A student that was fit, and one that is wrapped as the error advises."""
-
-    class Subclassed(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.dense = layers.Dense(3)
-
-        def call(self, x):
-            return self.dense(x)
-
-    student = Subclassed()
-    student.compile("sgd", "mse")
-    x = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
-    student.fit(x, np.zeros((8, 3), "float32"), verbose=0)
-    inputs = keras.Input((4,), name="x")
-    wrapped = keras.Model(inputs, student(inputs))
-    _, serve = signature(export_student(wrapped, tmp_path, from_logits=True))
-    np.testing.assert_allclose(
-        serve(x=tf.constant(x))["probabilities"],
-        probabilities(student, x),
-        **CLOSE,
-    )
-
-
-def test_class_names_file(small, tmp_path):
-    names = ("non-entailment", "entailment", "widersprüchlich")
-    path = export_student(small, tmp_path, from_logits=True, class_names=names)
-    file = path / "assets.extra" / "class_names.json"
-    assert json.loads(file.read_text("utf-8")) == list(names)
-    bare = export_student(small, tmp_path, from_logits=True)
-    assert not (bare / "assets.extra").exists()
-    _, serve = signature(bare)
-    assert set(serve.structured_outputs) == {"probabilities", "label"}
-
-
-@pytest.mark.slow
-def test_stands_alone(small, tmp_path):
-    """TensorFlow reads it in a process that can import neither package."""
-    path = export_student(small, tmp_path, from_logits=True)
-    code = (
-        "import sys; sys.modules['keras'] = sys.modules['jax'] = None\n"
-        "sys.modules['keras_ptloss'] = None\n"
-        "import tensorflow as tf\n"
-        f"model = tf.saved_model.load({str(path)!r})\n"
-        "out = model.signatures['serving_default'](inputs=tf.ones((2, 4)))\n"
-        "print(out['probabilities'].numpy().tolist())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    np.testing.assert_allclose(
-        json.loads(done.stdout),
-        probabilities(small, np.ones((2, 4), "float32")),
-        **CLOSE,
-    )
-
-
-# Versions.
-
-
-def test_versions_count_up(small, tmp_path):
-    def export(**kwargs):
-        return export_student(small, tmp_path, from_logits=True, **kwargs).name
-
-    assert [export(), export(), export(version=7), export()] == list("1278")
-    (tmp_path / "0012").mkdir()  # 12, to a server
-    for stray in ("13.old", ".exporting-x", "notes", "-20"):
-        (tmp_path / stray).mkdir()
-    assert export() == "13"
-    assert export(version=3) == "3"
-    assert export() == "14"
-
-
-@pytest.mark.parametrize("there", ["5", "0005"])
-def test_existing_version(small, tmp_path, there):
-    (tmp_path / there).mkdir()
-    (tmp_path / there / "mine").write_text("kept")
-    with pytest.raises(
-        ValueError, match="`version` must be a number that is not yet in.*=5"
-    ):
-        export_student(small, tmp_path, from_logits=True, version=5)
-    assert listing(tmp_path) == [there, f"{there}/mine"]
+    call.model = model  # It owns the variables.
+    call.specs = serve.structured_input_signature[1]
+    return call
 
 
 def listing(path):
     return sorted(str(file.relative_to(path)) for file in path.rglob("*"))
 
 
-@pytest.mark.parametrize("version", [None, 1])
-def test_a_version_made_meanwhile_is_never_overwritten(
-    small, tmp_path, monkeypatch, version
-):
-    """Another export comes between the last look and the rename."""
-    rename = pathlib.Path.rename
-
-    def late(self, target):
-        monkeypatch.undo()
-        target.mkdir()
-        (target / "theirs").touch()
-        return rename(self, target)
-
-    monkeypatch.setattr(pathlib.Path, "rename", late)
-    if version is None:
-        assert export_student(small, tmp_path, from_logits=True).name == "2"
-    else:
-        with pytest.raises(ValueError, match="not yet in"):
-            export_student(small, tmp_path, from_logits=True, version=version)
-    assert listing(tmp_path / "1") == ["theirs"]
-    assert not list(tmp_path.glob(".exporting-*"))
+# What is served.
 
 
-def test_other_errors_of_the_rename_are_raised(small, tmp_path, monkeypatch):
-    def rename(self, target):
-        raise PermissionError("read-only")
-
-    monkeypatch.setattr(pathlib.Path, "rename", rename)
-    with pytest.raises(PermissionError, match="read-only"):
-        export_student(small, tmp_path, from_logits=True)
-    assert listing(tmp_path) == []
-
-
-def test_a_failing_export_leaves_nothing(small, tmp_path):
-    """TensorFlow refuses, while writing, a table that a function holds."""
-    table = tf.lookup.StaticHashTable(
-        tf.lookup.KeyValueTensorInitializer(["a"], [1.0]), 0.0
-    )
-
-    def preprocess(text):
-        return tf.tile(table.lookup(text)[:, None], (1, 4))
-
-    export_student(small, tmp_path, from_logits=True)
-    before = listing(tmp_path)
-    with pytest.raises(AssertionError, match="untracked"):
-        export_student(
-            small, tmp_path, from_logits=True, preprocessor=preprocess
-        )
-    assert listing(tmp_path) == before
-
-
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_failure_after_half_the_files_leaves_nothing(
-    small, tmp_path, monkeypatch, error
-):
-    def half(student, signature, path, *args):
-        (path / "saved_model.pb").touch()
-        raise error
-
-    monkeypatch.setattr(_export, "write_saved_model", half)
-    with pytest.raises(type(error)):
-        export_student(small, tmp_path, from_logits=True)
-    assert listing(tmp_path) == []
-
-
-def test_a_watcher_sees_whole_versions_only(small, tmp_path):
-    """As a server that polls the folder."""
-    seen, stop = {}, threading.Event()
-
-    def watch():
-        while not stop.is_set():
-            for entry in os.listdir(tmp_path):
-                if entry.isdigit() and entry not in seen:
-                    seen[entry] = listing(tmp_path / entry)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        for _ in range(3):
-            export_student(
-                small, tmp_path, from_logits=True, class_names=["a", "b", "c"]
-            )
-    finally:
-        stop.set()
-        watcher.join()
-    assert seen
-    for version, files in seen.items():
-        assert files == listing(tmp_path / version)
-
-
-def test_others_may_read_it(small, tmp_path):
-    before = os.umask(0o022)
-    try:
-        path = export_student(
-            small, tmp_path, from_logits=True, class_names=["a", "b", "c"]
-        )
-    finally:
-        os.umask(before)
-    for entry in [path, *path.rglob("*")]:
-        assert entry.stat().st_mode & 0o044 == 0o044, entry
-
-
-# Strings in.
-
-
-def test_preprocessor_function(small, tmp_path):
-    def preprocess(text):
-        length = tf.cast(tf.strings.length(text), "float32")
-        return tf.stack([length, length, length, -length], axis=-1)
-
-    path = export_student(
-        small, tmp_path, from_logits=True, preprocessor=preprocess
-    )
-    _, serve = signature(path)
-    assert serve.structured_input_signature[1]["text"].dtype == tf.string
-    lengths = np.array([[0.0], [3.0], [12.0]], "float32")
-    np.testing.assert_allclose(
-        serve(text=tf.constant(["", "abc", "x" * 12]))["probabilities"],
-        probabilities(small, lengths * [1, 1, 1, -1]),
-        **CLOSE,
-    )
-
-
-def test_preprocessor_of_pairs(tmp_path):
-    """Every required argument is an input: MNLI's two sentences."""
-    student, _ = build("text")
-
-    def preprocess(premise, hypothesis, length=6):
-        joined = tf.strings.join([premise, hypothesis], " ")
-        pieces = tf.strings.bytes_split(joined).to_tensor(
-            "", shape=(None, length)
-        )
-        ids = tf.strings.to_hash_bucket_fast(pieces, 20)  # int64: is cast
-        return {"token_ids": ids, "padding_mask": pieces != ""}
-
-    path = export_student(
-        student,
-        tmp_path,
-        from_logits=True,
-        preprocessor=preprocess,
-        class_names=["a", "b", "c"],
-    )
-    _, serve = signature(path)
-    pair = {"premise": ["a", "bcd"], "hypothesis": ["e", "fghij"]}
-    pair = {name: tf.constant(texts) for name, texts in pair.items()}
-    made = preprocess(**pair)
-    made = {k: tf.cast(v, "int32").numpy() for k, v in made.items()}
-    np.testing.assert_allclose(
-        serve(**pair)["probabilities"], probabilities(student, made), **CLOSE
-    )
-
-
-def test_preprocessor_with_a_lookup_table(small, tmp_path):
-    class Lookup(tf.Module):
-        def __init__(self):
-            super().__init__()
-            self.table = tf.lookup.StaticHashTable(
-                tf.lookup.KeyValueTensorInitializer(["a", "b"], [1.0, 2.0]), 0.0
-            )
-
-        def __call__(self, word):
-            return tf.tile(self.table.lookup(word)[:, None], (1, 4))
-
-    path = export_student(
-        small, tmp_path, from_logits=True, preprocessor=Lookup()
-    )
-    _, serve = signature(path)
-    np.testing.assert_allclose(
-        serve(word=tf.constant(["b", "?"]))["probabilities"],
-        probabilities(small, np.array([[2.0] * 4, [0.0] * 4], "float32")),
-        **CLOSE,
-    )
-
-
-def vectorizer():
-    layer = layers.TextVectorization(
-        output_mode="int", output_sequence_length=7
-    )
-    layer.adapt(np.array(["good film", "bad film"]))
-    return layer
-
-
-def embedding_student(layer):
-    inputs = keras.Input((7,), name="token_ids", dtype="int32")
-    x = layers.Embedding(layer.vocabulary_size(), 4)(inputs)
-    return keras.Model(
-        inputs, layers.Dense(2)(layers.GlobalAveragePooling1D()(x))
-    )
-
-
-@on_tensorflow
-def test_preprocessor_layer(tmp_path):
-    layer = vectorizer()
-    student = embedding_student(layer)
-    path = export_student(
-        student, tmp_path, from_logits=True, preprocessor=layer
-    )
-    texts = tf.constant(["good film", "a bad one"])
-    _, serve = signature(path)
-    expected = probabilities(student, layer(texts))
-    np.testing.assert_allclose(
-        serve(inputs=texts)["probabilities"], expected, **CLOSE
-    )
-    # Also as the layer is called.
-    again = keras.layers.TFSMLayer(str(path))
-    np.testing.assert_allclose(again(texts)["probabilities"], expected, **CLOSE)
-
-
-@on_tensorflow
-def test_strings_into_the_model_itself(tmp_path):
-    layer = vectorizer()
-    inputs = keras.Input((), name="text", dtype="string")
-    student = keras.Model(inputs, embedding_student(layer)(layer(inputs)))
-    _, serve = signature(export_student(student, tmp_path, from_logits=True))
-    texts = tf.constant(["good film", "a bad one"])
-    np.testing.assert_allclose(
-        serve(text=texts)["probabilities"],
-        probabilities(student, texts),
-        **CLOSE,
-    )
-
-
-@on_jax
-def test_preprocessor_layer_needs_tensorflow(tmp_path):
-    layer = vectorizer()
-    with pytest.raises(
-        ValueError, match="`preprocessor` must be a function of TensorFlow ops"
-    ):
-        export_student(embedding_student(layer), tmp_path, preprocessor=layer)
-
-
-def test_preprocessor_must_return_the_models_inputs(small, tmp_path):
-    def preprocess(text):
-        return {"token_ids": tf.strings.length(text)}
-
-    with pytest.raises(
-        ValueError, match="`preprocessor` must be.*the model's inputs, inputs"
-    ):
-        export_student(
-            small, tmp_path, from_logits=True, preprocessor=preprocess
-        )
-    assert listing(tmp_path) == []
-
-
-# Other formats.
-
-
-@on_tensorflow
-@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
-@pytest.mark.parametrize("kind", ["image", "text", "list"])
-def test_litert(kind, tmp_path):
-    student, shapes = build(kind)
-    path = export_student(
-        student,
-        tmp_path,
-        from_logits=True,
-        class_names=["a", "b", "c"],
-        format="litert",
-    )
-    assert listing(path) == [
-        "assets.extra",
-        "assets.extra/class_names.json",
-        "model.tflite",
-    ]
-    interpreter = tf.lite.Interpreter(str(path / "model.tflite"))
-    run = interpreter.get_signature_runner("serving_default")
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_served_as_trained(kind, students, saved):
+    serve = load(saved[kind])
+    assert set(serve.model.signatures) == {"serve", "serving_default"}
+    assert set(serve.specs) == set(STUDENTS[kind][1])
     for size in (1, 7):
-        named, inputs = batch(shapes, size)
-        served = run(**named)
-        expected = probabilities(student, inputs)
+        named, inputs = batch(kind, size)
+        served, expected = serve(**named), probabilities(students[kind], inputs)
+        assert served["probabilities"].dtype == np.float32
+        assert served["label"].dtype == np.int32
         np.testing.assert_allclose(served["probabilities"], expected, **CLOSE)
-        np.testing.assert_array_equal(served["label"], expected.argmax(-1))
+        labels = expected.argmax(-1)
+        np.testing.assert_array_equal(served["label"], labels)
+        names = np.array([name.encode() for name in NAMES], object)
+        np.testing.assert_array_equal(served["class_name"], names[labels])
 
 
-@on_jax
-def test_litert_needs_tensorflow(small, tmp_path):
-    with pytest.raises(
-        ValueError, match="'litert' needs KERAS_BACKEND=tensorflow.*Received"
-    ):
-        export_student(small, tmp_path, from_logits=True, format="litert")
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_a_request_of_no_rows(kind, saved):
+    named, _ = batch(kind, 0)
+    served = load(saved[kind])(**named)
+    rows = (0, 5) if kind == "tagging" else (0,)
+    assert served["probabilities"].shape == (*rows, 3)
+    assert served["label"].shape == served["class_name"].shape == rows
 
 
-@pytest.mark.filterwarnings("ignore:.*np.object:FutureWarning")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("kind", ["image", "text", "list"])
-def test_onnx(kind, tmp_path):
-    pytest.importorskip(_export._NEEDS["onnx"][BACKEND])
-    runtime = pytest.importorskip("onnxruntime")
-    student, shapes = build(kind)
-    path = export_student(student, tmp_path, from_logits=True, format="onnx")
-    session = runtime.InferenceSession(path / "model.onnx")
-    assert {i.name for i in session.get_inputs()} == set(shapes)
-    for size in (1, 7):
-        named, inputs = batch(shapes, size)
-        served = session.run(["probabilities", "label"], named)
-        expected = probabilities(student, inputs)
-        np.testing.assert_allclose(served[0], expected, **CLOSE)
-        np.testing.assert_array_equal(served[1], expected.argmax(-1))
+@on_tensorflow
+@pytest.mark.parametrize("kind", ["text", "list"])
+def test_reload_by_keras(kind, students, saved):
+    """`TFSMLayer` takes what the student takes."""
+    layer = layers.TFSMLayer(str(saved[kind]))
+    _, inputs = batch(kind, 7)
+    inputs = keras.tree.map_structure(tf.constant, inputs)
+    np.testing.assert_allclose(
+        layer(inputs)["probabilities"],
+        probabilities(students[kind], inputs),
+        **CLOSE,
+    )
 
 
-def test_missing_package(small, tmp_path, monkeypatch):
-    package = _export._NEEDS["onnx"][BACKEND]
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(
-        ImportError,
-        match=rf"needs {package}: pip install 'keras_ptloss\[export\]'",
-    ):
-        export_student(small, tmp_path / "new", format="onnx")
-    assert not (tmp_path / "new").exists()
-
-
-# Wrong arguments.
-
-
-class Distiller(keras.Model):
-    """A stand-in: a subclassed model that holds a student."""
-
-    def __init__(self, student):
-        super().__init__()
-        self.student = student
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        "a path",
-        keras.Sequential([keras.layers.Dense(2)]),
-        Distiller(None),
-        keras.layers.Dense(2),
-    ],
-)
-def test_wrong_model(model, tmp_path):
-    with pytest.raises(
-        ValueError, match="`model` must be a built.*Distiller, its `student`"
-    ):
-        export_student(model, tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("outputs", ["two", "no class axis"])
-def test_wrong_output(outputs, tmp_path):
-    inputs = keras.Input((4,))
-    tensors = {
-        "two": lambda: [layers.Dense(2)(inputs), layers.Dense(3)(inputs)],
-        "no class axis": lambda: keras.ops.sum(inputs, axis=-1),
-    }[outputs]()
-    with pytest.raises(ValueError, match="`model` must have one output.*Rece"):
-        export_student(keras.Model(inputs, tensors), tmp_path)
-
-
-# Logits and probabilities.
-
-
-def ending_in(ending, units=3):
-    """A model with the same logits, whatever it ends in."""
-    keras.utils.set_random_seed(0)
-    inputs = keras.Input((4,), name="x")
-    logits = layers.Dense(units)(inputs)
-    return keras.Model(inputs, ending(logits))
-
-
-def some_format(name):
-    if name == "onnx":
-        pytest.importorskip(_export._NEEDS["onnx"][BACKEND])
-    return {"format": name}
-
-
-formats = pytest.mark.parametrize("format", ["tf_saved_model", "onnx"])
-
-
-@formats
-@pytest.mark.parametrize("units", [1, 3])
-@pytest.mark.parametrize(
-    "ending", [lambda z: z, layers.Identity(), keras.ops.tanh]
-)
-def test_forgotten_from_logits(tmp_path, ending, units, format):
-    """Also where the last layer does not tell."""
-    form, student = some_format(format), ending_in(ending, units)
-    match = r"`from_logits` must be True.*Received: from_logits=False.*noise"
-    with pytest.raises(ValueError, match=match):
-        export_student(student, tmp_path / "new", **form)
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.filterwarnings("ignore:.*np.object:FutureWarning")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@formats
-@pytest.mark.parametrize(
-    ("ending", "units"),
-    [
-        (layers.Softmax(), 3),
-        (layers.Activation("softmax"), 3),
-        (keras.ops.softmax, 3),
-        (layers.Activation("sigmoid"), 1),
-    ],
-)
-def test_from_logits_of_probabilities(tmp_path, ending, units, format):
-    form, student = some_format(format), ending_in(ending, units)
-    if units == 1:  # the last activation of a dense layer tells
-        student = keras.Sequential(
-            [keras.Input((4,)), layers.Dense(1, "sigmoid")]
+def test_free_length(students, saved):
+    serve = load(saved["text"])
+    for length in (1, 30):
+        named = {name: np.ones((2, length), "int32") for name in serve.specs}
+        np.testing.assert_allclose(
+            serve(**named)["probabilities"],
+            probabilities(students["text"], named),
+            **CLOSE,
         )
-    match = "`from_logits` must be False.*Received: from_logits=True"
-    with pytest.raises(ValueError, match=match):
-        export_student(student, tmp_path / "new", from_logits=True, **form)
-    assert not (tmp_path / "new").exists()
-    assert export_student(student, tmp_path, **form).name == "1"
 
 
-def test_a_model_that_takes_no_noise_is_believed(tmp_path):
-    class Strict(layers.Layer):
-        def call(self, x):
-            if x.shape[1] == 32:
-                raise ValueError("not 32")
-            return keras.ops.mean(x, axis=1)
+def test_requests_at_once(students, saved):
+    """From JAX, each request also writes Dropout's random state back."""
+    serve = load(saved["image"])
+    named, inputs = batch("image", 200)
+    images = named["image"]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        served = pool.map(
+            lambda i: serve(image=images[i : i + 1])["probabilities"],
+            range(200),
+        )
+        np.testing.assert_allclose(
+            np.concatenate(list(served)),
+            probabilities(students["image"], inputs),
+            **CLOSE,
+        )
 
-    inputs = keras.Input((None, 3), name="x")
-    student = keras.Model(inputs, Strict()(inputs))
-    assert export_student(student, tmp_path).name == "1"
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_half_precision(policy, tmp_path):
+    student = keras.Sequential(
+        [keras.Input((4,), name="x"), layers.Dense(3, dtype=policy)]
+    )
+    serve = load(export(student, tmp_path))
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype("float32")
+    np.testing.assert_allclose(
+        serve(x=x)["probabilities"], probabilities(student, x), atol=1e-2
+    )
 
 
-# Binary heads.
+def test_probabilities_ties_and_a_fixed_batch_size(tmp_path):
+    """Of equal probabilities the first class wins; the batch size is freed."""
+    inputs = keras.Input(batch_shape=(2, 4), name="x")
+    dense = layers.Dense(3, "softmax", kernel_initializer="ones")
+    serve = load(
+        export(keras.Model(inputs, dense(inputs)), tmp_path, from_logits=False)
+    )
+    served = serve(x=np.ones((5, 4), "float32"))
+    np.testing.assert_allclose(served["probabilities"], 1 / 3, rtol=1e-6)
+    assert served["label"].tolist() == [0] * 5
 
 
 @pytest.mark.parametrize("from_logits", [False, True])
-def test_binary_head(tmp_path, from_logits):
-    """One output is served as the two events that it stands for."""
-    keras.utils.set_random_seed(0)
-    inputs = keras.Input((4,), name="x")
-    dense = layers.Dense(1, None if from_logits else "sigmoid")
-    student = keras.Model(inputs, dense(inputs))
-    _, serve = signature(
-        export_student(
-            student,
-            tmp_path,
-            from_logits=from_logits,
-            class_names=["ham", "spam"],
-        )
+def test_binary_head(from_logits, tmp_path):
+    """One output is served as two classes."""
+    student = keras.Sequential(
+        [
+            keras.Input((4,), name="x"),
+            layers.Dense(1, None if from_logits else "sigmoid"),
+        ]
     )
+    names = ["ham", "spam"]
+    path = export(student, tmp_path, from_logits=from_logits, class_names=names)
     x = np.random.default_rng(0).normal(size=(9, 4)).astype("float32")
-    served = serve(x=tf.constant(x))
     kernel, bias = student.get_weights()
     p = scipy.special.expit(x.astype("float64") @ kernel + bias)
-    expected = np.concatenate([1 - p, p], axis=-1)
     assert 0 < (p > 0.5).sum() < 9
-    np.testing.assert_allclose(served["probabilities"], expected, **CLOSE)
-    np.testing.assert_array_equal(served["label"], p[:, 0] > 0.5)
+    served = load(path)(x=x)
+    np.testing.assert_allclose(
+        served["probabilities"], np.concatenate([1 - p, p], axis=-1), **CLOSE
+    )
     np.testing.assert_array_equal(
         served["class_name"], np.where(p[:, 0] > 0.5, b"spam", b"ham")
     )
 
 
-def test_binary_head_has_two_names(tmp_path):
-    student = ending_in(lambda z: z, 1)
-    with pytest.raises(ValueError, match="`class_names` must be 2 different"):
-        export_student(
-            student, tmp_path, from_logits=True, class_names=["spam"]
-        )
+def test_names_and_permissions(small, tmp_path):
+    before = os.umask(0o022)
+    try:
+        path = export(small, tmp_path, class_names=tuple(NAMES))
+    finally:
+        os.umask(before)
+    file = path / "assets.extra" / "class_names.json"
+    assert json.loads(file.read_text("utf-8")) == NAMES
+    for entry in [path, *path.rglob("*")]:
+        assert entry.stat().st_mode & 0o044 == 0o044, entry
 
 
-# Free sizes with conditions of their own.
+@pytest.mark.ci
+def test_stands_alone(students, saved):
+    """TensorFlow reads it in a process without Keras, JAX and this package."""
+    code = textwrap.dedent(f"""
+        import json, sys
+        for name in ("keras", "jax", "keras_ptloss"):
+            sys.modules[name] = None
+        import tensorflow as tf
+        model = tf.saved_model.load({str(saved["tagging"])!r})
+        served = model.signatures["serving_default"](inputs=tf.ones((2, 5, 4)))
+        print(json.dumps(served["probabilities"].numpy().tolist()))
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    expected = probabilities(students["tagging"], np.ones((2, 5, 4), "float32"))
+    np.testing.assert_allclose(json.loads(done.stdout), expected, **CLOSE)
 
 
-def unet():
-    """Two halvings: images whose sides are multiples of 4."""
-    keras.utils.set_random_seed(0)
-    inputs = keras.Input((None, None, 1), name="image")
-    conv = {"kernel_size": 3, "padding": "same"}
-    fine = layers.Conv2D(2, activation="relu", **conv)(inputs)
-    half = layers.Conv2D(2, **conv)(layers.MaxPooling2D()(fine))
-    quarter = layers.Conv2D(2, **conv)(layers.MaxPooling2D()(half))
-    half = layers.Concatenate()([layers.UpSampling2D()(quarter), half])
-    up = layers.Conv2DTranspose(2, 3, 2, padding="same")(half)
-    fine = layers.Concatenate()([up, fine])
-    return keras.Model(inputs, layers.Conv2D(3, 1)(fine))
+# Students with conditions on their sizes.
 
 
 def test_unet_of_free_size(tmp_path):
-    student = unet()
-    _, serve = signature(export_student(student, tmp_path, from_logits=True))
-    for shape in ((2, 8, 12, 1), (1, 4, 4, 1), (1, 40, 8, 1)):
+    """Two halvings: images whose sides are multiples of 4."""
+    inputs = keras.Input((None, None, 1), name="image")
+    fine = layers.Conv2D(2, 3, padding="same")(inputs)
+    half = layers.Conv2D(2, 3, padding="same")(layers.MaxPooling2D()(fine))
+    quarter = layers.MaxPooling2D()(half)
+    half = layers.Concatenate()([layers.UpSampling2D()(quarter), half])
+    up = layers.Conv2DTranspose(2, 3, 2, padding="same")(half)
+    outputs = layers.Conv2D(3, 1)(layers.Concatenate()([up, fine]))
+    student = keras.Model(inputs, outputs)
+    serve = load(export(student, tmp_path))
+    for shape in ((2, 8, 12, 1), (1, 4, 4, 1)):
         x = np.random.default_rng(0).normal(size=shape).astype("float32")
         np.testing.assert_allclose(
-            serve(image=tf.constant(x))["probabilities"],
-            probabilities(student, x),
-            **CLOSE,
+            serve(image=x)["probabilities"], probabilities(student, x), **CLOSE
         )
     with pytest.raises(tf.errors.InvalidArgumentError):
-        serve(image=tf.zeros((1, 9, 12, 1)))
+        serve(image=np.zeros((1, 9, 12, 1), "float32"))
 
 
+@pytest.mark.ci
 def test_bert_of_free_length(tmp_path):
-    """KerasHub's, whose table of positions ends at 128."""
+    """KerasHub's, whose position table ends at 128."""
     models = pytest.importorskip("keras_hub.models")
-    preset = helpers.save_tiny_bert(str(tmp_path / "preset"))
-    student = models.BertTextClassifier.from_preset(preset, num_classes=2)
-    path = export_student(student, tmp_path / "served", from_logits=True)
-    _, serve = signature(path)
-    rng = np.random.default_rng(0)
-    for size, length in ((1, 2), (3, 7), (1, 128)):
-        named = {
-            "token_ids": rng.integers(0, 9, (size, length)),
-            "padding_mask": np.ones((size, length)),
-            "segment_ids": np.zeros((size, length)),
-        }
-        named = {name: v.astype("int32") for name, v in named.items()}
+    backbone = models.BertBackbone(30, 1, 2, 16, 32, max_sequence_length=128)
+    student = models.BertTextClassifier(backbone, num_classes=2)
+    serve = load(export(student, tmp_path))
+    for length in (2, 128):
+        named = {name: np.ones((1, length), "int32") for name in serve.specs}
         np.testing.assert_allclose(
-            serve(**{k: tf.constant(v) for k, v in named.items()})[
-                "probabilities"
-            ],
+            serve(**named)["probabilities"],
             probabilities(student, named),
             **CLOSE,
         )
     with pytest.raises(tf.errors.InvalidArgumentError):
-        serve(**{k: tf.ones((1, 129), "int32") for k in named})
+        serve(**{name: np.ones((1, 129), "int32") for name in serve.specs})
 
 
 @on_jax
@@ -884,159 +357,410 @@ def test_sizes_that_jax_cannot_leave_free(tmp_path):
     student = keras.Model(inputs, Odd()(inputs))
     with pytest.raises(
         ValueError,
-        match=r"`model` must have inputs of fixed size.*keras.Input\(shape=.*"
-        r"KERAS_BACKEND=tensorflow.*Received.*x \(None, None, 3\).*JAX says",
+        match=r"inputs of fixed size.*Received.*\(None, None, 3\)",
     ):
-        export_student(student, tmp_path / "new", from_logits=True)
-    assert not list(tmp_path.rglob("saved_model.pb"))
+        export(student, tmp_path)
+    assert listing(tmp_path) == []
 
 
-# Wrong values of arguments.
+# Folders.
 
 
-WRONG = {
-    "format": [("savedmodel", "one of 'litert', 'onnx', 'tf_saved_model'")],
-    "version": [
-        (0, "an integer of at least 1"),
-        (True, "an integer of at least 1"),
-        ("2", "an integer of at least 1"),
-    ],
-    "class_names": [
-        (["a", "b"], "3 different strings"),
-        (["a", "b", "b"], "3 different strings"),
-        (["a", "b", 3], "3 different strings"),
-        ("abc", "3 different strings"),
-    ],
-    "preprocessor": [
-        ("lower", "a callable or None"),
-        (lambda: 0, "at least one required argument"),
-    ],
-}
+def test_versions(small, tmp_path):
+    """The next number by default; an existing one is never overwritten."""
+    for stray in ("0012", "13.old", "notes", "-20"):
+        (tmp_path / stray).mkdir()
+    assert export(small, tmp_path).name == "13"
+    assert export(small, tmp_path, version=3).name == "3"
+    before = listing(tmp_path)
+    with pytest.raises(
+        ValueError, match="not exist.*next version.*overwrite.*version=12"
+    ):
+        export(small, tmp_path, version=12)
+    assert listing(tmp_path) == before
+
+
+def test_a_version_made_meanwhile_is_kept(small, tmp_path, monkeypatch):
+    """Another export takes the number between the check and the rename."""
+    rename = pathlib.Path.rename
+
+    def late(self, target):
+        if target.name == "1" and not target.exists():
+            target.mkdir()
+            (target / "theirs").touch()
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", late)
+    assert export(small, tmp_path).name == "2"
+    assert listing(tmp_path / "1") == ["theirs"]
+
+
+def test_a_failure_leaves_nothing(small, tmp_path, monkeypatch):
+    def half(student, signature, path, *args):
+        (path / "saved_model.pb").touch()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(serving, "_write_saved_model", half)
+    with pytest.raises(OSError, match="disk full"):
+        export(small, tmp_path)
+    assert listing(tmp_path) == []
+
+
+KILLED = """
+import keras, os, signal, sys
+from keras_ptloss import serving
+
+def die(student, signature, path, *args):
+    (path / "half").touch()
+    print("writing", flush=True)
+    sys.stdin.read()  # until it is killed
+
+serving._write_saved_model = die
+student = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+serving.export_student(student, sys.argv[1], from_logits=True, verbose=False)
+"""
+
+
+def test_only_abandoned_folders_are_cleared(tmp_path):
+    """The system frees the lock of a process that was killed."""
+    abandoned, running = tmp_path / ".exporting-a", tmp_path / ".exporting-b"
+    for folder in (abandoned, running):
+        folder.mkdir()
+        (folder / "lock").touch()
+    with open(running / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for _ in range(2):  # Its own folder is gone the second time.
+            with serving._temporary_folder(tmp_path) as written:
+                left = {running, written.parent}
+                assert set(tmp_path.glob(".exporting-*")) == left
+    with serving._temporary_folder(tmp_path) as written:
+        assert list(tmp_path.glob(".exporting-*")) == [written.parent]
+
+
+@pytest.mark.ci
+def test_a_killed_export_is_cleared_by_the_next(small, tmp_path):
+    """While it still runs, the next export leaves its folder alone."""
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout.readline() == b"writing\n"
+        export(small, tmp_path)
+        [temporary] = tmp_path.glob(".exporting-*")
+        assert (temporary / "version" / "half").exists()
+        process.kill()
+    export(small, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+
+
+def test_a_watcher_sees_whole_versions_only(small, tmp_path):
+    """As a server does that polls the folder."""
+    seen, stop = {}, threading.Event()
+
+    def watch():
+        while not stop.is_set():
+            for entry in os.listdir(tmp_path):
+                if entry.isdigit() and entry not in seen:
+                    seen[entry] = listing(tmp_path / entry)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        path = export(small, tmp_path, class_names=NAMES)
+    finally:
+        stop.set()
+        watcher.join()
+    assert seen in ({}, {"1": listing(path)})
+
+
+# Strings in.
+
+
+def test_preprocessor_of_pairs(students, tmp_path):
+    """Every required argument is an input, such as MNLI's two sentences."""
+
+    def preprocess(premise, hypothesis, length=6):
+        joined = tf.strings.join([premise, hypothesis], " ")
+        pieces = tf.strings.bytes_split(joined).to_tensor(
+            "", shape=(None, length)
+        )
+        ids = tf.strings.to_hash_bucket_fast(pieces, 20)  # int64, to be cast
+        return {"token_ids": ids, "padding_mask": pieces != ""}
+
+    serve = load(export(students["text"], tmp_path, preprocessor=preprocess))
+    pair = {"premise": ["a", "bcd"], "hypothesis": ["e", "fghij"]}
+    assert {spec.dtype for spec in serve.specs.values()} == {tf.string}
+    made = preprocess(**{k: tf.constant(v) for k, v in pair.items()})
+    made = {k: tf.cast(v, "int32").numpy() for k, v in made.items()}
+    np.testing.assert_allclose(
+        serve(**pair)["probabilities"],
+        probabilities(students["text"], made),
+        **CLOSE,
+    )
+
+
+def test_preprocessor_with_a_lookup_table(small, tmp_path):
+    class Lookup(tf.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = tf.lookup.StaticHashTable(
+                tf.lookup.KeyValueTensorInitializer(["a", "b"], [1.0, 2.0]), 0.0
+            )
+
+        def __call__(self, word):
+            return tf.tile(self.table.lookup(word)[:, None], (1, 4))
+
+    serve = load(export(small, tmp_path, preprocessor=Lookup()))
+    np.testing.assert_allclose(
+        serve(word=["b", "?"])["probabilities"],
+        probabilities(small, np.array([[2.0] * 4, [0.0] * 4], "float32")),
+        **CLOSE,
+    )
+
+
+@pytest.fixture(scope="module")
+def vectorizer():
+    layer = layers.TextVectorization(
+        output_mode="int", output_sequence_length=7
+    )
+    layer.adapt(np.array(["good film", "bad film"]))
+    inputs = keras.Input((7,), name="token_ids", dtype="int32")
+    x = layers.Embedding(layer.vocabulary_size(), 4)(inputs)
+    outputs = layers.Dense(2)(layers.GlobalAveragePooling1D()(x))
+    return layer, keras.Model(inputs, outputs)
+
+
+@on_tensorflow
+def test_layer_as_preprocessor_and_inside_the_model(vectorizer, tmp_path):
+    layer, student = vectorizer
+    inputs = keras.Input((), name="text", dtype="string")
+    whole = keras.Model(inputs, student(layer(inputs)))
+    texts = tf.constant(["good film", "a bad one"])
+    expected = probabilities(student, layer(texts))
+    path = export(student, tmp_path / "preprocessor", preprocessor=layer)
+    for answer in (
+        load(path)(inputs=texts),
+        layers.TFSMLayer(str(path))(texts),
+        load(export(whole, tmp_path / "whole"))(text=texts),
+    ):
+        np.testing.assert_allclose(answer["probabilities"], expected, **CLOSE)
+
+
+@on_jax
+def test_layer_as_preprocessor_needs_tensorflow(vectorizer, tmp_path):
+    layer, student = vectorizer
+    with pytest.raises(ValueError, match="`preprocessor`.*TensorFlow oper"):
+        export(student, tmp_path, preprocessor=layer)
+
+
+# Other formats.
+
+
+@on_tensorflow
+@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
+@pytest.mark.parametrize("kind", ["image", "text", "list"])
+def test_litert(kind, students, tmp_path):
+    path = export(students[kind], tmp_path, class_names=NAMES, format="litert")
+    assert "model.tflite" in listing(path)
+    interpreter = tf.lite.Interpreter(str(path / "model.tflite"))
+    run = interpreter.get_signature_runner("serving_default")
+    for size in (1, 7):
+        named, inputs = batch(kind, size)
+        expected = probabilities(students[kind], inputs)
+        served = run(**named)
+        np.testing.assert_allclose(served["probabilities"], expected, **CLOSE)
+        np.testing.assert_array_equal(served["label"], expected.argmax(-1))
+
+
+@pytest.mark.filterwarnings("ignore:.*np.object:FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "kind", ["text", "list", pytest.param("image", marks=pytest.mark.ci)]
+)
+def test_onnx(kind, students, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    path = export(students[kind], tmp_path, format="onnx")
+    session = runtime.InferenceSession(path / "model.onnx")
+    named, _ = batch(kind, 0)
+    assert session.run(["probabilities"], named)[0].shape == (0, 3)
+    for size in (1, 7):
+        named, inputs = batch(kind, size)
+        served = session.run(["probabilities", "label"], named)
+        expected = probabilities(students[kind], inputs)
+        np.testing.assert_allclose(served[0], expected, **CLOSE)
+        np.testing.assert_array_equal(served[1], expected.argmax(-1))
 
 
 @pytest.mark.parametrize(
-    ("argument", "value", "expected"),
-    [(key, *case) for key, cases in WRONG.items() for case in cases],
+    "format", ["onnx", pytest.param("litert", marks=on_tensorflow)]
 )
-def test_wrong_arguments(small, tmp_path, argument, value, expected):
-    with pytest.raises(ValueError, match=f"`{argument}` must .*{expected}"):
-        export_student(small, tmp_path / "new", **{argument: value})
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
+def test_bfloat16_needs_a_saved_model(format, policy, tmp_path):
+    """Also where a layer inside a layer computes in it."""
+    inner = keras.Sequential([layers.Dense(8, dtype=policy), layers.Dense(3)])
+    student = keras.Sequential([keras.Input((4,)), inner])
+    with pytest.raises(ValueError, match="`model` must not.*bfloat16.*float32"):
+        export(student, tmp_path, format=format)
+    assert listing(tmp_path) == []
+
+
+@on_jax
+def test_litert_needs_tensorflow(small, tmp_path):
+    with pytest.raises(ValueError, match="TensorFlow backend, 'litert'"):
+        export(small, tmp_path, format="litert")
+
+
+def test_an_export_that_cannot_be_loaded_is_an_error(
+    small, tmp_path, monkeypatch
+):
+    write = serving._write_saved_model
+
+    def damage(student, signature, path, *args):
+        write(student, signature, path, *args)
+        (path / "saved_model.pb").write_bytes(b"no model")
+
+    monkeypatch.setattr(serving, "_write_saved_model", damage)
+    with pytest.raises(OSError, match=r"saved_model\.pb"):
+        export(small, tmp_path)
+    assert listing(tmp_path) == []
+
+
+def test_an_export_with_other_answers_is_reported(small, tmp_path, monkeypatch):
+    def other(model, inputs, from_logits):
+        outputs = -1.0 * model(inputs)
+        probs = serving._probabilities(outputs, from_logits)
+        label = keras.ops.argmax(outputs, axis=-1)
+        return keras.Model(inputs, {"probabilities": probs, "label": label})
+
+    monkeypatch.setattr(serving, "_serving_model", other)
+    with pytest.warns(UserWarning, match="differ from the model's by up to"):
+        export(small, tmp_path)
+
+
+# Wrong arguments.
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["a path", keras.Sequential([layers.Dense(2)]), layers.Dense(2)],
+)
+def test_wrong_model(model, tmp_path):
+    with pytest.raises(
+        ValueError, match="`model` must be a built.*`student` of a Distiller"
+    ):
+        export(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_wrong_output_and_names(tmp_path):
+    inputs = keras.Input((4,))
+    two = [layers.Dense(2)(inputs), layers.Dense(3)(inputs)]
+    no_classes = keras.ops.sum(inputs, axis=-1)
+    for outputs in (two, no_classes):
+        with pytest.raises(ValueError, match="`model` must have one output"):
+            export(keras.Model(inputs, outputs), tmp_path)
+    pair = [keras.Input((2,), name="a b"), keras.Input((2,), name="a-b")]
+    student = keras.Model(pair, layers.Dense(2)(layers.Add()(pair)))
+    with pytest.raises(ValueError, match="names differ.*'a b', 'a-b'"):
+        export(student, tmp_path)
+
+
+@pytest.mark.parametrize("units", [1, 3])
+@pytest.mark.parametrize("activation", [None, "tanh"])
+def test_forgotten_from_logits(units, activation, tmp_path):
+    student = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(units, activation)]
+    )
+    match = "`from_logits` must be True.*Received: from_logits=False"
+    with pytest.raises(ValueError, match=match):
+        export(student, tmp_path / "new", from_logits=False)
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
-    "format",
-    ["onnx", pytest.param("litert", marks=on_tensorflow)],
+    "head",
+    [
+        [layers.Dense(3, "softmax")],
+        [layers.Dense(3), layers.Lambda(keras.ops.softmax)],
+        [layers.Dense(1, "sigmoid")],
+    ],
 )
-def test_preprocessor_needs_a_saved_model(small, tmp_path, format):
-    with pytest.raises(
-        ValueError, match=f"`preprocessor` must be None with format='{format}'"
-    ):
-        export_student(
-            small, tmp_path, format=format, preprocessor=tf.strings.lower
-        )
+def test_from_logits_of_probabilities(head, tmp_path):
+    student = keras.Sequential([keras.Input((4,)), *head])
+    match = "`from_logits` must be False.*Received: from_logits=True"
+    with pytest.raises(ValueError, match=match):
+        export(student, tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "expected"),
+    [
+        ("format", "savedmodel", "one of 'tf_saved_model', 'onnx'"),
+        ("version", 0, "an integer of at least 1"),
+        ("class_names", ["a", "b"], "3 different strings"),
+        ("class_names", ["a", "b", "b"], "3 different strings"),
+        ("class_names", "abc", "3 different strings"),
+        ("preprocessor", lambda: 0, "at least one required argument"),
+    ],
+)
+def test_wrong_arguments(small, tmp_path, argument, value, expected):
+    with pytest.raises(ValueError, match=f"`{argument}` must .*{expected}"):
+        export(small, tmp_path / "new", **{argument: value})
+    assert not (tmp_path / "new").exists()
 
 
 # Over the wire.
 
 
-@pytest.fixture(scope="module")
-def serving():
-    path = ROOT / "benchmarks" / "speed" / "serving.py"
-    spec = importlib.util.spec_from_file_location("serving", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_grpc(serving, tmp_path):
-    """A hundred requests to PredictionService; bad ones are client errors."""
-    pytest.importorskip("tensorflow_serving", reason="tensorflow-serving-api")
+@pytest.mark.ci
+def test_grpc(students, saved):
+    """PredictionService answers as the student; bad requests are refused."""
+    service = pytest.importorskip(
+        "tensorflow_serving.apis.prediction_service_pb2_grpc",
+        reason="tensorflow-serving-api",
+    )
     import grpc
+    from tensorflow_serving.apis import predict_pb2
 
-    student, shapes = build("image")
-    export_student(
-        student, tmp_path, from_logits=True, class_names=["a", "b", "c"]
-    )
-    named, inputs = batch(shapes, 1000)
-    expected = probabilities(student, inputs)
-    with (
-        serving.server("grpc", str(tmp_path)) as (process, port),
-        serving.grpc_client(port) as predict,
-    ):
-        images = named["image"]
-        _, answers = serving.latency(
-            predict, [{"image": images[i : i + 10]} for i in range(0, 1000, 10)]
+    serve = load(saved["image"])
+
+    class Servicer(service.PredictionServiceServicer):
+        def Predict(self, request, context):
+            inputs = {k: tf.make_ndarray(v) for k, v in request.inputs.items()}
+            try:
+                outputs = serve(**inputs)
+            except (TypeError, ValueError, tf.errors.OpError) as error:
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            response = predict_pb2.PredictResponse()
+            for name, value in outputs.items():
+                response.outputs[name].CopyFrom(tf.make_tensor_proto(value))
+            return response
+
+    server = grpc.server(concurrent.futures.ThreadPoolExecutor(2))
+    service.add_PredictionServiceServicer_to_server(Servicer(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    named, inputs = batch("image", 50)
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = service.PredictionServiceStub(channel)
+
+        def ask(**arrays):
+            request = predict_pb2.PredictRequest()
+            for name, value in arrays.items():
+                request.inputs[name].CopyFrom(tf.make_tensor_proto(value))
+            outputs = stub.Predict(request, timeout=60).outputs
+            return {k: tf.make_ndarray(v) for k, v in outputs.items()}
+
+        served = ask(**named)
+        expected = probabilities(students["image"], inputs)
+        np.testing.assert_allclose(served["probabilities"], expected, **CLOSE)
+        names = np.array([name.encode() for name in NAMES], object)
+        np.testing.assert_array_equal(
+            served["class_name"], names[expected.argmax(-1)]
         )
-        served = np.concatenate([a["probabilities"] for a in answers])
-        np.testing.assert_allclose(served, expected, **CLOSE)
-        assert answers[0]["class_name"].tolist() == [
-            b"abc"[label : label + 1] for label in answers[0]["label"]
-        ]
-
-        bad = {
-            "missing input": {},
-            "unknown input": {"image": images[:1], "more": images[:1]},
-            "wrong rank": {"image": images[0, 0]},
-            "wrong shape": {"image": images[:1, :3]},
-            "wrong dtype": {"image": images[:1].astype("float64")},
-            "strings": {"image": np.array(["a"])},
-        }
-        for request in bad.values():
+        for bad in ({}, {"image": named["image"][:, :3]}, {"other": [1.0]}):
             with pytest.raises(grpc.RpcError) as error:
-                predict(request)
-            status = error.value.code()
-            assert status == grpc.StatusCode.INVALID_ARGUMENT
-        with pytest.raises(grpc.RpcError) as error:
-            predict({"image": images[:1]}, model="other")
-        assert error.value.code() == grpc.StatusCode.NOT_FOUND
-
-        assert process.poll() is None
-        again = predict({"image": images})
-        np.testing.assert_allclose(again["probabilities"], expected, **CLOSE)
-
-
-@pytest.mark.rest
-def test_rest(serving, tmp_path):
-    """TensorFlow Serving's REST form, by KServe."""
-    python = os.environ.get("KSERVE_PYTHON")
-    if python is None:
-        pytest.skip(
-            "KSERVE_PYTHON must be a python with kserve and tensorflow: "
-            "`make test-rest` makes one"
-        )
-    student, _ = build("list")
-    export_student(
-        student, tmp_path, from_logits=True, class_names=["a", "b", "c"]
-    )
-    named, inputs = batch({"left": (4,), "right": (2,)}, 20)
-    rows = [
-        {name: values[i].tolist() for name, values in named.items()}
-        for i in range(20)
-    ]
-    with serving.server("rest", str(tmp_path), python) as (process, port):
-        status, answer = serving.rest_predict(port, rows)
-        assert status == 200
-        served = [row["probabilities"] for row in answer["predictions"]]
-        expected = probabilities(student, inputs)
-        np.testing.assert_allclose(served, expected, **CLOSE)
-        assert [row["class_name"] for row in answer["predictions"]] == [
-            "abc"[label] for label in expected.argmax(-1)
-        ]
-
-        bad = {
-            "missing input": [{"left": rows[0]["left"]}],
-            "unknown input": [{**rows[0], "more": 1}],
-            "wrong shape": [{**rows[0], "left": [1.0]}],
-            "ragged": [rows[0], {**rows[0], "left": [1.0]}],
-            "no number": [{**rows[0], "left": "four"}],
-            "nothing": [],
-            "unnamed": [[1.0, 2.0]],
-        }
-        for name, request in bad.items():
-            status, answer = serving.rest_predict(port, request)
-            assert (status, "error" in answer) == (400, True), name
-        assert serving.rest_predict(port, rows, model="other")[0] == 404
-
-        assert process.poll() is None
-        assert serving.rest_predict(port, rows)[0] == 200
+                ask(**bad)
+            assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    server.stop(None)

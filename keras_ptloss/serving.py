@@ -1,0 +1,700 @@
+"""Export a trained student for TensorFlow Serving, ONNX Runtime or LiteRT."""
+
+import contextlib
+import importlib
+import inspect
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_ptloss._checks import check_count, check_output_form, on_simplex
+from keras_ptloss._keras import compute_dtypes
+from keras_ptloss._math import two_events
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["export_student"]
+
+Tensor = Any
+
+# The backends from which Keras can write each format.
+_BACKENDS = {
+    "tf_saved_model": ("tensorflow", "jax"),
+    "litert": ("tensorflow",),
+    "onnx": ("tensorflow", "jax"),
+}
+_TEMPORARY = ".exporting-"  # Servers skip folders whose name is no number.
+
+
+def export_student(
+    model: keras.Model,
+    directory: str | os.PathLike[str],
+    *,
+    version: int | None = None,
+    class_names: Sequence[str] | None = None,
+    from_logits: bool = False,
+    preprocessor: Callable[..., Any] | None = None,
+    format: Literal["tf_saved_model", "litert", "onnx"] = "tf_saved_model",
+    verbose: bool = True,
+) -> pathlib.Path:
+    """Write a trained student as the next version of a served model.
+
+    The layout is that of TensorFlow Serving: `directory` is the model and
+    `directory/1`, `directory/2`, ... are its versions. A new version appears
+    complete or not at all, so a server may watch the folder. Each export is
+    loaded once, and its answers are compared with the model's, before it
+    appears. What a killed export leaves is deleted by the next one.
+
+    A version answers with
+
+        probabilities   float32, (batch, ..., num_classes)
+        label           int32, (batch, ...), the most probable class
+        class_name      string, (batch, ...); SavedModel with `class_names`
+
+    Its inputs have the names of the model's `keras.Input`s, with `_` in place
+    of characters other than letters, digits and `_`. An input without a name
+    is called `inputs`; several are called `inputs_0`, `inputs_1`, ... The
+    batch may have any size, 0 included. A SavedModel has the signature
+    `serving_default`, and `serve` for `keras.layers.TFSMLayer`. The other
+    formats are one file, `model.tflite` or `model.onnx`.
+
+    SavedModel and ONNX are written from TensorFlow and from JAX, LiteRT from
+    TensorFlow only. A SavedModel from JAX runs on CPU and CUDA. Its axes of
+    free size must agree among the inputs (as tokens and their mask do), and
+    it refuses sizes that the student cannot take.
+
+    Args:
+        model: the student, a Functional or Sequential model with one output
+            `(batch, ..., num_classes)`. A binary head with one output is
+            served with two classes.
+        directory: local folder of all versions; created if necessary.
+        version: number of the version, at least 1. None takes the highest
+            existing number plus one.
+        class_names: names of the classes, in order; two for a binary head. They
+            are also written to `assets.extra/class_names.json`.
+        from_logits: whether the model's output is logits. The export gives
+            probabilities in either case.
+        preprocessor: makes the model's inputs from strings, inside the
+            SavedModel and in TensorFlow operations: a function, a `tf.Module`
+            or, on TensorFlow, a Keras layer. Each required argument becomes an
+            input `(batch,)` of strings with that name. Lookup tables must be
+            attributes of a `tf.Module` or a layer.
+        format: `"tf_saved_model"`, `"litert"` or `"onnx"`.
+        verbose: whether to print what is exported, and where.
+
+    Returns:
+        The folder of the version, `directory/<version>`.
+
+    Raises:
+        ValueError: if an argument is invalid; if the version exists; if the
+            backend or the format does not support the student (bfloat16 only
+            exists in a SavedModel); or if `from_logits` contradicts the model.
+        ImportError: if a package that the format needs is missing:
+            `pip install "keras_ptloss[export]"`.
+
+    Example:
+        >>> import keras, tempfile
+        >>> student = keras.Sequential(
+        ...     [keras.Input((4,), name="pixels"), keras.layers.Dense(2)]
+        ... )
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     path = export_student(
+        ...         student,
+        ...         directory,
+        ...         from_logits=True,
+        ...         class_names=["cat", "dog"],
+        ...         verbose=False,
+        ...     )
+        ...     path.name, (path / "saved_model.pb").exists()
+        ('1', True)
+
+    Reference:
+        Olston et al. 2017, TensorFlow-Serving: Flexible, High-Performance ML
+        Serving (https://arxiv.org/abs/1712.06139).
+    """
+    _check_format(format, preprocessor)
+    inputs, num_classes = _inputs_and_classes(model)
+    if class_names is not None:
+        class_names = _check_class_names(class_names, num_classes)
+    directory = pathlib.Path(directory)
+    if version is not None:
+        version = check_count("version", version)
+        _check_is_new(directory, version)
+    if format != "tf_saved_model" and "bfloat16" in compute_dtypes(model):
+        raise ValueError(
+            f"`model` must not compute in bfloat16 with format={format!r}, "
+            "whose runtimes do not support it. Build the student again with "
+            "dtype='float32', copy the weights by "
+            "float32_model.set_weights(model.get_weights()) and export that. "
+            f"Received: model={model.name!r}"
+        )
+    signature = _signature(inputs)
+    example = _random_inputs(signature)
+    probs = _check_from_logits(model, signature, example, from_logits)
+    student = _serving_model(model, inputs, from_logits)
+
+    if verbose:
+        print(f"Exporting {model.name!r} to {directory} as {format}")
+    with _temporary_folder(directory) as written:
+        file = written / {"onnx": "model.onnx"}.get(format, "model.tflite")
+        if format == "tf_saved_model":
+            _write_saved_model(
+                student, signature, written, class_names, preprocessor
+            )
+        elif format == "onnx" and keras.backend.backend() == "jax":
+            _write_onnx_from_jax(student, signature, file)
+        else:
+            student.export(
+                file, format=format, verbose=False, input_signature=[signature]
+            )
+        if class_names is not None:
+            names_file = written / "assets.extra" / "class_names.json"
+            names_file.parent.mkdir(exist_ok=True)
+            names_file.write_text(
+                json.dumps(class_names, ensure_ascii=False), encoding="utf-8"
+            )
+        if preprocessor is not None or probs is None:
+            example = {}
+        saved_model = format == "tf_saved_model"
+        _load_once(written if saved_model else file, example, probs)
+        return _publish(written, directory, version)
+
+
+def _check_format(format: str, preprocessor: Any) -> None:
+    """Check that this backend can write the format, with the preprocessor."""
+    backend = keras.backend.backend()
+    if backend not in _BACKENDS.get(format, ()):
+        raise ValueError(
+            "`format` must be one of 'tf_saved_model', 'onnx' and, with the "
+            "TensorFlow backend, 'litert'; export from PyTorch with "
+            f"KERAS_BACKEND=tensorflow. Received: format={format!r} with the "
+            f"{backend} backend"
+        )
+    if preprocessor is None:
+        return
+    if format != "tf_saved_model":
+        expected = f"None with format={format!r}; only a SavedModel can hold it"
+    elif backend == "jax" and isinstance(preprocessor, keras.layers.Layer):
+        expected = (
+            "a function of TensorFlow operations or a tf.Module with the JAX "
+            "backend; TensorFlow cannot save JAX layers"
+        )
+    elif not _required_arguments(preprocessor):
+        expected = "a callable with at least one required argument"
+    else:
+        return
+    raise ValueError(
+        f"`preprocessor` must be {expected}. "
+        f"Received: preprocessor={preprocessor!r}"
+    )
+
+
+def _inputs_and_classes(model: Any) -> tuple[Any, int]:
+    """Return the model's symbolic inputs, nested as it takes them, and C."""
+    try:
+        sequential = isinstance(model, keras.Sequential)
+        inputs = model.inputs[0] if sequential else model.input
+        shapes = [tuple(output.shape) for output in model.outputs]
+    except (AttributeError, TypeError):
+        raise ValueError(
+            "`model` must be a built Functional or Sequential keras.Model. "
+            "Export the `student` of a Distiller. Wrap a subclassed model: "
+            f"keras.Model(inputs, model(inputs)). Received: model={model!r}"
+        ) from None
+    if len(shapes) != 1 or len(shapes[0]) < 2 or not shapes[0][-1]:
+        raise ValueError(
+            "`model` must have one output of shape (batch, ..., num_classes). "
+            f"Received: outputs of shape {shapes}"
+        )
+    return inputs, max(shapes[0][-1], 2)
+
+
+def _check_class_names(class_names: Any, num_classes: int) -> list[str]:
+    names = [] if isinstance(class_names, str) else list(class_names)
+    strings = all(isinstance(name, str) for name in names)
+    if not strings or not len(names) == len(set(names)) == num_classes:
+        raise ValueError(
+            f"`class_names` must be {num_classes} different strings, one for "
+            f"each class. Received: class_names={class_names!r}"
+        )
+    return names
+
+
+def _signature(inputs: Any) -> Any:
+    """Return a named `keras.InputSpec` for each input, nested as `inputs`."""
+    flat = keras.tree.flatten(inputs)
+    specs = []
+    for index, tensor in enumerate(flat):
+        # TensorFlow only accepts letters, digits and `_`.
+        name = re.sub(r"\W", "_", tensor.name, flags=re.ASCII)
+        # Keras numbers unnamed inputs differently in each process.
+        if re.fullmatch(r"keras_tensor(_\d+)?", name):
+            name = "inputs" if len(flat) == 1 else f"inputs_{index}"
+        shape = (None, *tensor.shape[1:])
+        specs.append(keras.InputSpec(tensor.dtype, shape, name=name))
+    names = [spec.name for spec in specs]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            "`model` must have inputs whose names differ when only letters, "
+            f"digits and '_' are kept. Received: {[t.name for t in flat]}"
+        )
+    return keras.tree.pack_sequence_as(inputs, specs)
+
+
+def _random_inputs(signature: Any) -> dict[str, np.ndarray]:
+    """Return random inputs by name; none if the model takes strings."""
+    generator = np.random.default_rng(0)
+    specs = keras.tree.flatten(signature)
+    if any(spec.dtype == "string" for spec in specs):
+        return {}
+    inputs = {}
+    for spec in specs:
+        # A free size becomes 32: U-Nets halve their images up to five times.
+        shape = [8, *(size or 32 for size in spec.shape[1:])]
+        whole = "int" in spec.dtype or spec.dtype == "bool"
+        values = (
+            generator.integers(0, 2, shape)
+            if whole
+            else generator.normal(size=shape)
+        )
+        inputs[spec.name] = values.astype(spec.dtype)
+    return inputs
+
+
+def _check_from_logits(
+    model: Any, signature: Any, example: dict[str, Any], from_logits: bool
+) -> np.ndarray | None:
+    """Check that the model gives what `from_logits` says.
+
+    Args:
+        model: the student.
+        signature: its inputs.
+        example: random inputs by name.
+        from_logits: whether the model is said to give logits.
+
+    Returns:
+        The student's probabilities for `example`; None if it cannot take it.
+    """
+    if from_logits:
+        check_output_form("model", model, True, "from_logits")
+    if not example:
+        return None
+    inputs = map(ops.convert_to_tensor, example.values())
+    inputs = keras.tree.pack_sequence_as(signature, list(inputs))
+    try:
+        outputs = model(inputs, training=False)
+    except Exception:  # A layer may refuse inputs of this size or value.
+        return None
+    [outputs] = keras.tree.flatten(outputs)
+    outputs = ops.cast(outputs, "float32")
+    rows = ops.convert_to_numpy(two_events(outputs, from_logits=False))
+    rows = rows.reshape(-1, rows.shape[-1])
+    rows = rows[np.isfinite(rows).all(axis=-1)]
+    good = on_simplex(rows)
+    if not from_logits and not good.all():
+        shown = np.array2string(
+            rows[int(np.argmin(good))], precision=4, threshold=6
+        )
+        raise ValueError(
+            "`from_logits` must be True for a model that gives logits. This "
+            "model does not give probabilities (non-negative values that sum "
+            f"to 1). Received: from_logits=False, with model={model.name!r}, "
+            f"which gives {shown} for random inputs"
+        )
+    # One column of logits may lie between 0 and 1; rows seldom sum to 1.
+    if from_logits and outputs.shape[-1] > 1 and len(good) and good.all():
+        raise ValueError(
+            "`from_logits` must be False for a model that gives probabilities. "
+            f"Received: from_logits=True, with model={model.name!r}, whose "
+            "outputs are non-negative and sum to 1"
+        )
+    return ops.convert_to_numpy(_probabilities(outputs, from_logits))
+
+
+def _probabilities(outputs: Tensor, from_logits: bool) -> Tensor:
+    """Return float32 probabilities of two or more classes."""
+    outputs = two_events(ops.cast(outputs, "float32"), from_logits=from_logits)
+    return ops.softmax(outputs) if from_logits else outputs
+
+
+def _serving_model(model: Any, inputs: Any, from_logits: bool) -> keras.Model:
+    """Return the model that gives a dict of probabilities and label."""
+    # Without training=False, random layers would augment each request.
+    [outputs] = keras.tree.flatten(model(inputs, training=False))
+    probs = _probabilities(outputs, from_logits)
+    # `ops.argmax` uses operations that LiteRT and ONNX Runtime lack, and
+    # `ops.top_k` from JAX one that TensorFlow 2.21 lacks.
+    classes = np.arange(probs.shape[-1], dtype="int32")
+    largest = ops.max(probs, axis=-1, keepdims=True)
+    label = ops.where(probs < largest, len(classes), classes)
+    label = ops.min(label, axis=-1)
+    return keras.Model(inputs, {"probabilities": probs, "label": label})
+
+
+# Writing.
+
+
+def _write_saved_model(
+    student: keras.Model,
+    signature: Any,
+    path: pathlib.Path,
+    class_names: Sequence[str] | None,
+    preprocessor: Callable[..., Any] | None,
+) -> None:
+    """Write a SavedModel whose only endpoint is `serve`."""
+    import tensorflow as tf
+
+    from_jax = keras.backend.backend() == "jax"
+    predict = _function_from_jax(student, signature) if from_jax else student
+    specs = keras.tree.map_structure(
+        lambda spec: tf.TensorSpec(spec.shape, spec.dtype, name=spec.name),
+        signature,
+    )
+
+    def answer(inputs: Any) -> dict[str, Any]:
+        outputs = dict(predict(inputs))
+        if class_names is not None:
+            outputs["class_name"] = tf.gather(class_names, outputs["label"])
+        return outputs
+
+    function, taken = answer, specs
+    if preprocessor is not None:
+        names = _required_arguments(preprocessor)
+        taken = {
+            name: tf.TensorSpec((None,), tf.string, name=name) for name in names
+        }
+        if len(names) == 1:  # TFSMLayer then also takes one tensor.
+            taken = taken[names[0]]
+
+        def from_strings(inputs: Any) -> dict[str, Any]:
+            texts = {names[0]: inputs} if len(names) == 1 else inputs
+            made = keras.tree.map_structure(
+                lambda spec, x: tf.ensure_shape(
+                    tf.cast(x, spec.dtype), spec.shape
+                ),
+                specs,
+                preprocessor(**texts),
+            )
+            return answer(made)
+
+        function = from_strings
+    serve = tf.function(function, input_signature=[taken], autograph=False)
+    serve.get_concrete_function()  # Builds layers before they are tracked.
+    archive = keras.export.ExportArchive()
+    if not from_jax:
+        archive.track(student)
+    if isinstance(preprocessor, (keras.layers.Layer, tf.Module)):
+        archive.track(preprocessor)
+    archive.add_endpoint("serve", serve)
+    archive.write_out(os.fspath(path), verbose=False)
+    if from_jax:
+        _rewrite_for_older_readers(path / "saved_model.pb")
+
+
+def _required_arguments(preprocessor: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments without a default."""
+    if isinstance(preprocessor, keras.layers.Layer):
+        preprocessor = preprocessor.call
+    return [
+        name
+        for name, p in inspect.signature(preprocessor).parameters.items()
+        if p.default is p.empty
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+
+
+def _write_onnx_from_jax(
+    student: keras.Model, signature: Any, file: pathlib.Path
+) -> None:
+    """Do what `keras.Model.export` does, but name the outputs."""
+    names = ["probabilities", "label"]
+    specs = keras.tree.flatten(signature)
+
+    def predict(*flat: Tensor) -> tuple[Tensor, ...]:
+        inputs = keras.tree.pack_sequence_as(signature, flat)
+        outputs = student(inputs, training=False)
+        return tuple(outputs[name] for name in names)
+
+    importlib.import_module("jax2onnx").to_onnx(
+        predict,
+        inputs=[
+            types.SimpleNamespace(
+                shape=tuple(_symbolic_shape(spec)), dtype=np.dtype(spec.dtype)
+            )
+            for spec in specs
+        ],
+        input_names=[spec.name for spec in specs],
+        output_names=names,
+        return_mode="file",
+        output_path=file,
+    )
+
+
+# SavedModels from JAX.
+
+
+def _symbolic_shape(spec: Any, multiple: int = 1) -> list[int | str]:
+    """Return a shape for JAX, with words for the free sizes.
+
+    Keras gives each free size a word of its own. JAX then cannot tell that
+    tokens and mask have the same length.
+    """
+    factor = "" if multiple == 1 else f"{multiple}*"
+    return [
+        "batch" if axis == 0 else size or f"{factor}axis{axis}"
+        for axis, size in enumerate(spec.shape)
+    ]
+
+
+def _function_from_jax(student: keras.Model, signature: Any) -> Any:
+    """Return a TensorFlow function of a JAX student, for any batch size."""
+    import tensorflow as tf
+
+    traced = _trace_with_free_sizes(student, signature)
+
+    def predict(inputs: Any) -> dict[str, Any]:
+        # JAX's symbolic sizes are at least 1, so an empty batch gets a row.
+        size = tf.shape(keras.tree.flatten(inputs)[0])[0]
+        missing = [tf.cast(size == 0, "int32")]
+
+        def pad(x: Any) -> Any:
+            shape = tf.concat([missing, tf.shape(x)[1:]], axis=0)
+            return tf.concat([x, tf.zeros(shape, x.dtype)], axis=0)
+
+        outputs = traced(keras.tree.map_structure(pad, inputs))
+        return {name: value[:size] for name, value in outputs.items()}
+
+    return predict
+
+
+def _trace_with_free_sizes(student: keras.Model, signature: Any) -> Any:
+    """Trace a JAX student once, with axes as free as it allows.
+
+    A student may compare sizes (with the length of its position table) or
+    halve them (a U-Net). JAX refuses what it cannot decide for every size.
+    Then this tries again with the comparison as a constraint, and with sizes
+    that are multiples of a power of two.
+    """
+    specs = keras.tree.flatten(signature)
+    first_error = None
+    for multiple in (1, 2, 4, 8, 16, 32):
+        constraints: list[str] = []
+        while True:
+            try:
+                return _trace(student, signature, multiple, constraints)
+            except Exception as error:
+                if all(None not in spec.shape[1:] for spec in specs):
+                    raise
+                first_error = first_error or error
+                # No attribute of the error has the comparison.
+                undecided = re.search(
+                    r"comparison '(.+?)' (<=|>=|==) '(.+?)' is inconclusive",
+                    str(error),
+                )
+            constraint = " ".join(undecided.groups()) if undecided else None
+            if constraint is None or constraint in constraints:
+                break
+            constraints.append(constraint)
+    raise ValueError(
+        "`model` must have inputs of fixed size, except for the batch, because "
+        "JAX cannot leave these sizes free. Fix them by keras.Input(shape=...),"
+        " or export with KERAS_BACKEND=tensorflow. Received: inputs of shape "
+        f"{[spec.shape for spec in specs]}"
+    ) from first_error
+
+
+def _trace(
+    student: keras.Model, signature: Any, multiple: int, constraints: list[str]
+) -> Any:
+    shapes = keras.tree.map_structure(
+        lambda spec: ", ".join(map(str, _symbolic_shape(spec, multiple))),
+        signature,
+    )
+    with warnings.catch_warnings():
+        # Keras 3.15 sets an option that JAX 0.10 no longer reads.
+        warnings.filterwarnings(
+            "ignore", ".*native_serialization", DeprecationWarning
+        )
+        function = keras.export.ExportArchive().track_and_add_endpoint(
+            "serve",
+            student,
+            [signature],
+            jax2tf_kwargs={
+                "polymorphic_shapes": [shapes],
+                "polymorphic_constraints": constraints,
+                # Students are trained on GPUs and served on CPUs.
+                "native_serialization_platforms": ("cpu", "cuda"),
+                "with_gradient": False,
+            },
+        )
+        function.get_concrete_function()
+    return function
+
+
+def _rewrite_for_older_readers(file: pathlib.Path) -> None:
+    """Rewrite a SavedModel's StableHLO in the version of 2024.
+
+    JAX writes StableHLO for readers that are four weeks older than itself.
+    Releases of TensorFlow lag behind by months, and servers by more. A module
+    with newer operations stays as it is.
+    """
+    from jax.extend.mlir.dialects import stablehlo
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    saved = saved_model_pb2.SavedModel.FromString(file.read_bytes())
+    for graph in saved.meta_graphs:
+        for function in graph.graph_def.library.function:
+            for node in function.node_def:
+                if node.op != "XlaCallModule":
+                    continue
+                module = node.attr["module"]
+                with contextlib.suppress(ValueError):
+                    module.s = stablehlo.serialize_portable_artifact_str(
+                        stablehlo.deserialize_portable_artifact_str(module.s),
+                        "1.7.0",  # TensorFlow 2.18, the oldest we support
+                    )
+    file.write_bytes(saved.SerializeToString())
+
+
+# Loading what was written.
+
+
+def _predict(path: pathlib.Path, inputs: dict[str, Any]) -> np.ndarray | None:
+    """Load an export and return its probabilities, `(batch, ..., C)`.
+
+    Args:
+        path: folder of a SavedModel, or the file.
+        inputs: arrays by name. If there are none, the export is only loaded.
+    """
+    if path.suffix == ".onnx":
+        session = importlib.import_module("onnxruntime").InferenceSession(path)
+        return session.run(["probabilities"], inputs)[0] if inputs else None
+    import tensorflow as tf
+
+    if path.suffix == ".tflite":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TensorFlow moves it to a package.
+            interpreter = tf.lite.Interpreter(str(path))
+        serve = interpreter.get_signature_runner("serving_default")
+        return serve(**inputs)["probabilities"] if inputs else None
+    loaded = tf.saved_model.load(os.fspath(path))
+    serve = loaded.signatures["serving_default"]
+    tensors = {name: tf.constant(value) for name, value in inputs.items()}
+    return serve(**tensors)["probabilities"].numpy() if inputs else None
+
+
+def _load_once(
+    path: pathlib.Path, inputs: dict[str, Any], expected: np.ndarray | None
+) -> None:
+    """Load an export; warn if it answers differently from the model."""
+    try:
+        served = _predict(path, inputs)
+    except RuntimeError as error:
+        if "Flex" not in str(error):
+            raise
+        # TensorFlow's Python package has no Flex delegate to try this with.
+        warnings.warn(
+            "model.tflite contains TensorFlow operations, which need the Flex "
+            "delegate of LiteRT. It was written but could not be tried.",
+            stacklevel=3,
+        )
+        return
+    if served is None or expected is None:
+        return
+    difference = float(np.max(np.abs(served - expected)))
+    if not difference < 0.05:  # Half precision may differ by some hundredths.
+        warnings.warn(
+            "The probabilities of the export differ from the model's by up to "
+            f"{difference:.2g} for random inputs. Unless inference is random, "
+            "the converter of this format is wrong: try another format.",
+            stacklevel=3,
+        )
+
+
+# Folders.
+
+
+@contextlib.contextmanager
+def _temporary_folder(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a new folder on the same disk, and delete it at the end.
+
+    Folders of exports that were killed are deleted first.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for folder in directory.glob(f"{_TEMPORARY}*"):
+        if _is_abandoned(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=directory) as name:
+        folder = pathlib.Path(name)
+        with open(folder / "new_lock", "wb") as lock:
+            if fcntl is not None:
+                with contextlib.suppress(OSError):  # A disk without locks.
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+            # Another export sees the lock once it is taken, never before.
+            (folder / "new_lock").rename(folder / "lock")
+            # Others, such as the server, may not read a temporary folder
+            # itself, but they may read a folder inside it.
+            (folder / "version").mkdir()
+            yield folder / "version"
+
+
+def _is_abandoned(folder: pathlib.Path) -> bool:
+    """Return whether no process holds the lock of a temporary folder.
+
+    The system frees the lock of a process that was killed.
+    """
+    if fcntl is None:
+        return False
+    try:
+        with open(folder / "lock", "r+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # It is locked, or its process is about to lock it.
+        return False
+    return True
+
+
+def _versions(directory: pathlib.Path) -> list[int]:
+    """Return the versions that a server would find: 7 and 0007, not 7.old."""
+    if not directory.is_dir():
+        return []
+    names = [entry.name for entry in directory.iterdir()]
+    return [int(name) for name in names if re.fullmatch("[0-9]+", name)]
+
+
+def _check_is_new(directory: pathlib.Path, version: int) -> None:
+    if version in _versions(directory):
+        raise ValueError(
+            f"`version` must be a number that does not exist in {directory}. "
+            "Leave it out to write the next version, or delete that folder to "
+            f"overwrite it. Received: version={version}"
+        )
+
+
+def _publish(
+    written: pathlib.Path, directory: pathlib.Path, version: int | None
+) -> pathlib.Path:
+    """Move the written folder to its number, in one step."""
+    while True:
+        number = version or max(_versions(directory), default=0) + 1
+        _check_is_new(directory, number)
+        target = directory / str(number)
+        try:
+            return written.rename(target)
+        except OSError:
+            # Another export may have made the folder since the check.
+            if not target.exists():
+                raise
