@@ -1,0 +1,463 @@
+"""Training targets for a student, from a teacher and some labels."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import keras
+import numpy as np
+import scipy.special
+
+from keras_ptloss import _math
+from keras_ptloss.search import ProxyTeacherSearch, SearchResult
+
+TEACHER = "teacher as it is"
+CORRECTED = "teacher, corrected"
+LABELS_ONLY = "labels-only model, corrected"
+BOTH = "teacher and labels-only model, corrected"
+
+FOLDS = 5
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class DistillationTargets:
+    """What `distillation_targets` returns.
+
+    Attributes:
+        values: the student's targets, probabilities `(N, C)` in float32.
+            Labelled rows are one-hot.
+        sample_weight: `(N,)`, float32: `label_weight` for labelled rows, 1 for
+            the others.
+        chosen: the name of the candidate that made `values`.
+        scores: the out-of-fold NLL of each candidate on the labelled rows.
+        result: the search result of the chosen candidate.
+        model: the labels-only model, trained on all labelled rows, or None.
+    """
+
+    values: np.ndarray
+    sample_weight: np.ndarray
+    chosen: str
+    scores: dict[str, float]
+    result: SearchResult
+    model: Any = None
+
+    def summary(self) -> None:
+        """Print the candidates with their scores."""
+        width = max(map(len, self.scores)) + 2
+        print(f"{'candidate':{width}}NLL out of fold")
+        for name, score in self.scores.items():
+            mark = "  <- chosen" if name == self.chosen else ""
+            print(f"{name:{width}}{score:15.4f}{mark}")
+
+
+def distillation_targets(
+    teacher: Any,
+    labels: Any,
+    *,
+    x: Any = None,
+    build_model: Callable[[], Any] | None = None,
+    label_weight: float = 1.0,
+    from_logits: bool | Sequence[bool | None] | None = None,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    random_sample: bool = False,
+    epochs: int = 200,
+    batch_size: int = 32,
+    seed: int = 0,
+    verbose: Literal["auto"] | bool | int = "auto",
+) -> DistillationTargets:
+    """Return a student's targets: the corrected teacher and the known labels.
+
+    The labels are used twice: they correct the teacher, and labelled rows get
+    their label as a one-hot target. With `build_model`, they are used a third
+    time: a model that is trained on the labelled rows alone joins the teacher.
+
+    The candidates are the teacher as it is, the corrected teacher, the
+    corrected labels-only model and a correction of both together. The one with
+    the lowest NLL on the labelled rows wins. Each row's NLL comes from models
+    and corrections that were fitted without that row.
+
+    The labels-only model is trained six times: once without each of five folds,
+    and once on all labelled rows. Keras models stop early on a fifth of their
+    fold's training rows; the last training takes the median number of epochs.
+    Call `keras.utils.set_random_seed` first to get the same weights each time.
+
+    Args:
+        teacher: the teacher's outputs on all rows, `(N, C)`, or a Keras model,
+            which is called on `x`; or a list of these, for several teachers.
+        labels: `(N,)` integers: the true class, or -1 where it is unknown.
+        x: the inputs of all rows, for `build_model` and for a teacher that is a
+            model: an array, a list of texts, a dict of arrays, or batches that
+            come in the same order each time (`tf.data.Dataset`, `PyDataset`).
+            Only the labelled rows of a data set are kept in memory.
+        build_model: a function that returns a new labels-only model. Either a
+            Keras classifier with C outputs (or one output for two classes),
+            whose loss takes class indices or one-hot rows; a model that is not
+            compiled gets Adam and cross-entropy. Or a scikit-learn classifier
+            with `predict_proba`.
+        label_weight: the weight of labelled rows in `sample_weight`.
+        from_logits: whether the teacher's outputs are logits, one flag for all
+            teachers or one for each.
+        num_classes: C. The default is the number of the first teacher's
+            outputs.
+        class_names: names for the reports.
+        random_sample: whether the labelled rows are a random sample. If not,
+            classes without any label keep the teacher's probabilities.
+        epochs: the most epochs that a Keras `build_model()` is trained for.
+        batch_size: of a Keras `build_model()`.
+        seed: of the folds.
+        verbose: whether to show progress bars; "auto" shows them on terminals.
+
+    Returns:
+        `DistillationTargets`.
+
+    Raises:
+        ValueError: if arguments do not fit together.
+
+    Example:
+    ```python
+    targets = keras_ptloss.distillation_targets(
+        teacher_probs, labels, x=x, build_model=build_student
+    )
+    targets.summary()
+    student.compile("adam", loss="categorical_crossentropy")
+    student.fit(x, targets.values, sample_weight=targets.sample_weight)
+    ```
+    """
+    labels = _check_labels(labels)
+    labelled = np.flatnonzero(labels >= 0)
+    known = labels[labelled]
+    x = _check_inputs(x)
+    few = None if x is None else _gather(x, labelled, len(labels))
+    teachers = (
+        list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
+    )
+    outputs = [_outputs(one, x, len(labels)) for one in teachers]
+    flags = (
+        list(from_logits)
+        if isinstance(from_logits, Sequence)
+        else [from_logits] * len(teachers)
+    )
+    num_classes = num_classes or max(outputs[0].shape[1], 2)
+    if known.max() >= num_classes:
+        raise ValueError(
+            "`labels` must be -1 or lower than the number of classes, "
+            f"{num_classes}. Received: labels up to {known.max()}"
+        )
+
+    def search(outputs: list[np.ndarray], flags: list[Any]) -> SearchResult:
+        several = len(outputs) > 1
+        rows = [one[labelled] for one in outputs]
+        return ProxyTeacherSearch(seed=seed).search(
+            rows if several else rows[0],
+            known,
+            from_logits=flags if several else flags[0],
+            num_classes=num_classes,
+            class_names=class_names,
+            random_sample=random_sample,
+            verbose=verbose,
+        )
+
+    corrected = search(outputs, flags)
+    # For each candidate: its score, the search's result, outputs on all rows.
+    candidates = {
+        TEACHER: (corrected.baseline_score, corrected, outputs),
+        CORRECTED: (corrected.score, corrected, outputs),
+    }
+    model = None
+    if build_model is not None:
+        if x is None:
+            raise ValueError(
+                "`x` must hold the inputs that `build_model` learns from. "
+                "Received: x=None"
+            )
+        recipe = _LabelsOnly(build_model, num_classes, epochs, batch_size)
+        out_of_fold, model = recipe.cross_fit(few, known, seed, verbose)
+        own = recipe.predict(model, x, len(known))
+        own[labelled] = out_of_fold
+        if not random_sample:
+            missing = np.setdiff1d(np.arange(num_classes), known)
+            own = _keep_classes(own, missing, outputs, flags)
+        alone = search([own], [False])
+        both = search([*outputs, own], [*flags, False])
+        candidates[LABELS_ONLY] = (alone.score, alone, [own])
+        candidates[BOTH] = (both.score, both, [*outputs, own])
+
+    scores = {name: float(entry[0]) for name, entry in candidates.items()}
+    chosen = min(scores, key=scores.__getitem__)
+    _, result, outputs = candidates[chosen]
+    values = result.correct(outputs if len(outputs) > 1 else outputs[0])
+    values[labelled] = np.eye(num_classes)[known]
+    weight = np.where(labels >= 0, label_weight, 1.0)
+    return DistillationTargets(
+        values.astype("float32"),
+        weight.astype("float32"),
+        chosen,
+        scores,
+        result,
+        model,
+    )
+
+
+def _check_labels(labels: Any) -> np.ndarray:
+    """Return labels as integers `(N,)`, some of which are known."""
+    array = np.asarray(labels)
+    if (
+        array.ndim != 1
+        or array.dtype.kind not in "iuf"
+        or np.any(array != np.round(array))
+        or np.any(array < -1)
+    ):
+        raise ValueError(
+            "`labels` must be integers of shape (N,): a class, or -1 where it "
+            f"is unknown. Received: labels={labels!r}"
+        )
+    if not np.any(array >= 0):
+        raise ValueError(
+            "`labels` must hold the class of some rows, which the teacher is "
+            "corrected with; label some rows first. Received: no label other "
+            "than -1"
+        )
+    return array.astype("int64")
+
+
+def _outputs(teacher: Any, x: Any, num_rows: int) -> np.ndarray:
+    """Return a teacher's outputs on all rows, `(N, C)`."""
+    if isinstance(teacher, keras.Model):
+        if x is None:
+            raise ValueError(
+                "`x` must hold the inputs of a teacher that is a Keras model. "
+                "Received: x=None"
+            )
+        teacher = teacher.predict(x, verbose=0)
+    outputs = np.asarray(teacher)
+    if outputs.ndim != 2 or len(outputs) != num_rows:
+        raise ValueError(
+            "`teacher` must have one row of outputs for each label, "
+            f"({num_rows}, num_classes). Received: outputs of shape "
+            f"{outputs.shape}"
+        )
+    return outputs
+
+
+# --- The labels-only model ---------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _LabelsOnly:
+    """A model that learns from labelled rows alone.
+
+    Attributes:
+        build: returns a new Keras model or scikit-learn classifier.
+        num_classes: C.
+        epochs: the most epochs for a Keras model.
+        batch_size: of a Keras model.
+    """
+
+    build: Callable[[], Any]
+    num_classes: int
+    epochs: int
+    batch_size: int
+
+    def cross_fit(
+        self, x: Any, labels: np.ndarray, seed: int, verbose: Any
+    ) -> tuple[np.ndarray, Any]:
+        """Return out-of-fold probabilities `(N, C)` and the final model."""
+        bar = keras.utils.Progbar(FOLDS + 1, verbose=verbose, unit_name="model")
+        rng = np.random.default_rng(seed)
+        folds = _folds(labels, rng)
+        out_of_fold = np.empty((len(labels), self.num_classes))
+        best_epochs = []
+        for fold in range(FOLDS):
+            rows = np.flatnonzero(folds != fold)
+            held_out = np.flatnonzero(folds == fold)
+            stop = rows[_folds(labels[rows], rng) == 0]
+            model, epoch = self.fit(x, labels, rows, stop)
+            probs = self.predict(model, _take(x, held_out), len(rows))
+            out_of_fold[held_out] = probs
+            best_epochs.append(epoch)
+            bar.update(fold + 1)
+        epochs = int(np.median(best_epochs))
+        model, _ = self.fit(x, labels, np.arange(len(labels)), epochs=epochs)
+        bar.update(FOLDS + 1)
+        return out_of_fold, model
+
+    def fit(
+        self,
+        x: Any,
+        labels: np.ndarray,
+        rows: np.ndarray,
+        stop: np.ndarray | None = None,
+        epochs: int | None = None,
+    ) -> tuple[Any, int]:
+        """Train a new model on `rows`.
+
+        Args:
+            x: inputs.
+            labels: their classes.
+            rows: indices of the rows to train on.
+            stop: which of these decide when a Keras model stops; it does not
+                learn from them. None trains for `epochs` on all of them.
+            epochs: of a Keras model, without `stop`.
+
+        Returns:
+            The model, and its best epoch.
+        """
+        model = self.build()
+        if not isinstance(model, keras.Model):
+            return model.fit(_take(x, rows), labels[rows]), 0
+        if not model.compiled:
+            logits = not _are_probs(model.predict(_take(x, rows), verbose=0))
+            loss = keras.losses.SparseCategoricalCrossentropy(logits)
+            model.compile("adam", loss)
+        if _takes_one_hot(model.loss):
+            labels = np.eye(self.num_classes, dtype="float32")[labels]
+        options: dict[str, Any] = {"epochs": epochs}
+        if stop is not None:
+            rows = np.setdiff1d(rows, stop)
+            early = keras.callbacks.EarlyStopping(
+                patience=max(self.epochs // 10, 5), restore_best_weights=True
+            )
+            options = {
+                "epochs": self.epochs,
+                "validation_data": (_take(x, stop), labels[stop]),
+                "callbacks": [early],
+            }
+        history = model.fit(
+            _take(x, rows),
+            labels[rows],
+            batch_size=self.batch_size,
+            verbose=0,
+            **options,
+        ).history
+        return model, 1 + int(np.argmin(history.get("val_loss", [0])))
+
+    def predict(self, model: Any, x: Any, num_rows: int) -> np.ndarray:
+        """Return probabilities `(N, C)` of a model trained on `num_rows`."""
+        if isinstance(model, keras.Model):
+            outputs = model.predict(x, verbose=0).astype("float64")
+            logits = not _are_probs(outputs)
+            outputs = _math.two_events(outputs, from_logits=logits)
+            return scipy.special.softmax(outputs, axis=1) if logits else outputs
+        seen = np.concatenate([model.predict_proba(b) for b in _batches(x)])
+        # Classes that a classifier has not seen get Laplace's share.
+        share = 1 / (num_rows + self.num_classes)
+        probs = np.full((len(seen), self.num_classes), share)
+        missing = self.num_classes - seen.shape[1]
+        probs[:, model.classes_] = seen * (1 - missing * share)
+        return probs
+
+
+def _folds(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return each row's fold, with each class spread over the folds."""
+    folds = np.empty(len(labels), "int64")
+    order = np.lexsort((rng.random(len(labels)), labels))
+    folds[order] = np.arange(len(labels)) % FOLDS
+    return folds
+
+
+def _takes_one_hot(loss: Any) -> bool:
+    """Return whether a model's loss takes one-hot rows, not class indices."""
+    name = getattr(loss, "name", None) or getattr(loss, "__name__", loss)
+    return "categorical" in str(name) and "sparse" not in str(name)
+
+
+def _are_probs(outputs: np.ndarray) -> bool:
+    """Return whether a model's outputs are probabilities, not logits."""
+    if outputs.min() < 0 or outputs.max() > 1:
+        return False
+    return outputs.shape[1] == 1 or bool(
+        np.allclose(outputs.sum(axis=1), 1, atol=0.01)
+    )
+
+
+def _keep_classes(
+    own: np.ndarray,
+    missing: np.ndarray,
+    teacher_outputs: list[np.ndarray],
+    flags: list[Any],
+) -> np.ndarray:
+    """Give classes without labels the teachers' mean probability.
+
+    The labels-only model knows nothing about these classes.
+    """
+    probs = [
+        scipy.special.softmax(outputs, axis=1) if flag else outputs
+        for outputs, flag in zip(teacher_outputs, flags, strict=True)
+        if outputs.shape == own.shape
+    ]
+    if not len(missing) or not probs:
+        return own
+    kept = np.mean(probs, axis=0)[:, missing]
+    own = own.copy()
+    own[:, missing] = 0
+    own *= (1 - kept.sum(axis=1, keepdims=True)) / own.sum(
+        axis=1, keepdims=True
+    )
+    own[:, missing] = kept
+    return own
+
+
+# --- Inputs ------------------------------------------------------------------
+
+
+def _check_inputs(x: Any) -> Any:
+    """Check that a data set can be read twice; return texts as an array."""
+    if isinstance(x, list) and isinstance(x[0], str):
+        return np.array(x, dtype=object)
+    if x is not None and _is_data_set(x):
+        # A shuffled data set starts with another batch each time.
+        first, second = (next(_batches(x)) for _ in range(2))
+        same = keras.tree.map_structure(np.array_equal, first, second)
+        if not all(keras.tree.flatten(same)):
+            raise ValueError(
+                "`x` must give the same rows in the same order each time that "
+                "it is read. Remove shuffling and random augmentation. "
+                f"Received: x={x!r}"
+            )
+    return x
+
+
+def _is_data_set(x: Any) -> bool:
+    """Return whether inputs come in batches."""
+    return not (hasattr(x, "shape") or isinstance(x, (list, tuple, dict)))
+
+
+def _batches(x: Any) -> Iterator[Any]:
+    """Return the inputs of each batch; arrays are one batch."""
+    if not _is_data_set(x):
+        yield x
+        return
+    if isinstance(x, keras.utils.PyDataset):
+        x = (x[index] for index in range(len(x)))
+    for batch in x:
+        inputs = keras.utils.unpack_x_y_sample_weight(batch)[0]
+        yield keras.tree.map_structure(np.asarray, inputs)
+
+
+def _take(x: Any, rows: np.ndarray) -> Any:
+    """Return some rows of an array, or of a structure of arrays."""
+    return keras.tree.map_structure(
+        lambda one: one.iloc[rows] if hasattr(one, "iloc") else one[rows], x
+    )
+
+
+def _gather(x: Any, rows: np.ndarray, num_rows: int) -> Any:
+    """Return some rows of the inputs, which must have `num_rows` rows."""
+    parts = []
+    start = 0
+    for batch in _batches(x):
+        size = keras.tree.flatten(batch)[0].shape[0]
+        here = rows[(rows >= start) & (rows < start + size)] - start
+        parts.append(_take(batch, here))
+        start += size
+        if start > num_rows:  # An infinite data set ends here, too.
+            break
+    if start != num_rows:
+        raise ValueError(
+            f"`x` must have one row for each label, {num_rows}. Received: x "
+            f"with {'more' if start > num_rows else start} rows"
+        )
+    if len(parts) == 1:
+        return parts[0]
+    return keras.tree.map_structure(lambda *each: np.concatenate(each), *parts)
