@@ -233,8 +233,8 @@ def from_entries(
     top_ids: Any,
     log_probs: Any,
     log_rest: Any,
-    num_classes: int | None = None,
-    first: int = 0,
+    num_classes: int | None,
+    first: int,
 ) -> Values:
     """Return the columns of n rows of k entries each, after a check.
 

@@ -407,24 +407,19 @@ class SoftLabels:
         sequences = np.ndim(top_ids[0]) == 2
 
         def convert(part: slice, x: Any) -> Columns:
-            first = part.start
-            rest = None if log_rest is None else log_rest[part]
-            entries = top_ids[part], log_probs[part], rest
-            lengths = [len(row) for row in top_ids[part]]
-            if sequences:
-                if x is not None:
-                    _check_lengths(lengths, x, first)
-                # All positions of all sequences, one after the other.
-                entries = tuple(
-                    None if e is None else np.concatenate(e) for e in entries
-                )
-            ids_, probs_, rest_ = entries
-            found = from_entries(ids_, probs_, rest_, num_classes, first)
-            if sequences:
-                return Columns(
-                    "tokens", num_classes, in_sequences(found, lengths)
-                )
-            return Columns("top_k", num_classes, found)
+            entries: list[Any] = [top_ids[part], log_probs[part]]
+            entries.append(None if log_rest is None else log_rest[part])
+            first, lengths = part.start, [len(row) for row in top_ids[part]]
+            if not sequences:
+                found = from_entries(*entries, num_classes, first)
+                return Columns("top_k", num_classes, found)
+            if x is not None:
+                _check_lengths(lengths, x, first)
+            # All positions of all sequences, one after the other.
+            entries = [e if e is None else np.concatenate(e) for e in entries]
+            found = from_entries(*entries, num_classes, first)
+            found = in_sequences(found, lengths)
+            return Columns("tokens", num_classes, found)
 
         about = {
             "dtype": dtype,
@@ -505,6 +500,8 @@ class SoftLabels:
         if isinstance(indices, slice):
             indices = np.arange(len(self))[indices]
         indices = np.asarray(indices)
+        if not indices.size:
+            indices = indices.astype("int64")
         if indices.ndim != 1 or indices.dtype.kind not in "iu":
             fail("indices", "a list of integers or a slice", indices)
         if len(indices) and not (
