@@ -8,6 +8,7 @@ can be read in two ways is an error.
 import dataclasses
 import itertools
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,17 +16,21 @@ from typing import Any
 
 import numpy as np
 
+from keras_ptloss.soft_labels.inputs import as_inputs, num_examples, take
 from keras_ptloss.soft_labels.responses import (
     Missing,
     NoAnswer,
     Paths,
     Position,
     Token,
+    check_order,
     only_choice,
     positions,
     read_responses,
     unknown_shape,
+    warn_of_failed,
 )
+from keras_ptloss.soft_labels.soft_labels import SoftLabels
 
 ClassNames = Sequence[str] | Mapping[str, Sequence[str]]
 
@@ -140,6 +145,65 @@ def read_answers(
         rows=np.array(responses.rows),
         ids=responses.ids,
         failed=responses.failed,
+    )
+
+
+def import_answers(
+    files: Paths,
+    path: str | os.PathLike[str] | None,
+    class_names: ClassNames,
+    *,
+    inputs: Any = None,
+    ids: Sequence[str] | None = None,
+    after: str | None = None,
+    missing: Missing = "error",
+    **options: Any,
+) -> SoftLabels:
+    """Store the class probabilities of the answers in a file.
+
+    The store is written whole or not at all. Repeat a call that was killed.
+
+    Args:
+        files: As in `read_answers`.
+        path: Directory of the new store; None keeps it in memory.
+        class_names: As in `read_answers`.
+        inputs: The examples that the answers are about, in the order of the
+            lines, or of `ids`. Not needed where the lines have a `custom_id`,
+            by which the store finds them then.
+        ids: As in `read_answers`.
+        after: As in `read_answers`.
+        missing: As in `read_answers`. What is left out is not stored, and a
+            warning counts it.
+        **options: Passed to `SoftLabels.from_array`: `dtype`, `top_k`,
+            `teacher_name` and `overwrite`.
+
+    Returns:
+        The store.
+
+    Raises:
+        ValueError: As `read_answers`, before anything is stored.
+    """
+    answers = read_answers(
+        files, class_names, after=after, ids=ids, missing=missing
+    )
+    if inputs is not None:
+        inputs = as_inputs(inputs)
+        check_order(answers, "inputs", num_examples(inputs), ids)
+        if answers.failed:
+            inputs = take(inputs, answers.rows)
+    elif answers.ids is None:
+        raise ValueError(
+            "Pass `inputs`, the examples that the answers are about; the lines"
+            " have no `custom_id` either. Received: inputs=None"
+        )
+    warn_of_failed(answers.failed, len(answers.rows))
+    return SoftLabels.from_array(
+        answers.probabilities,
+        path,
+        ids=answers.ids,
+        inputs=inputs,
+        class_names=list(class_names),
+        **options,
     )
 
 
@@ -318,9 +382,9 @@ def _listed_masses(
         is_raw = token.text[:1] in ("Ġ", "▁") and token.text[1:] in spellings
         if is_raw or spellings.get(as_bytes) != label:
             raise ValueError(
-                f"the token {token.text!r} (bytes {token.data!r}) is a raw piece"
-                " of a vocabulary or contradicts its bytes; ask the server for"
-                " text"
+                f"the token {token.text!r} (bytes {token.data!r}) is a raw"
+                " piece of a vocabulary or contradicts its bytes; ask the"
+                " server for text"
             )
         if label is None:
             continue

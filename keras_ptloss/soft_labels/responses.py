@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -77,30 +78,12 @@ class Responses(Generic[T]):
         rows: The line of each, counted from 0, or its place in `ids`.
         ids: The `custom_id` of each; None if the file has none.
         failed: Reasons of the answers left out, by `custom_id` or line.
-        num_lines: How many different answers the files have, with these.
     """
 
     values: list[T]
     rows: list[int]
     ids: list[str] | None
     failed: dict[str | int, str]
-    num_lines: int
-
-    def check_order(
-        self, argument: str, count: int, ids: Sequence[str] | None
-    ) -> None:
-        """Check that row i belongs to the user's example i."""
-        if ids is None and self.ids is not None:
-            raise ValueError(
-                "The lines have a `custom_id`, so they may be in any order."
-                f" Pass `ids`, the custom_id of each of the `{argument}`."
-                f" Received: ids=None, custom_ids such as {self.ids[0]!r}"
-            )
-        if self.num_lines != count:
-            raise ValueError(
-                f"Each of the `{argument}` must have one answer. Received:"
-                f" {self.num_lines} answers for {count} {argument}"
-            )
 
 
 def read_responses(
@@ -165,7 +148,6 @@ def read_responses(
         rows=[row for _, (row, _) in values],
         ids=[str(key) for key, _ in values] if True in kinds else None,
         failed=failed,
-        num_lines=len(found) + len(failed),
     )
 
 
@@ -181,6 +163,41 @@ def _check_failed(
         f"{len(failed)} of {len(failed) + num_found} answers cannot be used."
         f"{advice} Received: {reasons}"
     )
+
+
+def check_order(
+    found: Any, argument: str, count: int, ids: Sequence[str] | None
+) -> None:
+    """Check that row i of what was found belongs to the user's example i.
+
+    Args:
+        found: A `Responses` or what was made of one.
+        argument: Name of the argument that has the examples.
+        count: Number of the examples.
+        ids: As given to `read_responses`.
+    """
+    if ids is None and found.ids is not None:
+        raise ValueError(
+            "The lines have a `custom_id`, so they may be in any order. Pass"
+            f" `ids`, the custom_id of each of the `{argument}`. Received:"
+            f" ids=None, and custom_ids such as {found.ids[0]!r}"
+        )
+    num_answers = len(found.rows) + len(found.failed)
+    if num_answers != count:
+        raise ValueError(
+            f"Each of the `{argument}` must have one answer. Received:"
+            f" {num_answers} answers for {count} {argument}"
+        )
+
+
+def warn_of_failed(failed: dict[str | int, str], num_stored: int) -> None:
+    """Warn of answers that an import leaves out."""
+    if failed:
+        warnings.warn(
+            f"{len(failed)} of {len(failed) + num_stored} answers cannot be"
+            f" used and are not stored, such as {next(iter(failed.values()))}",
+            stacklevel=3,
+        )
 
 
 def _records(files: Paths) -> Iterator[tuple[str, dict[str, Any]]]:

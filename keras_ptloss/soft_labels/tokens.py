@@ -7,6 +7,7 @@ once for the whole file.
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,10 +21,13 @@ from keras_ptloss.soft_labels.responses import (
     Position,
     Token,
     as_logprob,
+    check_order,
     only_choice,
     positions,
     read_responses,
+    warn_of_failed,
 )
+from keras_ptloss.soft_labels.soft_labels import SoftLabels
 
 REST, PADDING = -1, -2  # ids in the targets of `TopKPTLoss`
 
@@ -124,7 +128,7 @@ def read_tokens(
         files, lambda body, _: keys.update(_keys(body)), missing, ids
     )
     if sequences is not None:
-        seen.check_order("sequences", len(sequences), ids)
+        check_order(seen, "sequences", len(sequences), ids)
     token_ids = _token_ids(keys, tokenizer)
     unknown: list[float] = []
 
@@ -140,6 +144,58 @@ def read_tokens(
         ids=responses.ids,
         failed=responses.failed,
         unknown_mass=float(np.mean(unknown)) if unknown else 0.0,
+    )
+
+
+def import_tokens(
+    files: Paths,
+    path: str | os.PathLike[str] | None,
+    *,
+    top_k: int,
+    sequences: Sequence[Sequence[int]] | None = None,
+    tokenizer: Any = None,
+    ids: Sequence[str] | None = None,
+    missing: Missing = "error",
+    **options: Any,
+) -> SoftLabels:
+    """Store the likeliest tokens at each position of texts.
+
+    The store is written whole or not at all. Repeat a call that was killed.
+
+    Args:
+        files: As in `read_tokens`.
+        path: Directory of the new store; None keeps it in memory.
+        top_k: As in `read_tokens`.
+        sequences: As in `read_tokens`.
+        tokenizer: As in `read_tokens`.
+        ids: As in `read_tokens`.
+        missing: As in `read_tokens`. What is left out is not stored, and a
+            warning counts it.
+        **options: Passed to `SoftLabels.from_top_k`: `num_classes` (the size of
+            the vocabulary), `dtype`, `teacher_name` and `overwrite`.
+
+    Returns:
+        The store, which finds each text by its token ids.
+
+    Raises:
+        ValueError: As `read_tokens`, before anything is stored.
+    """
+    answers = read_tokens(
+        files,
+        top_k=top_k,
+        sequences=sequences,
+        tokenizer=tokenizer,
+        ids=ids,
+        missing=missing,
+    )
+    warn_of_failed(answers.failed, len(answers.targets))
+    return SoftLabels.from_top_k(
+        [targets[:, :-1, 0].astype("int32") for targets in answers.targets],
+        [targets[:, :-1, 1] for targets in answers.targets],
+        path=path,
+        ids=answers.ids,
+        inputs=[sequence.tolist() for sequence in answers.sequences],
+        **options,
     )
 
 

@@ -1,14 +1,18 @@
 """Class probabilities from answers of language models."""
 
 import math
+import signal
+import subprocess
+import sys
 
+import keras
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from responses_of import batch, chat, completion, position, token, write
 
-from keras_ptloss.soft_labels.answers import read_answers
+from keras_ptloss.soft_labels import SoftLabels, import_answers, read_answers
 
 SETTINGS = settings(max_examples=60, deadline=None)
 NO_YES = ["no", "yes"]
@@ -489,3 +493,95 @@ def test_json_of_other_servers(read):
     part["choices"][0]["logprobs"] = {"content": [YES]}
     with pytest.raises(ValueError, match="'delta'"):
         read(part)
+
+
+# Into a store.
+
+
+def yes(probability):
+    return chat(position(("yes", probability), ("no", 1 - probability)))
+
+
+def first_last(leaf):
+    return leaf[[0, 2]]
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [np.array(["b", "a", "c"]), np.array([2.0, 1.0, 3.0]), {"x": np.eye(3)}],
+    ids=["texts", "array", "dictionary"],
+)
+def test_import_by_inputs(tmp_path, inputs):
+    lines = [yes(0.25), {"error": "busy"}, yes(0.75)]
+    path = write(tmp_path / "a.jsonl", *lines)
+    with pytest.raises(ValueError, match="busy"):
+        import_answers(path, tmp_path / "store", NO_YES, inputs=inputs)
+    assert not (tmp_path / "store").exists()
+    with pytest.warns(UserWarning, match="1 of 3 answers .* busy"):
+        labels = import_answers(
+            path, tmp_path / "store", NO_YES, inputs=inputs, missing="skip"
+        )
+    with pytest.raises(ValueError, match="the first in position 1"):
+        labels.find(inputs)
+    rows = labels.read(
+        labels.find(keras.tree.map_structure(first_last, inputs))
+    )
+    np.testing.assert_allclose(rows, [[0.75, 0.25], [0.25, 0.75]], atol=1e-3)
+    again = SoftLabels.open(tmp_path / "store")
+    assert again.layout.class_names == ("no", "yes")
+
+
+def test_import_by_custom_id(tmp_path):
+    lines = [batch("b", yes(0.25)), batch("a", yes(0.75))]
+    path = write(tmp_path / "a.jsonl", *lines)
+    options = {"dtype": "float32"}
+    labels = import_answers(path, None, NO_YES, **options)
+    assert labels.find(ids=["a", "b"]).tolist() == [1, 0]
+    inputs = ["text a", "text b"]
+    with pytest.raises(ValueError, match="Pass `ids`"):
+        import_answers(path, None, NO_YES, inputs=inputs)
+    ids = ["a", "b"]
+    labels = import_answers(path, None, NO_YES, inputs=inputs, ids=ids)
+    found = labels.read(labels.find(["text b", "text a"]))
+    np.testing.assert_allclose(found[:, 1], [0.25, 0.75], atol=1e-3)
+
+
+def test_import_needs_inputs_or_ids(tmp_path):
+    path = write(tmp_path / "a.jsonl", yes(0.25))
+    with pytest.raises(ValueError, match="Pass `inputs`"):
+        import_answers(path, None, NO_YES)
+    with pytest.raises(ValueError, match="1 answers for 2 inputs"):
+        import_answers(path, None, NO_YES, inputs=["a", "b"])
+
+
+KILLED = """
+import os, signal, sys
+from keras_ptloss.soft_labels import import_answers, soft_labels
+
+soft_labels.CHUNK = 100  # rows written at a time
+
+class Texts:
+    def __len__(self):
+        return 300
+    def __getitem__(self, i):
+        if i == 250:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return str(i)
+
+import_answers(*sys.argv[1:], ["no", "yes"], inputs=Texts())
+"""
+
+
+def test_the_same_call_completes_a_killed_import(tmp_path):
+    wanted = np.arange(300) % 98 / 100 + 0.01
+    path = write(tmp_path / "a.jsonl", *map(yes, wanted))
+    store = tmp_path / "store"
+    done = subprocess.run([sys.executable, "-c", KILLED, path, store])
+    assert done.returncode == -signal.SIGKILL
+    assert not store.exists()
+    texts = [str(i) for i in range(300)]
+    for _ in range(2):  # the second call changes nothing
+        labels = import_answers(path, store, NO_YES, inputs=texts)
+        assert labels.find(texts).tolist() == list(range(300))
+        np.testing.assert_allclose(labels.read()[:, 1], wanted, atol=1e-3)
+    assert [one.name for one in tmp_path.iterdir() if one.is_dir()] == ["store"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from responses_of import batch, chat, position, write
 
-from keras_ptloss.soft_labels.answers import read_answers
+from keras_ptloss.soft_labels import read_answers
 
 NAMES = ["no", "yes"]
 
