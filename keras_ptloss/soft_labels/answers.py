@@ -115,22 +115,18 @@ def read_answers(
         [[0.25 0.75]] [0.2]
     """
     spellings = _spellings(class_names)
-    found = np.zeros(len(class_names), bool)
+    found: set[int] = set()
     tokens: Counter[str] = Counter()
 
     def read(response: dict[str, Any], _: int) -> tuple[np.ndarray, float]:
         position = _class_position(response, spellings, after)
-        masses = _listed_masses(position, spellings, len(class_names))
-        found[~np.isnan(masses)] = True
+        listed = _listed_masses(position, spellings)
+        found.update(listed)
         tokens.update(token.text for token in position.entries)
-        return _class_probabilities(masses, position)
+        return _class_probabilities(listed, position, len(class_names))
 
     responses = read_responses(files, read, missing, ids)
-    absent = [
-        name
-        for name, is_found in zip(class_names, found, strict=True)
-        if not is_found
-    ]
+    absent = [name for c, name in enumerate(class_names) if c not in found]
     if absent:
         common = [text for text, _ in tokens.most_common(20)]
         raise ValueError(
@@ -237,40 +233,49 @@ def _class_position(
         raise ValueError("it repeats the prompt; ask without `echo`")
     text = _answer_text(choice, found)
     spans = _spans(found, text)
-    place = "the last token"
     if after is None:
         index = max(spans)
     else:
-        place = f"the first token after {after!r}"
         index = _first_after(spans, text, after.encode().rstrip(_WHITESPACE))
-    start, stop = spans[index]
+    try:
+        _check_word(text, *spans[index], spellings, after)
+    except (ValueError, NoAnswer) as error:
+        shown = _tail(text.decode(errors="replace"))
+        raise type(error)(f"{error}. Received: the content {shown}") from None
+    return found[index]
+
+
+def _check_word(
+    text: bytes,
+    start: int,
+    stop: int,
+    spellings: dict[str, int],
+    after: str | None,
+) -> None:
+    """Check that a token of the answer is a class, and the whole word is."""
     shown = text[start:stop].decode(errors="replace")
-    received = (
-        f"Received: the tokens {_tail([p.token.text for p in found])} for the"
-        f" content {_tail(text.decode(errors='replace'))}"
-    )
-    rest = text[start:].decode(errors="replace")
-    until = text[:stop].decode(errors="replace")
+    before = text[:start].decode(errors="replace")
+    following = text[stop:].decode(errors="replace")
+    place = "the last token" if after is None else f"the token after {after!r}"
     for name in spellings:
-        is_longer = len(name) > len(shown)
-        if is_longer and (
-            until.endswith(name) if after is None else rest.startswith(name)
-        ):
+        if after is None:
+            is_cut = (before + shown).endswith(name)
+        else:
+            is_cut = (shown + following).startswith(name)
+        if is_cut and len(name) > len(shown):
             raise ValueError(
-                f"the class {name!r} is more than one token here. Name the"
-                f" classes by letters or digits instead. {received}"
+                f"the class {name!r} is more than one token here; let the model"
+                " answer by a letter or digit for each class"
             )
     if shown not in spellings:
         raise NoAnswer(
             f"{place} is {shown!r}, none of the classes {list(spellings)}; if"
-            f" the class stands elsewhere, say where by `after`. {received}"
+            " the class stands elsewhere, say where by `after`"
         )
-    before, following = until[: -len(shown)], rest[len(shown) :]
     if after is None and before and not before[-1].isspace():
-        raise NoAnswer(f"{place}, {shown!r}, ends a longer word. {received}")
+        raise NoAnswer(f"{place}, {shown!r}, ends a longer word")
     if re.match(r"[-.,'’]?\w", following):
-        raise NoAnswer(f"{place}, {shown!r}, begins a longer word. {received}")
-    return found[index]
+        raise NoAnswer(f"{place}, {shown!r}, begins a longer word")
 
 
 def _tail(shown: Any) -> str:
@@ -314,7 +319,7 @@ def _spans(found: list[Position], text: bytes) -> dict[int, tuple[int, int]]:
     while begin >= 0 and not (begin in starts and begin + len(wanted) in ends):
         begin = everything.rfind(wanted, 0, begin + len(wanted) - 1)
     if begin < 0:
-        raise ValueError(
+        raise NoAnswer(
             "the tokens of `logprobs` do not spell the content of the answer;"
             " the server may give raw pieces or ids instead of text. Received:"
             f" the tokens {_tail([p.token.text for p in found])} for the"
@@ -366,15 +371,15 @@ def _first_after(
 
 
 def _listed_masses(
-    position: Position, spellings: dict[str, int], num_classes: int
-) -> np.ndarray:
-    """Return the listed probability of each class; NaN where there is none."""
+    position: Position, spellings: dict[str, int]
+) -> dict[int, float]:
+    """Return the probability of each class that is listed."""
     if not position.alternatives:
         raise NoAnswer(
             "`top_logprobs` is empty; ask for the likeliest tokens, such as"
             " top_logprobs=20"
         )
-    masses = np.full(num_classes, np.nan)
+    masses: dict[int, float] = {}
     texts: set[str] = set()
     for token in position.entries:
         label = spellings.get(token.text.strip())
@@ -394,20 +399,20 @@ def _listed_masses(
                 " with different log-probabilities; ask the server for bytes"
             )
         texts.add(token.text)
-        masses[label] = np.nansum([masses[label], token.probability])
-    if not np.nansum(masses) > 0:
+        masses[label] = masses.get(label, 0.0) + token.probability
+    if not sum(masses.values()) > 0:
         raise NoAnswer(f"`top_logprobs` lists none of {list(spellings)}")
     return masses
 
 
 def _class_probabilities(
-    masses: np.ndarray, position: Position
+    listed: dict[int, float], position: Position, num_classes: int
 ) -> tuple[np.ndarray, float]:
     """Return the distribution over the classes, and the mass of the others."""
     least = min(token.probability for token in position.alternatives)
     left = max(1.0 - sum(token.probability for token in position.entries), 0.0)
-    absent = np.isnan(masses)
-    filled = min(least, left / max(absent.sum(), 1))
-    masses = np.where(absent, filled, masses)
+    absent = max(num_classes - len(listed), 1)
+    masses = np.full(num_classes, min(least, left / absent))
+    masses[list(listed)] = list(listed.values())
     total = float(masses.sum())
     return masses / total, max(1.0 - total, 0.0)

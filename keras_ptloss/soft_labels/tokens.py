@@ -17,6 +17,7 @@ import numpy as np
 from keras_ptloss.soft_labels.responses import (
     UNKNOWN_LOGPROB,
     Missing,
+    NoAnswer,
     Paths,
     Position,
     Token,
@@ -118,8 +119,10 @@ def read_tokens(
         ...     sequences=[[0, 1]],
         ...     tokenizer={"Well": 0, "Ġyes": 1, "Ġno": 2},
         ... )
-        >>> print(answers.targets[0][0].round(2).tolist())
-        [[1.0, -0.69], [2.0, -1.39], [-1.0, -1.39]]
+        >>> print(answers.targets[0][0].round(2))
+        [[ 1.   -0.69]
+         [ 2.   -1.39]
+         [-1.   -1.39]]
     """
     if type(top_k) is not int or top_k < 1:
         raise ValueError(f"`top_k` must be at least 1. Received: {top_k=}")
@@ -214,6 +217,8 @@ def _read_text(
             "it has no `prompt_token_ids`; pass `sequences`, the token ids of"
             " the texts"
         )
+    if given is not None and prompt and prompt != given[: len(prompt)].tolist():
+        raise ValueError("its `prompt_token_ids` do not begin its sequence")
     listed = _prompt_logprobs(response, choice)
     if listed is not None:
         start = 0
@@ -221,10 +226,13 @@ def _read_text(
         entries = _prompt_entries(listed, sequence)
     else:
         found = positions(choice)
+        # An empty token at the end stands for the end of the text.
+        if found and not found[-1].token.text:
+            del found[-1]
+        if not found:
+            raise NoAnswer("`logprobs` has no tokens")
         own = [token_ids[_key(position.token)] for position in found]
         entries = [_entries(one, token_ids, unknown) for one in found]
-        while found and not (found[-1].token.text or entries[-1]):
-            del found[-1], own[-1], entries[-1]  # an empty token ends the text
         sequence = _answered(choice, prompt, own) if given is None else given
         start = _start(own, sequence)
     targets = np.zeros((len(sequence), top_k + 1, 2), "float32")

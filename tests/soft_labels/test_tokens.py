@@ -193,6 +193,8 @@ def test_ids_in_the_response(read):
     record["choices"][0]["token_ids"] = [3]
     with pytest.raises(ValueError, match="another text or tokenizer"):
         read(record, tokenizer=BPE)
+    with pytest.raises(ValueError, match="do not begin its sequence"):
+        read(record, tokenizer=BPE, sequences=[[0, 1, 2]])
     # And its `return_tokens_as_token_ids`.
     record = chat(position(("token_id:2", 0.6), ("token_id:3", 0.2)))
     (found,) = read(record, sequences=[[1, 2]])
@@ -366,6 +368,7 @@ def test_the_last_token_more_than_k_are_listed(read):
         (chat(YES), {"tokenizer": BPE.get}, "`tokenizer` must be a dictionary"),
         (chat(YES), {"tokenizer": {"a": 1}}, "none of the tokens of the file"),
         (batch("a", chat(YES)), {"sequences": [[1, 2]]}, "Pass `ids`"),
+        (chat(), {"sequences": [[1, 2]], "tokenizer": None}, "has no tokens"),
         (
             chat(position(("\ufffd", 0.6), ("no", 0.3), with_bytes=True)),
             {"sequences": [[1, 9, 3]], "tokenizer": PIECES},
