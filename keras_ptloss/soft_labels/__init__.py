@@ -5,8 +5,10 @@ from keras_ptloss.soft_labels.answers import (
     import_answers,
     read_answers,
 )
+from keras_ptloss.soft_labels.attach import attach_several
 from keras_ptloss.soft_labels.inputs import fingerprint
 from keras_ptloss.soft_labels.soft_labels import SoftLabels
+from keras_ptloss.soft_labels.tables import Table, read_table
 from keras_ptloss.soft_labels.tokens import (
     TokenAnswers,
     import_tokens,
@@ -16,10 +18,13 @@ from keras_ptloss.soft_labels.tokens import (
 __all__ = [
     "Answers",
     "SoftLabels",
+    "Table",
     "TokenAnswers",
+    "attach_several",
     "fingerprint",
     "import_answers",
     "import_tokens",
     "read_answers",
+    "read_table",
     "read_tokens",
 ]

@@ -1,5 +1,6 @@
 """Inputs in batches, and the fingerprints by which stored rows are found."""
 
+import collections
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -69,7 +70,12 @@ def _fingerprint(x: Tensor) -> np.ndarray:
             header += f"{array.dtype.name}{array.shape[1:]}".encode()
         array = array.astype(array.dtype.newbyteorder("<"), copy=False)
         if mask is not None and array.shape == mask.shape:
-            rows.append([row[real].tobytes() for row, real in zip(array, mask)])
+            rows.append(
+                [
+                    row[real].tobytes()
+                    for row, real in zip(array, mask, strict=True)
+                ]
+            )
         else:
             flat = np.ascontiguousarray(array).reshape(len(array), -1)
             rows.append(list(flat.view("uint8")))
@@ -95,7 +101,7 @@ def _text_bytes(row: Any) -> bytes:
 
 
 def padding_mask(x: Tensor) -> np.ndarray | None:
-    """Return which entries of a batch of token ids are tokens, if it says so."""
+    """Return the mask of a batch of token ids as bool, None without one."""
     if isinstance(x, Mapping):
         for name, mask in MASKS.items():
             if name in x and mask in x:
@@ -119,6 +125,18 @@ def sequence_mask(x: Tensor) -> np.ndarray:
             x,
         )
     return np.ones(ids.shape, bool)
+
+
+def weights_of_positions(weight: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Return sample weights `(batch, time)`; of None, ones."""
+    if weight is None:
+        return np.ones(shape, "float32")
+    weight = as_array(weight).astype("float32")
+    if weight.shape == shape[:1]:
+        weight = np.broadcast_to(weight[:, None], shape)
+    if weight.shape != shape:
+        fail("sample_weight", f"of the shape of the ids, {shape}", weight.shape)
+    return weight
 
 
 def as_inputs(inputs: Any) -> Any:
@@ -270,6 +288,57 @@ def batches(
 
 def _as_numpy(leaf: Any) -> Any:
     return as_array(leaf) if hasattr(leaf, "detach") else leaf
+
+
+def not_stored(
+    inputs: Any, batch_size: int, stored: np.ndarray, path: Any
+) -> Iterator[tuple[Any, Any, np.ndarray]]:
+    """Yield inputs, weights and fingerprints of what is not stored yet.
+
+    If something is stored, the inputs are first read once and compared, so
+    that no teacher is paid for inputs of another store. Arrays must be in the
+    order of the stored rows; a data set may be shuffled.
+    """
+    left = collections.Counter(stored.tolist())
+    start = 0
+    if len(stored):
+        found = [fingerprint(x) for x, _ in batches(inputs, 1024)]
+        prints = np.concatenate(found) if found else stored[:0]
+        if np.array_equal(prints[: len(stored)], stored):
+            # Keeps the order also of examples that come twice.
+            pass
+        elif not is_stream(inputs):
+            differ = prints[: len(stored)] != stored[: len(prints)]
+            where = int(np.argmax(differ)) if differ.any() else len(prints)
+            raise other_inputs(path, f"differ from example {where} on")
+        elif left - collections.Counter(prints.tolist()):
+            gone = (left - collections.Counter(prints.tolist())).total()
+            raise other_inputs(path, f"lack {gone} of {len(stored)} examples")
+        if not is_stream(inputs):
+            start = len(stored)
+            left.clear()
+    for x, weight in batches(inputs, batch_size, start):
+        prints = fingerprint(x)
+        new = []
+        for position, one in enumerate(prints.tolist()):
+            if left[one] > 0:
+                left[one] -= 1
+            else:
+                new.append(position)
+        if len(new) == len(prints):
+            yield x, weight, prints
+        elif new:
+            weight = None if weight is None else take(weight, new)
+            yield take(x, np.array(new)), weight, prints[new]
+
+
+def other_inputs(path: Any, how: str) -> ValueError:
+    """Return the error about inputs that are not those of a store."""
+    return ValueError(
+        f"`inputs` must be those of the soft labels at {path}, in their order. "
+        "Choose another path, or say overwrite=True. Received: inputs which "
+        f"{how}"
+    )
 
 
 def is_tf_dataset(data: Any) -> bool:

@@ -13,11 +13,13 @@ name until it is on the disk. A process may be killed at any moment: the next
 one cuts off a record that is not whole and goes on from there.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import os
 import re
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -29,6 +31,7 @@ from keras_ptloss.soft_labels.layout import Layout, pyarrow
 
 FILE_BYTES = 256 * 2**20
 HEADER = struct.Struct("<QI")  # length and CRC-32 of a journal's record
+CLOSED = -1
 OWN_NAMES = re.compile(
     r"\.lock|info\.json(\.new)?|sealing|journal-\d+|\d+-[0-9a-f]{8}\.arrow"
 )
@@ -67,7 +70,7 @@ class StoreWriter:
                 f"Another process is writing soft labels to {path}. Wait until "
                 "it has ended, or choose another path."
             ) from None
-        self._journal: int | None = None
+        self._journal = CLOSED
         try:
             self._resume(overwrite)
         except BaseException:
@@ -111,7 +114,7 @@ class StoreWriter:
         for other in self.path.glob("journal-*"):
             if other.name != name:
                 other.unlink()  # its rows are in a file
-        if self._journal is not None:
+        if self._journal != CLOSED:
             os.close(self._journal)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         self._journal = os.open(self.path / name, flags, 0o666)
@@ -141,7 +144,7 @@ class StoreWriter:
     def fingerprints(self) -> np.ndarray:
         """Return the fingerprint of each stored row."""
         batches = [open_file(self.path / name) for name in self._files]
-        if self._journal is not None:
+        if self._journal != CLOSED:
             batches += self._journal_batches()[0]
         columns = [batch.column("fingerprint").to_numpy() for batch in batches]
         return np.concatenate([*columns, np.empty(0, "uint64")])
@@ -197,6 +200,8 @@ class StoreWriter:
         """Seal the last rows and declare the store complete."""
         if self._end:
             self._seal()
+        if self.layout is None:
+            raise RuntimeError("`begin` comes before `finish`.")
         write_info(self.path, Info(self.layout, self._files, complete=True))
         for journal in self.path.glob("journal-*"):
             journal.unlink()
@@ -204,9 +209,9 @@ class StoreWriter:
 
     def close(self) -> None:
         """Unlock the store."""
-        if self._journal is not None:
+        if self._journal != CLOSED:
             os.close(self._journal)
-            self._journal = None
+            self._journal = CLOSED
         self._lock.close()
 
     def __enter__(self) -> Self:
@@ -294,3 +299,10 @@ def open_file(file: Path, *, verify: bool = True) -> Any:
     if verify and f"{checksum_of(file):08x}" != file.stem.partition("-")[2]:
         raise damaged(file)
     return pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0)
+
+
+def discard(path: Path) -> None:
+    """Delete what a killed process has left, unless another one writes it."""
+    if path.exists():
+        with contextlib.suppress(RuntimeError), StoreWriter(path):
+            shutil.rmtree(path)

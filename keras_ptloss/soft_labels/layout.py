@@ -15,7 +15,7 @@ other classes. An id of -2 means that there is no entry.
 
 import dataclasses
 import json
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -139,6 +139,28 @@ class Layout:
         return pa.record_batch(columns, schema=schema)
 
 
+class Columns(NamedTuple):
+    """Some rows, ready to be stored.
+
+    Attributes:
+        kind: kind of rows.
+        num_classes: number of classes or of token ids; None if unknown.
+        values: the columns by name.
+    """
+
+    kind: Kind
+    num_classes: int | None
+    values: Values
+
+    def layout(self, **about: Any) -> Layout:
+        """Return the layout of the rows, with further fields of it."""
+        rows = self.kind == "probabilities"
+        top_k = None if rows else self.values["top_ids"].shape[1]
+        return Layout(
+            self.kind, num_classes=self.num_classes, top_k=top_k, **about
+        )
+
+
 def _as_arrow(values: Any, kind: Any) -> Any:
     """Return an Arrow array of numbers, or of lists of k numbers."""
     pa = pyarrow()
@@ -161,8 +183,9 @@ def views(batch: Any) -> Values:
             found[name] = array.to_numpy(zero_copy_only=False)
             continue
         if pa.types.is_list(array.type):
-            found["offsets"] = array.offsets.to_numpy()
-            array = array.values
+            offsets = array.offsets.to_numpy()
+            found["offsets"] = offsets - offsets[0]  # of a slice
+            array = array.flatten()
         if pa.types.is_fixed_size_list(array.type):
             k = array.type.list_size
             found[name] = array.flatten().to_numpy().reshape(-1, k)
@@ -210,9 +233,8 @@ def from_entries(
     top_ids: Any,
     log_probs: Any,
     log_rest: Any,
-    *,
     num_classes: int | None,
-    first: int = 0,
+    first: int,
 ) -> Values:
     """Return the columns of n rows of k entries each, after a check.
 
@@ -255,8 +277,8 @@ def from_entries(
         empty | (np.abs(total - 1) <= SUM_TOLERANCE),
         log_probs,
         first,
-        "natural log-probabilities which, with `log_rest`, sum to 1 as "
-        "probabilities (without it, to at most 1)",
+        "probabilities that sum to 1, of which the likeliest and the rest are "
+        "stored as logarithms. Give logits with from_logits=True",
     )
     log_total = np.log(np.where(empty, 1.0, total))
     return {

@@ -1,6 +1,6 @@
 """Stored teacher outputs: written once, then read for every student."""
 
-import collections
+import dataclasses
 import functools
 import os
 import shutil
@@ -12,24 +12,28 @@ import keras
 import numpy as np
 
 from keras_ptloss._checks import check_count, fail
+from keras_ptloss.soft_labels.attach import attach_several
 from keras_ptloss.soft_labels.inputs import (
     as_inputs,
-    batches,
     fingerprint,
     is_stream,
+    not_stored,
     num_examples,
+    other_inputs,
     sequence_mask,
     take,
 )
 from keras_ptloss.soft_labels.journal import (
     StoreWriter,
     damaged,
+    discard,
     open_file,
     read_info,
     sync,
 )
 from keras_ptloss.soft_labels.layout import (
     NO_ENTRY,
+    Columns,
     Layout,
     Values,
     events,
@@ -38,11 +42,17 @@ from keras_ptloss.soft_labels.layout import (
     pyarrow,
     views,
 )
-from keras_ptloss.soft_labels.teacher import asked, columns, teacher_identity
+from keras_ptloss.soft_labels.teacher import (
+    asked,
+    columns,
+    teacher_identity,
+)
 
 Tensor = Any
 PathLike = str | os.PathLike[str]
-CHUNK = 4096  # rows that from_array and joins handle at once
+CHUNK = 4096  # rows that are handled at once
+PARTIAL = ".partial"  # after the name of a store that is not whole yet
+EXPORTED = 65_536  # rows in a record batch or row group for other tools
 
 
 class SoftLabels:
@@ -163,67 +173,67 @@ class SoftLabels:
         check_count("batch_size", batch_size)
         if top_k is not None:
             check_count("top_k", top_k)
-        name = teacher_name or teacher_identity(teacher)
         run = asked(teacher, top_k, from_logits)
         inputs = as_inputs(inputs)
         streamed = is_stream(inputs)
         total = None if streamed else num_examples(inputs)
         if ids is not None and (total is None or len(ids) != total):
             fail("ids", f"one for each of {total} examples in arrays", ids)
-        expected = {
+        about: dict[str, Any] = {
             "dtype": dtype,
             "class_names": None if class_names is None else tuple(class_names),
-            "teacher": name,
+            "teacher": teacher_name or teacher_identity(teacher),
             "has_fingerprints": True,
             "has_ids": ids is not None,
-        } | ({} if top_k is None else {"top_k": top_k})
-        with StoreWriter(
-            Path(path), fsync=fsync, overwrite=overwrite
-        ) as writer:
+        }
+        path = Path(path)
+        with StoreWriter(path, fsync=fsync, overwrite=overwrite) as writer:
             if writer.layout is not None:
-                _check_same(writer.layout, expected, path)
+                known = {} if top_k is None else {"top_k": top_k}
+                _check_same(writer.layout, about | known, path)
             stored = writer.fingerprints()
-            missing = _missing(inputs, batch_size, stored, path)
             bar = keras.utils.Progbar(
                 None if total is None else total - len(stored),
                 unit_name="example",
                 verbose=1 if verbose == "auto" else int(verbose),
             )
-            for x, weight, prints in missing:
-                low = writer.num_rows
+            for x, weight, prints in not_stored(
+                inputs, batch_size, stored, path
+            ):
+                first = writer.num_rows
                 if writer.complete:
-                    raise _other_inputs(path, f"are more than {low}")
+                    raise other_inputs(path, f"are more than {first}")
                 try:
                     outputs = run(x)
                 except Exception as error:
                     raise RuntimeError(
-                        f"The teacher failed on the examples {low} to "
-                        f"{low + len(prints) - 1}. {low} rows are stored: run "
-                        f"the same call again to go on. ({error})"
+                        f"The teacher failed on the examples from {first} on: "
+                        f"{error}. {first} rows are stored: run the same call "
+                        "again to go on."
                     ) from error
-                kind, num_classes, values = columns(
+                found = columns(
                     outputs,
                     top_k=top_k,
                     from_logits=from_logits,
                     dtype=dtype,
                     x=x,
                     weight=weight,
-                    first=low,
+                    first=first,
                 )
-                if kind != "probabilities":
-                    expected["top_k"] = values["top_ids"].shape[1]
-                layout = Layout(kind, num_classes=num_classes, **expected)
+                layout = found.layout(**about)
                 if writer.layout is None:
                     writer.begin(layout)
-                elif layout != writer.layout:
-                    _check_same(writer.layout, vars(layout), path)
-                named = None if ids is None else ids[low : low + len(prints)]
-                writer.append(layout.encode(values, prints, named))
+                _check_same(writer.layout, vars(layout), path)
+                named = (
+                    None if ids is None else ids[first : first + len(prints)]
+                )
+                writer.append(layout.encode(found.values, prints, named))
                 bar.add(len(prints))
             if writer.layout is None:
                 fail("inputs", "at least one example", inputs)
             if not writer.complete:
                 writer.finish()
+        discard(path.with_name(path.name + PARTIAL))
         return cls.open(path)
 
     @classmethod
@@ -321,32 +331,23 @@ class SoftLabels:
         if not len(values):
             fail("values", "at least one row", values)
 
-        def parts() -> Iterator[tuple[Layout, Any]]:
-            for low, x, named in _named_parts(len(values), inputs, ids):
-                kind, num_classes, found = columns(
-                    values[low : low + CHUNK],
-                    top_k=top_k,
-                    from_logits=from_logits,
-                    dtype=dtype,
-                    x=x,
-                    weight=None,
-                    first=low,
-                )
-                rows = kind == "probabilities"
-                layout = Layout(
-                    kind,
-                    dtype,
-                    num_classes,
-                    None if rows else found["top_ids"].shape[1],
-                    None if class_names is None else tuple(class_names),
-                    teacher_name,
-                    x is not None,
-                    named is not None,
-                )
-                prints = None if x is None else fingerprint(x)
-                yield layout, layout.encode(found, prints, named)
+        def convert(part: slice, x: Any) -> Columns:
+            return columns(
+                values[part],
+                top_k=top_k,
+                from_logits=from_logits,
+                dtype=dtype,
+                x=x,
+                first=part.start,
+            )
 
-        return cls._from_parts(parts(), path, overwrite)
+        about = {
+            "dtype": dtype,
+            "class_names": class_names,
+            "teacher": teacher_name,
+        }
+        parts = _in_parts(len(values), inputs, ids, about, convert)
+        return cls._from_parts(parts, path, overwrite)
 
     @classmethod
     def from_top_k(
@@ -405,39 +406,28 @@ class SoftLabels:
             fail("top_ids", "at least one row", top_ids)
         sequences = np.ndim(top_ids[0]) == 2
 
-        def parts() -> Iterator[tuple[Layout, Any]]:
-            for low, x, named in _named_parts(len(top_ids), inputs, ids):
-                part = slice(low, low + CHUNK)
-                entries = [top_ids[part], log_probs[part]]
-                entries.append(None if log_rest is None else log_rest[part])
-                lengths = None
-                if sequences:
-                    lengths = [len(sequence) for sequence in entries[0]]
-                    entries = [
-                        None if e is None else np.concatenate(list(e))
-                        for e in entries
-                    ]
-                    if x is not None:
-                        _check_lengths(lengths, x, low)
-                found = from_entries(
-                    *entries, num_classes=num_classes, first=low
-                )
-                if lengths is not None:
-                    found = in_sequences(found, lengths)
-                layout = Layout(
-                    "tokens" if sequences else "top_k",
-                    dtype,
-                    num_classes,
-                    found["top_ids"].shape[1],
-                    None if class_names is None else tuple(class_names),
-                    teacher_name,
-                    x is not None,
-                    named is not None,
-                )
-                prints = None if x is None else fingerprint(x)
-                yield layout, layout.encode(found, prints, named)
+        def convert(part: slice, x: Any) -> Columns:
+            entries: list[Any] = [top_ids[part], log_probs[part]]
+            entries.append(None if log_rest is None else log_rest[part])
+            first, lengths = part.start, [len(row) for row in top_ids[part]]
+            if not sequences:
+                found = from_entries(*entries, num_classes, first)
+                return Columns("top_k", num_classes, found)
+            if x is not None:
+                _check_lengths(lengths, x, first)
+            # All positions of all sequences, one after the other.
+            entries = [e if e is None else np.concatenate(e) for e in entries]
+            found = from_entries(*entries, num_classes, first)
+            found = in_sequences(found, lengths)
+            return Columns("tokens", num_classes, found)
 
-        return cls._from_parts(parts(), path, overwrite)
+        about = {
+            "dtype": dtype,
+            "class_names": class_names,
+            "teacher": teacher_name,
+        }
+        parts = _in_parts(len(top_ids), inputs, ids, about, convert)
+        return cls._from_parts(parts, path, overwrite)
 
     @classmethod
     def _from_parts(
@@ -453,26 +443,30 @@ class SoftLabels:
             return cls(layouts[0], table.to_batches())
         path = Path(path)
         # Only a store that is whole gets the name `path`.
-        temporary = path.with_name(path.name + ".partial")
+        temporary = path.with_name(path.name + PARTIAL)
         with StoreWriter(temporary, overwrite=True) as writer:
             for layout, batch in parts:
                 if writer.layout is None:
                     writer.begin(layout)
+                _check_same(layout, vars(writer.layout), path)
                 writer.append(batch)
             writer.finish()
             if path.exists():
                 with StoreWriter(path, overwrite=overwrite) as old:
-                    found = read_info(path)
-                    if found is not None and found != read_info(temporary):
+                    if old.layout is None:
+                        shutil.rmtree(path)
+                    elif read_info(path) == read_info(temporary):
+                        # The same rows, as files are named by checksums.
+                        shutil.rmtree(temporary)
+                        return cls.open(path)
+                    else:
                         state = "a" if old.complete else "an unfinished"
                         raise ValueError(
                             "`path` must be new, or say overwrite=True. "
                             f"Received: path={str(path)!r}, {state} store of "
-                            f"the teacher {found.layout.teacher!r} with "
+                            f"the teacher {old.layout.teacher!r} with "
                             f"{old.num_rows} rows"
                         )
-                    # Empty, or the same rows: files are named by checksums.
-                    shutil.rmtree(path)
             temporary.rename(path)
             sync(path.parent)
         return cls.open(path)
@@ -484,7 +478,7 @@ class SoftLabels:
         return int(self._ends[-1])
 
     @property
-    def shape(self) -> tuple[int | None, ...]:
+    def shape(self) -> tuple[Any, ...]:
         """Return the shape of all rows; the time of sequences is None."""
         layout = self.layout
         if layout.kind == "probabilities":
@@ -506,6 +500,8 @@ class SoftLabels:
         if isinstance(indices, slice):
             indices = np.arange(len(self))[indices]
         indices = np.asarray(indices)
+        if not indices.size:
+            indices = indices.astype("int64")
         if indices.ndim != 1 or indices.dtype.kind not in "iu":
             fail("indices", "a list of integers or a slice", indices)
         if len(indices) and not (
@@ -513,7 +509,7 @@ class SoftLabels:
         ):
             fail("indices", f"from 0 to {len(self) - 1}", indices)
         if self.layout.kind == "tokens":
-            found = list(self._sequences(indices))
+            found = list(self.sequences(indices))
             time = max((start + len(e) for start, e in found), default=0)
             out = np.zeros((len(found), time, *self.shape[2:]), "float32")
             out[..., 0] = NO_ENTRY
@@ -538,7 +534,7 @@ class SoftLabels:
             begin = self._ends[file] - self._batches[file].num_rows
             yield self._values[file], where, indices[where] - begin
 
-    def _sequences(self, indices: np.ndarray) -> Iterator[tuple[int, Any]]:
+    def sequences(self, indices: np.ndarray) -> Iterator[tuple[int, Any]]:
         """Yield the first stored position and the events of each sequence."""
         files = np.searchsorted(self._ends, indices, side="right")
         for file, index in zip(files, indices, strict=True):
@@ -593,6 +589,12 @@ class SoftLabels:
             )
         return np.unique(stored, return_index=True)
 
+    @functools.cached_property
+    def _by_id(self) -> dict[str, int]:
+        """Return the first row of each id."""
+        names = [] if self.ids is None else self.ids.tolist()
+        return dict(zip(names[::-1], range(len(names))[::-1], strict=True))
+
     def find(self, inputs: Any = None, *, ids: Any = None) -> np.ndarray:
         """Return the row of each example, for `read`.
 
@@ -612,9 +614,7 @@ class SoftLabels:
             raise ValueError(
                 "These soft labels have no ids: give `ids` when you store them."
             )
-        rows: dict[str, int] = {}
-        for row, name in enumerate(self.ids):
-            rows.setdefault(name, row)
+        rows = self._by_id
         missing = [str(i) for i in ids if str(i) not in rows]
         if missing:
             raise ValueError(
@@ -638,29 +638,254 @@ class SoftLabels:
             )
         return first[place]
 
+    @property
+    def num_examples(self) -> int:
+        """Return the number of different examples."""
+        if not self.layout.has_fingerprints:
+            return len(self)
+        return len(self._by_fingerprint[0])
 
-def _named_parts(
-    total: int, inputs: Any, ids: Any
-) -> Iterator[tuple[int, Any, Any]]:
-    """Yield the first number, the inputs and the ids of each part of rows."""
+    def attach(
+        self,
+        data: Any,
+        *,
+        ids: Any = None,
+        allow_subset: bool = False,
+        batch_size: int = 32,
+        shuffle: bool = False,
+        seed: int | None = None,
+    ) -> Any:
+        """Pair a data set with its stored rows, for `fit`.
+
+        Every example is found by its fingerprint, in any order. So attach to
+        the inputs as the teacher had them; augment or tokenise after it.
+
+        Args:
+            data: as in `write`, or other arrays or batches of the same
+                examples. Its own targets are replaced.
+            ids: find the rows of arrays by these ids instead.
+            allow_subset: whether some stored rows may be left over. This is
+                checked for arrays, and as far as the number of batches tells.
+            batch_size: examples in a batch of arrays; data sets have their own.
+            shuffle: whether to draw a new order in each epoch; arrays only.
+            seed: seed of that order.
+
+        Returns:
+            Batches `(inputs, soft labels)`, with sample weights if the data
+            have them: a data set of the same library, or a
+            `keras.utils.PyDataset` for arrays. Of token sequences `(inputs,
+            events, sample weights)`, whose weights are 0 where nothing is
+            stored.
+
+        Raises:
+            ValueError: if the row of an example is not stored, or examples are
+                missing. In a data set, when the example is read.
+
+        Example:
+            >>> import numpy as np
+            >>> from keras_ptloss import SoftLabels
+            >>> x = np.array([0.0, 1.0, 2.0])
+            >>> labels = SoftLabels.from_array(
+            ...     [[0, 1], [0.25, 0.75], [0.5, 0.5]], inputs=x
+            ... )
+            >>> inputs, y_true = labels.attach(x[::-1])[0]
+            >>> print(y_true[:, 0])
+            [0.5  0.25 0.  ]
+        """
+        return attach_several(
+            [self],
+            data,
+            ids=ids,
+            allow_subset=allow_subset,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+        )
+
+    # ---- Other tools ----
+
+    def to_arrow(
+        self, dtype: Literal["float16", "float32"] | None = "float32"
+    ) -> Any:
+        """Return a `pyarrow.RecordBatchReader` of all rows.
+
+        DuckDB takes it as a table; it cannot read float16. Polars, pandas and
+        Hugging Face Datasets read the store's `.arrow` files as they are.
+
+        Args:
+            dtype: dtype of the numbers; None for the stored one.
+        """
+        layout = dataclasses.replace(
+            self.layout, dtype=dtype or self.layout.dtype
+        )
+
+        def parts() -> Iterator[Any]:
+            for batch in self._batches:
+                for low in range(0, batch.num_rows, EXPORTED):
+                    found = views(batch.slice(low, EXPORTED))
+                    prints = found.get("fingerprint")
+                    yield layout.encode(found, prints, found.get("id"))
+
+        schema = layout.schema()
+        return pyarrow().RecordBatchReader.from_batches(schema, parts())
+
+    def to_parquet(
+        self,
+        file: PathLike,
+        *,
+        dtype: Literal["float16", "float32"] | None = None,
+    ) -> None:
+        """Write all rows to one Parquet file, whole or not at all.
+
+        Args:
+            file: its name.
+            dtype: dtype of the numbers; None for the stored one.
+        """
+        pyarrow()
+        from pyarrow import parquet
+
+        file = Path(file)
+        temporary = file.with_name(file.name + ".partial")
+        reader = self.to_arrow(dtype)
+        try:
+            with parquet.ParquetWriter(temporary, reader.schema) as writer:
+                for batch in reader:
+                    writer.write_batch(batch)
+            temporary.rename(file)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def from_parquet(
+        cls,
+        file: PathLike,
+        path: PathLike | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> "SoftLabels":
+        """Make a store of a Parquet file that `to_parquet` wrote.
+
+        Files of other tools are read by `soft_labels.read_table`.
+
+        Args:
+            file: its name.
+            path: directory of the new store; None keeps it in memory.
+            overwrite: whether to replace another store at `path`.
+
+        Returns:
+            The store.
+
+        Raises:
+            ValueError: if the file has no description of a store.
+        """
+        pyarrow()
+        from pyarrow import parquet
+
+        table = parquet.ParquetFile(file)
+        layout = Layout.of_schema(table.schema_arrow)
+        if layout is None:
+            raise ValueError(
+                "`file` must be a Parquet file that `to_parquet` wrote. Give "
+                "the columns of other files to `read_table` or `from_array`. "
+                f"Received: {file} with the columns {table.schema_arrow.names}"
+            )
+        found = (
+            (layout, batch.cast(layout.schema()))
+            for batch in table.iter_batches(CHUNK)
+        )
+        return cls._from_parts(found, path, overwrite)
+
+    @classmethod
+    def join(
+        cls,
+        parts: Iterable[PathLike],
+        path: PathLike,
+        *,
+        overwrite: bool = False,
+    ) -> "SoftLabels":
+        """Join stores into one, when several machines have labelled parts.
+
+        Args:
+            parts: directories of complete stores of the same teacher and the
+                same classes, in the order of the rows.
+            path: directory of the new store. The parts stay.
+            overwrite: whether to replace another store at `path`.
+
+        Returns:
+            The store.
+
+        Raises:
+            ValueError: if the parts differ in what they hold, or as `open`.
+
+        Example:
+            >>> import tempfile
+            >>> import numpy as np
+            >>> from keras_ptloss import SoftLabels
+            >>> folder, x = tempfile.mkdtemp(), np.arange(6.0)
+            >>> def teacher(batch):
+            ...     return np.stack([batch / 5, 1 - batch / 5], axis=-1)
+            >>> parts = [f"{folder}/part-{i}" for i in range(2)]
+            >>> for i, part in enumerate(parts):  # each on its own machine
+            ...     _ = SoftLabels.write(
+            ...         teacher, np.split(x, 2)[i], part, verbose=0
+            ...     )
+            >>> len(SoftLabels.join(parts, folder + "/labels"))
+            6
+        """
+        stores = [cls.open(part) for part in parts]
+        if not stores:
+            fail("parts", "at least one store", stores)
+        for store in stores:
+            _check_same(store.layout, vars(stores[0].layout), store.path)
+        found = (
+            (store.layout, batch.slice(low, CHUNK))
+            for store in stores
+            for batch in store._batches
+            for low in range(0, batch.num_rows, CHUNK)
+        )
+        return cls._from_parts(found, path, overwrite)
+
+
+def _in_parts(
+    total: int,
+    inputs: Any,
+    ids: Any,
+    about: dict[str, Any],
+    convert: Callable[[slice, Any], Columns],
+) -> Iterator[tuple[Layout, Any]]:
+    """Yield layout and record batch of each part of arrays.
+
+    Args:
+        total: the number of rows.
+        inputs: their inputs or None.
+        ids: their ids or None.
+        about: further fields of the layout.
+        convert: returns the columns of a part, given it and its inputs.
+    """
     if inputs is not None:
         inputs = as_inputs(inputs)
         if is_stream(inputs):
             fail("inputs", "arrays, or a source of single examples", inputs)
-        if num_examples(inputs) != total:
+    for name, length in (
+        ("inputs", total if inputs is None else num_examples(inputs)),
+        ("ids", total if ids is None else len(ids)),
+    ):
+        if length != total:
             raise ValueError(
-                f"`inputs` must hold one example for each of {total} rows. "
-                f"Received: {num_examples(inputs)} examples"
+                f"`{name}` must have one entry for each of {total} rows. "
+                f"Received: {name} of length {length}"
             )
-    if ids is not None and len(ids) != total:
-        raise ValueError(
-            f"`ids` must have one entry for each of {total} rows. Received: "
-            f"{len(ids)} ids"
-        )
     for low in range(0, total, CHUNK):
         part = slice(low, low + CHUNK)
         x = None if inputs is None else take(inputs, part)
-        yield low, x, None if ids is None else ids[part]
+        found = convert(part, x)
+        layout = found.layout(
+            **about, has_fingerprints=x is not None, has_ids=ids is not None
+        )
+        prints = None if x is None else fingerprint(x)
+        named = None if ids is None else ids[part]
+        yield layout, layout.encode(found.values, prints, named)
 
 
 def _check_lengths(lengths: list[int], x: Any, low: int) -> None:
@@ -676,7 +901,7 @@ def _check_lengths(lengths: list[int], x: Any, low: int) -> None:
         )
 
 
-def _check_same(stored: Layout, expected: dict[str, Any], path: Any) -> None:
+def _check_same(stored: Any, expected: dict[str, Any], path: Any) -> None:
     """Require a stored layout to have the expected values."""
     for name, value in expected.items():
         found = getattr(stored, name)
@@ -686,53 +911,3 @@ def _check_same(stored: Layout, expected: dict[str, Any], path: Any) -> None:
                 f"{found!r}. Choose another path, or say overwrite=True. "
                 f"Received: {name}={value!r}"
             )
-
-
-def _missing(
-    inputs: Any, batch_size: int, stored: np.ndarray, path: Any
-) -> Iterator[tuple[Any, Any, np.ndarray]]:
-    """Yield inputs, weights and fingerprints of what is not stored yet.
-
-    If something is stored, the inputs are first read once and compared, so
-    that no teacher is paid for inputs of another store. Arrays must be in the
-    order of the stored rows; a data set may be shuffled.
-    """
-    left = collections.Counter(stored.tolist())
-    start = 0
-    if len(stored):
-        found = [fingerprint(x) for x, _ in batches(inputs, CHUNK)]
-        prints = np.concatenate(found) if found else stored[:0]
-        if np.array_equal(prints[: len(stored)], stored):
-            # Keeps the order also of examples that come twice.
-            pass
-        elif not is_stream(inputs):
-            differ = prints[: len(stored)] != stored[: len(prints)]
-            where = int(np.argmax(differ)) if differ.any() else len(prints)
-            raise _other_inputs(path, f"differ from example {where} on")
-        elif left - collections.Counter(prints.tolist()):
-            gone = (left - collections.Counter(prints.tolist())).total()
-            raise _other_inputs(path, f"lack {gone} of {len(stored)} examples")
-        if not is_stream(inputs):
-            start = len(stored)
-            left.clear()
-    for x, weight in batches(inputs, batch_size, start):
-        prints = fingerprint(x)
-        new = []
-        for position, one in enumerate(prints.tolist()):
-            if left[one] > 0:
-                left[one] -= 1
-            else:
-                new.append(position)
-        if len(new) == len(prints):
-            yield x, weight, prints
-        elif new:
-            weight = None if weight is None else take(weight, new)
-            yield take(x, np.array(new)), weight, prints[new]
-
-
-def _other_inputs(path: Any, how: str) -> ValueError:
-    return ValueError(
-        f"`inputs` must be those of the soft labels at {path}, in their order. "
-        "Choose another path, or say overwrite=True. Received: inputs which "
-        f"{how}"
-    )

@@ -1,4 +1,4 @@
-"""The teacher: its name, and its answers in the form in which they are stored."""
+"""The teacher: its identity, and its outputs as columns of a store."""
 
 import hashlib
 import json
@@ -11,15 +11,17 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import as_array
-from keras_ptloss._checks import SUM_TOLERANCE, fail
+from keras_ptloss._checks import fail
 from keras_ptloss._math import two_events
-from keras_ptloss.soft_labels.inputs import num_examples, sequence_mask
+from keras_ptloss.soft_labels.inputs import (
+    num_examples,
+    sequence_mask,
+    weights_of_positions,
+)
 from keras_ptloss.soft_labels.layout import (
     NO_ENTRY,
     REST,
-    Kind,
-    Values,
-    check_rows,
+    Columns,
     from_entries,
     from_outputs,
     in_sequences,
@@ -48,13 +50,13 @@ def teacher_identity(teacher: Any) -> str:
     config = re.sub(r"_\d+\"", '"', config)
     digest = hashlib.sha256(f"{type(teacher).__name__}{config}".encode())
     for weight in teacher.weights:
-        digest.update(np.ascontiguousarray(as_array(weight)).view("uint8"))
+        digest.update(as_array(weight).tobytes())
     return f"{type(teacher).__name__} {digest.hexdigest()[:16]}"
 
 
 def likeliest(
     outputs: Tensor, k: int, from_logits: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the k likeliest classes, on the device of the outputs.
 
     Args:
@@ -64,24 +66,24 @@ def likeliest(
 
     Returns:
         Their ids and log-probabilities `(..., k)`, and the log-probability of
-        all others `(...)`. The log of the row's sum `(...)`, 0 for
-        probabilities.
+        all others together `(...)`.
     """
     logits = ops.cast(outputs, "float32")
-    if not from_logits:
+    if from_logits:
+        logits = ops.log_softmax(logits, axis=-1)
+    else:
         logits = ops.log(logits)
-    total = ops.logsumexp(logits, axis=-1)
     values, ids = ops.top_k(logits, k)
-    # `log(1 - sum)` has no digits left where the k have nearly everything. So
-    # add up the others: all that are lower than the last of the k, and those
-    # which are level with it and not among the k.
+    # `log(1 - sum)` would have no digits left where the k have nearly all. So
+    # add up the others: those lower than the last of the k, and those level
+    # with it that are not among the k.
     last = values[..., -1:]
     lower = ops.where(logits < last, logits, -np.inf)
     level = ops.sum(ops.cast(logits >= last, "float32"), axis=-1) - k
     others = ops.logaddexp(
         ops.logsumexp(lower, axis=-1), last[..., 0] + ops.log(level)
     )
-    return ids, values - total[..., None], others - total, total
+    return ids, values, others
 
 
 class Entries(NamedTuple):
@@ -91,14 +93,12 @@ class Entries(NamedTuple):
         ids: `(..., k)`.
         log_probs: `(..., k)`.
         log_rest: log-probability of all others, `(...)`; None if unknown.
-        log_total: log of the sum of all probabilities, or None.
         num_classes: number of classes, None if unknown.
     """
 
     ids: Any
     log_probs: Any
     log_rest: Any
-    log_total: Any = None
     num_classes: int | None = None
 
 
@@ -138,8 +138,8 @@ def asked(
     model = _Likeliest(teacher, top_k, from_logits)
 
     def run(x: Any) -> Entries:
-        found = model.predict_on_batch(x)
-        return Entries(*map(as_array, found), num_classes=model.num_classes)
+        ids, log_probs, log_rest = model.predict_on_batch(x)
+        return Entries(ids, log_probs, log_rest, model.num_classes)
 
     return run
 
@@ -151,10 +151,10 @@ def columns(
     from_logits: bool,
     dtype: str,
     x: Any,
-    weight: Any,
     first: int,
-) -> tuple[Kind, int | None, Values]:
-    """Return the kind of rows, the number of classes, and columns to store.
+    weight: Any = None,
+) -> Columns:
+    """Return what is stored of outputs, after a check.
 
     Args:
         outputs: for a batch: `(batch, C)`; with `top_k` also `(batch, time,
@@ -164,9 +164,9 @@ def columns(
         from_logits: whether `(..., C)` are logits.
         dtype: in which probabilities will be stored.
         x: the inputs of the batch, None if unknown.
+        first: number of the first example, for errors.
         weight: the sample weights of the batch or None. Positions of weight 0
             are not stored.
-        first: number of the first example, for errors.
     """
     if not isinstance(outputs, Entries):
         outputs = _without_mask(outputs)
@@ -192,7 +192,7 @@ def columns(
         values = from_outputs(
             rows, from_logits=from_logits, dtype=dtype, first=first
         )
-        return "probabilities", rows.shape[1], values
+        return Columns("probabilities", rows.shape[1], values)
     positions = outputs.ids.ndim == 3
     if positions:
         shape = outputs.ids.shape[:2]
@@ -203,22 +203,16 @@ def columns(
                 f"inputs, {real.shape}. Received: outputs of shape {shape}"
             )
         kept = real & weights_of_positions(weight, shape).astype(bool)
-        absent = ~kept[real]
-        outputs = outputs._replace(
-            **{
-                name: array[real]
-                for name, array in outputs._asdict().items()
-                if isinstance(array, np.ndarray)
-            }
-        )
-        outputs.ids[absent] = NO_ENTRY
-    _check_total(outputs, from_logits, first)
-    values = from_entries(
-        *outputs[:3], num_classes=outputs.num_classes, first=first
-    )
+        ids, log_probs, log_rest, num_classes = outputs
+        ids = np.where(kept[..., None], ids, NO_ENTRY)[real]
+        log_rest = None if log_rest is None else log_rest[real]
+        outputs = Entries(ids, log_probs[real], log_rest, num_classes)
+    ids, log_probs, log_rest, num_classes = outputs
+    values = from_entries(ids, log_probs, log_rest, num_classes, first)
     if not positions:
-        return "top_k", outputs.num_classes, values
-    return "tokens", outputs.num_classes, in_sequences(values, real.sum(axis=1))
+        return Columns("top_k", outputs.num_classes, values)
+    values = in_sequences(values, real.sum(axis=1))
+    return Columns("tokens", outputs.num_classes, values)
 
 
 def _without_mask(outputs: Any) -> np.ndarray:
@@ -229,11 +223,9 @@ def _without_mask(outputs: Any) -> np.ndarray:
             "without an answer. Received: a masked array"
         )
     array = as_array(outputs)
-    if (
-        array.ndim < 2
-        or array.dtype.kind not in "biuf"
-        and (array.dtype.name != "bfloat16")
-    ):
+    if array.dtype.name == "bfloat16":  # which NumPy does not know
+        array = array.astype("float32")
+    if array.ndim < 2 or array.dtype.kind not in "biuf":
         raise ValueError(
             "The teacher must return numbers of shape (batch, num_classes). "
             f"Received: {array.dtype} of shape {array.shape}"
@@ -251,9 +243,8 @@ def _cut(outputs: np.ndarray, top_k: int, from_logits: bool) -> Entries:
             f"top_k={top_k}, outputs of shape {outputs.shape}"
         )
     found = likeliest(ops.convert_to_tensor(outputs), top_k, from_logits)
-    # Copies: JAX's arrays are read-only.
-    found = (np.array(as_array(array)) for array in found)
-    return Entries(*found, num_classes=num_classes)
+    ids, log_probs, log_rest = map(as_array, found)
+    return Entries(ids, log_probs, log_rest, num_classes)
 
 
 def _of_events(outputs: np.ndarray) -> Entries:
@@ -269,32 +260,3 @@ def _of_events(outputs: np.ndarray) -> Entries:
     if (ids[..., -1] < 0).all() and (ids[..., -1] == REST).any():
         return Entries(ids[..., :-1], log_probs[..., :-1], log_probs[..., -1])
     return Entries(ids, log_probs, None)
-
-
-def _check_total(entries: Entries, from_logits: bool, first: int) -> None:
-    """Check that outputs of all classes are logits or probabilities."""
-    if entries.log_total is None:
-        return
-    total = np.exp(entries.log_total.astype("float64"))
-    good = np.isfinite(entries.log_total)
-    expected = "finite logits"
-    if not from_logits:
-        good &= np.abs(total - 1) <= SUM_TOLERANCE
-        expected = (
-            "probabilities: non-negative numbers that sum to 1. Give logits "
-            "with from_logits=True"
-        )
-    good |= entries.ids[:, 0] == NO_ENTRY
-    check_rows(good, total[:, None], first, expected)
-
-
-def weights_of_positions(weight: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Return sample weights `(batch, time)`; of None, ones."""
-    if weight is None:
-        return np.ones(shape, "float32")
-    weight = as_array(weight).astype("float32")
-    if weight.shape == shape[:1]:
-        weight = np.broadcast_to(weight[:, None], shape)
-    if weight.shape != shape:
-        fail("sample_weight", f"of the shape of the ids, {shape}", weight.shape)
-    return weight
