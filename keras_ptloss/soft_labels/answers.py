@@ -24,6 +24,7 @@ from keras_ptloss.soft_labels.responses import (
     Position,
     Token,
     check_order,
+    field,
     only_choice,
     positions,
     read_responses,
@@ -285,19 +286,17 @@ def _tail(shown: Any) -> str:
 
 def _answer_text(choice: dict[str, Any], found: list[Position]) -> bytes:
     """Return the text of an answer without the reasoning before it."""
-    message, completion = choice.get("message"), choice.get("text")
-    if message is not None and completion is not None:
+    message, text = field(choice, "message", dict), field(choice, "text", str)
+    if message is not None and text is not None:
         raise ValueError("it has `message` and `text`; keep one")
-    name, content = "text", completion
-    if isinstance(message, dict) and "content" not in message:
-        joined = b"".join(_bytes(position.token) for position in found)
-        content = joined.decode(errors="replace")
-    elif isinstance(message, dict):
-        name, content = "message.content", message["content"]
-    elif completion is None:
-        raise unknown_shape(choice, "`choices[0].message`")
-    if content is not None and not isinstance(content, str):
-        raise ValueError(f"`{name}` must be a text. Received: {content!r}")
+    if message is None and "text" not in choice:
+        raise unknown_shape(choice, "choices[0].message")
+    name, content = "text", text
+    if message is not None:
+        name, content = "message.content", field(message, "content", str)
+        if "content" not in message:
+            joined = b"".join(_bytes(position.token) for position in found)
+            content = joined.decode(errors="replace")
     if not content or not content.strip():
         finish = choice.get("finish_reason")
         raise NoAnswer(f"`{name}` is {content!r} (finish_reason {finish!r})")

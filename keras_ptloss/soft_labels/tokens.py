@@ -23,6 +23,7 @@ from keras_ptloss.soft_labels.responses import (
     Token,
     as_logprob,
     check_order,
+    field,
     only_choice,
     positions,
     read_responses,
@@ -247,8 +248,8 @@ def _id_list(
     response: dict[str, Any], choice: dict[str, Any], name: str
 ) -> list[int] | None:
     """Return a list of ids, which servers put in one of two places."""
-    ids = response.get(name) or choice.get(name)
-    if ids and not all(type(one) is int for one in ids):
+    ids = field(response, name, list) or field(choice, name, list)
+    if not all(type(one) is int for one in ids or ()):
         raise ValueError(f"`{name}` must be integers. Received: {ids!r}")
     return ids or None
 
@@ -269,7 +270,9 @@ def _answered(
 def _prompt_logprobs(
     response: dict[str, Any], choice: dict[str, Any]
 ) -> list[Any] | None:
-    listed = response.get("prompt_logprobs") or choice.get("prompt_logprobs")
+    listed = field(response, "prompt_logprobs", list) or field(
+        choice, "prompt_logprobs", list
+    )
     if listed is not None and choice.get("logprobs") is not None:
         raise ValueError(
             "it has `prompt_logprobs` and `logprobs`, of different texts; ask"
@@ -290,13 +293,12 @@ def _prompt_entries(
     entries: list[dict[int, float]] = []
     for token, one in zip(sequence.tolist(), listed, strict=True):
         found: dict[int, float] = {}
-        for key, value in (one or {}).items():
-            if not key.isdecimal() or not isinstance(value, dict):
-                raise ValueError(
-                    "`prompt_logprobs` must map ids to objects with `logprob`."
-                    f" Received: {key!r}: {value!r}"
-                )
-            found[int(key)] = as_logprob(value.get("logprob"), key)
+        listing = field({"prompt_logprobs": one}, "prompt_logprobs", dict) or {}
+        for key in listing:
+            if not key.isdecimal():
+                raise ValueError(f"`prompt_logprobs` has {key!r} for an id")
+            entry = field(listing, key, dict) or {}
+            found[int(key)] = as_logprob(entry.get("logprob"), key)
         if (entries and not found) or (found and token not in found):
             raise ValueError(
                 f"`prompt_logprobs` has no entry for token {token} at position"

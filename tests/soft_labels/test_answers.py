@@ -1,6 +1,7 @@
 """Class probabilities from answers of language models."""
 
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -222,6 +223,47 @@ def test_no_class_at_the_stated_position(read, record, options, message):
         read(record, class_names=names, **options)
 
 
+PIECES = st.sampled_from(
+    ["a", " a", "b", " b", "c", " no", "no", "t", " 1", "1", "0", ".", " ", "-"]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(PIECES, min_size=1, max_size=5), st.booleans())
+def test_only_a_whole_word_is_a_class(folder, pieces, is_first):
+    names = ["a", "b", "no", "1", "10", "a b"]
+    content = "".join(pieces)
+    words = content.split()
+    visible = [piece.strip() for piece in pieces if piece.strip()]
+    other = chat(position(*[(name, 1 / len(names)) for name in names]))
+    other["choices"][0]["message"]["content"] = "a"
+    record = chat(*[position((p, 0.7), ("b ", 0.1)) for p in pieces])
+    record["choices"][0]["message"]["content"] = content
+    path = write(folder / "words.jsonl", other, record)
+    if is_first:
+        is_class = (
+            words != []
+            and re.match(r"(a|b|no|1)(?![-.,]?\w)", words[0]) is not None
+            and re.match(r"\w+", words[0])[0] == visible[0]
+            and not content.strip().startswith("a b")
+        )
+        word = visible[0] if visible else None
+    else:
+        word = words[-1] if words else None
+        is_class = (
+            word in names
+            and visible[-1] == word
+            and not content.strip().endswith("a b")
+        )
+    try:
+        answers = read_answers(path, names, after="" if is_first else None)
+    except ValueError:
+        assert not is_class, content
+    else:
+        assert is_class, content
+        assert answers.probabilities[1].argmax() == names.index(word)
+
+
 # What is refused.
 
 
@@ -265,10 +307,13 @@ def test_no_class_at_the_stated_position(read, record, options, message):
         ),
         (chat(position(("yes", 0.9), ("no", 0.9))), "add up to 1.800"),
         (chat({**token("yes", 0.6)}), "`top_logprobs` is empty"),
-        (chat({"logprob": -1.0}), "`token` must be a text"),
+        (chat({"logprob": -1.0}), "`token` is missing"),
         (chat({"token": "yes"}), "'yes' must be a number.* None"),
         (completion("yes", ("yes", 0.6, {})), "`top_logprobs` is empty"),
-        (chat(YES, content=[{"type": "text"}]), "`message.content` must be"),
+        (
+            chat(YES, content=[{"type": "text"}]),
+            "`content` must be a JSON string",
+        ),
     ],
 )
 def test_contradictions_are_refused(read, record, message):
@@ -315,7 +360,7 @@ def test_class_names_must_differ(read, names):
 FAILURES = [
     ("content_filter", {"choices": [{"finish_reason": "content_filter"}]}),
     ("`logprobs` is null", {"choices": [{"message": {}, "logprobs": None}]}),
-    ("refused", chat(message={}, refusal="I cannot")),
+    ("refusal", chat(message={}, refusal="I cannot")),
     ("content` is ''", chat(YES, content="")),
     ("content` is None", chat(YES, content=None)),
     ("`choices` is empty", {"choices": []}),
