@@ -96,6 +96,7 @@ class StoreWriter:
         self._files = sorted(file.name for file in self.path.glob("*.arrow"))
         if info is not None and info.complete:
             self._files = info.files
+            self._remove_journals(but=None)
         self.num_rows = sum(
             open_file(self.path / name).num_rows for name in self._files
         )
@@ -111,9 +112,7 @@ class StoreWriter:
     def _open_journal(self) -> None:
         """Open the journal of the next file, and cut off what is not whole."""
         name = f"journal-{len(self._files):06d}"
-        for other in self.path.glob("journal-*"):
-            if other.name != name:
-                other.unlink()  # its rows are in a file
+        self._remove_journals(but=name)
         if self._journal != CLOSED:
             os.close(self._journal)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
@@ -203,9 +202,14 @@ class StoreWriter:
         if self.layout is None:
             raise RuntimeError("`begin` comes before `finish`.")
         write_info(self.path, Info(self.layout, self._files, complete=True))
-        for journal in self.path.glob("journal-*"):
-            journal.unlink()
+        self._remove_journals(but=None)
         self.complete = True
+
+    def _remove_journals(self, but: str | None) -> None:
+        """Remove the journals whose rows are in files."""
+        for journal in self.path.glob("journal-*"):
+            if journal.name != but:
+                journal.unlink()
 
     def close(self) -> None:
         """Unlock the store."""

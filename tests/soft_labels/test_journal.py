@@ -51,7 +51,7 @@ class TestKills:
             writer_to_kill.run(kind, of_store)
             assert [f.name for f in of_store.iterdir()] == ["store"]
             assert contents(of_store / "store") == undisturbed[kind]
-        assert int(done.stdout) >= stores
+        assert int(done.stdout)  # not all calls had ended before
 
     @pytest.mark.ci
     @pytest.mark.parametrize("kind", ["write", "from_array"])

@@ -14,9 +14,10 @@ import time
 
 import numpy as np
 
-from keras_ptloss.soft_labels import SoftLabels, journal
+from keras_ptloss.soft_labels import SoftLabels, journal, soft_labels
 
 journal.FILE_BYTES = 30_000
+soft_labels.CHUNK = 50
 ROWS = 4000
 PROBABILITIES = np.random.default_rng(0).dirichlet(np.ones(10), ROWS)
 
