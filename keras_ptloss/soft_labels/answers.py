@@ -257,7 +257,9 @@ def _check_word(
     shown = text[start:stop].decode(errors="replace")
     before = text[:start].decode(errors="replace")
     following = text[stop:].decode(errors="replace")
-    place = "the last token" if after is None else f"the token after {after!r}"
+    place = f"the first token after {after!r}" if after else "the first token"
+    if after is None:
+        place = "the last token"
     for name in spellings:
         if after is None:
             is_cut = (before + shown).endswith(name)
