@@ -206,19 +206,28 @@ def import_answers(
 
 def _spellings(class_names: ClassNames) -> dict[str, int]:
     """Map each text that stands for a class to the number of the class."""
-    if isinstance(class_names, str):
-        raise ValueError(
-            f"`class_names` must be a list. Received: {class_names=}"
-        )
     if isinstance(class_names, Mapping):
         texts = list(class_names.values())
     else:
         texts = [[name] for name in class_names]
-    pairs = [(text.strip(), c) for c, row in enumerate(texts) for text in row]
+    pairs = [
+        (text.strip() if isinstance(text, str) else "", label)
+        for label, row in enumerate(texts)
+        for text in row
+    ]
     spellings = dict(pairs)
-    if len(texts) < 2 or "" in spellings or len(spellings) < len(pairs):
+    is_text = isinstance(class_names, str) or any(
+        isinstance(row, str) for row in texts
+    )
+    if (
+        is_text
+        or len(texts) < 2
+        or "" in spellings
+        or len(spellings) < len(pairs)
+    ):
         raise ValueError(
-            "`class_names` must be two or more different texts. Received:"
+            "`class_names` must be a list of two or more different texts, or a"
+            " dictionary from each name to a list of spellings. Received:"
             f" {class_names=}"
         )
     return spellings

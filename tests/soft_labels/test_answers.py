@@ -349,7 +349,18 @@ def test_all_classes_must_occur_in_the_file(read):
         read(digits, class_names=names)
 
 
-@pytest.mark.parametrize("names", ["no", ["no"], ["no", "no "], ["", "no"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        "no",
+        ["no"],
+        ["no", "no "],
+        ["", "no"],
+        [0, 1],
+        {"no": "no", "yes": "yes"},
+        {"no": ["no", "x"], "yes": ["yes", "x"]},
+    ],
+)
 def test_class_names_must_differ(read, names):
     with pytest.raises(ValueError, match="class_names"):
         read(chat(YES), class_names=names)
