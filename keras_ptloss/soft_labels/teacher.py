@@ -102,7 +102,7 @@ class Entries(NamedTuple):
     num_classes: int | None = None
 
 
-class _Likeliest(keras.Model):
+class LikeliestOf(keras.Model):
     """A teacher whose outputs are cut to the k likeliest on its device."""
 
     def __init__(self, teacher: keras.Model, k: int, from_logits: bool) -> None:
@@ -135,7 +135,7 @@ def asked(
         return teacher
     if top_k is None:
         return teacher.predict_on_batch
-    model = _Likeliest(teacher, top_k, from_logits)
+    model = LikeliestOf(teacher, top_k, from_logits)
 
     def run(x: Any) -> Entries:
         ids, log_probs, log_rest = model.predict_on_batch(x)

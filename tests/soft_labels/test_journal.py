@@ -102,6 +102,7 @@ class TestKills:
         writer_to_kill.run(kind, tmp_path)
         assert contents(tmp_path / "store") == undisturbed[kind]
 
+    @pytest.mark.ci
     def test_another_teacher_after_a_killed_import(self, tmp_path):
         """The store is of one teacher, and nothing of the import is left."""
 

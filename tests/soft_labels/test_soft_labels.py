@@ -329,6 +329,7 @@ class TestFromArray:
         with pytest.raises(ValueError, match="`ids` .* 300 rows"):
             SoftLabels.from_array(probabilities, ids=["a"])
 
+    @pytest.mark.ci
     def test_a_memory_map_is_read_in_parts(self, tmp_path):
         import tracemalloc
 
