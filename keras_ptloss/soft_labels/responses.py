@@ -213,9 +213,9 @@ def _records(files: Paths) -> Iterator[tuple[str, dict[str, Any]]]:
                 where = f"line {number} of {Path(path).name}"
                 try:
                     record = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(
-                        f"Each line must be one JSON object in UTF-8. Received:"
+                        "Each line must be one JSON object in UTF-8. Received:"
                         f" {where}: {error}"
                     ) from None
                 if not isinstance(record, dict):

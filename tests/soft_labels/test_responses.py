@@ -85,6 +85,16 @@ def test_a_line_cut_off(tmp_path):
         read_answers(path, NAMES, missing="skip")
 
 
+@pytest.mark.parametrize(
+    "line", [b"[" * 100_000, b"\xff\xfe{}", b"{", b'{"a": 1} {"b": 2}']
+)
+def test_lines_that_are_no_json(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(line)
+    with pytest.raises(ValueError, match="line 1 of a.jsonl"):
+        read_answers(path, NAMES)
+
+
 def test_empty_lines_are_ignored(tmp_path):
     path = write(tmp_path / "a.jsonl", answer(0.25))
     path.write_bytes(b"\n" + path.read_bytes() + b"\n\n")
