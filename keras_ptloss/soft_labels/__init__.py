@@ -1,8 +1,30 @@
 """Stored teacher outputs: written once, then read for every student."""
 
+from keras_ptloss.soft_labels.answers import (
+    Answers,
+    import_answers,
+    read_answers,
+)
 from keras_ptloss.soft_labels.attach import attach_several
 from keras_ptloss.soft_labels.inputs import fingerprint
 from keras_ptloss.soft_labels.soft_labels import SoftLabels
 from keras_ptloss.soft_labels.tables import Table, read_table
+from keras_ptloss.soft_labels.tokens import (
+    TokenAnswers,
+    import_tokens,
+    read_tokens,
+)
 
-__all__ = ["SoftLabels", "Table", "attach_several", "fingerprint", "read_table"]
+__all__ = [
+    "Answers",
+    "SoftLabels",
+    "Table",
+    "TokenAnswers",
+    "attach_several",
+    "fingerprint",
+    "import_answers",
+    "import_tokens",
+    "read_answers",
+    "read_table",
+    "read_tokens",
+]

@@ -8,6 +8,7 @@ can be read in two ways is an error.
 import dataclasses
 import itertools
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,17 +16,22 @@ from typing import Any
 
 import numpy as np
 
+from keras_ptloss.soft_labels.inputs import as_inputs, num_examples, take
 from keras_ptloss.soft_labels.responses import (
     Missing,
     NoAnswer,
     Paths,
     Position,
     Token,
+    check_order,
+    field,
     only_choice,
     positions,
     read_responses,
     unknown_shape,
+    warn_of_failed,
 )
+from keras_ptloss.soft_labels.soft_labels import SoftLabels
 
 ClassNames = Sequence[str] | Mapping[str, Sequence[str]]
 
@@ -110,22 +116,18 @@ def read_answers(
         [[0.25 0.75]] [0.2]
     """
     spellings = _spellings(class_names)
-    found = np.zeros(len(class_names), bool)
+    found: set[int] = set()
     tokens: Counter[str] = Counter()
 
     def read(response: dict[str, Any], _: int) -> tuple[np.ndarray, float]:
         position = _class_position(response, spellings, after)
-        masses = _listed_masses(position, spellings, len(class_names))
-        found[~np.isnan(masses)] = True
+        listed = _listed_masses(position, spellings)
+        found.update(listed)
         tokens.update(token.text for token in position.entries)
-        return _class_probabilities(masses, position)
+        return _class_probabilities(listed, position, len(class_names))
 
     responses = read_responses(files, read, missing, ids)
-    absent = [
-        name
-        for name, is_found in zip(class_names, found, strict=True)
-        if not is_found
-    ]
+    absent = [name for c, name in enumerate(class_names) if c not in found]
     if absent:
         common = [text for text, _ in tokens.most_common(20)]
         raise ValueError(
@@ -143,21 +145,89 @@ def read_answers(
     )
 
 
+def import_answers(
+    files: Paths,
+    path: str | os.PathLike[str] | None,
+    class_names: ClassNames,
+    *,
+    inputs: Any = None,
+    ids: Sequence[str] | None = None,
+    after: str | None = None,
+    missing: Missing = "error",
+    **options: Any,
+) -> SoftLabels:
+    """Store the class probabilities of the answers in a file.
+
+    The store is written whole or not at all. Repeat a call that was killed.
+
+    Args:
+        files: As in `read_answers`.
+        path: Directory of the new store; None keeps it in memory.
+        class_names: As in `read_answers`.
+        inputs: The examples that the answers are about, in the order of the
+            lines, or of `ids`. Not needed where the lines have a `custom_id`,
+            by which the store finds them then.
+        ids: As in `read_answers`.
+        after: As in `read_answers`.
+        missing: As in `read_answers`. What is left out is not stored, and a
+            warning counts it.
+        **options: Passed to `SoftLabels.from_array`: `dtype`, `top_k`,
+            `teacher_name` and `overwrite`.
+
+    Returns:
+        The store.
+
+    Raises:
+        ValueError: As `read_answers`, before anything is stored.
+    """
+    answers = read_answers(
+        files, class_names, after=after, ids=ids, missing=missing
+    )
+    if inputs is not None:
+        inputs = as_inputs(inputs)
+        check_order(answers, "inputs", num_examples(inputs), ids)
+        if answers.failed:
+            inputs = take(inputs, answers.rows)
+    elif answers.ids is None:
+        raise ValueError(
+            "Pass `inputs`, the examples that the answers are about; the lines"
+            " have no `custom_id` either. Received: inputs=None"
+        )
+    warn_of_failed(answers.failed, len(answers.rows))
+    return SoftLabels.from_array(
+        answers.probabilities,
+        path,
+        ids=answers.ids,
+        inputs=inputs,
+        class_names=list(class_names),
+        **options,
+    )
+
+
 def _spellings(class_names: ClassNames) -> dict[str, int]:
     """Map each text that stands for a class to the number of the class."""
-    if isinstance(class_names, str):
-        raise ValueError(
-            f"`class_names` must be a list. Received: {class_names=}"
-        )
     if isinstance(class_names, Mapping):
         texts = list(class_names.values())
     else:
         texts = [[name] for name in class_names]
-    pairs = [(text.strip(), c) for c, row in enumerate(texts) for text in row]
+    pairs = [
+        (text.strip() if isinstance(text, str) else "", label)
+        for label, row in enumerate(texts)
+        for text in row
+    ]
     spellings = dict(pairs)
-    if len(texts) < 2 or "" in spellings or len(spellings) < len(pairs):
+    is_text = isinstance(class_names, str) or any(
+        isinstance(row, str) for row in texts
+    )
+    if (
+        is_text
+        or len(texts) < 2
+        or "" in spellings
+        or len(spellings) < len(pairs)
+    ):
         raise ValueError(
-            "`class_names` must be two or more different texts. Received:"
+            "`class_names` must be a list of two or more different texts, or a"
+            " dictionary from each name to a list of spellings. Received:"
             f" {class_names=}"
         )
     return spellings
@@ -173,40 +243,51 @@ def _class_position(
         raise ValueError("it repeats the prompt; ask without `echo`")
     text = _answer_text(choice, found)
     spans = _spans(found, text)
-    place = "the last token"
     if after is None:
         index = max(spans)
     else:
-        place = f"the first token after {after!r}"
         index = _first_after(spans, text, after.encode().rstrip(_WHITESPACE))
-    start, stop = spans[index]
+    try:
+        _check_word(text, *spans[index], spellings, after)
+    except (ValueError, NoAnswer) as error:
+        shown = _tail(text.decode(errors="replace"))
+        raise type(error)(f"{error}. Received: the content {shown}") from None
+    return found[index]
+
+
+def _check_word(
+    text: bytes,
+    start: int,
+    stop: int,
+    spellings: dict[str, int],
+    after: str | None,
+) -> None:
+    """Check that a token of the answer is a class, and the whole word is."""
     shown = text[start:stop].decode(errors="replace")
-    received = (
-        f"Received: the tokens {_tail([p.token.text for p in found])} for the"
-        f" content {_tail(text.decode(errors='replace'))}"
-    )
-    rest = text[start:].decode(errors="replace")
-    until = text[:stop].decode(errors="replace")
+    before = text[:start].decode(errors="replace")
+    following = text[stop:].decode(errors="replace")
+    place = f"the first token after {after!r}" if after else "the first token"
+    if after is None:
+        place = "the last token"
     for name in spellings:
-        is_longer = len(name) > len(shown)
-        if is_longer and (
-            until.endswith(name) if after is None else rest.startswith(name)
-        ):
+        if after is None:
+            is_cut = (before + shown).endswith(name)
+        else:
+            is_cut = (shown + following).startswith(name)
+        if is_cut and len(name) > len(shown):
             raise ValueError(
-                f"the class {name!r} is more than one token here. Name the"
-                f" classes by letters or digits instead. {received}"
+                f"the class {name!r} is more than one token here; let the model"
+                " answer by a letter or digit for each class"
             )
     if shown not in spellings:
         raise NoAnswer(
             f"{place} is {shown!r}, none of the classes {list(spellings)}; if"
-            f" the class stands elsewhere, say where by `after`. {received}"
+            " the class stands elsewhere, say where by `after`"
         )
-    before, following = until[: -len(shown)], rest[len(shown) :]
     if after is None and before and not before[-1].isspace():
-        raise NoAnswer(f"{place}, {shown!r}, ends a longer word. {received}")
+        raise NoAnswer(f"{place}, {shown!r}, ends a longer word")
     if re.match(r"[-.,'’]?\w", following):
-        raise NoAnswer(f"{place}, {shown!r}, begins a longer word. {received}")
-    return found[index]
+        raise NoAnswer(f"{place}, {shown!r}, begins a longer word")
 
 
 def _tail(shown: Any) -> str:
@@ -216,19 +297,17 @@ def _tail(shown: Any) -> str:
 
 def _answer_text(choice: dict[str, Any], found: list[Position]) -> bytes:
     """Return the text of an answer without the reasoning before it."""
-    message, completion = choice.get("message"), choice.get("text")
-    if message is not None and completion is not None:
+    message, text = field(choice, "message", dict), field(choice, "text", str)
+    if message is not None and text is not None:
         raise ValueError("it has `message` and `text`; keep one")
-    name, content = "text", completion
-    if isinstance(message, dict) and "content" not in message:
-        joined = b"".join(_bytes(position.token) for position in found)
-        content = joined.decode(errors="replace")
-    elif isinstance(message, dict):
-        name, content = "message.content", message["content"]
-    elif completion is None:
-        raise unknown_shape(choice, "`choices[0].message`")
-    if content is not None and not isinstance(content, str):
-        raise ValueError(f"`{name}` must be a text. Received: {content!r}")
+    if message is None and "text" not in choice:
+        raise unknown_shape(choice, "choices[0].message")
+    name, content = "text", text
+    if message is not None:
+        name, content = "message.content", field(message, "content", str)
+        if "content" not in message:
+            joined = b"".join(_bytes(position.token) for position in found)
+            content = joined.decode(errors="replace")
     if not content or not content.strip():
         finish = choice.get("finish_reason")
         raise NoAnswer(f"`{name}` is {content!r} (finish_reason {finish!r})")
@@ -250,7 +329,7 @@ def _spans(found: list[Position], text: bytes) -> dict[int, tuple[int, int]]:
     while begin >= 0 and not (begin in starts and begin + len(wanted) in ends):
         begin = everything.rfind(wanted, 0, begin + len(wanted) - 1)
     if begin < 0:
-        raise ValueError(
+        raise NoAnswer(
             "the tokens of `logprobs` do not spell the content of the answer;"
             " the server may give raw pieces or ids instead of text. Received:"
             f" the tokens {_tail([p.token.text for p in found])} for the"
@@ -302,15 +381,15 @@ def _first_after(
 
 
 def _listed_masses(
-    position: Position, spellings: dict[str, int], num_classes: int
-) -> np.ndarray:
-    """Return the listed probability of each class; NaN where there is none."""
+    position: Position, spellings: dict[str, int]
+) -> dict[int, float]:
+    """Return the probability of each class that is listed."""
     if not position.alternatives:
         raise NoAnswer(
             "`top_logprobs` is empty; ask for the likeliest tokens, such as"
             " top_logprobs=20"
         )
-    masses = np.full(num_classes, np.nan)
+    masses: dict[int, float] = {}
     texts: set[str] = set()
     for token in position.entries:
         label = spellings.get(token.text.strip())
@@ -318,9 +397,9 @@ def _listed_masses(
         is_raw = token.text[:1] in ("Ġ", "▁") and token.text[1:] in spellings
         if is_raw or spellings.get(as_bytes) != label:
             raise ValueError(
-                f"the token {token.text!r} (bytes {token.data!r}) is a raw piece"
-                " of a vocabulary or contradicts its bytes; ask the server for"
-                " text"
+                f"the token {token.text!r} (bytes {token.data!r}) is a raw"
+                " piece of a vocabulary or contradicts its bytes; ask the"
+                " server for text"
             )
         if label is None:
             continue
@@ -330,20 +409,20 @@ def _listed_masses(
                 " with different log-probabilities; ask the server for bytes"
             )
         texts.add(token.text)
-        masses[label] = np.nansum([masses[label], token.probability])
-    if not np.nansum(masses) > 0:
+        masses[label] = masses.get(label, 0.0) + token.probability
+    if not sum(masses.values()) > 0:
         raise NoAnswer(f"`top_logprobs` lists none of {list(spellings)}")
     return masses
 
 
 def _class_probabilities(
-    masses: np.ndarray, position: Position
+    listed: dict[int, float], position: Position, num_classes: int
 ) -> tuple[np.ndarray, float]:
     """Return the distribution over the classes, and the mass of the others."""
     least = min(token.probability for token in position.alternatives)
     left = max(1.0 - sum(token.probability for token in position.entries), 0.0)
-    absent = np.isnan(masses)
-    filled = min(least, left / max(absent.sum(), 1))
-    masses = np.where(absent, filled, masses)
+    absent = max(num_classes - len(listed), 1)
+    masses = np.full(num_classes, min(least, left / absent))
+    masses[list(listed)] = list(listed.values())
     total = float(masses.sum())
     return masses / total, max(1.0 - total, 0.0)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -20,6 +21,8 @@ Missing = Literal["error", "skip"]
 
 # OpenAI's log-probability of a chosen token that is not among the likeliest.
 UNKNOWN_LOGPROB = -9999.0
+
+_JSON = {dict: "object", list: "array", str: "string", int: "integer"}
 
 
 class NoAnswer(Exception):
@@ -77,30 +80,12 @@ class Responses(Generic[T]):
         rows: The line of each, counted from 0, or its place in `ids`.
         ids: The `custom_id` of each; None if the file has none.
         failed: Reasons of the answers left out, by `custom_id` or line.
-        num_lines: How many different answers the files have, with these.
     """
 
     values: list[T]
     rows: list[int]
     ids: list[str] | None
     failed: dict[str | int, str]
-    num_lines: int
-
-    def check_order(
-        self, argument: str, count: int, ids: Sequence[str] | None
-    ) -> None:
-        """Check that row i belongs to the user's example i."""
-        if ids is None and self.ids is not None:
-            raise ValueError(
-                "The lines have a `custom_id`, so they may be in any order."
-                f" Pass `ids`, the custom_id of each of the `{argument}`."
-                f" Received: ids=None, custom_ids such as {self.ids[0]!r}"
-            )
-        if self.num_lines != count:
-            raise ValueError(
-                f"Each of the `{argument}` must have one answer. Received:"
-                f" {self.num_lines} answers for {count} {argument}"
-            )
 
 
 def read_responses(
@@ -135,7 +120,7 @@ def read_responses(
     for row, (where, record) in enumerate(_records(files)):
         key: str | int = row
         try:
-            custom_id = _custom_id(record)
+            custom_id = field(record, "custom_id", str)
             kinds.add(custom_id is not None)
             if len(kinds) > 1:
                 raise ValueError("only some of the lines have a `custom_id`")
@@ -165,7 +150,6 @@ def read_responses(
         rows=[row for _, (row, _) in values],
         ids=[str(key) for key, _ in values] if True in kinds else None,
         failed=failed,
-        num_lines=len(found) + len(failed),
     )
 
 
@@ -183,6 +167,41 @@ def _check_failed(
     )
 
 
+def check_order(
+    found: Any, argument: str, count: int, ids: Sequence[str] | None
+) -> None:
+    """Check that row i of what was found belongs to the user's example i.
+
+    Args:
+        found: A `Responses` or what was made of one.
+        argument: Name of the argument that has the examples.
+        count: Number of the examples.
+        ids: As given to `read_responses`.
+    """
+    if ids is None and found.ids is not None:
+        raise ValueError(
+            "The lines have a `custom_id`, so they may be in any order. Pass"
+            f" `ids`, the custom_id of each of the `{argument}`. Received:"
+            f" ids=None, and custom_ids such as {found.ids[0]!r}"
+        )
+    num_answers = len(found.rows) + len(found.failed)
+    if num_answers != count:
+        raise ValueError(
+            f"Each of the `{argument}` must have one answer. Received:"
+            f" {num_answers} answers for {count} {argument}"
+        )
+
+
+def warn_of_failed(failed: dict[str | int, str], num_stored: int) -> None:
+    """Warn of answers that an import leaves out."""
+    if failed:
+        warnings.warn(
+            f"{len(failed)} of {len(failed) + num_stored} answers cannot be"
+            f" used and are not stored, such as {next(iter(failed.values()))}",
+            stacklevel=3,
+        )
+
+
 def _records(files: Paths) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each JSON object, and its file and line for error messages."""
     paths = [files] if isinstance(files, (str, os.PathLike)) else files
@@ -194,9 +213,9 @@ def _records(files: Paths) -> Iterator[tuple[str, dict[str, Any]]]:
                 where = f"line {number} of {Path(path).name}"
                 try:
                     record = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(
-                        f"Each line must be one JSON object in UTF-8. Received:"
+                        "Each line must be one JSON object in UTF-8. Received:"
                         f" {where}: {error}"
                     ) from None
                 if not isinstance(record, dict):
@@ -207,138 +226,139 @@ def _records(files: Paths) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield where, record
 
 
-def _custom_id(record: dict[str, Any]) -> str | None:
-    custom_id = record.get("custom_id")
-    if custom_id is not None and not isinstance(custom_id, str):
-        raise ValueError(f"`custom_id` is {custom_id!r}, not a text")
-    return custom_id
+def field(parent: Any, name: str, kind: type[T]) -> T | None:
+    """Return a field of a JSON object; None if it is absent or null."""
+    if not isinstance(parent, dict):
+        raise ValueError(
+            f"an object with the field `{name}` was expected. Received:"
+            f" {parent!r}"
+        )
+    value = parent.get(name)
+    if value is not None and type(value) is not kind:
+        raise ValueError(
+            f"`{name}` must be a JSON {_JSON[kind]}. Received: {value!r}"
+        )
+    return value
+
+
+def unknown_shape(value: dict[str, Any], expected: str) -> ValueError:
+    """Return the error about a shape that is not read."""
+    return ValueError(
+        f"`{expected}` is missing. Only responses of OpenAI's chat and"
+        ' completions endpoints are read; the page "Other answers" shows how to'
+        " build an array from others. Received: the fields"
+        f" {', '.join(map(repr, value)) or '(none)'}"
+    )
 
 
 def _response(record: dict[str, Any]) -> dict[str, Any]:
     """Return the response of a line, which a batch job wraps."""
-    batch = record.get("response")
-    if "choices" in record:
-        if batch is not None:
-            raise ValueError("it has `choices` and `response`; keep one")
-        body: Any = record
-    elif record.get("error"):
+    batch = field(record, "response", dict)
+    body: dict[str, Any] | None = record
+    if "choices" in record and batch is not None:
+        raise ValueError("it has `choices` and `response`; keep one")
+    if record.get("error"):
         raise NoAnswer(f"error: {record['error']}")
-    elif "response" not in record:
-        raise unknown_shape(record, "`choices`")
-    elif batch is None:
-        raise NoAnswer("`response` is null")
-    elif not isinstance(batch, dict) or "body" not in batch:
-        raise unknown_shape(batch, "`response.body`")
-    else:
-        body = batch["body"]
+    if "response" in record and "choices" not in record:
+        if batch is None:
+            raise NoAnswer("`response` is null")
+        if "body" not in batch:
+            raise unknown_shape(batch, "response.body")
         if batch.get("status_code", 200) != 200:
-            raise NoAnswer(f"status_code {batch['status_code']}: {body}")
-    if isinstance(body, dict) and body.get("error"):
-        raise NoAnswer(f"error: {body['error']}")
-    if not isinstance(body, dict) or "choices" not in body:
-        raise unknown_shape(body, "`choices`")
+            raise NoAnswer(
+                f"status_code {batch['status_code']}: {batch['body']}"
+            )
+        body = field(batch, "body", dict)
+    if not body or body.get("error"):
+        raise NoAnswer(f"error: {body and body['error']}")
+    if "choices" not in body:
+        raise unknown_shape(body, "choices")
     return body
-
-
-def unknown_shape(value: Any, expected: str) -> ValueError:
-    """Return the error about a shape that is not read."""
-    shown = value
-    if isinstance(value, dict):
-        shown = f"the fields {', '.join(map(repr, value)) or '(none)'}"
-    return ValueError(
-        f"{expected} is missing. Only OpenAI's chat and completions responses"
-        ' are read; the page "Other answers" shows how to build an array from'
-        f" other shapes. Received: {shown}"
-    )
 
 
 def only_choice(response: dict[str, Any]) -> dict[str, Any]:
     """Return the choice of a response; raise `NoAnswer` where it has none."""
-    choices = response["choices"]
+    choices = field(response, "choices", list)
     if not choices:
         raise NoAnswer("`choices` is empty")
-    if not isinstance(choices, list) or len(choices) > 1:
+    if len(choices) > 1:
         raise ValueError("`choices` must have one entry; ask with n=1")
     choice = choices[0]
-    finish = choice.get("finish_reason")
-    refusal = (choice.get("message") or {}).get("refusal")
+    message = field(choice, "message", dict) or {}
     if choice.get("error"):
         raise NoAnswer(f"error: {choice['error']}")
-    if finish == "content_filter":
+    if choice.get("finish_reason") == "content_filter":
         raise NoAnswer("finish_reason is 'content_filter'")
-    if refusal:
-        raise NoAnswer(f"the model refused (`message.refusal`): {refusal!r}")
+    if message.get("refusal"):
+        raise NoAnswer(f"`message.refusal` is {message['refusal']!r}")
     return choice
 
 
 def positions(choice: dict[str, Any]) -> list[Position]:
     """Return the tokens of a choice, from either form of `logprobs`."""
-    logprobs = choice.get("logprobs")
+    logprobs = field(choice, "logprobs", dict)
     if logprobs is None:
+        finish = choice.get("finish_reason")
         raise NoAnswer(
-            "`logprobs` is null (finish_reason"
-            f" {choice.get('finish_reason')!r}); ask for log-probabilities"
+            f"`logprobs` is null (finish_reason {finish!r}); ask for"
+            " log-probabilities"
         )
-    if not isinstance(logprobs, dict):
-        raise unknown_shape(logprobs, "`logprobs.content`")
-    chat, tokens = logprobs.get("content"), logprobs.get("tokens")
-    if chat is not None and tokens is not None:
+    chat = field(logprobs, "content", list)
+    texts = field(logprobs, "tokens", list)
+    if chat is not None and texts is not None:
         raise ValueError(
             "`logprobs` has `content` and `tokens`, which can be read in two"
             " ways; keep one"
         )
     if chat is not None:
-        return [_chat_position(item) for item in chat]
-    if tokens is not None:
-        return _completion_positions(logprobs)
+        return [
+            _position(
+                _token(item),
+                list(map(_token, field(item, "top_logprobs", list) or [])),
+            )
+            for item in chat
+        ]
+    if texts is not None:
+        return _completion_positions(logprobs, texts)
     if "content" in logprobs or "tokens" in logprobs:
         raise NoAnswer("`logprobs.content` is null")
-    raise unknown_shape(logprobs, "`logprobs.content`")
-
-
-def _chat_position(item: Any) -> Position:
-    """Read `{"token", "logprob", "bytes", "top_logprobs": [...]}`."""
-    alternatives = item.get("top_logprobs") if isinstance(item, dict) else None
-    return _position(_token(item), [_token(one) for one in alternatives or ()])
+    raise unknown_shape(logprobs, "logprobs.content")
 
 
 def _token(item: Any) -> Token:
-    if not isinstance(item, dict):
-        raise ValueError(f"a token must be an object. Received: {item!r}")
-    text, data, number = (item.get(key) for key in ("token", "bytes", "id"))
-    if not isinstance(text, str):
-        raise ValueError(f"`token` must be a text. Received: {item!r}")
-    try:
-        data = None if data is None else bytes(data)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"`bytes` must be numbers from 0 to 255. Received: {item!r}"
-        ) from None
-    if number is not None and type(number) is not int:
-        raise ValueError(f"`id` must be an integer. Received: {item!r}")
-    return Token(text, as_logprob(item.get("logprob"), text), data, number)
+    """Read `{"token": ..., "logprob": ..., "bytes": [...]}`."""
+    text, data = field(item, "token", str), field(item, "bytes", list)
+    if text is None:
+        raise ValueError(f"`token` is missing. Received: {item!r}")
+    if not all(type(byte) is int and 0 <= byte < 256 for byte in data or []):
+        raise ValueError(f"`bytes` must be bytes. Received: {item!r}")
+    return Token(
+        text,
+        as_logprob(item.get("logprob"), text),
+        None if data is None else bytes(data),
+        field(item, "id", int),
+    )
 
 
-def _completion_positions(logprobs: dict[str, Any]) -> list[Position]:
+def _completion_positions(
+    logprobs: dict[str, Any], texts: list[str]
+) -> list[Position]:
     """Read the lists `tokens`, `token_logprobs` and `top_logprobs`."""
-    texts, own = logprobs["tokens"], logprobs.get("token_logprobs")
-    top = logprobs.get("top_logprobs") or [None] * len(texts)
-    if not isinstance(own, list) or not len(texts) == len(own) == len(top):
+    own = field(logprobs, "token_logprobs", list)
+    top = field(logprobs, "top_logprobs", list) or [None] * len(texts)
+    if own is None or not len(texts) == len(own) == len(top):
         raise ValueError(
-            "`tokens`, `token_logprobs` and `top_logprobs` must be lists of one"
-            " length"
+            "`tokens`, `token_logprobs` and `top_logprobs` differ in length"
         )
     found = []
     for text, value, likeliest in zip(texts, own, top, strict=True):
-        if not isinstance(text, str) or not isinstance(likeliest or {}, dict):
-            raise ValueError(
-                "`tokens` must hold texts, and `top_logprobs` one object each."
-                f" Received: {text!r}, {likeliest!r}"
-            )
-        # The first token of a prompt has none.
+        pair = {"tokens": text, "top_logprobs": likeliest}
+        text = field(pair, "tokens", str) or ""
+        # The first token of a prompt has no log-probability.
         logprob = math.nan if value is None else as_logprob(value, text)
         alternatives = {
-            key: as_logprob(one, key) for key, one in (likeliest or {}).items()
+            key: as_logprob(one, key)
+            for key, one in (field(pair, "top_logprobs", dict) or {}).items()
         }
         # llama-cpp-python adds the chosen token under a second spelling.
         twins = [
@@ -365,13 +385,14 @@ def _position(token: Token, listed: list[Token]) -> Position:
             f" {same[0]} in `top_logprobs`: they are two tokens of one text, or"
             " computed differently. Ask the server for tokens by id or bytes"
         )
-    total = sum(one.probability for one in alternatives)
+    position = Position(token, alternatives, bool(same))
+    total = sum(one.probability for one in position.entries)
     if total > 1.01:
         raise ValueError(
             f"the probabilities in `top_logprobs` at {token.text!r} add up to"
-            f" {total:.3f}, more than 1. Received: {alternatives}"
+            f" {total:.3f}, more than 1. Received: {position.entries}"
         )
-    return Position(token, alternatives, bool(same))
+    return position
 
 
 def _same(one: Token, other: Token) -> bool:

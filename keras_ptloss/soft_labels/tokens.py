@@ -7,6 +7,7 @@ once for the whole file.
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,14 +17,19 @@ import numpy as np
 from keras_ptloss.soft_labels.responses import (
     UNKNOWN_LOGPROB,
     Missing,
+    NoAnswer,
     Paths,
     Position,
     Token,
     as_logprob,
+    check_order,
+    field,
     only_choice,
     positions,
     read_responses,
+    warn_of_failed,
 )
+from keras_ptloss.soft_labels.soft_labels import SoftLabels
 
 REST, PADDING = -1, -2  # ids in the targets of `TopKPTLoss`
 
@@ -114,8 +120,10 @@ def read_tokens(
         ...     sequences=[[0, 1]],
         ...     tokenizer={"Well": 0, "Ġyes": 1, "Ġno": 2},
         ... )
-        >>> print(answers.targets[0][0].round(2).tolist())
-        [[1.0, -0.69], [2.0, -1.39], [-1.0, -1.39]]
+        >>> print(answers.targets[0][0].round(2))
+        [[ 1.   -0.69]
+         [ 2.   -1.39]
+         [-1.   -1.39]]
     """
     if type(top_k) is not int or top_k < 1:
         raise ValueError(f"`top_k` must be at least 1. Received: {top_k=}")
@@ -124,7 +132,7 @@ def read_tokens(
         files, lambda body, _: keys.update(_keys(body)), missing, ids
     )
     if sequences is not None:
-        seen.check_order("sequences", len(sequences), ids)
+        check_order(seen, "sequences", len(sequences), ids)
     token_ids = _token_ids(keys, tokenizer)
     unknown: list[float] = []
 
@@ -143,6 +151,58 @@ def read_tokens(
     )
 
 
+def import_tokens(
+    files: Paths,
+    path: str | os.PathLike[str] | None,
+    *,
+    top_k: int,
+    sequences: Sequence[Sequence[int]] | None = None,
+    tokenizer: Any = None,
+    ids: Sequence[str] | None = None,
+    missing: Missing = "error",
+    **options: Any,
+) -> SoftLabels:
+    """Store the likeliest tokens at each position of texts.
+
+    The store is written whole or not at all. Repeat a call that was killed.
+
+    Args:
+        files: As in `read_tokens`.
+        path: Directory of the new store; None keeps it in memory.
+        top_k: As in `read_tokens`.
+        sequences: As in `read_tokens`.
+        tokenizer: As in `read_tokens`.
+        ids: As in `read_tokens`.
+        missing: As in `read_tokens`. What is left out is not stored, and a
+            warning counts it.
+        **options: Passed to `SoftLabels.from_top_k`: `num_classes` (the size of
+            the vocabulary), `dtype`, `teacher_name` and `overwrite`.
+
+    Returns:
+        The store, which finds each text by its token ids.
+
+    Raises:
+        ValueError: As `read_tokens`, before anything is stored.
+    """
+    answers = read_tokens(
+        files,
+        top_k=top_k,
+        sequences=sequences,
+        tokenizer=tokenizer,
+        ids=ids,
+        missing=missing,
+    )
+    warn_of_failed(answers.failed, len(answers.targets))
+    return SoftLabels.from_top_k(
+        [targets[:, :-1, 0].astype("int32") for targets in answers.targets],
+        [targets[:, :-1, 1] for targets in answers.targets],
+        path=path,
+        ids=answers.ids,
+        inputs=[sequence.tolist() for sequence in answers.sequences],
+        **options,
+    )
+
+
 def _read_text(
     response: dict[str, Any],
     token_ids: TokenIds,
@@ -158,6 +218,8 @@ def _read_text(
             "it has no `prompt_token_ids`; pass `sequences`, the token ids of"
             " the texts"
         )
+    if given is not None and prompt and prompt != given[: len(prompt)].tolist():
+        raise ValueError("its `prompt_token_ids` do not begin its sequence")
     listed = _prompt_logprobs(response, choice)
     if listed is not None:
         start = 0
@@ -165,10 +227,13 @@ def _read_text(
         entries = _prompt_entries(listed, sequence)
     else:
         found = positions(choice)
+        # An empty token at the end stands for the end of the text.
+        if found and not found[-1].token.text:
+            del found[-1]
+        if not found:
+            raise NoAnswer("`logprobs` has no tokens")
         own = [token_ids[_key(position.token)] for position in found]
         entries = [_entries(one, token_ids, unknown) for one in found]
-        while found and not (found[-1].token.text or entries[-1]):
-            del found[-1], own[-1], entries[-1]  # an empty token ends the text
         sequence = _answered(choice, prompt, own) if given is None else given
         start = _start(own, sequence)
     targets = np.zeros((len(sequence), top_k + 1, 2), "float32")
@@ -183,8 +248,8 @@ def _id_list(
     response: dict[str, Any], choice: dict[str, Any], name: str
 ) -> list[int] | None:
     """Return a list of ids, which servers put in one of two places."""
-    ids = response.get(name) or choice.get(name)
-    if ids and not all(type(one) is int for one in ids):
+    ids = field(response, name, list) or field(choice, name, list)
+    if not all(type(one) is int for one in ids or ()):
         raise ValueError(f"`{name}` must be integers. Received: {ids!r}")
     return ids or None
 
@@ -205,7 +270,9 @@ def _answered(
 def _prompt_logprobs(
     response: dict[str, Any], choice: dict[str, Any]
 ) -> list[Any] | None:
-    listed = response.get("prompt_logprobs") or choice.get("prompt_logprobs")
+    listed = field(response, "prompt_logprobs", list) or field(
+        choice, "prompt_logprobs", list
+    )
     if listed is not None and choice.get("logprobs") is not None:
         raise ValueError(
             "it has `prompt_logprobs` and `logprobs`, of different texts; ask"
@@ -226,13 +293,12 @@ def _prompt_entries(
     entries: list[dict[int, float]] = []
     for token, one in zip(sequence.tolist(), listed, strict=True):
         found: dict[int, float] = {}
-        for key, value in (one or {}).items():
-            if not key.isdecimal() or not isinstance(value, dict):
-                raise ValueError(
-                    "`prompt_logprobs` must map ids to objects with `logprob`."
-                    f" Received: {key!r}: {value!r}"
-                )
-            found[int(key)] = as_logprob(value.get("logprob"), key)
+        listing = field({"prompt_logprobs": one}, "prompt_logprobs", dict) or {}
+        for key in listing:
+            if not key.isdecimal():
+                raise ValueError(f"`prompt_logprobs` has {key!r} for an id")
+            entry = field(listing, key, dict) or {}
+            found[int(key)] = as_logprob(entry.get("logprob"), key)
         if (entries and not found) or (found and token not in found):
             raise ValueError(
                 f"`prompt_logprobs` has no entry for token {token} at position"

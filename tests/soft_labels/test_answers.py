@@ -1,14 +1,19 @@
 """Class probabilities from answers of language models."""
 
 import math
+import re
+import signal
+import subprocess
+import sys
 
+import keras
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from responses_of import batch, chat, completion, position, token, write
 
-from keras_ptloss.soft_labels.answers import read_answers
+from keras_ptloss.soft_labels import SoftLabels, import_answers, read_answers
 
 SETTINGS = settings(max_examples=60, deadline=None)
 NO_YES = ["no", "yes"]
@@ -218,6 +223,47 @@ def test_no_class_at_the_stated_position(read, record, options, message):
         read(record, class_names=names, **options)
 
 
+PIECES = st.sampled_from(
+    ["a", " a", "b", " b", "c", " no", "no", "t", " 1", "1", "0", ".", " ", "-"]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(PIECES, min_size=1, max_size=5), st.booleans())
+def test_only_a_whole_word_is_a_class(folder, pieces, is_first):
+    names = ["a", "b", "no", "1", "10", "a b"]
+    content = "".join(pieces)
+    words = content.split()
+    visible = [piece.strip() for piece in pieces if piece.strip()]
+    other = chat(position(*[(name, 1 / len(names)) for name in names]))
+    other["choices"][0]["message"]["content"] = "a"
+    record = chat(*[position((p, 0.7), ("b ", 0.1)) for p in pieces])
+    record["choices"][0]["message"]["content"] = content
+    path = write(folder / "words.jsonl", other, record)
+    if is_first:
+        is_class = (
+            words != []
+            and re.match(r"(a|b|no|1)(?![-.,]?\w)", words[0]) is not None
+            and re.match(r"\w+", words[0])[0] == visible[0]
+            and not content.strip().startswith("a b")
+        )
+        word = visible[0] if visible else None
+    else:
+        word = words[-1] if words else None
+        is_class = (
+            word in names
+            and visible[-1] == word
+            and not content.strip().endswith("a b")
+        )
+    try:
+        answers = read_answers(path, names, after="" if is_first else None)
+    except ValueError:
+        assert not is_class, content
+    else:
+        assert is_class, content
+        assert answers.probabilities[1].argmax() == names.index(word)
+
+
 # What is refused.
 
 
@@ -261,10 +307,13 @@ def test_no_class_at_the_stated_position(read, record, options, message):
         ),
         (chat(position(("yes", 0.9), ("no", 0.9))), "add up to 1.800"),
         (chat({**token("yes", 0.6)}), "`top_logprobs` is empty"),
-        (chat({"logprob": -1.0}), "`token` must be a text"),
+        (chat({"logprob": -1.0}), "`token` is missing"),
         (chat({"token": "yes"}), "'yes' must be a number.* None"),
         (completion("yes", ("yes", 0.6, {})), "`top_logprobs` is empty"),
-        (chat(YES, content=[{"type": "text"}]), "`message.content` must be"),
+        (
+            chat(YES, content=[{"type": "text"}]),
+            "`content` must be a JSON string",
+        ),
     ],
 )
 def test_contradictions_are_refused(read, record, message):
@@ -300,7 +349,18 @@ def test_all_classes_must_occur_in_the_file(read):
         read(digits, class_names=names)
 
 
-@pytest.mark.parametrize("names", ["no", ["no"], ["no", "no "], ["", "no"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        "no",
+        ["no"],
+        ["no", "no "],
+        ["", "no"],
+        [0, 1],
+        {"no": "no", "yes": "yes"},
+        {"no": ["no", "x"], "yes": ["yes", "x"]},
+    ],
+)
 def test_class_names_must_differ(read, names):
     with pytest.raises(ValueError, match="class_names"):
         read(chat(YES), class_names=names)
@@ -311,7 +371,7 @@ def test_class_names_must_differ(read, names):
 FAILURES = [
     ("content_filter", {"choices": [{"finish_reason": "content_filter"}]}),
     ("`logprobs` is null", {"choices": [{"message": {}, "logprobs": None}]}),
-    ("refused", chat(message={}, refusal="I cannot")),
+    ("refusal", chat(message={}, refusal="I cannot")),
     ("content` is ''", chat(YES, content="")),
     ("content` is None", chat(YES, content=None)),
     ("`choices` is empty", {"choices": []}),
@@ -489,3 +549,95 @@ def test_json_of_other_servers(read):
     part["choices"][0]["logprobs"] = {"content": [YES]}
     with pytest.raises(ValueError, match="'delta'"):
         read(part)
+
+
+# Into a store.
+
+
+def yes(probability):
+    return chat(position(("yes", probability), ("no", 1 - probability)))
+
+
+def first_last(leaf):
+    return leaf[[0, 2]]
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [np.array(["b", "a", "c"]), np.array([2.0, 1.0, 3.0]), {"x": np.eye(3)}],
+    ids=["texts", "array", "dictionary"],
+)
+def test_import_by_inputs(tmp_path, inputs):
+    lines = [yes(0.25), {"error": "busy"}, yes(0.75)]
+    path = write(tmp_path / "a.jsonl", *lines)
+    with pytest.raises(ValueError, match="busy"):
+        import_answers(path, tmp_path / "store", NO_YES, inputs=inputs)
+    assert not (tmp_path / "store").exists()
+    with pytest.warns(UserWarning, match="1 of 3 answers .* busy"):
+        labels = import_answers(
+            path, tmp_path / "store", NO_YES, inputs=inputs, missing="skip"
+        )
+    with pytest.raises(ValueError, match="the first in position 1"):
+        labels.find(inputs)
+    rows = labels.read(
+        labels.find(keras.tree.map_structure(first_last, inputs))
+    )
+    np.testing.assert_allclose(rows, [[0.75, 0.25], [0.25, 0.75]], atol=1e-3)
+    again = SoftLabels.open(tmp_path / "store")
+    assert again.layout.class_names == ("no", "yes")
+
+
+def test_import_by_custom_id(tmp_path):
+    lines = [batch("b", yes(0.25)), batch("a", yes(0.75))]
+    path = write(tmp_path / "a.jsonl", *lines)
+    options = {"dtype": "float32"}
+    labels = import_answers(path, None, NO_YES, **options)
+    assert labels.find(ids=["a", "b"]).tolist() == [1, 0]
+    inputs = ["text a", "text b"]
+    with pytest.raises(ValueError, match="Pass `ids`"):
+        import_answers(path, None, NO_YES, inputs=inputs)
+    ids = ["a", "b"]
+    labels = import_answers(path, None, NO_YES, inputs=inputs, ids=ids)
+    found = labels.read(labels.find(["text b", "text a"]))
+    np.testing.assert_allclose(found[:, 1], [0.25, 0.75], atol=1e-3)
+
+
+def test_import_needs_inputs_or_ids(tmp_path):
+    path = write(tmp_path / "a.jsonl", yes(0.25))
+    with pytest.raises(ValueError, match="Pass `inputs`"):
+        import_answers(path, None, NO_YES)
+    with pytest.raises(ValueError, match="1 answers for 2 inputs"):
+        import_answers(path, None, NO_YES, inputs=["a", "b"])
+
+
+KILLED = """
+import os, signal, sys
+from keras_ptloss.soft_labels import import_answers, soft_labels
+
+soft_labels.CHUNK = 100  # rows written at a time
+
+class Texts:
+    def __len__(self):
+        return 300
+    def __getitem__(self, i):
+        if i == 250:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return str(i)
+
+import_answers(*sys.argv[1:], ["no", "yes"], inputs=Texts())
+"""
+
+
+def test_the_same_call_completes_a_killed_import(tmp_path):
+    wanted = np.arange(300) % 98 / 100 + 0.01
+    path = write(tmp_path / "a.jsonl", *map(yes, wanted))
+    store = tmp_path / "store"
+    done = subprocess.run([sys.executable, "-c", KILLED, path, store])
+    assert done.returncode == -signal.SIGKILL
+    assert not store.exists()
+    texts = [str(i) for i in range(300)]
+    for _ in range(2):  # the second call changes nothing
+        labels = import_answers(path, store, NO_YES, inputs=texts)
+        assert labels.find(texts).tolist() == list(range(300))
+        np.testing.assert_allclose(labels.read()[:, 1], wanted, atol=1e-3)
+    assert [one.name for one in tmp_path.iterdir() if one.is_dir()] == ["store"]

@@ -1,10 +1,14 @@
 """Files of responses: lines, batch jobs, and which row is whose."""
 
+import copy
+
 import numpy as np
 import pytest
-from responses_of import batch, chat, position, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from responses_of import batch, chat, completion, position, write
 
-from keras_ptloss.soft_labels.answers import read_answers
+from keras_ptloss.soft_labels import read_answers, read_tokens
 
 NAMES = ["no", "yes"]
 
@@ -52,7 +56,7 @@ def test_requests_without_a_line(tmp_path):
         ([batch("c", answer(0.5))], {"ids": ["a"]}, "'c' is not in `ids`"),
         ([answer(0.5)], {"ids": ["a"]}, "None is not in `ids`"),
         ([answer(0.5)], {"ids": ["a", "a"]}, "must all differ"),
-        ([batch(3, answer(0.5))], {}, "`custom_id` is 3"),
+        ([batch(3, answer(0.5))], {}, "`custom_id` must be a JSON string"),
         ([{**answer(0.5), "response": {}}], {}, "`choices` and `response`"),
         ([{"choices": answer(0.5)["choices"] * 2}], {}, "ask with n=1"),
         ([[1, 2]], {}, "one JSON object"),
@@ -81,7 +85,80 @@ def test_a_line_cut_off(tmp_path):
         read_answers(path, NAMES, missing="skip")
 
 
+@pytest.mark.parametrize(
+    "line", [b"[" * 100_000, b"\xff\xfe{}", b"{", b'{"a": 1} {"b": 2}']
+)
+def test_lines_that_are_no_json(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(line)
+    with pytest.raises(ValueError, match="line 1 of a.jsonl"):
+        read_answers(path, NAMES)
+
+
 def test_empty_lines_are_ignored(tmp_path):
     path = write(tmp_path / "a.jsonl", answer(0.25))
     path.write_bytes(b"\n" + path.read_bytes() + b"\n\n")
     assert read_answers(path, NAMES).rows.tolist() == [0]
+
+
+def paths(value, path=()):
+    """All places in a JSON value."""
+    yield path
+    items = []
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    for key, one in items:
+        yield from paths(one, (*path, key))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 300) | st.floats() | st.text(),
+    lambda one: (
+        st.lists(one, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(
+                ["token", "logprob", "content", "body", "choices", "error"]
+            ),
+            one,
+            max_size=2,
+        )
+    ),
+    max_leaves=4,
+)
+WHOLE = {
+    "chat": {**batch("a", answer(0.75)), "custom_id": None},
+    "completion": completion("yes", ("yes", 0.75, {"yes": 0.75, "no": 0.25})),
+    "prompt": {
+        "choices": [{"text": "", "prompt_token_ids": [5, 2], "token_ids": []}],
+        "prompt_logprobs": [None, {"2": {"logprob": -0.5}}],
+    },
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.sampled_from(sorted(WHOLE)), JSON)
+def test_damaged_responses_give_a_readable_error(
+    tmp_path_factory, data, form, new
+):
+    record = copy.deepcopy(WHOLE[form])
+    *path, last = data.draw(st.sampled_from([*paths(record)][1:]))
+    holder = record
+    for key in path:
+        holder = holder[key]
+    holder[last] = new
+    file = write(tmp_path_factory.getbasetemp() / "damaged.jsonl", record)
+    try:
+        answers = read_answers(file, NAMES)
+        np.testing.assert_allclose(answers.probabilities.sum(), 1)
+    except ValueError as error:
+        assert "Received" in str(error) or "line 1" in str(error)
+    try:
+        vocabulary = {"yes": 2, "no": 3}
+        found = read_tokens(
+            file, top_k=2, sequences=[[5, 2]], tokenizer=vocabulary
+        )
+        assert found.targets[0].shape == (2, 3, 2)
+    except ValueError as error:
+        assert "Received" in str(error) or "line 1" in str(error)

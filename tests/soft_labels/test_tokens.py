@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from responses_of import batch, chat, completion, position, token, write
 
-from keras_ptloss.soft_labels.tokens import bytes_to_ids, read_tokens
+from keras_ptloss.soft_labels import import_tokens, read_tokens
+from keras_ptloss.soft_labels.tokens import bytes_to_ids
 
 SETTINGS = settings(max_examples=40, deadline=None)
 # Byte-level BPE writes a space as U+0120, SentencePiece as U+2581.
@@ -192,6 +193,8 @@ def test_ids_in_the_response(read):
     record["choices"][0]["token_ids"] = [3]
     with pytest.raises(ValueError, match="another text or tokenizer"):
         read(record, tokenizer=BPE)
+    with pytest.raises(ValueError, match="do not begin its sequence"):
+        read(record, tokenizer=BPE, sequences=[[0, 1, 2]])
     # And its `return_tokens_as_token_ids`.
     record = chat(position(("token_id:2", 0.6), ("token_id:3", 0.2)))
     (found,) = read(record, sequences=[[1, 2]])
@@ -365,6 +368,7 @@ def test_the_last_token_more_than_k_are_listed(read):
         (chat(YES), {"tokenizer": BPE.get}, "`tokenizer` must be a dictionary"),
         (chat(YES), {"tokenizer": {"a": 1}}, "none of the tokens of the file"),
         (batch("a", chat(YES)), {"sequences": [[1, 2]]}, "Pass `ids`"),
+        (chat(), {"sequences": [[1, 2]], "tokenizer": None}, "has no tokens"),
         (
             chat(position(("\ufffd", 0.6), ("no", 0.3), with_bytes=True)),
             {"sequences": [[1, 9, 3]], "tokenizer": PIECES},
@@ -384,3 +388,26 @@ def test_answers_of_a_batch_job_are_found_by_id(read):
         read(*records, tokenizer=BPE, **options)
     (found,) = read(*records, tokenizer=BPE, missing="skip", **options)
     assert close(found[0], {2: 0.6, 3: 0.2, -1: 0.2})
+
+
+def test_import(tmp_path):
+    path = write(tmp_path / "a.jsonl", chat(YES), {"error": "busy"}, chat(YES))
+    sequences = [[1, 0, 2], [1], [0, 2, 4, 0]]
+    options = {"top_k": 3, "sequences": sequences, "tokenizer": BPE}
+    with pytest.raises(ValueError, match="busy"):
+        import_tokens(path, tmp_path / "store", **options)
+    assert not (tmp_path / "store").exists()
+    with pytest.warns(UserWarning, match="1 of 3 answers .* busy"):
+        labels = import_tokens(
+            path, tmp_path / "store", missing="skip", **options
+        )
+    assert labels.find(sequences[::2]).tolist() == [0, 1]
+    stored = labels.read([0, 1])
+    entry = {int(i): math.exp(p) for i, p in stored[0, 1] if i >= -1}
+    assert entry.keys() == {2, 3, -1}
+    wanted = {2: 0.6, 3: 0.2, -1: 0.2}
+    np.testing.assert_allclose(
+        [entry[key] for key in wanted], list(wanted.values()), rtol=2e-3
+    )
+    np.testing.assert_allclose(stored[1, 0, :, 0], [2, 3, -2, -1])
+    assert (stored[0, 0, :, 0] == -2).all()
