@@ -1,29 +1,8 @@
-"""Stored teacher outputs: written once, checked, attached to data."""
+"""Stored teacher outputs: written once, then read for every student."""
 
-from keras_ptloss.soft_labels._data import fingerprint
-from keras_ptloss.soft_labels._import import import_soft_labels
-from keras_ptloss.soft_labels._report import ImportReport
-from keras_ptloss.soft_labels._retries import with_retries
-from keras_ptloss.soft_labels._several import attach_several
-from keras_ptloss.soft_labels._soft_labels import SoftLabels
-from keras_ptloss.soft_labels._spec import SoftLabelSpec
-from keras_ptloss.soft_labels._tokens.imports import (
-    TokenImportReport,
-    import_token_labels,
-)
-from keras_ptloss.soft_labels._tokens.labels import TokenLabels
-from keras_ptloss.soft_labels._tokens.spec import TokenLabelSpec
+from keras_ptloss.soft_labels.attach import attach_several
+from keras_ptloss.soft_labels.inputs import fingerprint
+from keras_ptloss.soft_labels.soft_labels import SoftLabels
+from keras_ptloss.soft_labels.tables import Table, read_table
 
-__all__ = [
-    "ImportReport",
-    "SoftLabelSpec",
-    "SoftLabels",
-    "TokenImportReport",
-    "TokenLabelSpec",
-    "TokenLabels",
-    "attach_several",
-    "fingerprint",
-    "import_soft_labels",
-    "import_token_labels",
-    "with_retries",
-]
+__all__ = ["SoftLabels", "Table", "attach_several", "fingerprint", "read_table"]

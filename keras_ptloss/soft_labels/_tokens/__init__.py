@@ -1,1 +1,0 @@
-"""Stored log-probabilities of tokens: sequences of different lengths."""

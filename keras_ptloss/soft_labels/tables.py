@@ -1,0 +1,150 @@
+"""Probabilities in CSV, JSON lines and Parquet, a column for each class."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from keras_ptloss._checks import fail, on_simplex
+from keras_ptloss.soft_labels.layout import pyarrow
+
+ID_COLUMNS = ("custom_id", "id")
+
+
+class Table(NamedTuple):
+    """The content of files of probabilities.
+
+    Attributes:
+        probabilities: `(N, C)` float64, in the order of the class names.
+        ids: the ids of the rows, None if the files have none.
+    """
+
+    probabilities: np.ndarray
+    ids: list[Any] | None
+
+
+def read_table(
+    files: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    class_names: Sequence[str],
+) -> Table:
+    r"""Read probabilities from tables with one column for each class.
+
+    Every class must have a column of exactly its name, without an empty cell.
+    Other columns are ignored, since the probabilities of the classes must sum
+    to one within 1 % in each row.
+
+    Args:
+        files: one file or several, `.csv`, `.jsonl` or `.parquet`. JSON lines
+            hold one object a line, with a key for each class.
+        class_names: names of the classes, in the order that you want.
+
+    Returns:
+        The probabilities, for `SoftLabels.from_array`, and the ids: the column
+        `custom_id` if there is one, else `id`, else None.
+
+    Raises:
+        ValueError: if a class has no column or a cell is empty; or if rows do
+            not sum to one, which is so if other columns hold probabilities too.
+
+    Example:
+        >>> import pathlib
+        >>> import tempfile
+        >>> from keras_ptloss.soft_labels import read_table
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "answers.csv")
+        >>> _ = file.write_text("id,no,yes,model\na,0.25,0.75,m\n")
+        >>> table = read_table(file, ["yes", "no"])
+        >>> print(table.probabilities, table.ids)
+        [[0.75 0.25]] ['a']
+    """
+    names = list(class_names)
+    if isinstance(files, (str, os.PathLike)):
+        files = [files]
+    rows: list[np.ndarray] = []
+    ids: list[Any] = []
+    for file in map(Path, files):
+        table = _read(file, names)
+        rows.append(_probabilities(table, file, names))
+        found = [c for c in ID_COLUMNS if c in table.column_names]
+        found = [column for column in found if column not in names]
+        if found:
+            ids += table.column(found[0]).to_pylist()
+    if not rows:
+        fail("files", "at least one file", files)
+    probabilities = np.concatenate(rows)
+    if ids and len(ids) != len(probabilities):
+        fail("files", "files which all have ids, or none", files)
+    return Table(probabilities, ids or None)
+
+
+def _read(file: Path, names: list[str]) -> Any:
+    """Return the Arrow table in a file."""
+    pa = pyarrow()
+    floats = {name: pa.float64() for name in names}
+    if file.suffix == ".csv":
+        from pyarrow import csv
+
+        # As numbers, ids would lose the zeros that they begin with.
+        texts = {name: pa.string() for name in ID_COLUMNS}
+        options = csv.ConvertOptions(column_types=texts | floats)
+        return csv.read_csv(file, convert_options=options)
+    if file.suffix == ".jsonl":
+        from pyarrow import json
+
+        options = json.ParseOptions(explicit_schema=pa.schema(floats.items()))
+        return json.read_json(file, parse_options=options)
+    if file.suffix == ".parquet":
+        from pyarrow import parquet
+
+        return parquet.read_table(file)
+    fail("files", "files named .csv, .jsonl or .parquet", str(file))
+
+
+def _probabilities(table: Any, file: Path, names: list[str]) -> np.ndarray:
+    """Return the classes' columns `(N, C)`, after a check."""
+    pa = pyarrow()
+    columns = table.column_names
+    where = f"Received: {file} with the columns {columns}"
+    twice = sorted({c for c in columns if columns.count(c) > 1})
+    if twice:
+        raise ValueError(
+            f"Columns must differ, but {twice} come twice. {where}"
+        )
+    # A key that no JSON line has is a column of nulls.
+    missing = [
+        name
+        for name in names
+        if name not in columns
+        or (len(table) and table.column(name).null_count == len(table))
+    ]
+    if missing:
+        raise ValueError(
+            f"`files` must have a column for each of {names}. They lack "
+            f"{missing}. {where}"
+        )
+    found = np.empty((len(table), len(names)))
+    for index, name in enumerate(names):
+        column = table.column(name)
+        if column.null_count:
+            row = column.is_null().to_pylist().index(True)
+            raise ValueError(
+                "Every cell of a class must hold its probability. Received: an "
+                f"empty cell in column {name!r} of row {row} (from 0) of {file}"
+            )
+        if not (
+            pa.types.is_floating(column.type)
+            or pa.types.is_integer(column.type)
+        ):
+            fail("files", f"numbers in column {name!r}", column.type)
+        found[:, index] = column.to_numpy()
+    good = on_simplex(found)
+    if not good.all():
+        row = int(np.argmin(good))
+        raise ValueError(
+            "The columns of the classes must be probabilities that sum to one. "
+            "If other columns are outcomes too, name them among `class_names` "
+            f"or give the classes their share first. {where}, whose row {row} "
+            f"(from 0) has {found[row].tolist()}, of sum {found[row].sum():.6g}"
+        )
+    return found
