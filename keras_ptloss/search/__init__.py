@@ -2,7 +2,6 @@
 
 from keras_ptloss.search._calibration_search import CalibrationSearch
 from keras_ptloss.search._cross_validated import CrossValidatedSearch
-from keras_ptloss.search._events import top_k_events
 from keras_ptloss.search._gradient import GradientSearch
 from keras_ptloss.search._random import RandomSearch
 from keras_ptloss.search._result import SearchResult
@@ -15,5 +14,4 @@ __all__ = [
     "ProxyTeacherSearch",
     "RandomSearch",
     "SearchResult",
-    "top_k_events",
 ]
