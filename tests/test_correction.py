@@ -111,7 +111,10 @@ def test_step_1_stays_finite_and_is_the_proxy(temperature, epsilon, seed):
     t = draw(seed, 3, CLASSES, concentration=0.05)
     step_1 = Correction(epsilon, temperature)
     expected = [
-        proxy(helpers.softmax(np.log(np.maximum(row, 1e-7)) / temperature), epsilon)
+        proxy(
+            helpers.softmax(np.log(np.maximum(row, 1e-7)) / temperature),
+            epsilon,
+        )
         for row in t
     ]
     if temperature != 1.0:

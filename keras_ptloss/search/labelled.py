@@ -70,6 +70,14 @@ def read_labelled(
             "`ignore_class` or a weight of 0 leaves out. Received: "
             f"{len(labels)} of {len(used)} examples"
         )
+    counts = [max(array.shape[-1], 2) for array in outputs]
+    num_classes = _num_classes(num_classes, counts)
+    check_label_range(
+        labels,
+        num_classes,
+        "the classes. `ignore_class` leaves examples out; `num_classes` is "
+        "the number of classes if the teacher has others",
+    )
     probs = []
     for k, (array, flag) in enumerate(zip(outputs, flags, strict=True)):
         name = "teacher" if len(outputs) == 1 else f"teacher[{k}]"
@@ -81,13 +89,6 @@ def read_labelled(
             )
         rows = array.reshape(len(used), -1)[used]
         probs.append(as_probabilities(name, rows, from_logits=flag))
-    num_classes = _num_classes(num_classes, [p.shape[1] for p in probs])
-    check_label_range(
-        labels,
-        num_classes,
-        "the classes. `ignore_class` leaves examples out; `num_classes` is "
-        "the number of classes if the teacher has others",
-    )
     weights = np.ones(len(labels)) if weights is None else weights[used]
     examples = Examples(
         teacher_probs=probs,
@@ -264,8 +265,10 @@ def _batches(data: Any) -> Iterator[tuple[Any, Any, Any]]:
             "infinite cardinality; leave out `.repeat()`"
         )
     if isinstance(data, keras.utils.PyDataset):
-        data = (data[index] for index in range(len(data)))
-    for batch in data:
+        batches = (data[index] for index in range(len(data)))
+    else:
+        batches = iter(data)
+    for batch in batches:
         if not isinstance(batch, (list, tuple)) or len(batch) not in (2, 3):
             raise ValueError(
                 "`labels` must be a data set of (inputs, labels) or (inputs, "
