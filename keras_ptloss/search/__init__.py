@@ -1,19 +1,5 @@
-"""The search for a teacher's correction on labelled examples."""
+"""Search for the correction of a teacher."""
 
-from keras_ptloss.search._calibration_search import CalibrationSearch
-from keras_ptloss.search._cross_validated import CrossValidatedSearch
-from keras_ptloss.search._events import top_k_events
-from keras_ptloss.search._gradient import GradientSearch
-from keras_ptloss.search._random import RandomSearch
-from keras_ptloss.search._result import SearchResult
-from keras_ptloss.search._search import ProxyTeacherSearch
+from keras_ptloss.search.method import Examples, Found, SearchMethod
 
-__all__ = [
-    "CalibrationSearch",
-    "CrossValidatedSearch",
-    "GradientSearch",
-    "ProxyTeacherSearch",
-    "RandomSearch",
-    "SearchResult",
-    "top_k_events",
-]
+__all__ = ["Examples", "Found", "SearchMethod"]
