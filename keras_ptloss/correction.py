@@ -20,7 +20,8 @@ from keras_ptloss._checks import (
     fail,
     on_simplex,
 )
-from keras_ptloss._math import log_teacher_probs, shared_proxy, two_events
+from keras_ptloss._math import log_teacher_probs, two_events
+from keras_ptloss.proxy import proxy_teacher, proxy_tensor
 
 Tensor = Any
 
@@ -360,17 +361,12 @@ def _log_softmax(logits: Tensor, xp: Any) -> Tensor:
 
 def _proxy(t: Tensor, correction: Correction, xp: Any) -> Tensor:
     """Return the proxy teacher of probabilities."""
-    epsilon = correction.epsilon
-    if not epsilon.any():
+    if not correction.epsilon.any():
         return t
-    if epsilon.shape == (1,) and epsilon[0] > -0.999:
-        return shared_proxy(t, float(epsilon[0]), xp)
-    from keras_ptloss.proxy import proxy_teacher, proxy_tensor
-
     if xp is np:
-        flat = proxy_teacher(t.reshape(-1, t.shape[-1]), epsilon)
-        return flat.probabilities.reshape(t.shape)
-    return proxy_tensor(t, epsilon)
+        rows = proxy_teacher(t.reshape(-1, t.shape[-1]), correction.epsilon)
+        return rows.probabilities.reshape(t.shape)
+    return proxy_tensor(t, correction.epsilon)
 
 
 def _log_proxy(log_t: Tensor, correction: Correction, xp: Any) -> Tensor:
