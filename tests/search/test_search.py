@@ -1,0 +1,517 @@
+"""ProxyTeacherSearch: all forms of teachers, labels and weights."""
+
+import time
+import warnings
+
+import helpers
+import keras
+import numpy as np
+import pytest
+import scipy.sparse
+
+from keras_ptloss import Correction, ProxyTeacherSearch
+from keras_ptloss.search import Found, RandomSearch
+
+ROWS, CLASSES = 40, 3
+
+
+class Recorder:
+    """A method that keeps what it is given, and finds what it is told."""
+
+    name = "recorder"
+
+    def __init__(self, **correction):
+        self.correction = correction
+
+    def run(self, examples, progress):
+        self.examples = examples
+        progress(1, 2)
+        counts = tuple(t.shape[1] for t in examples.teacher_probs)
+        several = {}
+        if len(counts) > 1:
+            alike = [count == examples.num_classes for count in counts]
+            several["teacher_classes"] = counts
+            several["temperature"] = [
+                len(counts) if a else np.inf for a in alike
+            ]
+        correction = Correction(**{**several, **self.correction})
+        return Found(correction, {"nll": [0.0]})
+
+
+def read(*arguments, seed=0, **keywords):
+    """Return the examples that a method is given."""
+    method = Recorder()
+    ProxyTeacherSearch(method, seed=seed).search(*arguments, **keywords)
+    return method.examples
+
+
+def refused(match, *arguments, **keywords):
+    with pytest.raises(ValueError, match=match):
+        read(*arguments, **keywords)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A teacher that ends in a softmax, and one that ends in logits."""
+    init = keras.initializers.GlorotUniform(0)
+    dense = keras.layers.Dense(CLASSES, kernel_initializer=init)
+    x = keras.Input((5,))
+    logits = dense(x)
+    probs = keras.layers.Softmax()(logits)
+    return keras.Model(x, probs), keras.Model(x, logits)
+
+
+@pytest.fixture(scope="module")
+def data(model):
+    """Inputs, the teacher's probabilities of them, and labels."""
+    x = np.random.default_rng(0).normal(size=(ROWS, 5)).astype("float32")
+    probs = model[0].predict(x, verbose=0)
+    return x, probs, helpers.draw_labels(probs, seed=1)
+
+
+def same(examples, probs, labels):
+    """Require one teacher with these outputs."""
+    (found,) = examples.teacher_probs
+    assert found.dtype == np.float64
+    assert found == pytest.approx(probs, abs=1e-6)
+    assert found.sum(axis=1) == pytest.approx(1.0, abs=1e-12)
+    assert examples.labels.tolist() == np.asarray(labels).tolist()
+    assert examples.labels.dtype == np.int64
+
+
+class Stored:
+    """Stored outputs that say whether they are logits."""
+
+    def __init__(self, outputs, from_logits):
+        self.outputs, self.from_logits = outputs, from_logits
+
+    def __array__(self, dtype=None, copy=None):
+        return self.outputs
+
+
+class TestFormsOfOneTeacher:
+    def test_arrays(self, data):
+        _, probs, labels = data
+        for given in (
+            probs,
+            probs.tolist(),
+            keras.ops.convert_to_tensor(probs),
+        ):
+            same(read(given, labels), probs, labels)
+        same(read(probs, labels[:, None]), probs, labels)
+        same(read(probs, labels.tolist()), probs, labels)
+        assert read(probs, labels).num_classes == CLASSES
+        assert read(probs, labels, seed=7).seed == 7
+
+    def test_logits(self, data, model):
+        x, probs, labels = data
+        logits = model[1].predict(x, verbose=0)
+        same(read(logits, labels, from_logits=True), probs, labels)
+        same(read(logits + 50.0, labels, from_logits=True), probs, labels)
+        same(read(Stored(logits, True), labels), probs, labels)
+        same(read(Stored(probs, False), labels), probs, labels)
+        refused(
+            "`from_logits` must be True, as the stored outputs say",
+            Stored(logits, True),
+            labels,
+            from_logits=False,
+        )
+        refused("pass from_logits=True", logits, labels)
+        refused("must be False for prob", probs, labels, from_logits=True)
+
+    def test_result_takes_what_the_search_took(self, data, model):
+        x, probs, labels = data
+        logits = model[1].predict(x, verbose=0)
+        result = ProxyTeacherSearch(Recorder(temperature=2.0)).search(
+            logits, labels, from_logits=True
+        )
+        expected = helpers.softmax(logits / 2.0)
+        assert result.correct(logits) == pytest.approx(expected, abs=1e-6)
+        with pytest.raises(ValueError, match="`from_logits` must be False"):
+            result.correct(probs)
+
+    def test_models(self, data, model):
+        x, probs, labels = data
+        same(read(model[0], labels, inputs=x), probs, labels)
+        same(read(model[1], labels, inputs=x, from_logits=True), probs, labels)
+        refused("pass from_logits=True", model[1], labels, inputs=x)
+
+    def test_model_survives_a_mistake(self, data, model):
+        """On JAX an interrupted run would leave it without its weights."""
+        x, probs, labels = data
+        wrong = np.ones((ROWS, 4), "float32")
+        for given in (
+            {"labels": labels, "inputs": wrong},
+            {"labels": iter([(x, labels), (wrong, labels)])},
+        ):
+            with pytest.raises(Exception, match="shape|ncompatible"):
+                read(model[0], **given)
+            assert model[0].predict(x, verbose=0) == pytest.approx(probs)
+
+    def test_sparse_inputs(self, data, model):
+        x, probs, labels = data
+        sparse = scipy.sparse.csr_matrix(x)
+        same(read(model[0], labels, inputs=sparse), probs, labels)
+
+    def test_data_sets(self, data, model):
+        x, probs, labels = data
+        batches = [(x[:16], labels[:16]), (x[16:], labels[16:])]
+        same(read(model[0], iter(batches)), probs, labels)
+        weighted = [(*batch, np.arange(len(batch[1]))) for batch in batches]
+        found = read(model[0], iter(weighted))
+        weights = np.concatenate([np.arange(16), np.arange(24)])
+        kept = weights > 0
+        same(found, probs[kept], labels[kept])
+        assert found.sample_weight == pytest.approx(
+            weights[kept] / weights[kept].mean()
+        )
+
+    def test_tf_data(self, data, model):
+        """Shuffled: outputs and labels come from one pass."""
+        tf = pytest.importorskip("tensorflow")
+        x, _, labels = data
+        pairs = tf.data.Dataset.from_tensor_slices((x, labels))
+        found = read(model[0], pairs.shuffle(ROWS).batch(16))
+        order = [
+            int(np.argmin(np.abs(probs - data[1]).sum(axis=1)))
+            for probs in found.teacher_probs[0]
+        ]
+        assert sorted(order) == list(range(ROWS))
+        assert found.labels.tolist() == labels[order].tolist()
+
+    def test_infinite_data_set(self, data, model):
+        tf = pytest.importorskip("tensorflow")
+        pairs = tf.data.Dataset.from_tensor_slices((data[0], data[2]))
+        refused(
+            "must be a data set that ends", model[0], pairs.batch(4).repeat()
+        )
+
+    def test_py_data_set(self, data, model):
+        x, probs, labels = data
+
+        class Batches(keras.utils.PyDataset):
+            def __len__(self):
+                return 5
+
+            def __getitem__(self, index):
+                part = slice(8 * index, 8 * index + 8)
+                return x[part], labels[part]
+
+        same(read(model[0], Batches()), probs, labels)
+
+    def test_batches_padded_to_different_lengths(self, model):
+        generator = np.random.default_rng(0)
+        batches = [
+            (
+                generator.normal(size=(2, length, 5)).astype("float32"),
+                generator.integers(CLASSES, size=(2, length)),
+            )
+            for length in (3, 4)
+        ]
+        inputs = keras.Input((None, 5))
+        per_token = keras.Model(
+            inputs, keras.layers.Dense(3, "softmax")(inputs)
+        )
+        probs = [per_token.predict(x, verbose=0) for x, _ in batches]
+        same(
+            read(per_token, iter(batches)),
+            np.concatenate([p.reshape(-1, 3) for p in probs]),
+            np.concatenate([y.ravel() for _, y in batches]),
+        )
+
+    def test_dense_prediction(self, data):
+        """Ignored positions may hold anything."""
+        _, probs, labels = data
+        images = probs.reshape(2, 4, 5, CLASSES).copy()
+        masks = labels.reshape(2, 4, 5).copy()
+        same(read(images, masks), probs, labels)
+        masks[0, 1] = 255
+        images[0, 1] = np.nan
+        kept = masks.ravel() != 255
+        found = read(images, masks, ignore_class=255)
+        same(found, probs[kept], labels[kept])
+        refused("must be in .0, 3.*`ignore_class` leaves", images, masks)
+        refused("at least two examples", images, 0 * masks, ignore_class=0)
+
+    @pytest.mark.parametrize("from_logits", [False, True])
+    def test_sigmoid_head(self, from_logits):
+        p = np.linspace(0.05, 0.95, 20)[:, None]
+        outputs = np.log(p / (1 - p)) if from_logits else p
+        labels = np.arange(20) % 2
+        found = read(outputs, labels, from_logits=from_logits)
+        same(found, np.concatenate([1 - p, p], axis=1), labels)
+        assert found.num_classes == 2
+
+    def test_rows_are_divided_by_their_sum(self, data):
+        _, probs, labels = data
+        same(read(1.005 * probs, labels), probs, labels)
+
+
+class TestSeveralTeachers:
+    def test_of_all_kinds(self, data, model):
+        x, probs, labels = data
+        other = helpers.dirichlet(0, ROWS, 5)
+        found = read(
+            [model[1], probs, Stored(np.log(other), True)],
+            labels,
+            inputs=x,
+            from_logits=[True, None, None],
+            num_classes=CLASSES,
+        )
+        for one, expected in zip(
+            found.teacher_probs, (probs, probs, other), strict=True
+        ):
+            assert one == pytest.approx(expected, abs=1e-6)
+        assert found.num_classes == CLASSES
+
+    def test_of_a_data_set(self, data, model):
+        x, probs, labels = data
+        found = read([model[0], model[0]], iter([(x, labels)]))
+        for one in found.teacher_probs:
+            assert one == pytest.approx(probs, abs=1e-6)
+
+    def test_result_takes_a_list(self, data):
+        _, probs, labels = data
+        result = ProxyTeacherSearch(Recorder()).search([probs, probs], labels)
+        assert result.temperature == (2.0, 2.0)
+        assert result.correct([probs, probs]) == pytest.approx(probs, abs=1e-6)
+
+    def test_what_is_refused(self, data, model):
+        x, probs, labels = data
+        two = helpers.dirichlet(0, ROWS, 2)
+        refused("`num_classes` must say how many", [probs, two], labels)
+        refused("for the same examples", [probs, probs[:9]], labels)
+        refused(
+            "one for each teacher", [probs, two], labels, from_logits=[True]
+        )
+        missing = np.where(np.arange(ROWS)[:, None] == 3, np.nan, probs)
+        refused(
+            r"`teacher\[1\]` must not contain NaN.* 1 of 40 rows.* index 3",
+            [probs, missing],
+            labels,
+        )
+        refused(
+            "If all teachers are models", [model[0], probs], iter([(x, labels)])
+        )
+
+
+class TestWeights:
+    def test_have_mean_1(self, data):
+        _, probs, labels = data
+        weights = np.random.default_rng(0).uniform(1.0, 9.0, ROWS)
+        found = read(probs, labels, sample_weight=weights)
+        assert found.sample_weight == pytest.approx(weights / weights.mean())
+        assert read(probs, labels).sample_weight == pytest.approx(1.0)
+
+    def test_rows_of_weight_0_may_hold_anything(self, data):
+        _, probs, labels = data
+        weights = np.ones(ROWS)
+        weights[:10] = 0.0
+        outputs = probs.copy()
+        outputs[:10] = np.nan
+        found = read(outputs, labels, sample_weight=weights)
+        same(found, probs[10:], labels[10:])
+        assert found.sample_weight == pytest.approx(np.ones(30))
+
+    def test_of_images(self, data):
+        _, probs, labels = data
+        found = read(
+            probs.reshape(2, 20, CLASSES),
+            labels.reshape(2, 20),
+            sample_weight=[1.0, 3.0],
+        )
+        assert found.sample_weight == pytest.approx(np.repeat([0.5, 1.5], 20))
+
+    @pytest.mark.parametrize(
+        ("weights", "match"),
+        [
+            (np.full(ROWS, -1.0), "finite numbers of at least 0"),
+            (np.full(ROWS, np.nan), "finite numbers of at least 0"),
+            (np.ones(ROWS - 1), "one weight for each label"),
+            (np.zeros(ROWS), "at least two examples"),
+            ("balanced", "finite numbers of at least 0"),
+        ],
+    )
+    def test_what_is_refused(self, data, weights, match):
+        refused(match, data[1], data[2], sample_weight=weights)
+
+
+class TestWhatIsRefused:
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            (lambda y: y.astype(float), "integers.*dtype float64"),
+            (lambda y: y == 1, "integers.*dtype bool"),
+            (lambda y: np.eye(CLASSES)[y], "integers.*one-hot"),
+            (lambda y: np.eye(CLASSES, dtype=int)[y], "one class for each"),
+            (lambda y: y + 1, r"must be in \[0, 3\)"),
+            (lambda y: y[:-1], "one class for each output"),
+            (lambda y: np.ma.masked_equal(y, 1), "must not be a masked array"),
+            (lambda y: np.array([], int), "not empty"),
+            (lambda y: y.astype(str), "must be integers"),
+        ],
+    )
+    def test_labels(self, data, change, match):
+        refused(match, data[1], change(data[2]))
+
+    def test_one_label(self, data):
+        refused("at least two examples", data[1][:1], data[2][:1])
+
+    def test_teacher_outputs(self, data):
+        _, probs, labels = data
+        masked = np.ma.masked_array(probs, mask=np.zeros(probs.shape, bool))
+        masked.mask[:5] = True
+        refused("`teacher` must not be a masked array", masked, labels)
+        with pytest.raises(ValueError, match="percentages: divide") as error:
+            read(100.0 * probs, labels)
+        assert "from_logits" not in str(error.value)
+        refused("must not contain NaN", np.full((4, 3), np.nan), [0, 1, 2, 0])
+        refused(r"shape \(N, \.\.\., num_classes\)", probs[0], labels)
+
+    def test_inputs(self, data, model):
+        x, probs, labels = data
+        refused("`inputs` must hold the labelled examples", model[0], labels)
+        refused("must be arrays", model[0], labels, inputs=iter([x]))
+        refused("one class for each output", model[0], labels, inputs=x[1:])
+        pairs, weights = iter([(x, labels)]), np.ones(ROWS)
+        refused(
+            "sample_weight. instead", model[0], pairs, sample_weight=weights
+        )
+        refused(r"a data set of \(inputs, labels\)", model[0], iter([x]))
+        refused("at least one batch", model[0], iter([]))
+
+    def test_model_with_two_outputs(self, data):
+        x = keras.Input((5,))
+        heads = [keras.layers.Dense(3, "softmax")(x) for _ in range(2)]
+        two = keras.Model(x, heads)
+        refused("must give one tensor", two, data[2], inputs=data[0])
+
+    @pytest.mark.parametrize(
+        ("keywords", "match"),
+        [
+            ({"verbose": "loud"}, '`verbose` must be 0, 1 or "auto"'),
+            ({"class_names": ["a", "b"]}, "a name for each of 3 classes"),
+            ({"class_names": "abc"}, "a name for each of 3 classes"),
+            ({"ignore_class": 0.5}, "`ignore_class` must be an integer"),
+            ({"num_classes": 1}, "`num_classes` must be an integer of at"),
+            ({"random_sample": "yes"}, "`random_sample` must be True or"),
+            ({"from_logits": "no"}, "`from_logits` must be True or False"),
+        ],
+    )
+    def test_other_arguments(self, data, keywords, match):
+        refused(match, data[1], data[2], **keywords)
+
+    @pytest.mark.parametrize("method", ["grid", RandomSearch, 3])
+    def test_method(self, method):
+        with pytest.raises(ValueError, match="`method` must be"):
+            ProxyTeacherSearch(method)
+
+    def test_seed(self):
+        with pytest.raises(ValueError, match="`seed` must be an integer"):
+            ProxyTeacherSearch(seed=-1)
+
+
+def notes(teacher, labels, correction=None, **keywords):
+    """Return the notes, which are also warnings at the caller's line."""
+    method = Recorder(**(correction or {}))
+    with pytest.warns(UserWarning) as record:
+        result = ProxyTeacherSearch(method).search(teacher, labels, **keywords)
+    assert [str(r.message) for r in record] == list(result.notes)
+    assert {r.filename for r in record} == {__file__}
+    assert all(
+        note in repr(result).replace("\n  ", " ") for note in result.notes
+    )
+    return result.notes
+
+
+class TestNotes:
+    def test_permuted_classes(self):
+        """Its class c is what the labels call order[c]."""
+        truth = helpers.dirichlet(0, 400, 4, 0.3)
+        labels = helpers.draw_labels(truth, 1)
+        (note,) = notes(
+            truth[:, [1, 2, 0, 3]], labels, class_names="a b c d".split()
+        )
+        assert "classes of the teacher seem permuted" in note
+        assert "if its class a is b, b is c, c is a. Check" in note
+
+    def test_overconfident_teacher_that_is_mostly_right(self):
+        truth = helpers.dirichlet(0, 400, 4, 0.3)
+        labels = helpers.draw_labels(truth, 1)
+        sharp = truth**8 / (truth**8).sum(axis=1, keepdims=True)
+        assert -np.log(sharp[np.arange(400), labels]).mean() > np.log(4)
+        result = ProxyTeacherSearch(Recorder()).search(sharp, labels)
+        assert result.notes == ()
+
+    @pytest.mark.parametrize("classes", [2, 3, 10])
+    def test_balanced_labels(self, classes):
+        """Of a population that is mostly class 0."""
+        prior = np.r_[0.8, np.full(classes - 1, 0.2 / (classes - 1))]
+        labels = np.repeat(np.arange(classes), 130)
+        x = np.random.default_rng(0).normal(size=(len(labels), classes))
+        logits = np.log(prior) + 1.5 * (x + 1.5 * np.eye(classes)[labels])
+        teacher = helpers.softmax(logits)
+        (note,) = notes(teacher, labels)
+        assert "balanced by class (130 to 130 per class)" in note
+        assert "random sample" in note
+        weights = prior[labels]
+        weighted = ProxyTeacherSearch(Recorder()).search(
+            teacher, labels, sample_weight=weights
+        )
+        assert weighted.notes == ()
+
+    def test_random_samples_are_not_called_balanced(self):
+        """Neither from an even nor from an uneven population."""
+        said = 0
+        for seed in range(20):
+            truth = helpers.dirichlet(seed, 300, 3, 0.5)
+            labels = helpers.draw_labels(truth, seed)
+            biased = helpers.skewed(truth, [1.0, 0.3, 0.3])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                result = ProxyTeacherSearch(Recorder()).search(biased, labels)
+            said += len(result.notes)
+        assert said <= 3
+
+    def test_kept_classes(self):
+        teacher = helpers.dirichlet(0, 200, 4)
+        teacher[:, 3] *= 3
+        teacher /= teacher.sum(axis=1, keepdims=True)
+        labels = helpers.draw_labels(teacher[:, :3], 0)
+        share = 100 * teacher[:, 3].mean()
+        (note,) = notes(
+            teacher,
+            labels,
+            {"kept_classes": (3,)},
+            class_names=["a", "b", "c", "rare"],
+        )
+        assert note.startswith("1 of 4 classes have no label")
+        assert f"(rare; together {share:.1f} %" in note
+
+
+@pytest.mark.parametrize(
+    ("verbose", "seconds", "shown"),
+    [
+        ("auto", 4.0, True),
+        ("auto", 1.0, False),
+        (0, 4.0, False),
+        (1, 1.0, True),
+    ],
+)
+def test_progress_bar(data, monkeypatch, capsys, verbose, seconds, shown):
+    clock = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    class Slow(Recorder):
+        def run(self, examples, progress):
+            progress(1, 3)
+            clock[0] += seconds
+            progress(2, 3)
+            progress(3, 3)
+            return super().run(examples, lambda *_: None)
+
+    result = ProxyTeacherSearch(Slow()).search(
+        data[1], data[2], verbose=verbose
+    )
+    assert result.seconds == seconds
+    assert ("3/3" in capsys.readouterr().out) is shown
