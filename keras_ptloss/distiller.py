@@ -174,7 +174,7 @@ class Distiller(keras.Model):
             hard_label_weight=0.0,
             weight_variable=keras.Variable(0.0, trainable=False),
             given_metrics=teacher_metrics,
-            teacher_metrics=None,
+            compiled_metrics=None,
             all_metrics=(),
         )
         self.student = student
@@ -209,7 +209,13 @@ class Distiller(keras.Model):
 
     def __dir__(self) -> list[str]:
         """Leave out the teacher: Keras saves every model that `dir` shows."""
-        return [name for name in super().__dir__() if name != "teacher"]
+        hidden = {"teacher", "teacher_metrics"}
+        return [name for name in super().__dir__() if name not in hidden]
+
+    @property
+    def teacher_metrics(self) -> Any:
+        """The metrics of teacher and student as given, or None."""
+        return self._hidden.given_metrics
 
     @property
     def teacher(self) -> Any:
@@ -329,11 +335,11 @@ class Distiller(keras.Model):
             shown = last_layer(self.student)[2]
             from_logits = getattr(loss, "from_logits", shown)
             of_teacher = [TeacherAgreement(from_logits=bool(from_logits))]
-        hidden.teacher_metrics = None
+        hidden.compiled_metrics = None
         super().compile(
             optimizer, loss, loss_weights, metrics, weighted_metrics, **kwargs
         )
-        hidden.teacher_metrics = _compiled(of_teacher)
+        hidden.compiled_metrics = _compiled(of_teacher)
         hidden.all_metrics = (*of_teacher, *of_labels)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
@@ -484,7 +490,7 @@ class Distiller(keras.Model):
     @property
     def metrics(self) -> list[Any]:
         """The compiled metrics; those of teacher and student come last."""
-        of_teacher = self._hidden.teacher_metrics
+        of_teacher = self._hidden.compiled_metrics
         return super().metrics + ([] if of_teacher is None else [of_teacher])
 
     def compute_metrics(
@@ -493,7 +499,7 @@ class Distiller(keras.Model):
         """Update and return the metrics that the batch has data for."""
         y = y if isinstance(y, Targets) else Targets(y, None)
         sample_weight = _per_position(sample_weight, y_pred)
-        of_teacher, seen = self._hidden.teacher_metrics, []
+        of_teacher, seen = self._hidden.compiled_metrics, []
         for metric in self.metrics:
             if metric is of_teacher:
                 if y.teacher_probs is None:
