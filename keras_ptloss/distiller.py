@@ -16,20 +16,11 @@ from keras_ptloss._backend import (
     replicas,
     weights_given_back,
 )
-from keras_ptloss._checks import (
-    as_floats,
-    check_classes,
-    check_number,
-    fail,
-    one_tensor,
-    output_shape,
-)
+from keras_ptloss._checks import check_classes, check_number, fail, one_tensor
 from keras_ptloss._keras import supports_jit
 from keras_ptloss._math import two_events
 from keras_ptloss.losses.base import expand_weights
 from keras_ptloss.metrics import (
-    BrierScore,
-    ExpectedCalibrationError,
     TeacherAgreement,
     TeacherMetric,
 )
@@ -38,22 +29,9 @@ Tensor = Any
 
 __all__ = ["Distiller"]
 
-# What these activations give: logits (True) or probabilities (False).
-HEADS = {
-    "linear": True,
-    "softmax": False,
-    "sparsemax": False,
-    "sigmoid": False,
-    "hard_sigmoid": False,
-}
-# Layers whose linear outputs are logits.
-DENSE_LAYERS = (
-    keras.layers.Dense,
-    keras.layers.EinsumDense,
-    keras.layers.Conv1D,
-    keras.layers.Conv2D,
-    keras.layers.Conv3D,
-)
+FIXED = {"student", "student_inputs", "teacher_inputs", "teacher_from_logits"}
+FIXED |= {"teacher_metrics", "hard_label_loss"}
+PROBABILITIES = ("softmax", "sparsemax", "sigmoid", "hard_sigmoid")
 
 
 class Targets(NamedTuple):
@@ -64,10 +42,7 @@ class Targets(NamedTuple):
 
 
 def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap one of Keras's methods: check its data and protect the weights.
-
-    On JAX an interrupted run would leave the models without their weights.
-    """
+    """Wrap one of Keras's methods: check its data and protect the weights."""
 
     @functools.wraps(method)
     def run(self: "Distiller", *args: Any, **kwargs: Any) -> Any:
@@ -78,14 +53,9 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
                 "otherwise. If there are no labels, pass zeros as `y` and use "
                 "no metrics of labels. Received: y=None"
             )
-        for model in (self.student, *self._hidden.teachers):
-            task = getattr(model, "preprocessor", None) is not None
-            if task and _has_texts(given.get("x")):
-                raise ValueError(
-                    "`x` must hold the outputs of the preprocessor, because a "
-                    "Distiller does not preprocess texts: "
-                    "x = student.preprocessor(texts). Received: x with texts"
-                )
+        if getattr(self.student, "preprocessor", None) is not None:
+            _refuse_texts(given.get("x"))
+        # On JAX an interrupted run would take the models' weights with it.
         with weights_given_back(self):
             return method(self, *args, **kwargs)
 
@@ -96,16 +66,15 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
 class Distiller(keras.Model):
     """Train a student on the outputs of one or more frozen teachers.
 
-    Each training or test step runs the teacher on the batch, in inference mode
-    and without gradients. Its probabilities are the `y_true` of the compiled
-    loss. Everything else is Keras's own training of the student: dtype
-    policies, sample weights, masks, regularisers, callbacks, `tf.data` and
-    distribution over devices.
+    Each step runs the teacher on the batch, in inference mode and without
+    gradients. Its probabilities are the `y_true` of the compiled loss. The rest
+    is Keras's own training of the student: dtype policies, sample weights,
+    masks, regularisers, callbacks, `tf.data` and distribution over devices.
 
-    `fit` takes `x`, or `(x, y)` with true labels `y`. Labels are for the
-    compiled metrics, and for the `hard_label_loss` if there is one.
-    `teacher_metrics` compare the student with the teacher and need no labels.
-    A metric of labels is not reported for data without labels.
+    `fit` takes `x`, or `(x, y)` with true labels `y` for the compiled metrics
+    and for `hard_label_loss`. `teacher_metrics` compare the student with the
+    teacher and need no labels. A metric of labels is not reported for data
+    without labels.
 
     The teacher never changes, and it is not saved. Set it again after loading:
 
@@ -113,11 +82,10 @@ class Distiller(keras.Model):
         distiller.teacher = teacher
 
     `teacher`, `teacher_weights` and `hard_label_weight` can be set at any time,
-    also in a callback, and hold from the next step on. Annealing
-    `hard_label_weight` is cheap; a change of the others compiles the step
-    again. The other arguments are fixed.
+    also in a callback, and hold from the next step on. The other arguments are
+    fixed.
 
-    If the teacher is behind an API, or is slow, store its outputs and fit the
+    If the teacher is slow or behind an API, store its outputs and fit the
     student on them. That needs no distiller.
 
     Args:
@@ -125,28 +93,27 @@ class Distiller(keras.Model):
         teacher: a built Keras model, or a list of them. The target is the
             weighted mean of their probabilities; or, with the loss of a search
             among several teachers, all of them side by side.
-        teacher_from_logits: whether the teacher gives logits; of several
-            teachers one flag, or a list of flags. None reads it off the last
-            layer: softmax or one sigmoid output means probabilities, a dense
-            layer without activation means logits.
+        teacher_from_logits: whether the teacher gives logits; a list of flags
+            for several teachers. None reads it off the last layer: softmax or
+            one sigmoid output means probabilities, a dense layer without
+            activation means logits.
         teacher_weights: one non-negative number per teacher, for the mean. None
-            weights all teachers equally. A teacher of weight 0 is not run.
-        student_inputs: the key of the student's inputs in `x`, if `x` is a dict
-            and the models take different inputs.
+            weights all equally. A teacher of weight 0 is not run.
+        student_inputs: the key of the student's inputs, if `x` is a dict and
+            the models take different inputs.
         teacher_inputs: the key of the teacher's inputs.
-        hard_label_loss: a `keras.losses.Loss` of true labels and student
-            outputs.
+        hard_label_loss: a `keras.losses.Loss` of true labels.
         hard_label_weight: its weight w, from 0 to 1. The total loss is
             `w * hard_label_loss + (1 - w) * loss`.
         teacher_metrics: Keras metrics whose `y_true` is the teacher's
-            probabilities, such as `KLToTeacher`; None means
-            `[TeacherAgreement()]`. If the loss corrects the teacher, they
-            compare the student with the corrected teacher.
+            probabilities; None means `[TeacherAgreement()]`. If the loss
+            corrects the teacher, they get the corrected probabilities.
         **kwargs: arguments of `keras.Model`.
 
     Raises:
-        ValueError: if an argument has another form, or if the last layer of a
-            model shows that it gives something else than the arguments say.
+        ValueError: if an argument has another form; in the first step, if the
+            last layer of a model contradicts the arguments, or if the models do
+            not fit the loss.
 
     Example:
         >>> import keras, numpy as np
@@ -173,15 +140,6 @@ class Distiller(keras.Model):
     train_on_batch = _checked(keras.Model.train_on_batch)
     test_on_batch = _checked(keras.Model.test_on_batch)
 
-    _fixed = (
-        "student",
-        "teacher_from_logits",
-        "student_inputs",
-        "teacher_inputs",
-        "hard_label_loss",
-    )
-    _properties = ("teacher", "teacher_weights", "hard_label_weight")
-
     def __init__(
         self,
         *,
@@ -202,38 +160,36 @@ class Distiller(keras.Model):
             if getattr(type(student), name) is not getattr(keras.Model, name):
                 raise ValueError(
                     f"`student` must not have a `{name}` of its own, because "
-                    "the Distiller would not call it. Received: student="
+                    "the Distiller does not call it. Received: student="
                     f"{student.name!r} of class {type(student).__name__}"
                 )
-        if hard_label_loss is not None:
-            if not isinstance(hard_label_loss, keras.losses.Loss):
-                fail("hard_label_loss", "a keras.losses.Loss", hard_label_loss)
-            if hard_label_weight is None:
-                fail("hard_label_weight", "a number from 0 to 1", None)
         # The student's policy scales losses as if it were trained alone. Inputs
-        # reach both models unchanged, and each casts them for itself.
-        arguments = {
-            "name": "distiller",
-            "dtype": student.dtype_policy,
-            "autocast": False,
-        }
-        super().__init__(**{**arguments, **kwargs})
-        # What Keras would track, train or save if it saw it.
+        # reach the models unchanged; each casts them for itself.
+        policy = {"dtype": student.dtype_policy, "autocast": False}
+        super().__init__(**{"name": "distiller", **policy, **kwargs})
+        # What Keras would track, train and save if it saw it.
         self._hidden = types.SimpleNamespace(
             teachers=(),
-            flags=(),
             teacher_weights=None,
             hard_label_weight=0.0,
             weight_variable=keras.Variable(0.0, trainable=False),
             given_metrics=teacher_metrics,
             compiled_metrics=None,
+            all_metrics=(),
         )
         self.student = student
         self.teacher_from_logits = teacher_from_logits
         self.student_inputs = student_inputs
         self.teacher_inputs = teacher_inputs
         self.hard_label_loss = hard_label_loss
-        self.hard_label_weight = hard_label_weight or 0.0
+        if (hard_label_loss is None) != (hard_label_weight is None):
+            fail(
+                "hard_label_weight",
+                "given together with `hard_label_loss`, a keras.losses.Loss",
+                hard_label_weight,
+            )
+        if hard_label_loss is not None:
+            self.hard_label_weight = hard_label_weight
         self.teacher_weights = teacher_weights
         if teacher is not None:
             self.teacher = teacher
@@ -241,20 +197,25 @@ class Distiller(keras.Model):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; refuse arguments that cannot change."""
-        if name in self._fixed and hasattr(self, name):
+        if name in FIXED and hasattr(self, name):
             raise AttributeError(
                 f"`{name}` of a Distiller cannot be changed. Build a new "
                 f"Distiller. Received: {name}={value!r}"
             )
-        if name in self._properties:
-            # Keras would take a teacher for a layer, to be trained and saved.
+        if name == "teacher":  # Keras would track it, as a layer to train.
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
         """Leave out the teacher: Keras saves every model that `dir` shows."""
-        return [name for name in super().__dir__() if name != "teacher"]
+        hidden = {"teacher", "teacher_metrics"}
+        return [name for name in super().__dir__() if name not in hidden]
+
+    @property
+    def teacher_metrics(self) -> Any:
+        """The metrics of teacher and student as given, or None."""
+        return self._hidden.given_metrics
 
     @property
     def teacher(self) -> Any:
@@ -264,47 +225,37 @@ class Distiller(keras.Model):
 
     @teacher.setter
     def teacher(self, teacher: Any) -> None:
-        several = isinstance(teacher, (list, tuple))
-        models = tuple(teacher) if several else (teacher,)
-        flags = self.teacher_from_logits
-        if not isinstance(flags, (list, tuple)):
-            flags = [flags] * len(models)
-        if len(flags) != len(models) or not models:
-            fail(
-                "teacher_from_logits",
-                f"None, one flag, or a list of {len(models)} flags",
-                self.teacher_from_logits,
-            )
-        flags = [
-            _check_teacher(model, self.student, flag)
-            for model, flag in zip(models, flags, strict=True)
-        ]
-        _check_number_of_teachers(self.loss, models, self.teacher_weights)
-        self._sync()
-        self._hidden.teachers, self._hidden.flags = models, tuple(flags)
-        # Keras reads it for jit_compile="auto", and does not see the teacher.
+        models = teacher if isinstance(teacher, (list, tuple)) else [teacher]
+        for model in models:
+            if not isinstance(model, keras.Model) or model is self.student:
+                raise ValueError(
+                    "`teacher` must be a Keras model other than the student, "
+                    "or a list of them. For a teacher behind an API, store its "
+                    "outputs (SoftLabels) and fit the student on them. "
+                    f"Received: teacher={teacher!r}"
+                )
+            if not model.built:
+                raise ValueError(
+                    "`teacher` must be built and trained. Call it on a batch, "
+                    "then load its weights. Received: teacher="
+                    f"{model.name!r}, which has no weights yet"
+                )
+        self._change(teachers=tuple(models))
+        # Keras asks it for jit_compile="auto", and does not see the teacher.
         self.supports_jit = all(map(supports_jit, models))
-        self._compile_again()
 
     @property
-    def teacher_weights(self) -> list[float] | None:
+    def teacher_weights(self) -> Any:
         """The weights of the teachers in their mean, or None."""
-        weights = self._hidden.teacher_weights
-        return None if weights is None else list(weights)
+        return self._hidden.teacher_weights
 
     @teacher_weights.setter
     def teacher_weights(self, weights: Any) -> None:
         if weights is not None:
-            expected = "finite non-negative numbers, not all 0"
-            values = as_floats("teacher_weights", weights, expected)
-            total = values.sum()
-            if values.ndim != 1 or values.min() < 0 or not 0 < total < np.inf:
-                fail("teacher_weights", expected, weights)
-            weights = tuple(values.tolist())
-        _check_number_of_teachers(self.loss, self._hidden.teachers, weights)
-        self._sync()
-        self._hidden.teacher_weights = weights
-        self._compile_again()
+            weights = [float(weight) for weight in weights]
+            if not 0.0 < sum(weights) < np.inf or min(weights) < 0.0:
+                fail("teacher_weights", "numbers >= 0, not all 0", weights)
+        self._change(teacher_weights=weights)
 
     @property
     def hard_label_weight(self) -> float:
@@ -314,34 +265,25 @@ class Distiller(keras.Model):
     @hard_label_weight.setter
     def hard_label_weight(self, weight: float) -> None:
         if isinstance(weight, keras.Variable):
-            fail(
-                "hard_label_weight",
-                "a number. To change it later, set distiller.hard_label_weight",
-                weight,
-            )
+            advice = "a number. Set distiller.hard_label_weight to change it"
+            fail("hard_label_weight", advice, weight)
         weight = check_number("hard_label_weight", weight, at_least=0.0)
-        if weight > 1.0:
-            fail("hard_label_weight", "at most 1", weight)
-        if weight and self.hard_label_loss is None:
-            raise ValueError(
-                "`hard_label_loss` must be a Keras loss if `hard_label_weight` "
-                f"is above 0. Received: hard_label_weight={weight}"
-            )
-        self._sync()
-        # A step with weight 0 or 1 leaves one of the two losses out.
-        other_step = {weight, self._hidden.hard_label_weight} & {0.0, 1.0}
-        self._hidden.hard_label_weight = weight
+        if weight > 1.0 or (weight and self.hard_label_loss is None):
+            expected = "from 0 to 1, and 0 without a `hard_label_loss`"
+            fail("hard_label_weight", expected, weight)
+        self._change(hard_label_weight=weight)
         self._hidden.weight_variable.assign(weight)
-        if other_step:
-            self._compile_again()
 
-    def _sync(self) -> None:
-        """Write the state of a running JAX epoch back into the variables."""
+    def _change(self, **setting: Any) -> None:
+        """Change a setting, also between two steps of a running `fit`."""
         if keras.config.backend() == "jax":
             self.jax_state_sync()
-
-    def _compile_again(self) -> None:
-        """Replace compiled steps, which hold settings that have changed."""
+        (old,) = (getattr(self._hidden, name) for name in setting)
+        (new,) = setting.values()
+        vars(self._hidden).update(setting)
+        # A weight between 0 and 1 is a variable of the compiled step.
+        if isinstance(new, float) and 0.0 < old < 1.0 and 0.0 < new < 1.0:
+            return
         if self.train_function is not None:
             self.make_train_function(force=True)
         if self.test_function is not None:
@@ -351,7 +293,7 @@ class Distiller(keras.Model):
     def non_trainable_variables(self) -> list[Any]:
         """The variables of the student, then those of the teachers, each once.
 
-        On JAX, a compiled step must be given every variable that it reads.
+        A compiled step of JAX must be given every variable that it reads.
         """
         variables = [
             *super().non_trainable_variables,
@@ -371,45 +313,34 @@ class Distiller(keras.Model):
     ) -> None:
         """Configure training; arguments as in `keras.Model.compile`.
 
-        Args:
-            optimizer: as in Keras.
-            loss: a loss whose `y_true` is the teacher's probabilities.
-            loss_weights: a number that multiplies the loss.
-            metrics: metrics of true labels.
-            weighted_metrics: the same, with sample weights.
-            **kwargs: as in Keras.
-
-        Raises:
-            ValueError: if the loss is for other teachers, or if it, the
-                hard-label loss or a metric was told to expect logits and the
-                student gives probabilities, or the other way round.
+        The `loss` gets the teacher's probabilities as `y_true`, the metrics get
+        true labels.
         """
-        loss = _only_one("loss", loss)
-        loss_weights = _only_one("loss_weights", loss_weights)
+        loss, *others = keras.tree.flatten(loss)
+        if others:
+            fail("loss", "one, because the student has one output", others)
+        (loss_weights,) = keras.tree.flatten(loss_weights)
         if isinstance(loss_weights, keras.Variable):
             fail("loss_weights", "a number, which cannot change", loss_weights)
-        hidden = self._hidden
-        _check_number_of_teachers(loss, hidden.teachers, self.teacher_weights)
-        from_logits = getattr(loss, "from_logits", None)
-        gives = check_head("student", self.student, from_logits, "from_logits")
-        check_head(
-            "student",
-            self.student,
-            getattr(self.hard_label_loss, "from_logits", None),
-            "hard_label_loss.from_logits",
-        )
-        from_logits = gives if from_logits is None else from_logits
-        of_teacher = hidden.given_metrics
-        if of_teacher is None:
-            of_teacher = [TeacherAgreement(from_logits=bool(from_logits))]
         of_labels = keras.tree.flatten([metrics, weighted_metrics])
-        for metric in (*of_teacher, *of_labels):
-            _check_metric(metric, from_logits, metric in of_labels)
+        if any(isinstance(metric, TeacherMetric) for metric in of_labels):
+            fail(
+                "metrics",
+                "metrics of true labels. Pass those of the teacher as "
+                "Distiller(teacher_metrics=[...])",
+                metrics,
+            )
+        hidden, of_teacher = self._hidden, self._hidden.given_metrics
+        if of_teacher is None:
+            shown = last_layer(self.student)[2]
+            from_logits = getattr(loss, "from_logits", shown)
+            of_teacher = [TeacherAgreement(from_logits=bool(from_logits))]
         hidden.compiled_metrics = None
         super().compile(
             optimizer, loss, loss_weights, metrics, weighted_metrics, **kwargs
         )
         hidden.compiled_metrics = _compiled(of_teacher)
+        hidden.all_metrics = (*of_teacher, *of_labels)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as the saved distiller was compiled."""
@@ -438,12 +369,13 @@ class Distiller(keras.Model):
         """Return the arguments of a step, with `Targets` in place of `y`."""
         *states, data = step
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        values: list[tuple[Any, Tensor]] = []
-        for trainable, non_trainable, *_ in states:  # on JAX
-            values += zip(self.trainable_variables, trainable, strict=True)
-            variables = self.non_trainable_variables
-            values += zip(variables, non_trainable, strict=True)
-        if states:
+        if states:  # JAX hands over the values of the variables.
+            ours = (self.trainable_variables, self.non_trainable_variables)
+            values = [
+                pair
+                for variables, state in zip(ours, states[0], strict=False)
+                for pair in zip(variables, state, strict=True)
+            ]
             with keras.StatelessScope(state_mapping=values):
                 y = self._targets(x, y)
         else:
@@ -451,56 +383,73 @@ class Distiller(keras.Model):
         return *states, keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
 
     def _targets(self, x: Any, labels: Any) -> Targets:
-        """Return the labels and the teacher's probabilities on a batch."""
+        """Return the labels, and the teacher's probabilities of a batch."""
         if self.hard_label_weight and labels is None:
             raise ValueError(
                 "`y` must hold labels if `hard_label_weight` is above 0. "
                 f"Received: y=None, hard_label_weight={self.hard_label_weight}"
             )
         models = self._hidden.teachers
-        if not models:
-            if self.hard_label_weight == 1.0:
-                return Targets(labels, None)
+        if not models and self.hard_label_weight < 1.0:
             raise ValueError(
                 "`teacher` must be set before fit or evaluate. A loaded "
                 "distiller has none: set distiller.teacher = model. Received: "
                 "teacher=None"
             )
+        if not models:
+            return Targets(labels, None)
+        counts = getattr(self.loss, "teacher_classes", None) or ()
+        several = len(counts) > 1  # side by side
+        weights = self.teacher_weights or [1.0] * len(models)
+        if len(weights) != len(models) or (several and self.teacher_weights):
+            expected = f"one number for each of {len(models)} teachers, or None"
+            expected += " with a loss of several teachers"
+            fail("teacher_weights", expected, self.teacher_weights)
+        flags = self.teacher_from_logits
+        if not isinstance(flags, (list, tuple)):
+            flags = [flags] * len(models)
         if self.teacher_inputs is not None:
             x = x[self.teacher_inputs]
-        weights = self.teacher_weights or [1.0] * len(models)
-        kept = [k for k, weight in enumerate(weights) if weight]
-        probs = []
-        with no_gradient():
-            for k in kept:
-                _check_shares_no_weight(models[k], self.student)
-                outputs = one_tensor("teacher", models[k](x, training=False))
-                outputs = two_events(
-                    ops.cast(outputs, "float32"),
-                    from_logits=self._hidden.flags[k],
+        probs = [
+            (weight / sum(weights), self._probs(model, flag, x))
+            for model, flag, weight in zip(models, flags, weights, strict=True)
+            if weight
+        ]
+        if not several:
+            return Targets(labels, sum(weight * p for weight, p in probs))
+        received = tuple(p.shape[-1] for _, p in probs)
+        if received != tuple(counts):
+            fail("teacher", f"the teachers of the loss, {counts}", received)
+        return Targets(labels, ops.concatenate([p for _, p in probs], axis=-1))
+
+    def _probs(
+        self, teacher: keras.Model, from_logits: bool | None, x: Any
+    ) -> Tensor:
+        """Return a teacher's probabilities, `(..., C)`."""
+        own = {id(weight) for weight in teacher.weights}
+        for weight in self.student.trainable_weights:
+            if id(weight) in own:
+                raise ValueError(
+                    "`teacher` must share no trainable weight with the student "
+                    "(keras.models.clone_model copies a model, and "
+                    "trainable=False freezes shared layers). Received: "
+                    f"teacher={teacher.name!r}, which shares {weight.path!r}"
                 )
-                if self._hidden.flags[k]:
-                    outputs = ops.softmax(outputs, axis=-1)
-                probs.append(ops.stop_gradient(outputs))
-        counts = getattr(self.loss, "teacher_classes", None)
-        received = tuple(p.shape[-1] for p in probs)
-        if counts is not None:
-            counts = counts if len(counts) > 1 else counts * len(probs)
-            if None not in received and received != tuple(counts):
-                fail(
-                    "teacher",
-                    f"the teachers that the loss is for, of {counts} classes",
-                    received,
-                )
-            if len(self.loss.teacher_classes) > 1:
-                return Targets(labels, ops.concatenate(probs, axis=-1))
-        if len(set(received)) > 1:
-            fail("teacher", "models with the same number of classes", received)
-        total = sum(weights)
-        mean = sum(
-            p * (weights[k] / total) for k, p in zip(kept, probs, strict=True)
+        shown = check_head(
+            "teacher", teacher, from_logits, "teacher_from_logits"
         )
-        return Targets(labels, mean)
+        from_logits = shown if from_logits is None else from_logits
+        if from_logits is None:
+            expected = "True or False, because the last layer of the teacher "
+            expected += "does not show whether it gives logits or probabilities"
+            fail("teacher_from_logits", expected, None)
+        with no_gradient():
+            outputs = one_tensor("teacher", teacher(x, training=False))
+            outputs = ops.cast(outputs, "float32")
+            probs = two_events(outputs, from_logits=from_logits)
+            if from_logits:
+                probs = ops.softmax(probs, axis=-1)
+        return ops.stop_gradient(probs)
 
     def compute_loss(
         self,
@@ -510,20 +459,15 @@ class Distiller(keras.Model):
         sample_weight: Any = None,
         training: bool = True,
     ) -> Any:
-        """Return the total loss of a batch, a scalar.
-
-        Args:
-            x: the batch.
-            y: `Targets`; or true labels or None, and the teacher is run on `x`.
-            y_pred: the student's outputs.
-            sample_weight: one weight per example or per position.
-            training: whether it is a training step.
-        """
-        if not isinstance(y, Targets):
-            # Keras is building what is not built yet, such as metrics.
+        """Return the total loss of a batch, a scalar; `y` may be `Targets`."""
+        if not isinstance(y, Targets):  # Keras builds what is not built yet.
             y = self._targets(x, y)
             self.compute_metrics(x, y, y_pred, sample_weight)
         one_tensor("student", y_pred)
+        parts = (self.loss, self.hard_label_loss, *self._hidden.all_metrics)
+        flags = {getattr(part, "from_logits", None) for part in parts}
+        for flag in flags - {None} or flags:
+            check_head("student", self.student, flag, "from_logits")
         sample_weight = _per_position(sample_weight, y_pred)
         weight, hard, own = self.hard_label_weight, 0.0, 0.0
         if weight:
@@ -531,11 +475,6 @@ class Distiller(keras.Model):
             own = sum(ops.sum(loss) for loss in self.losses) / replicas()
         if weight == 1.0:
             return hard + own
-        if self.loss is None and not weight and not self.losses:
-            raise ValueError(
-                "`loss` must be passed to `compile`, because the student has "
-                "no losses of its own. Received: loss=None"
-            )
         target = y.teacher_probs
         if getattr(self.loss, "teacher_classes", None) is None:
             if (target.shape[-1], y_pred.shape[-1]) == (2, 1):
@@ -544,7 +483,7 @@ class Distiller(keras.Model):
         total = super().compute_loss(x, target, y_pred, sample_weight, training)
         if not weight:
             return total
-        # The student's own losses, which `total` holds too, count in full.
+        # The student's own losses are in `total`. They count in full.
         weight = ops.convert_to_tensor(self._hidden.weight_variable)
         return weight * hard + (1.0 - weight) * (total - own) + own
 
@@ -557,56 +496,46 @@ class Distiller(keras.Model):
     def compute_metrics(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
     ) -> dict[str, Any]:
-        """Update the metrics that the batch has data for; return their values.
-
-        Args:
-            x: the batch.
-            y: `Targets`, or true labels.
-            y_pred: the student's outputs.
-            sample_weight: one weight per example or per position.
-        """
+        """Update and return the metrics that the batch has data for."""
         y = y if isinstance(y, Targets) else Targets(y, None)
         sample_weight = _per_position(sample_weight, y_pred)
-        of_teacher = self._hidden.compiled_metrics
-        unseen = []
-        if y.teacher_probs is None:
-            unseen.append(of_teacher)
-        elif of_teacher is not None:
-            probs = _corrected(self.loss, y.teacher_probs)
-            of_teacher.update_state(probs, y_pred, sample_weight)
-        if y.labels is None:
-            of_labels = (m for m in self.metrics if m is not of_teacher)
-            unseen += [m for m in of_labels if m.name == "compile_metrics"]
-        else:
-            for metric in self.metrics:
+        of_teacher, seen = self._hidden.compiled_metrics, []
+        for metric in self.metrics:
+            if metric is of_teacher:
+                if y.teacher_probs is None:
+                    continue
+                probs = _corrected(self.loss, y.teacher_probs)
+                metric.update_state(probs, y_pred, sample_weight)
+            elif metric.name == "compile_metrics":
+                if y.labels is None:
+                    continue
                 # "accuracy" waits for labels, to know which kind it is. They
                 # may come after TensorFlow has compiled the step.
-                if not getattr(metric, "built", True):
+                if not metric.built:
                     build = functools.partial(metric.build, y.labels, y_pred)
                     outside_of_step(build)
-            super().compute_metrics(x, y.labels, y_pred, sample_weight)
-        return _results(m for m in self.metrics if m not in unseen)
+                metric.update_state(y.labels, y_pred, sample_weight)
+            seen.append(metric)
+        return _results(seen)
 
     def get_metrics_result(self) -> dict[str, Any]:
-        """Return the values of the metrics that have seen data."""
+        """Return the values of the metrics by name."""
         return _results(self.metrics)
 
     def get_config(self) -> dict[str, Any]:
-        """Return the arguments that build the distiller, without the teacher."""
+        """Return the arguments that build the distiller without a teacher."""
         serialize = keras.saving.serialize_keras_object
         metrics = self._hidden.given_metrics
-        flags = self.teacher_from_logits
         return {
             **super().get_config(),
             "student": serialize(self.student),
-            "teacher_from_logits": flags
-            if flags is None
-            else np.array(flags).tolist(),
+            "teacher_from_logits": self.teacher_from_logits,
             "teacher_weights": self.teacher_weights,
             "student_inputs": self.student_inputs,
             "teacher_inputs": self.teacher_inputs,
             "hard_label_loss": serialize(self.hard_label_loss),
-            "hard_label_weight": self.hard_label_weight,
+            "hard_label_weight": self.hard_label_loss
+            and self.hard_label_weight,
             "teacher_metrics": metrics and [serialize(m) for m in metrics],
         }
 
@@ -623,10 +552,40 @@ class Distiller(keras.Model):
         return cls(**config)
 
 
+def last_layer(model: Any) -> tuple[str | None, int | None, bool | None]:
+    """Return what the last layer of a model shows.
+
+    Returns:
+        The name of its activation, if it is one of Keras's; the number of
+        outputs; and whether these are logits. Each is None if it does not show.
+    """
+    layer = model
+    while isinstance(layer, keras.Model):
+        if isinstance(layer, keras.Sequential):
+            layer = layer.layers[-1] if layer.layers else None
+        else:
+            # An output may also be of an operation, which is no layer.
+            names = getattr(layer, "output_names", ())
+            layers = {each.name: each for each in layer.layers}
+            layer = layers.get(names[0]) if len(names) == 1 else None
+    columns = getattr(layer, "units", None)
+    if columns is None and isinstance(model, keras.Model) and model.built:
+        columns = getattr(model, "output_shape", (None,))[-1]
+    # A layer such as Softmax or ReLU is an activation itself.
+    activation = getattr(layer, "activation", None)
+    name = getattr(activation, "__name__", type(layer).__name__.lower())
+    if name == "linear":
+        layers = keras.layers
+        dense = (layers.Dense, layers.EinsumDense, layers.Conv1D, layers.Conv2D)
+        return None, columns, isinstance(layer, dense) or None
+    name = name if name in dir(keras.activations) else None
+    return name, columns, False if name in PROBABILITIES else None
+
+
 def check_head(
     argument: str, model: keras.Model, from_logits: bool | None, flag: str
 ) -> bool | None:
-    """Check a model's last layer against what is said of its outputs.
+    """Check a model's last layer; return whether it shows that it gives logits.
 
     Args:
         argument: `teacher` or `student`, for errors.
@@ -634,162 +593,32 @@ def check_head(
         from_logits: whether its outputs are said to be logits, or None.
         flag: the name of the argument that says so, for errors.
 
-    Returns:
-        True if the last layer gives logits, False if it gives probabilities,
-        None if it does not show.
-
     Raises:
         ValueError: if the outputs are no distribution over classes, or not what
             `from_logits` says.
     """
-    name, columns = _last_activation(model)
-    gives = HEADS.get(name)
+    name, columns, shown = last_layer(model)
     received = f"Received: {argument}={model.name!r}, {flag}={from_logits}"
     if name in ("sigmoid", "hard_sigmoid") and columns not in (1, None):
         raise ValueError(
-            f"`{argument}` must give one distribution over the classes, and it "
-            f"ends in {columns} independent sigmoids. To distil those, fit the "
-            "student on the teacher's outputs with "
+            f"`{argument}` must give probabilities of one class among several, "
+            f"and it ends in {columns} independent sigmoids. To distil those, "
+            "fit the student on the teacher's outputs with "
             f"keras.losses.BinaryCrossentropy(). {received}"
         )
-    if gives is not None and from_logits is not None and gives != from_logits:
-        kind = "logits" if gives else "probabilities"
+    if shown is not None and from_logits is not None and shown != from_logits:
         raise ValueError(
-            f"`{flag}` must be {gives}, because `{argument}` ends in a {name} "
-            f"layer, which gives {kind}. {received}"
+            f"`{flag}` must be {shown}, because the last layer of `{argument}` "
+            f"gives {'logits' if shown else 'probabilities'}. {received}"
         )
-    if gives is None and name is not None and not from_logits:
+    if shown is None and name is not None and not from_logits:
         raise ValueError(
-            f"`{argument}` must give probabilities or logits, and it ends in "
-            f"{name}, which gives no probabilities. End it in a softmax, or in "
-            f"a dense layer without activation; if its outputs are logits, "
-            f"set {flag}=True. {received}"
+            f"`{argument}` must give probabilities or logits, and {name} gives "
+            "no probabilities. End the model in a softmax or in a dense layer "
+            "without activation, or set "
+            f"{flag}=True if its outputs are logits. {received}"
         )
-    return gives
-
-
-def _last_activation(model: Any) -> tuple[str | None, int | None]:
-    """Return the name of a model's last activation and the number of outputs.
-
-    The name is None if the model or layer does not show an activation of Keras.
-    """
-    shape = output_shape("model", model)
-    layer = model
-    while isinstance(layer, keras.Model):
-        if isinstance(layer, keras.Sequential):
-            layer = layer.layers[-1] if layer.layers else None
-            continue
-        names = getattr(layer, "output_names", ())
-        try:
-            layer = layer.get_layer(names[0]) if len(names) == 1 else None
-        except ValueError:  # The output is of an operation, not of a layer.
-            layer = None
-    columns = shape[-1] if shape else getattr(layer, "units", None)
-    # A layer such as Softmax or ReLU is an activation itself.
-    activation = getattr(layer, "activation", None)
-    name = getattr(activation, "__name__", type(layer).__name__.lower())
-    if name == "linear" and not isinstance(layer, DENSE_LAYERS):
-        return None, columns
-    return (name if name in dir(keras.activations) else None), columns
-
-
-def _check_teacher(
-    teacher: Any, student: keras.Model, from_logits: bool | None
-) -> bool:
-    """Check a teacher; return whether it gives logits."""
-    if not isinstance(teacher, keras.Model):
-        raise ValueError(
-            "`teacher` must be a Keras model or a list of them. For a teacher "
-            "behind an API, store its outputs (SoftLabels) and fit the student "
-            f"on them. Received: teacher={teacher!r}"
-        )
-    if not teacher.built:
-        raise ValueError(
-            "`teacher` must be built and trained, and it has no weights yet. "
-            "Call it on a batch, then load its weights. Received: teacher="
-            f"{teacher.name!r}"
-        )
-    if teacher is student:
-        raise ValueError(
-            "`teacher` must be another model than the student. "
-            "keras.models.clone_model copies a model. Received: teacher="
-            f"{teacher.name!r}, student={student.name!r}"
-        )
-    gives = check_head("teacher", teacher, from_logits, "teacher_from_logits")
-    if from_logits is None and gives is None:
-        raise ValueError(
-            "`teacher_from_logits` must be True or False, because the last "
-            f"layer of the teacher {teacher.name!r} does not show whether it "
-            "gives logits or probabilities. Received: teacher_from_logits=None"
-        )
-    return bool(gives if from_logits is None else from_logits)
-
-
-def _check_shares_no_weight(teacher: keras.Model, student: keras.Model) -> None:
-    """Refuse a teacher that would move when the student is trained."""
-    own = {id(weight) for weight in teacher.weights}
-    for weight in student.trainable_weights:
-        if id(weight) in own:
-            raise ValueError(
-                "`teacher` must share no trainable weight with the student, "
-                "which would change it. keras.models.clone_model copies a "
-                "model; trainable=False freezes shared layers. Received: "
-                f"teacher={teacher.name!r}, which shares {weight.path!r}"
-            )
-
-
-def _check_number_of_teachers(
-    loss: Any, teachers: Sequence[keras.Model], weights: Any
-) -> None:
-    """Check teachers and weights against the loss and each other."""
-    if weights is not None and teachers and len(weights) != len(teachers):
-        fail(
-            "teacher_weights",
-            f"one number for each of the {len(teachers)} teachers",
-            list(weights),
-        )
-    counts = getattr(loss, "teacher_classes", None) or ()
-    if len(counts) > 1:
-        if weights is not None:
-            raise ValueError(
-                "`teacher_weights` must be None with a loss for several "
-                "teachers, which weights them itself. Received: "
-                f"teacher_weights={list(weights)}"
-            )
-        if teachers and len(teachers) != len(counts):
-            raise ValueError(
-                f"`teacher` must be the {len(counts)} teachers that the loss "
-                f"is for, in their order. Received: {len(teachers)} teachers"
-            )
-
-
-def _check_metric(metric: Any, from_logits: bool | None, labels: bool) -> None:
-    """Check one of this package's metrics against the loss."""
-    ours = (TeacherMetric, BrierScore, ExpectedCalibrationError)
-    if not isinstance(metric, ours):
-        return
-    if labels and isinstance(metric, TeacherMetric):
-        fail(
-            "metrics",
-            "metrics of true labels. Pass metrics of the teacher as "
-            "Distiller(teacher_metrics=[...])",
-            [metric.name],
-        )
-    if from_logits is not None and metric.from_logits != from_logits:
-        raise ValueError(
-            f"`{metric.name}` must have from_logits={from_logits}, as the loss "
-            f"has. Received: from_logits={metric.from_logits}"
-        )
-
-
-def _only_one(argument: str, value: Any) -> Any:
-    """Return the element of a list, tuple or dict of one, as Keras takes it."""
-    if not isinstance(value, (list, tuple, dict)):
-        return value
-    leaves = keras.tree.flatten(value)
-    if len(leaves) != 1:
-        fail(argument, "one, because the student has one output", value)
-    return leaves[0]
+    return shown
 
 
 def _corrected(loss: Any, teacher_probs: Tensor) -> Tensor:
@@ -811,10 +640,10 @@ def _per_position(sample_weight: Tensor, y_pred: Tensor) -> Tensor:
 
 
 def _compiled(metrics: Sequence[keras.metrics.Metric]) -> Any:
-    """Return the container that Keras would make for these metrics, or None.
+    """Return the container that Keras makes for these metrics, or None.
 
-    Callbacks with mode="auto" look for a metric's direction in such containers
-    alone, and Keras has no public name for them.
+    Callbacks with mode="auto" look for a metric's direction only there, and
+    Keras has no public name for it.
     """
     if not metrics:
         return None
@@ -825,23 +654,24 @@ def _compiled(metrics: Sequence[keras.metrics.Metric]) -> Any:
     return container
 
 
-def _results(metrics: Any) -> dict[str, Any]:
+def _results(metrics: Sequence[keras.metrics.Metric]) -> dict[str, Any]:
     """Return the values of metrics by name, of those that are built."""
     results = {}
     for metric in metrics:
         if getattr(metric, "built", True):
-            result = metric.result()
-            several = isinstance(result, dict)
-            results.update(result if several else {metric.name: result})
+            value = metric.result()
+            value = value if isinstance(value, dict) else {metric.name: value}
+            results.update(value)
     return results
 
 
-def _has_texts(x: Any) -> bool:
-    """Return whether inputs hold texts, as far as they show it."""
-    leaves = keras.tree.flatten(getattr(x, "element_spec", x))
-    dtypes = [getattr(leaf, "dtype", type(leaf)) for leaf in leaves]
-    return any(
-        dtype in (str, "string")
-        or getattr(dtype, "kind", "") in ("O", "S", "U")
-        for dtype in dtypes
-    )
+def _refuse_texts(x: Any) -> None:
+    """Raise a `ValueError` if inputs hold texts."""
+    for leaf in keras.tree.flatten(getattr(x, "element_spec", x)):
+        dtype = getattr(leaf, "dtype", type(leaf))
+        if dtype in (str, "string") or getattr(dtype, "kind", "") in "OSU":
+            raise ValueError(
+                "`x` must hold the outputs of the preprocessor, because a "
+                "Distiller does not preprocess texts: "
+                "x = student.preprocessor(texts). Received: x with texts"
+            )

@@ -484,6 +484,6 @@ def read_labelled(
             "y_true",
             f"class indices in [0, {student.shape[-1]}), or one-hot rows, "
             "except where the weight is 0 or `ignore_class` says so",
-            ops.convert_to_numpy(y_true)[values][0],
+            ops.convert_to_numpy(y_true)[values][0].tolist(),
         )
     return labels, student, ops.where(wrong, float("nan"), weight)
