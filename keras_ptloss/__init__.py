@@ -7,7 +7,6 @@ The names that most users need are here; the rest is one room away, as in
 from keras_ptloss import (
     callbacks,
     distiller,
-    layers,
     losses,
     metrics,
     plots,
@@ -16,7 +15,7 @@ from keras_ptloss import (
     serving,
     soft_labels,
 )
-from keras_ptloss._correction import Correction
+from keras_ptloss.correction import Correction
 from keras_ptloss._version import __version__
 from keras_ptloss.distiller import Distiller
 from keras_ptloss.losses import PTLoss, pt_loss
@@ -37,7 +36,6 @@ __all__ = [
     "callbacks",
     "distiller",
     "export_student",
-    "layers",
     "losses",
     "metrics",
     "plots",

@@ -1,12 +1,79 @@
-"""The correction of a teacher: what a search finds."""
+"""The correction of a teacher: what a search finds, and its Keras layers."""
 
 import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Sequence
 from typing import Any
 
+import keras
+import numpy as np
+import scipy.special
+from keras import ops
 
+from keras_ptloss._backend import as_array
+from keras_ptloss._checks import (
+    check_constant_epsilon,
+    check_flag,
+    check_probabilities,
+    fail,
+    on_simplex,
+)
+from keras_ptloss._math import log_teacher_probs, shared_proxy, two_events
+
+Tensor = Any
+
+
+@keras.saving.register_keras_serializable(package="keras_ptloss")
 @dataclasses.dataclass(frozen=True, eq=False)
 class Correction:
-    """Placeholder for the interface; see /work/CONTRACT.md."""
+    """How the outputs of one or more teachers are corrected.
+
+    Step 1 corrects the confidence, step 2 moves probability between classes:
+
+        z_k    = log max(t_k, 1e-7)                    of teacher k, (..., C_k)
+        t      = softmax(sum_k z_k / temperature_k)                 step 1
+        r      = log proxy(t, epsilon)                              step 1
+        logits = (1 + log_prob_weight) r + prob_weight softmax(r)
+                 + matrix @ [z_1, z_2, ...] + bias                  step 2
+        q      = softmax(logits)
+
+    The proxy is the paper's proxy teacher (Eq. 8), so step 1 alone, of one
+    teacher, is `PTLoss(epsilon, teacher_temperature=temperature)`. Without step
+    2 and with `temperature=1` the teacher is used as it is, exact zeros
+    included.
+
+    Args:
+        epsilon: coefficients of PTLoss: a number (order 1), `(M,)` shared by
+            the classes, or `(C, M)` per class.
+        temperature: a number, or one for each teacher. `inf` leaves a teacher
+            out of step 1, as it must be if its classes are not the student's.
+            If all are `inf`, r is uniform.
+        matrix: `(C, C_1 + C_2 + ...)`, or None for zeros.
+        bias: `(C,)`, or None for zeros.
+        log_prob_weight: the weight of r in step 2, beyond 1.
+        prob_weight: the weight of softmax(r) in step 2.
+        kept_classes: classes that keep the probability of the teacher as it is
+            (of several: of the softmax of their mean z). The other classes
+            share the rest.
+        teacher_classes: the number of classes of each teacher. It is needed
+            for several teachers only.
+        from_logits: whether `correct` is given logits, a flag for all teachers
+            or one for each. Losses and layers always take probabilities.
+
+    Raises:
+        ValueError: if an argument has another form, or shapes disagree.
+
+    Example:
+        >>> import numpy as np
+        >>> correction = Correction(epsilon=0.5, temperature=2.0)
+        >>> correction.correct(np.array([[0.98, 0.02]])).round(3)
+        array([[0.904, 0.096]])
+
+    Reference:
+        Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), Eq. 8.
+    """
 
     epsilon: Any = 0.0
     temperature: Any = 1.0
@@ -17,3 +84,557 @@ class Correction:
     kept_classes: tuple[int, ...] = ()
     teacher_classes: tuple[int, ...] | None = None
     from_logits: Any = False
+
+    def __post_init__(self) -> None:
+        """Check the arguments, and store arrays as read-only float64."""
+        matrix = _floats("matrix", self.matrix, ndim=2)
+        bias = _floats("bias", self.bias, ndim=1)
+        counts = self.teacher_classes
+        if counts is None and matrix is not None:
+            counts = (matrix.shape[1],)
+        counts = counts and tuple(int(count) for count in counts)
+        teachers = len(counts) if counts else 1
+        temperature = np.asarray(self.temperature, "float64")
+        if temperature.shape not in ((), (teachers,)) or not np.all(
+            temperature > 0.0
+        ):
+            fail(
+                "temperature",
+                f"a positive number, or one for each of {teachers} teachers",
+                self.temperature,
+            )
+        temperature = np.broadcast_to(temperature, (teachers,))
+        flags = self.from_logits
+        if not isinstance(flags, (tuple, list)):
+            flags = (flags,) * teachers
+        if len(flags) != teachers:
+            fail("from_logits", "one flag, or one for each teacher", flags)
+        flags = tuple(check_flag("from_logits", flag) for flag in flags)
+        epsilon = check_constant_epsilon(self.epsilon)
+        epsilon.setflags(write=False)
+        for name, value in {
+            "epsilon": epsilon,
+            "temperature": _one_or_tuple(temperature.tolist()),
+            "matrix": matrix,
+            "bias": bias,
+            "log_prob_weight": float(self.log_prob_weight),
+            "prob_weight": float(self.prob_weight),
+            "kept_classes": tuple(int(c) for c in self.kept_classes),
+            "teacher_classes": counts,
+            "from_logits": _one_or_tuple(flags),
+        }.items():
+            object.__setattr__(self, name, value)
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        """Require that all arguments agree on the number of classes."""
+        shapes = {
+            "matrix": None if self.matrix is None else self.matrix.shape[0],
+            "bias": None if self.bias is None else self.bias.shape[0],
+            "epsilon": len(self.epsilon) if self.epsilon.ndim == 2 else None,
+        }
+        found = {n: count for n, count in shapes.items() if count is not None}
+        if len(set(found.values())) > 1:
+            raise ValueError(
+                "`epsilon`, `matrix` and `bias` must be for the same number of "
+                f"classes. Received: classes={found}"
+            )
+        counts, classes = self.teacher_classes, self.num_classes
+        if (
+            counts
+            and self.matrix is not None
+            and self.matrix.shape[1] != sum(counts)
+        ):
+            raise ValueError(
+                "`matrix` must have a column for each class of each teacher, "
+                f"{sum(counts)}. Received: matrix of shape "
+                f"{self.matrix.shape}, teacher_classes={counts}"
+            )
+        for count, temperature in zip(
+            counts or (), _tuple(self.temperature), strict=bool(counts)
+        ):
+            if count != classes and np.isfinite(temperature):
+                raise ValueError(
+                    "`temperature` must be inf for a teacher whose classes are "
+                    f"not the {classes} of the student: only the matrix can "
+                    f"use it. Received: temperature={self.temperature}, "
+                    f"teacher_classes={counts}"
+                )
+        kept = self.kept_classes
+        if kept and classes is not None:
+            alike = counts is None or classes in counts
+            if not alike or not 0 <= min(kept) <= max(kept) < classes:
+                raise ValueError(
+                    f"`kept_classes` must be among the {classes} classes of a "
+                    f"teacher. Received: kept_classes={kept}, "
+                    f"teacher_classes={counts}"
+                )
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes C, or None if every number is right."""
+        if self.bias is not None:
+            return len(self.bias)
+        if self.matrix is not None:
+            return len(self.matrix)
+        if self.epsilon.ndim == 2:
+            return len(self.epsilon)
+        return self.teacher_classes[0] if self.teacher_classes else None
+
+    @property
+    def has_step_2(self) -> bool:
+        """Whether there is more than a temperature and epsilon."""
+        return bool(
+            self.matrix is not None
+            or self.bias is not None
+            or self.log_prob_weight
+            or self.prob_weight
+            or self.kept_classes
+        )
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it returns the probabilities of one teacher unchanged."""
+        return (
+            self.temperature == 1.0
+            and not self.epsilon.any()
+            and not self.has_step_2
+        )
+
+    def correct(self, teacher_outputs: Any) -> np.ndarray:
+        """Return the corrected probabilities of stored teacher outputs.
+
+        Args:
+            teacher_outputs: `(..., C)`, probabilities or logits as
+                `from_logits` says; `(..., 1)` of a sigmoid head. Several
+                teachers are a list of arrays, or one array that holds them side
+                by side.
+
+        Returns:
+            Probabilities, `(..., C)`, float64.
+
+        Raises:
+            ValueError: if `teacher_outputs` are not of this form.
+        """
+        flags, counts = _tuple(self.from_logits), self.teacher_classes
+        if len(flags) == 1:
+            outputs = [teacher_outputs]
+        elif isinstance(teacher_outputs, (list, tuple)):
+            outputs = list(teacher_outputs)
+        else:
+            outputs = self.split(as_array(teacher_outputs))
+        if len(outputs) != len(flags):
+            raise ValueError(
+                "`teacher_outputs` must have one array for each of "
+                f"{len(flags)} teachers. Received: {len(outputs)} arrays"
+            )
+        probs = [
+            as_probabilities(
+                "teacher_outputs" + ("" if len(flags) == 1 else f"[{k}]"),
+                output,
+                from_logits=flag,
+                if_logits="take their softmax first",
+            )
+            for k, (output, flag) in enumerate(zip(outputs, flags, strict=True))
+        ]
+        received = tuple(prob.shape[-1] for prob in probs)
+        expected = counts or (self.num_classes,)
+        if received != expected and expected != (None,):
+            raise ValueError(
+                "`teacher_outputs` must have the classes that the correction "
+                f"is for, {expected}. Received: {received} classes"
+            )
+        return np.asarray(_corrected(self, probs, np))
+
+    def apply(self, teacher_probs: Tensor) -> Tensor:
+        """Return the corrected probabilities of a tensor, by `keras.ops`.
+
+        Args:
+            teacher_probs: probabilities, `(..., C)`, float32 or better; of
+                several teachers side by side, `(..., C_1 + C_2 + ...)`.
+
+        Returns:
+            Probabilities, `(..., C)`, in the dtype of `teacher_probs`.
+        """
+        teacher_probs = two_events(teacher_probs, from_logits=False)
+        return _corrected(self, self.split(teacher_probs), ops)
+
+    def split(self, side_by_side: Tensor) -> list[Tensor]:
+        """Return one array per teacher of outputs that stand side by side."""
+        width = side_by_side.shape[-1]
+        counts = self.teacher_classes or (self.num_classes or width,)
+        if width is not None and width != sum(counts):
+            raise ValueError(
+                "Teacher outputs must have the classes that the correction is "
+                f"for, {' + '.join(map(str, counts))}. Received: teacher "
+                f"outputs of shape {tuple(side_by_side.shape)}"
+            )
+        ends = itertools.accumulate(counts)
+        return [
+            side_by_side[..., end - count : end]
+            for count, end in zip(counts, ends, strict=True)
+        ]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the correction to a JSON file."""
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(self.get_config(), file, indent=2)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Correction":
+        """Read a correction that `save` wrote."""
+        with open(path, encoding="utf-8") as file:
+            return cls.from_config(json.load(file))
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that build the same correction again."""
+        return {
+            field.name: _plain(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Correction":
+        """Build the correction from what `get_config` returned."""
+        return cls(**config)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other correction has the same arguments."""
+        if not isinstance(other, Correction):
+            return NotImplemented
+        return self.get_config() == other.get_config()
+
+    def __hash__(self) -> int:
+        """Return the same number for equal corrections."""
+        return hash(json.dumps(self.get_config()))
+
+
+def _corrected(
+    correction: Correction, teacher_probs: Sequence[Tensor], xp: Any
+) -> Tensor:
+    """Return q of the class docstring, for NumPy arrays or tensors.
+
+    Args:
+        correction: its arguments.
+        teacher_probs: one array per teacher, `(..., C_k)`.
+        xp: `numpy` or `keras.ops`.
+    """
+    first = teacher_probs[0]
+
+    def constant(values: Any) -> Tensor:
+        if xp is np:
+            return np.asarray(values)
+        return ops.convert_to_tensor(values, dtype=first.dtype)
+
+    classes = correction.num_classes or first.shape[-1]
+    z = [log_teacher_probs(t, xp) for t in teacher_probs]
+    pooled = 0.0 * z[0][..., :1] + constant(np.zeros(classes))
+    for z_k, temperature in zip(z, _tuple(correction.temperature), strict=True):
+        if np.isfinite(temperature):
+            pooled = pooled + z_k / temperature
+    log_t = _log_softmax(pooled, xp)
+    if not correction.has_step_2:
+        as_it_is = correction.temperature == 1.0
+        return _proxy(first if as_it_is else xp.exp(log_t), correction, xp)
+
+    r = _log_proxy(log_t, correction, xp)
+    logits = (1.0 + correction.log_prob_weight) * r
+    logits = logits + correction.prob_weight * xp.exp(r)
+    if correction.matrix is not None:
+        both = xp.concatenate(z, axis=-1)
+        logits = logits + xp.matmul(both, constant(correction.matrix.T))
+    if correction.bias is not None:
+        logits = logits + constant(correction.bias)
+    if not correction.kept_classes:
+        return xp.exp(_log_softmax(logits, xp))
+
+    kept = np.zeros(classes)
+    kept[list(correction.kept_classes)] = 1.0
+    alike = [z_k for z_k in z if z_k.shape[-1] == classes]
+    mean = (
+        first
+        if len(z) == 1
+        else xp.exp(_log_softmax(sum(alike) / len(alike), xp))
+    )
+    of_kept = mean * constant(kept)
+    others = xp.exp(_log_softmax(logits - constant(1e30 * kept), xp))
+    rest = 1.0 - xp.sum(of_kept, axis=-1, keepdims=True)
+    return of_kept + others * rest
+
+
+def _log_softmax(logits: Tensor, xp: Any) -> Tensor:
+    logits = logits - xp.max(logits, axis=-1, keepdims=True)
+    return logits - xp.log(xp.sum(xp.exp(logits), axis=-1, keepdims=True))
+
+
+def _proxy(t: Tensor, correction: Correction, xp: Any) -> Tensor:
+    """Return the proxy teacher of probabilities."""
+    epsilon = correction.epsilon
+    if not epsilon.any():
+        return t
+    if epsilon.shape == (1,) and epsilon[0] > -0.999:
+        return shared_proxy(t, float(epsilon[0]), xp)
+    from keras_ptloss.proxy import proxy_teacher, proxy_tensor
+
+    if xp is np:
+        flat = proxy_teacher(t.reshape(-1, t.shape[-1]), epsilon)
+        return flat.probabilities.reshape(t.shape)
+    return proxy_tensor(t, epsilon)
+
+
+def _log_proxy(log_t: Tensor, correction: Correction, xp: Any) -> Tensor:
+    """Return the logarithm of the proxy teacher.
+
+    It stays finite where probabilities underflow: of a shared epsilon of order
+    1 the logarithm of `t / (nu - epsilon t)` needs nu alone.
+    """
+    t = xp.exp(log_t)
+    q = _proxy(t, correction, xp)
+    if correction.epsilon.shape != (1,):
+        return xp.log(xp.maximum(q, 1e-30))
+    epsilon = float(correction.epsilon[0])
+    largest = xp.max(t, axis=-1, keepdims=True)
+    nu = largest / xp.max(q, axis=-1, keepdims=True) + epsilon * largest
+    return _log_softmax(log_t - xp.log(nu - epsilon * t), xp)
+
+
+def as_probabilities(
+    argument: str,
+    outputs: Any,
+    *,
+    from_logits: bool,
+    if_logits: str = "pass from_logits=True",
+) -> np.ndarray:
+    """Return one teacher's outputs as probabilities that sum to one.
+
+    Args:
+        argument: the name that errors use.
+        outputs: `(..., C)`, or `(..., 1)` of a sigmoid head.
+        from_logits: whether they are logits.
+        if_logits: what an error advises if logits came as probabilities.
+
+    Returns:
+        `(..., C)`, float64.
+
+    Raises:
+        ValueError: if they are not numbers, or not what `from_logits` says.
+    """
+    if isinstance(outputs, np.ma.MaskedArray):
+        raise ValueError(
+            f"`{argument}` must not be a masked array: leave the masked rows "
+            "out, of the labels too. Received: a masked array of shape "
+            f"{outputs.shape}"
+        )
+    array = as_array(outputs)
+    if array.dtype.name == "bfloat16":  # not a float type to NumPy
+        array = array.astype("float32")
+    if array.dtype.kind not in "fiu" or not array.ndim or not array.size:
+        raise ValueError(
+            f"`{argument}` must hold numbers, (..., num_classes). Received: "
+            f"{argument} of shape {array.shape} and dtype {array.dtype}"
+        )
+    array = two_events(array.astype("float64"), from_logits=from_logits)
+    missing = np.isnan(array).any(axis=-1)
+    if missing.any():
+        raise ValueError(
+            f"`{argument}` must not contain NaN: leave out the examples "
+            "without an answer, of all teachers and the labels. Received: NaN "
+            f"in {np.count_nonzero(missing)} of {missing.size} rows, the first "
+            f"at index {int(np.argmax(missing))}"
+        )
+    if from_logits:
+        if not np.isfinite(array).all():
+            fail(argument, "finite logits", array)
+        if array.size > array.shape[-1] and on_simplex(array).all():
+            raise ValueError(
+                f"`from_logits` must be False for probabilities: all rows of "
+                f"`{argument}` are non-negative and sum to 1. Received: "
+                f"from_logits=True, {argument}[0]={array[0]}"
+            )
+        return np.asarray(scipy.special.softmax(array, axis=-1))
+    if on_simplex(array / 100.0).all():
+        raise ValueError(
+            f"`{argument}` must hold probabilities, and these are percentages: "
+            f"divide them by 100. Received: {argument}[0]={array[0]}"
+        )
+    check_probabilities(argument, array, if_logits)
+    return np.asarray(array / array.sum(axis=-1, keepdims=True))
+
+
+def _floats(argument: str, values: Any, *, ndim: int) -> np.ndarray | None:
+    """Return a read-only float64 copy, or None."""
+    if values is None:
+        return None
+    array = np.array(as_array(values), "float64")
+    if array.ndim != ndim or not array.size or not np.isfinite(array).all():
+        fail(argument, f"finite numbers with {ndim} axes, or None", values)
+    array.setflags(write=False)
+    return array
+
+
+def _one_or_tuple(values: Sequence[Any]) -> Any:
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _plain(value: Any) -> Any:
+    """Return lists and numbers, as JSON has them."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return list(value) if isinstance(value, tuple) else value
+
+
+@keras.saving.register_keras_serializable(package="keras_ptloss")
+class CorrectedTeacher(keras.layers.Layer):
+    """Correct a teacher's probabilities inside a model.
+
+    `keras.Sequential([teacher, CorrectedTeacher(result.correction)])` is the
+    corrected teacher as a model. A teacher that gives logits needs a
+    `keras.layers.Softmax()` in between. The layer has no weights.
+
+    Args:
+        correction: a `Correction`.
+        **kwargs: `name` and other arguments of `keras.layers.Layer`.
+
+    Input: probabilities, `(..., C)`; of several teachers a list of tensors, or
+    one tensor that holds them side by side. Output: `(..., C)`. Inside compiled
+    functions rows that are not probabilities become NaN; outside they raise a
+    ValueError.
+
+    Raises:
+        ValueError: if `correction` is not a `Correction`; on a call, if the
+            input is not of this form.
+
+    Example:
+        >>> import numpy as np
+        >>> layer = CorrectedTeacher(Correction([2.0, 0.5]))
+        >>> np.asarray(layer(np.array([[0.7, 0.2, 0.1]]))).round(3)
+        array([[0.838, 0.113, 0.049]], dtype=float32)
+    """
+
+    def __init__(self, correction: Correction, **kwargs: Any) -> None:
+        # Half precision would lose the digits that the proxy teacher needs.
+        kwargs.setdefault("dtype", "float32")
+        super().__init__(**kwargs)
+        if not isinstance(correction, Correction):
+            fail("correction", "a keras_ptloss.Correction", correction)
+        self.correction = correction
+
+    def call(self, inputs: Tensor) -> Tensor:
+        """Return the corrected probabilities."""
+        if isinstance(inputs, (list, tuple)):
+            parts = [two_events(x, from_logits=False) for x in inputs]
+            inputs = ops.concatenate(parts, axis=-1)
+        inputs = two_events(inputs, from_logits=False)
+        valid = True
+        for k, part in enumerate(self.correction.split(inputs)):
+            check_probabilities(
+                f"inputs, teacher {k}", part, "add a keras.layers.Softmax()"
+            )
+            total = ops.sum(part, axis=-1, keepdims=True)
+            lowest = ops.min(part, axis=-1, keepdims=True)
+            good = ops.logical_and(ops.abs(total - 1.0) <= 1e-2, lowest >= 0.0)
+            valid = ops.logical_and(valid, good)
+        return ops.where(valid, self.correction.apply(inputs), np.nan)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """Return `(..., C)`."""
+        first = input_shape
+        if input_shape and isinstance(input_shape[0], (list, tuple)):
+            first = input_shape[0]
+        classes = self.correction.num_classes or max(first[-1], 2)
+        return (*first[:-1], classes)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that build the same layer again."""
+        correction = keras.saving.serialize_keras_object(self.correction)
+        return {**super().get_config(), "correction": correction}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "CorrectedTeacher":
+        """Build the layer from what `get_config` returned."""
+        correction = keras.saving.deserialize_keras_object(config["correction"])
+        return cls(**{**config, "correction": correction})
+
+
+@keras.saving.register_keras_serializable(package="keras_ptloss")
+class TeachersSideBySide(keras.layers.Layer):
+    """Call several models on the same inputs and concatenate their outputs.
+
+    Followed by `CorrectedTeacher(result.correction)`, it is the corrected
+    teacher of several live teachers.
+
+    Args:
+        teachers: Keras models, in the order of the search.
+        from_logits: whether they give logits, a flag for all or one for each.
+        **kwargs: `name` and other arguments of `keras.layers.Layer`.
+
+    Input: what the teachers take. Output: probabilities, `(..., C_1 + C_2 +
+    ...)`.
+
+    Raises:
+        ValueError: if `teachers` is not a list of models.
+
+    Example:
+        >>> import keras, numpy as np
+        >>> teachers = [
+        ...     keras.Sequential([keras.layers.Dense(classes, "softmax")])
+        ...     for classes in (3, 5)
+        ... ]
+        >>> layer = TeachersSideBySide(teachers)
+        >>> layer(np.ones((2, 4), "float32")).shape[-1]
+        8
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[keras.Model],
+        *,
+        from_logits: bool | Sequence[bool] = False,
+        **kwargs: Any,
+    ) -> None:
+        # The inputs reach the teachers as they are, whatever the global policy.
+        kwargs.setdefault("autocast", False)
+        kwargs.setdefault("dtype", "float32")
+        super().__init__(**kwargs)
+        if not isinstance(teachers, (list, tuple)) or not all(
+            isinstance(model, keras.Model) for model in teachers
+        ):
+            fail("teachers", "a list of Keras models", teachers)
+        flags = from_logits
+        if isinstance(flags, (bool, np.bool_)):
+            flags = [flags] * len(teachers)
+        if len(flags) != len(teachers):
+            fail(
+                "from_logits", "one flag, or one for each teacher", from_logits
+            )
+        self.teachers = list(teachers)
+        self.from_logits = [check_flag("from_logits", f) for f in flags]
+
+    def call(self, inputs: Any) -> Tensor:
+        """Return the teachers' probabilities side by side."""
+        parts = []
+        for model, flag in zip(self.teachers, self.from_logits, strict=True):
+            outputs = ops.cast(model(inputs, training=False), "float32")
+            outputs = two_events(outputs, from_logits=flag)
+            parts.append(ops.softmax(outputs, axis=-1) if flag else outputs)
+        return ops.concatenate(parts, axis=-1)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that build the same layer again."""
+        serialize = keras.saving.serialize_keras_object
+        return {
+            **super().get_config(),
+            "teachers": [serialize(model) for model in self.teachers],
+            "from_logits": self.from_logits,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "TeachersSideBySide":
+        """Build the layer from what `get_config` returned."""
+        load = keras.saving.deserialize_keras_object
+        teachers = [load(model) for model in config["teachers"]]
+        return cls(**{**config, "teachers": teachers})

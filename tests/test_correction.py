@@ -1,325 +1,368 @@
-"""Correction: one value from the search to the loss, against NumPy."""
+"""Correction: the formula in NumPy, tensors, files and models."""
 
-import copy
+import dataclasses
 import json
-import pickle
 
 import helpers
 import keras
 import numpy as np
 import pytest
+import scipy.optimize
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from keras import ops
 
-from keras_ptloss import Correction, PTLoss, proxy_teacher
-from keras_ptloss.layers import CorrectedTeacher
-from keras_ptloss.losses import ProxyKLDivergence
+from keras_ptloss import Correction, ProxyTeacher
+from keras_ptloss.correction import CorrectedTeacher, TeachersSideBySide
 
-ROWS, CLASSES = 12, 3
-EPSILON = np.array([[2.0, 0.5], [-0.5, 0.1], [0.0, 1.0]])
-MATRIX = np.array([[0.8, 0.1, 0.0], [-0.2, 0.9, 0.3], [0.0, 0.0, 1.1]])
-BIAS = np.array([0.1, 0.0, -0.4])
+CLASSES = 3
+INF = float("inf")
 
 
-@pytest.fixture(scope="module")
-def teacher():
-    return helpers.dirichlet(0, ROWS, CLASSES)
+def draw(seed, *shape, concentration=0.5):
+    generator = np.random.default_rng(seed)
+    return generator.dirichlet(np.full(shape[-1], concentration), shape[:-1])
 
 
-def composed(**arguments):
+def arguments(seed, counts):
+    """All arguments of a correction of teachers with these classes."""
+    generator = np.random.default_rng(seed)
+    return {
+        "epsilon": generator.uniform(-0.9, 10.0),
+        "temperature": tuple(
+            generator.uniform(0.3, 3.0) if count == CLASSES else INF
+            for count in counts
+        ),
+        "matrix": generator.normal(size=(CLASSES, sum(counts))),
+        "bias": generator.normal(size=CLASSES),
+        "log_prob_weight": generator.normal(),
+        "prob_weight": generator.normal(),
+        "teacher_classes": counts,
+    }
+
+
+def proxy(t, epsilon):
+    """`q_c = t_c / (nu - eps t_c)` with nu by bisection, one row."""
+    low = max((1 + epsilon) * t.max(), 1 + min(epsilon, 0))
+    nu = scipy.optimize.brentq(
+        lambda nu: (t / (nu - epsilon * t)).sum() - 1,
+        low * (1 - 1e-12) - 1e-12,
+        1 + max(epsilon, 0) + 1e-9,
+        xtol=1e-15,
+        rtol=1e-14,
+    )
+    return t / (nu - epsilon * t)
+
+
+def by_the_formula(teachers, a, kept=()):
+    """The class docstring's formula, row by row."""
+    rows = []
+    for row in zip(*teachers, strict=True):
+        z = [np.log(np.maximum(t, 1e-7)) for t in row]
+        pooled = np.zeros(CLASSES)
+        for z_k, temperature in zip(z, a["temperature"], strict=True):
+            if temperature != INF:
+                pooled += z_k / temperature
+        r = np.log(proxy(helpers.softmax(pooled), a["epsilon"]))
+        logits = (1 + a["log_prob_weight"]) * r + a["bias"]
+        logits += a["prob_weight"] * helpers.softmax(r)
+        logits += a["matrix"] @ np.concatenate(z)
+        q = np.exp(logits)
+        q /= q.sum()
+        if kept:
+            alike = [z_k for z_k in z if len(z_k) == CLASSES]
+            t = helpers.softmax(np.mean(alike, axis=0))
+            others = [c for c in range(CLASSES) if c not in kept]
+            rest = 1 - t[list(kept)].sum()
+            new = t.copy()
+            new[others] = q[others] / q[others].sum() * rest
+            q = new
+        rows.append(q)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("counts", [(3,), (3, 3), (3, 4, 3), (4,), (2, 5)])
+@pytest.mark.parametrize("kept", [(), (1,)])
+def test_correct_and_apply_are_the_formula(counts, kept):
+    if kept and CLASSES not in counts:
+        pytest.skip("no teacher has the kept class")
+    teachers = [draw(k, 20, count) for k, count in enumerate(counts)]
+    a = arguments(7, counts)
+    correction = Correction(**a, kept_classes=kept)
+    expected = by_the_formula(teachers, a, kept)
+    q = correction.correct(teachers if len(counts) > 1 else teachers[0])
+    np.testing.assert_allclose(q, expected, rtol=1e-8, atol=1e-12)
+    side_by_side = np.concatenate(teachers, axis=-1)
+    np.testing.assert_array_equal(correction.correct(side_by_side), q)
+    tensor = ops.convert_to_tensor(side_by_side, "float32")
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(correction.apply(tensor)), expected, atol=3e-6
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    temperature=st.floats(0.02, 50.0),
+    epsilon=st.floats(-0.99, 50.0),
+    seed=st.integers(0, 1000),
+)
+def test_step_1_stays_finite_and_is_the_proxy(temperature, epsilon, seed):
+    """Small temperatures underflow softmax(z / temperature)."""
+    t = draw(seed, 3, CLASSES, concentration=0.05)
+    step_1 = Correction(epsilon, temperature)
+    expected = [
+        proxy(
+            helpers.softmax(np.log(np.maximum(row, 1e-7)) / temperature),
+            epsilon,
+        )
+        for row in t
+    ]
+    if temperature != 1.0:
+        np.testing.assert_allclose(
+            step_1.correct(t), expected, rtol=1e-6, atol=1e-9
+        )
+    with_step_2 = Correction(epsilon, temperature, log_prob_weight=-0.5)
+    assert np.isfinite(with_step_2.correct(t)).all()
+
+
+def test_log_of_the_proxy_where_it_underflows():
+    """r = log q by the temperature, also where q itself is 0."""
+    t = np.array([[0.999, 1e-3 - 1e-9, 1e-9]])
+    correction = Correction(0.5, 0.02, log_prob_weight=-0.99)
+    z = np.log(np.maximum(t, 1e-7)) / 0.02
+    # q_c = t_c / (nu - 0.5 t_c), with t = (1, 0, 0) and nu = 1.5.
+    r = z - np.log(1.5 - 0.5 * np.array([1.0, 0.0, 0.0]))
+    expected = helpers.softmax(0.01 * (r - r.max()))
+    np.testing.assert_allclose(correction.correct(t), expected, rtol=1e-3)
+    tensor = ops.convert_to_tensor(t, "float32")
+    q = ops.convert_to_numpy(correction.apply(tensor))
+    np.testing.assert_allclose(q, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("epsilon", [[0.5, 0.2], [[1.0], [0.0], [-0.5]], -1.0])
+def test_coefficients_of_any_form(epsilon):
+    t = draw(0, 20, CLASSES, concentration=2.0)
+    q = Correction(epsilon, 2.0).correct(t)
+    moved = helpers.softmax(np.log(t) / 2.0)
+    tolerance = 1e-6 if epsilon != -1.0 else 1e-3  # flat at its bound
+    np.testing.assert_allclose(
+        helpers.fixed_point(moved, q, epsilon), q, atol=tolerance
+    )
+    tensor = ops.convert_to_tensor(t, "float32")
+    found = ops.convert_to_numpy(Correction(epsilon, 2.0).apply(tensor))
+    np.testing.assert_allclose(found, q, atol=max(tolerance, 1e-5))
+
+
+def test_identity_keeps_exact_zeros():
+    assert Correction().is_identity
+    assert not Correction(0.1).is_identity
+    t = np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
+    np.testing.assert_array_equal(Correction().correct(t), t)
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(Correction().apply(ops.convert_to_tensor(t))), t
+    )
+    assert Correction(0.5).correct(t)[1, 2] == 0.0
+
+
+def test_no_teacher_has_the_classes():
+    """Without step 1, r is uniform: the matrix does it all."""
+    matrix = np.eye(2)[[0, 1, 1]]
+    correction = Correction(temperature=INF, matrix=matrix)
+    q = correction.correct([[0.8, 0.2]])
+    np.testing.assert_allclose(q, [[0.8 / 1.2, 0.2 / 1.2, 0.2 / 1.2]])
+
+
+def test_leading_axes():
+    t = draw(0, 4, 5, CLASSES)
+    correction = Correction(**arguments(1, (CLASSES,)))
+    flat = correction.correct(t.reshape(-1, CLASSES))
+    np.testing.assert_allclose(correction.correct(t), flat.reshape(t.shape))
+    np.testing.assert_allclose(correction.correct(t[0, 0]), flat[0])
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_sigmoid_head_is_two_classes(from_logits):
+    p = np.linspace(0.1, 0.9, 5)[:, None]
+    outputs = np.log(p / (1 - p)) if from_logits else p
+    correction = Correction(0.5, 2.0, from_logits=from_logits)
+    both = dataclasses.replace(correction, from_logits=False)
+    np.testing.assert_allclose(
+        correction.correct(outputs),
+        both.correct(np.concatenate([1 - p, p], axis=1)),
+    )
+    if not from_logits:
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(correction.apply(ops.convert_to_tensor(p))),
+            correction.correct(p),
+            atol=1e-6,
+        )
+
+
+def test_logits_are_their_softmax():
+    t = draw(0, 20, CLASSES)
+    a = arguments(1, (CLASSES, CLASSES))
+    mixed = Correction(**a, from_logits=(True, False))
+    found = mixed.correct([np.log(t) + 3.0, t])
+    np.testing.assert_allclose(found, Correction(**a).correct([t, t]))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "from_logits", "match"),
+    [
+        ([[2.0, -1.0, 0.0]], False, "probabilities.*take their softmax first"),
+        ([[0.2, 0.8, 0.0]] * 2, True, "`from_logits` must be False"),
+        ([[20.0, 80.0, 0.0]], False, "percentages: divide them by 100"),
+        ([[0.2, 0.8, np.nan]], False, "must not contain NaN"),
+        ([[0.2, 0.8, np.inf]], True, "finite logits"),
+        ([[0.2, 0.8]], False, r"the classes that the correction is for, \(3,"),
+        ([["a", "b", "c"]], False, "must hold numbers"),
+        (np.ma.masked_array([[0.2, 0.8, 0.0]]), False, "a masked array"),
+    ],
+)
+def test_other_outputs_are_refused(outputs, from_logits, match):
+    correction = Correction(bias=[0.0, 1.0, 0.0], from_logits=from_logits)
+    with pytest.raises(ValueError, match=match):
+        correction.correct(outputs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"temperature": 0.0}, "`temperature` must be a positive number"),
+        ({"temperature": [1.0, 2.0]}, "one for each of 1 teachers"),
+        ({"matrix": [1.0, 2.0]}, "`matrix` must be finite numbers with 2"),
+        ({"bias": [np.nan]}, "`bias` must be finite"),
+        ({"matrix": np.eye(3), "bias": [1.0, 2.0]}, "same number of classes"),
+        ({"matrix": np.eye(3), "teacher_classes": (3, 3)}, "a column for each"),
+        ({"matrix": np.ones((2, 3))}, "must be inf for a teacher whose"),
+        ({"bias": [1.0, 2.0], "kept_classes": (2,)}, "`kept_classes` must be"),
+        (
+            {
+                "matrix": np.ones((2, 3)),
+                "temperature": INF,
+                "kept_classes": (1,),
+            },
+            "`kept_classes` must be among the 2 classes of a teacher",
+        ),
+        ({"from_logits": "yes"}, "`from_logits` must be True or False"),
+        ({"epsilon": np.nan}, "`epsilon` must be finite"),
+    ],
+)
+def test_arguments_that_disagree(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        Correction(**arguments)
+
+
+def full():
     return Correction(
-        EPSILON,
-        scale=0.7,
-        proxy_scale=MATRIX,
-        proxy_bias=BIAS,
-        **arguments,
+        **arguments(3, (3, 4, 3)),
+        kept_classes=(2,),
+        from_logits=(True, False, False),
     )
 
 
-def through_pickle(thing):
-    return pickle.loads(pickle.dumps(thing))
+def test_json(tmp_path):
+    correction = full()
+    correction.save(tmp_path / "correction.json")
+    loaded = Correction.load(tmp_path / "correction.json")
+    assert loaded == correction
+    assert hash(loaded) == hash(correction)
+    assert loaded != Correction()
+    config = json.loads(json.dumps(Correction([0.5, 0.1], 2.0).get_config()))
+    assert Correction.from_config(config) == Correction([0.5, 0.1], 2.0)
 
 
-def by_hand(z):
-    """Temperature, epsilon, then a matrix: with a solver that is tested."""
-    t = helpers.softmax(0.7 * z)
-    q = proxy_teacher(t, EPSILON).probabilities
-    return helpers.softmax(np.log(q) @ MATRIX.T + BIAS)
+def test_it_is_a_value():
+    correction = full()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        correction.epsilon = 0.0
+    with pytest.raises(ValueError, match="read-only"):
+        correction.matrix[0, 0] = 1.0
 
 
-class TestValues:
-    @pytest.mark.parametrize("scale", [0.5, [0.5, 1.0, 2.0], MATRIX])
-    @pytest.mark.parametrize("from_logits", [False, True])
-    def test_teacher(self, teacher, scale, from_logits):
-        outputs = 3.0 * np.log(teacher) if from_logits else teacher
-        z = outputs if from_logits else np.log(teacher)
-        scale = np.asarray(scale)
-        moved = z @ scale.T if scale.ndim == 2 else z * scale
-        correction = Correction(
-            scale=scale, bias=BIAS, teacher_from_logits=from_logits
-        )
-        np.testing.assert_allclose(
-            correction.teacher(outputs), helpers.softmax(moved + BIAS)
-        )
-
-    @pytest.mark.parametrize("from_logits", [False, True])
-    def test_composition(self, teacher, from_logits):
-        z = np.log(teacher)
-        outputs = z + 2.0 if from_logits else teacher
-        correction = composed(teacher_from_logits=from_logits)
-        expected = by_hand(z)
-        np.testing.assert_allclose(
-            correction.proxy(outputs).probabilities, expected, rtol=1e-9
-        )
-        target = correction.target(ops.convert_to_tensor(outputs, "float32"))
-        np.testing.assert_allclose(target, expected, atol=2e-6)
-
-    def test_identity(self, teacher):
-        assert Correction().is_identity
-        np.testing.assert_allclose(
-            Correction().proxy(teacher).probabilities, teacher
-        )
-        assert not Correction(scale=0.5).is_identity
-        assert not Correction(0.1).is_identity
-        assert not Correction(proxy_bias=BIAS).is_identity
-
-    def test_several_teachers_side_by_side(self, teacher):
-        """`A` may be rectangular: `z` of two teachers in one row."""
-        second = helpers.dirichlet(1, ROWS, CLASSES)
-        z = np.log(np.concatenate([teacher, second], axis=1))
-        wide = np.concatenate([MATRIX, 0.5 * np.eye(CLASSES)], axis=1)
-        correction = Correction(
-            0.5, scale=wide, bias=BIAS, teacher_from_logits=True
-        )
-        t = helpers.softmax(z @ wide.T + BIAS)
-        np.testing.assert_allclose(correction.teacher(z), t)
-        np.testing.assert_allclose(
-            correction.target(ops.convert_to_tensor(z, "float32")),
-            proxy_teacher(t, 0.5).probabilities,
-            atol=2e-6,
-        )
-
-    def test_binary_head(self):
-        p = np.array([[0.2], [0.9]])
-        two = np.concatenate([1 - p, p], axis=1)
-        correction = Correction([0.5, 0.1], scale=0.5)
-        np.testing.assert_allclose(
-            correction.proxy(p).probabilities,
-            correction.proxy(two).probabilities,
-        )
-        np.testing.assert_allclose(
-            correction.target(ops.convert_to_tensor(p, "float32")),
-            correction.proxy(two).probabilities,
-            atol=2e-6,
-        )
-
-    @pytest.mark.parametrize("zeros", [1, 2])
-    def test_exact_zeros(self, zeros):
-        row = np.zeros((1, CLASSES))
-        row[0, zeros:] = 1.0 / (CLASSES - zeros)
-        q = composed().proxy(row).probabilities
-        assert np.all(np.isfinite(q))
-        np.testing.assert_allclose(q.sum(axis=1), 1.0)
-        target = composed().target(ops.convert_to_tensor(row, "float32"))
-        np.testing.assert_allclose(target, q, atol=1e-5)
-
-    def test_huge_logits(self):
-        logits = np.array([[1e4, -1e4, 0.0]])
-        correction = composed(teacher_from_logits=True)
-        target = correction.target(ops.convert_to_tensor(logits, "float32"))
-        np.testing.assert_allclose(
-            target, correction.proxy(logits).probabilities, atol=1e-5
-        )
+def network(classes, seed, activation="softmax"):
+    init = keras.initializers.GlorotUniform(seed)
+    dense = keras.layers.Dense(classes, activation, kernel_initializer=init)
+    return keras.Sequential([keras.Input((5,)), dense])
 
 
-class TestLoss:
-    def test_pt_loss_where_it_can_carry_it(self, teacher):
-        correction = Correction(EPSILON, scale=MATRIX, bias=BIAS)
-        loss = correction.loss(from_logits=True, reduction=None)
-        assert isinstance(loss, PTLoss)
-        student = np.random.default_rng(0).normal(size=(ROWS, CLASSES))
-        t = helpers.softmax(np.log(teacher) @ MATRIX.T + BIAS)
-        np.testing.assert_allclose(
-            loss(teacher, student),
-            helpers.pt_loss_of_logits(t, student, EPSILON),
-            rtol=1e-4,
-        )
-
-    def test_kl_where_it_cannot(self, teacher):
-        loss = composed().loss(from_logits=True, reduction=None)
-        assert isinstance(loss, ProxyKLDivergence)
-        student = np.random.default_rng(0).normal(size=(ROWS, CLASSES))
-        np.testing.assert_allclose(
-            loss(teacher, student),
-            helpers.pt_loss_of_logits(by_hand(np.log(teacher)), student, 0.0),
-            atol=2e-5,
-        )
-
-
-class TestConfig:
-    def test_round_trip(self, teacher):
-        correction = composed(teacher_from_logits=True)
-        again = keras.saving.deserialize_keras_object(
-            keras.saving.serialize_keras_object(correction)
-        )
-        assert again.teacher_from_logits
-        for name in ("epsilon", "scale", "bias", "proxy_scale", "proxy_bias"):
-            np.testing.assert_array_equal(
-                getattr(again, name), getattr(correction, name)
-            )
-
-    @pytest.mark.parametrize(
-        "argument, value",
+def test_layers_inside_a_saved_model(tmp_path):
+    x = np.random.default_rng(0).normal(size=(8, 5)).astype("float32")
+    teachers = [network(3, 0, None), network(4, 1), network(3, 2)]
+    correction = full()
+    model = keras.Sequential(
         [
-            ("epsilon", np.nan),
-            ("scale", 0.0),
-            ("scale", [1.0, -1.0]),
-            ("scale", [[np.inf]]),
-            ("bias", "much"),
-            ("bias", [[1.0]]),
-            ("proxy_scale", -1.0),
-            ("proxy_bias", np.inf),
-            ("epsilon", 1j),
-            ("scale", np.array([1.0, 1j])),
-            ("bias", 0j),
-            ("scale", "2.0"),
-        ],
+            TeachersSideBySide(teachers, from_logits=correction.from_logits),
+            CorrectedTeacher(correction),
+        ]
     )
-    def test_wrong(self, argument, value):
-        with pytest.raises(ValueError, match=f"`{argument}` must be.*Received"):
-            Correction(**{argument: value})
+    found = model.predict(x, verbose=0)
+    outputs = [teacher.predict(x, verbose=0) for teacher in teachers]
+    expected = correction.correct(outputs)
+    np.testing.assert_allclose(found, expected, atol=3e-6)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), found, atol=1e-6)
+    assert loaded.layers[-1].correction == correction
+    assert not loaded.layers[-1].weights
 
-    def test_classes_that_differ(self):
-        with pytest.raises(
-            ValueError, match="`scale` and `bias`.*same classes"
-        ):
-            Correction(scale=[1.0, 2.0], bias=[0.0, 0.0, 0.0])
-        with pytest.raises(ValueError, match="`epsilon`.*one row a class"):
-            Correction(EPSILON, scale=[1.0, 2.0])
 
-    @pytest.mark.parametrize(
-        "arguments",
-        [
-            {"epsilon": EPSILON, "proxy_scale": [1.0, 2.0]},
-            {"scale": [1.0, 1.0, 1.0], "proxy_scale": [1.0, 2.0]},
-            {"bias": BIAS, "proxy_bias": [1.0, 2.0]},
-            {"scale": MATRIX, "proxy_scale": np.ones((3, 2))},
-        ],
+def test_layer_takes_a_list_of_teachers():
+    a = arguments(0, (3, 2))
+    t, p = draw(0, 6, 3), draw(1, 6, 2)[:, 1:]
+    layer = CorrectedTeacher(Correction(**a))
+    both = np.concatenate([1 - p, p], axis=1)
+    expected = Correction(**a).correct([t, both])
+    np.testing.assert_allclose(layer([t, p]), expected, atol=3e-6)
+    assert layer.compute_output_shape([(None, 3), (None, 1)]) == (None, 3)
+
+
+def test_layer_under_a_mixed_policy():
+    t = draw(0, 6, 3)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        layer = CorrectedTeacher(Correction(0.5, 2.0))
+        q = ops.convert_to_numpy(layer(t.astype("float32")))
+    finally:
+        keras.config.set_dtype_policy(before)
+    np.testing.assert_allclose(q, Correction(0.5, 2.0).correct(t), atol=1e-6)
+
+
+def test_layer_on_logits():
+    """Eagerly an error, and NaN in a compiled function."""
+    layer = CorrectedTeacher(Correction(0.5))
+    logits = np.array([[2.0, -1.0, 0.0], [0.2, 0.3, 0.5]], "float32")
+    with pytest.raises(ValueError, match="probabilities.*layers.Softmax"):
+        layer(logits)
+    model = keras.Sequential([keras.Input((3,)), layer])
+    found = model.predict(logits, verbose=0)
+    assert np.isnan(found[0]).all()
+    assert np.isfinite(found[1]).all()
+
+
+def test_layer_is_the_proxy_layer():
+    t = draw(0, 6, 3).astype("float32")
+    np.testing.assert_allclose(
+        CorrectedTeacher(Correction([0.5, 0.2]))(t),
+        ProxyTeacher([0.5, 0.2])(t),
+        atol=1e-6,
     )
-    def test_classes_that_differ_after_epsilon(self, arguments):
-        match = "`proxy_scale` and `proxy_bias` must be of the 3 classes"
-        with pytest.raises(ValueError, match=match):
-            Correction(**arguments)
-
-    @pytest.mark.parametrize("scale", [[2.0], [1.0, 2.0], np.ones((3, 4))])
-    @pytest.mark.parametrize("method", ["proxy", "target"])
-    def test_input_of_other_classes_after_epsilon(self, teacher, scale, method):
-        correction = Correction(proxy_scale=scale)
-        match = "`outputs` must have the [124] classes"
-        with pytest.raises(ValueError, match=match):
-            getattr(correction, method)(teacher.astype("float32"))
-
-    @pytest.mark.parametrize("columns", [2, 4])
-    def test_input_of_other_classes(self, columns):
-        rows = np.full((4, columns), 1 / columns)
-        with pytest.raises(ValueError, match="`outputs` must have the 3"):
-            Correction(scale=[1.0, 2.0, 3.0]).proxy(rows)
-
-    @pytest.mark.parametrize("method", ["teacher", "proxy", "target"])
-    def test_logits_by_mistake(self, method):
-        match = "`outputs` must hold prob.*say teacher_from_logits=True"
-        with pytest.raises(ValueError, match=match):
-            getattr(Correction(), method)(np.array([[2.0, -1.0, 0.5]]))
 
 
-class TestValue:
-    """A correction does not change, and equals what is alike."""
-
-    NAMES = ("epsilon", "scale", "bias", "proxy_scale", "proxy_bias")
-
-    @pytest.mark.parametrize("name", NAMES)
-    def test_is_not_the_array_that_it_was_given(self, name):
-        given = np.array([1.0, 2.0, 3.0])
-        correction = Correction(**{name: given})
-        given[0] = -9.0
-        assert getattr(correction, name)[0] == 1.0
-
-    @pytest.mark.parametrize("made", [copy.copy, copy.deepcopy, through_pickle])
-    @pytest.mark.parametrize("name", NAMES)
-    def test_cannot_be_written_to(self, made, name):
-        correction = made(composed(bias=BIAS))
-        with pytest.raises(ValueError, match="read-only"):
-            getattr(correction, name)[...] = np.nan
-        with pytest.raises(ValueError, match="read-only"):
-            correction.calibration.scale[...] = np.nan
-
-    @pytest.mark.parametrize(
-        "made",
-        [
-            copy.deepcopy,
-            through_pickle,
-            lambda one: Correction.from_config(
-                json.loads(json.dumps(one.get_config()))
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: CorrectedTeacher(0.5), "`correction` must be a keras_ptloss"),
+        (lambda: TeachersSideBySide([1]), "`teachers` must be a list of Keras"),
+        (
+            lambda: TeachersSideBySide(
+                [network(3, 0)], from_logits=[True, False]
             ),
-        ],
-    )
-    @pytest.mark.parametrize("several", [False, True])
-    def test_equal(self, made, several):
-        one = composed()
-        if several:
-            one = Correction(scale=np.ones((2, 4)), teachers=(2, 2))
-        again = made(one)
-        assert again == one
-        assert hash(again) == hash(one)
-        assert len({one, again}) == 1
-
-    @pytest.mark.parametrize(
-        "changed",
-        [{name: 0.5} for name in NAMES] + [{"teacher_from_logits": True}],
-    )
-    def test_not_equal(self, changed):
-        assert Correction(**changed) != Correction()
-        assert Correction() != 0.0
-
-    def test_zeros_of_both_signs(self):
-        assert Correction(0.0) == Correction(-0.0)
-        assert hash(Correction(0.0)) == hash(Correction(-0.0))
-
-    def test_pt_loss_is_not_the_array_that_it_was_given(self):
-        scale = np.array([1.0, 2.0])
-        loss = PTLoss(0.5, teacher_scale=scale)
-        scale[0] = -9.0
-        assert loss.teacher_scale[0] == 1.0
-
-
-class TestLayer:
-    def test_saved_in_a_model(self, teacher, tmp_path):
-        model = keras.Sequential(
-            [keras.Input((CLASSES,)), CorrectedTeacher(composed())]
-        )
-        assert model.output_shape == (None, CLASSES)
-        expected = model.predict(teacher, verbose=0)
-        np.testing.assert_allclose(
-            expected, by_hand(np.log(teacher)), atol=2e-6
-        )
-        model.save(tmp_path / "model.keras")
-        loaded = keras.saving.load_model(tmp_path / "model.keras")
-        np.testing.assert_array_equal(
-            loaded.predict(teacher, verbose=0), expected
-        )
-
-    def test_needs_a_correction(self):
-        match = "`correction` must be a keras_ptloss.Correction"
-        with pytest.raises(ValueError, match=match):
-            CorrectedTeacher(0.5)
-
-    @pytest.mark.parametrize(
-        "row, match",
-        [
-            ([0.4, 0.6], "`inputs` must have the 3 classes"),
-            ([2.0, -1.0, 0.5], "`inputs` must hold probabilities"),
-        ],
-    )
-    def test_inputs(self, row, match):
-        layer = CorrectedTeacher(Correction(scale=[1.0, 2.0, 3.0]))
-        with pytest.raises(ValueError, match=match):
-            layer(np.array([row], "float32"))
+            "`from_logits` must be one flag",
+        ),
+    ],
+)
+def test_layers_of_something_else(build, match):
+    with pytest.raises(ValueError, match=match):
+        build()

@@ -1,19 +1,19 @@
-"""The search for a teacher's correction on labelled examples."""
+"""The search for a teacher's correction on a few labelled examples."""
 
-from keras_ptloss.search._calibration_search import CalibrationSearch
-from keras_ptloss.search._cross_validated import CrossValidatedSearch
-from keras_ptloss.search._events import top_k_events
-from keras_ptloss.search._gradient import GradientSearch
-from keras_ptloss.search._random import RandomSearch
-from keras_ptloss.search._result import SearchResult
-from keras_ptloss.search._search import ProxyTeacherSearch
+from keras_ptloss.search.gradient_search import GradientSearch
+from keras_ptloss.search.method import Examples, Found, SearchMethod
+from keras_ptloss.search.random_search import RandomSearch
+from keras_ptloss.search.result import SearchResult
+from keras_ptloss.search.ridge import RidgeSearch
+from keras_ptloss.search.search import ProxyTeacherSearch
 
 __all__ = [
-    "CalibrationSearch",
-    "CrossValidatedSearch",
+    "Examples",
+    "Found",
     "GradientSearch",
     "ProxyTeacherSearch",
     "RandomSearch",
+    "RidgeSearch",
+    "SearchMethod",
     "SearchResult",
-    "top_k_events",
 ]

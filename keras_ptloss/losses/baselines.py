@@ -1,0 +1,370 @@
+"""The methods that the paper compares PTLoss with, as losses.
+
+Some need no class of their own. With `t` the teacher's probabilities:
+
+* KL divergence from the teacher: `PTLoss(0.0)`.
+* Temperature scaling: `PTLoss(0.0, teacher_temperature=tau)`.
+* A mix with hard labels: `Distiller(..., hard_label_loss=loss,
+  hard_label_weight=w)`.
+* One-hot labels (OHT): `keras.utils.to_categorical(labels)` in place of `t`;
+  `PTLoss(0.0)` is then `keras.losses.CategoricalCrossentropy`.
+* Early-stopped teacher (ESKD, Cho and Hariharan 2019): fit the teacher with
+  `keras.callbacks.EarlyStopping("val_accuracy", patience=epochs,
+  restore_best_weights=True)`, which restores the weights of its best epoch.
+* Teacher-free self-distillation (Tf-KD_self, Yuan et al. 2020): fit a student
+  on labels, then distil it into `keras.models.clone_model(student)`, a copy
+  with new weights, by a `Distiller` with `hard_label_weight`. Here the
+  temperature applies to the teacher alone; Yuan et al. soften both.
+* FilterKD: the `FilteredTeacher` callback.
+
+The functions at the end return the coefficients that turn PTLoss into focal
+loss, temperature scaling and label smoothing (Appendix A.1).
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_ptloss._backend import replicas
+from keras_ptloss._checks import as_floats, check_count, check_number, fail
+from keras_ptloss.losses.base import (
+    TINY,
+    TeacherLoss,
+    log_student,
+    read_student,
+    read_teacher,
+    refuse_variables,
+)
+from keras_ptloss.losses.pt_loss import pt_loss
+
+Tensor = Any
+
+MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
+
+
+@keras.saving.register_keras_serializable(package="keras_ptloss")
+class FocalLoss(TeacherLoss):
+    """Focal loss with a teacher's probabilities in place of the label.
+
+    Classes to which the student already gives a high probability count less:
+
+        loss = -sum_c t_c (1 - p_c)^gamma log p_c                 (Eq. 12)
+
+    It is a cross-entropy: `gamma = 0` is the KL divergence plus the teacher's
+    entropy, which does not depend on the student. Its gradient is that of
+    PTLoss with `focal_epsilon(gamma, order)` in the limit of the order.
+
+    Args:
+        gamma: the focusing parameter, at least 0.
+        from_logits: whether `y_pred`, the student's output, holds logits.
+        reduction: as in `keras.losses.Loss`.
+        name: name of the loss.
+        dtype: dtype of the result; the computation is in float32 or better.
+
+    Example:
+        >>> import numpy as np
+        >>> loss = FocalLoss(2.0)
+        >>> student = np.array([[0.75, 0.25]])
+        >>> round(float(loss(np.array([[1.0, 0.0]]), student)), 4)
+        0.018
+        >>> round(float(loss(np.array([[0.0, 1.0]]), student)), 4)
+        0.7798
+
+    Reference:
+        Lin et al. 2017, Focal Loss for Dense Object Detection
+        (https://arxiv.org/abs/1708.02002).
+    """
+
+    def __init__(
+        self,
+        gamma: float,
+        *,
+        from_logits: bool = False,
+        reduction: str | None = "sum_over_batch_size",
+        name: str | None = "focal_loss",
+        dtype: Any = None,
+    ) -> None:
+        refuse_variables(gamma=gamma)
+        super().__init__(
+            {"gamma": check_number("gamma", gamma, at_least=0.0)},
+            from_logits=from_logits,
+            reduction=reduction,
+            name=name,
+            dtype=dtype,
+        )
+
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
+        """Return one loss per example, `(...)`."""
+        student = read_student(y_pred, from_logits=self.from_logits)
+        t = read_teacher(y_true, student)
+        log_p = log_student(student, from_logits=self.from_logits)
+        # The power has no finite slope at 0 for gamma below 1.
+        one_minus_p = ops.maximum(-ops.expm1(log_p), TINY)
+        loss = -ops.sum(t * ops.power(one_minus_p, self.gamma) * log_p, axis=-1)
+        return ops.cast(loss, self.dtype)
+
+
+@keras.saving.register_keras_serializable(package="keras_ptloss")
+class LabelSmoothingLoss(TeacherLoss):
+    """KL divergence from the teacher mixed with the uniform distribution.
+
+        loss = KL(t' || p),    t' = (1 - delta) t + delta / C     (Eq. 23)
+
+    It lowers the confidence of all rows alike and never changes the teacher's
+    ranking of the classes. Eq. 23 writes `delta / 2`, for `C = 2`. The gradient
+    is that of `keras.losses.CategoricalCrossentropy(label_smoothing=delta)`,
+    and of PTLoss with `label_smoothing_epsilon` in the limit of its order.
+
+    Args:
+        delta: share of the uniform distribution, from 0 (plain KL) to 1.
+        from_logits: whether `y_pred`, the student's output, holds logits.
+        reduction: as in `keras.losses.Loss`.
+        name: name of the loss.
+        dtype: dtype of the result; the computation is in float32 or better.
+
+    Example:
+        >>> import numpy as np
+        >>> loss = LabelSmoothingLoss(0.1)
+        >>> teacher = np.array([[1.0, 0.0]])
+        >>> round(float(loss(teacher, np.array([[0.8, 0.2]]))), 4)
+        0.0939
+        >>> round(float(loss(teacher, np.array([[0.95, 0.05]]))), 4)
+        0.0
+
+    Reference:
+        Szegedy et al. 2016, Rethinking the Inception Architecture for Computer
+        Vision (https://arxiv.org/abs/1512.00567).
+    """
+
+    def __init__(
+        self,
+        delta: float,
+        *,
+        from_logits: bool = False,
+        reduction: str | None = "sum_over_batch_size",
+        name: str | None = "label_smoothing_loss",
+        dtype: Any = None,
+    ) -> None:
+        refuse_variables(delta=delta)
+        super().__init__(
+            {"delta": _check_share("delta", delta)},
+            from_logits=from_logits,
+            reduction=reduction,
+            name=name,
+            dtype=dtype,
+        )
+
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
+        """Return one loss per example, `(...)`."""
+        student = read_student(y_pred, from_logits=self.from_logits)
+        t = read_teacher(y_true, student)
+        # The sum keeps rows of padding at zero.
+        uniform = ops.mean(t, axis=-1, keepdims=True)
+        smoothed = (1.0 - self.delta) * t + self.delta * uniform
+        loss = pt_loss(smoothed, student, 0.0, from_logits=self.from_logits)
+        return ops.cast(loss, self.dtype)
+
+
+@keras.saving.register_keras_serializable(package="keras_ptloss")
+class Flooding(TeacherLoss):
+    """Keep the training loss from falling below a level.
+
+    With `L` the mean of another loss over the batch:
+
+        loss = |L - level| + level
+
+    Below the level the gradient changes its sign. The mean is taken first,
+    after weights and masks; under a `tf.distribute` strategy it is the mean
+    over a replica's part of the batch. Regularisation losses are added outside.
+    `val_loss` is flooded too, so monitor a metric instead.
+
+    Args:
+        loss: a `keras.losses.Loss` whose `reduction` is a mean. `y_true` and
+            `y_pred` are what this loss takes.
+        level: the flood level, in the units of the loss, at least 0.
+        name: name of the loss.
+
+    Example:
+        >>> import numpy as np
+        >>> from keras_ptloss import PTLoss
+        >>> kl, probs = PTLoss(0.0), np.array([[0.9, 0.1], [0.5, 0.5]])
+        >>> float(Flooding(kl, 0.25)(probs, probs))
+        0.5
+        >>> float(kl(probs, probs[::-1])) < 0.5
+        True
+
+    Reference:
+        Ishida et al. 2020, Do We Need Zero Training Loss After Achieving Zero
+        Training Error? (https://arxiv.org/abs/2002.08709).
+    """
+
+    def __init__(
+        self,
+        loss: keras.losses.Loss,
+        level: float,
+        *,
+        name: str | None = "flooding",
+    ) -> None:
+        if not isinstance(loss, keras.losses.Loss):
+            fail("loss", "a keras.losses.Loss", loss)
+        if loss.reduction not in MEANS:
+            raise ValueError(
+                "`loss` must take the mean over the batch, with a reduction "
+                f"of {', '.join(map(repr, MEANS))}. Received: loss "
+                f"{loss.name!r} with reduction={loss.reduction!r}"
+            )
+        refuse_variables(level=level)
+        super().__init__(
+            {"loss": loss, "level": check_number("level", level, at_least=0.0)},
+            from_logits=getattr(loss, "from_logits", False),
+            reduction=loss.reduction,
+            name=name,
+            dtype=loss.dtype,
+        )
+
+    @property
+    def teacher_classes(self) -> tuple[int, ...] | None:
+        """Number of classes of each teacher, as the flooded loss has it."""
+        return getattr(self.loss, "teacher_classes", None)
+
+    def __call__(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
+    ) -> Tensor:
+        """Return the flooded mean, a scalar; arguments as of `loss`."""
+        mean = self.loss(y_true, y_pred, sample_weight=sample_weight)
+        # Keras has divided the mean by the number of replicas.
+        level = ops.cast(self.level / replicas(), mean.dtype)
+        return ops.abs(mean - level) + level
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that build the same loss again."""
+        return {
+            "loss": keras.saving.serialize_keras_object(self.loss),
+            "level": self.level,
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Flooding":
+        """Build the loss from what `get_config` returned."""
+        loss = keras.saving.deserialize_keras_object(config["loss"])
+        return cls(**{**config, "loss": loss})
+
+
+def focal_epsilon(gamma: int, order: int) -> np.ndarray:
+    """Return the coefficients of focal loss (Eq. 14), `(order,)`.
+
+    `-(1-p)^gamma log p = sum_m (1-p)^(m+gamma) / m`, so that
+
+        epsilon_m = -1/m                     for m <= gamma
+        epsilon_m = 1/(m - gamma) - 1/m      for m > gamma
+
+    The series is cut at `order` and exact in the limit. The value of PTLoss
+    also contains the teacher's negative entropy, so only gradients coincide.
+
+    Args:
+        gamma: the focusing parameter, an integer of at least 0.
+        order: number of coefficients. The gradient's error falls as
+            `(1-p)^order`.
+
+    Returns:
+        Coefficients shared by the classes.
+
+    Example:
+        >>> focal_epsilon(gamma=1, order=3).round(3)
+        array([-1.   ,  0.5  ,  0.167])
+    """
+    gamma = check_count("gamma", gamma, at_least=0)
+    m = np.arange(1, check_count("order", order) + 1, dtype="float64")
+    target = np.where(m > gamma, 1.0 / np.maximum(m - gamma, 1.0), 0.0)
+    return target - 1.0 / m
+
+
+def temperature_epsilon(
+    teacher_probs: Any, temperature: float, order: int
+) -> np.ndarray:
+    """Return the coefficients of temperature scaling (Eq. 22).
+
+    With `t'` the teacher at the temperature, `t' ~ t^(1/temperature)`:
+
+        epsilon_{n,c,m} = (t'_{n,c} / t_{n,c} - 1) / m
+
+    The series is cut at `order` and exact in the limit; see `focal_epsilon`.
+
+    Args:
+        teacher_probs: `(N, C)`, all above 0.
+        temperature: a number above 0; 1 changes nothing.
+        order: number of coefficients.
+
+    Returns:
+        Coefficients per example and class, `(N, C, order)`, for `pt_loss`.
+
+    Example:
+        >>> temperature_epsilon([[0.8, 0.2]], 2.0, order=2).round(3)
+        array([[[-0.167, -0.083],
+                [ 0.667,  0.333]]])
+    """
+    t = _check_positive(teacher_probs)
+    if check_number("temperature", temperature, at_least=0.0) == 0.0:
+        fail("temperature", "above 0", temperature)
+    softened = t ** (1.0 / temperature)
+    softened /= softened.sum(axis=-1, keepdims=True)
+    return _epsilon_of_target(t, softened, order)
+
+
+def label_smoothing_epsilon(
+    teacher_probs: Any, delta: float, order: int
+) -> np.ndarray:
+    """Return the coefficients of label smoothing (Eq. 27).
+
+    The target is `(1 - delta) t + delta / C` (Eq. 23 has `delta / 2`, for
+    `C = 2`):
+
+        epsilon_{n,c,m} = delta (1 / (C t_{n,c}) - 1) / m
+
+    The series is cut at `order` and exact in the limit; see `focal_epsilon`.
+
+    Args:
+        teacher_probs: `(N, C)`, all above 0.
+        delta: share of the uniform distribution, from 0 to 1.
+        order: number of coefficients.
+
+    Returns:
+        Coefficients per example and class, `(N, C, order)`, for `pt_loss`.
+
+    Example:
+        >>> label_smoothing_epsilon([[0.8, 0.2]], 0.1, order=2).round(4)
+        array([[[-0.0375, -0.0187],
+                [ 0.15  ,  0.075 ]]])
+    """
+    t = _check_positive(teacher_probs)
+    delta = _check_share("delta", delta)
+    smoothed = (1.0 - delta) * t + delta / t.shape[-1]
+    return _epsilon_of_target(t, smoothed, order)
+
+
+def _epsilon_of_target(
+    t: np.ndarray, target: np.ndarray, order: int
+) -> np.ndarray:
+    """Return coefficients with which `t` acts as `target`, `(N, C, order)`."""
+    m = np.arange(1, check_count("order", order) + 1)
+    return (target / t - 1.0)[..., None] / m
+
+
+def _check_share(argument: str, value: Any) -> float:
+    """Require a number from 0 to 1."""
+    share = check_number(argument, value, at_least=0.0)
+    if share > 1.0:
+        fail(argument, "at most 1", value)
+    return share
+
+
+def _check_positive(teacher_probs: Any) -> np.ndarray:
+    """Require `(N, C)` without zeros."""
+    expected = "of shape (examples, classes) and above 0 everywhere"
+    t = as_floats("teacher_probs", teacher_probs, expected)
+    if t.ndim != 2 or not np.all(t > 0):
+        fail("teacher_probs", expected, teacher_probs)
+    return t

@@ -1,0 +1,334 @@
+"""What a search found."""
+
+import dataclasses
+import html
+import json
+import os
+import textwrap
+from typing import Any
+
+import numpy as np
+
+from keras_ptloss.correction import Correction
+from keras_ptloss.losses.corrected_kl import CorrectedKLDivergence
+from keras_ptloss.search.method import Examples, Found
+
+CLASSES_SHOWN = 10
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class SearchResult:
+    """What a search found: the correction, and how well it does.
+
+    `print(result)` or `result.summary()` shows all of it in one table.
+
+    Attributes:
+        correction: the `Correction` that was chosen. It leaves the teacher as
+            it is if nothing better was found.
+        method: name of the method, such as `"ridge"`.
+        trials: what was tried, column by column: `pandas.DataFrame(trials)`.
+        notes: what may be wrong with the teacher, the labels or the result.
+        class_names: names of the classes.
+        seconds: duration of the search.
+        score: NLL of the corrected teacher on the labels.
+        baseline_score: NLL of the teacher as it is; of several teachers, of the
+            best one that has the student's classes. If there is none, NLL of
+            the shares of the classes among the labels.
+        scores: rows of the summary's table: for each name `nll`, `accuracy` and
+            `ece`, the expected calibration error in 15 bins.
+        chosen: which row of `scores` is the correction.
+        out_of_fold: whether scores and shares come from cross-validation, each
+            example corrected without its own label. If not, they come from the
+            examples that were fitted, and new data will look worse.
+        class_shares: for each class its share among the labels, and the mean
+            probability that the teacher and the corrected teacher give it.
+        verdict: one sentence: did it help?
+    """
+
+    correction: Correction
+    method: str
+    trials: dict[str, list[Any]]
+    notes: tuple[str, ...]
+    class_names: tuple[str, ...]
+    seconds: float
+    score: float
+    baseline_score: float
+    scores: dict[str, dict[str, float]]
+    chosen: str
+    out_of_fold: bool
+    class_shares: dict[str, np.ndarray]
+    verdict: str
+
+    @property
+    def epsilon(self) -> np.ndarray:
+        """The coefficients of PTLoss, `(M,)`, or `(C, M)` per class.
+
+        Of one teacher, `PTLoss(result.epsilon,
+        teacher_temperature=result.temperature)` is step 1 of the correction as
+        a loss. Of several teachers, epsilon is that of their combination
+        `softmax(sum_k z_k / temperature_k)`, with z_k the logarithms of the
+        probabilities of teacher k.
+        """
+        return np.asarray(self.correction.epsilon)
+
+    @property
+    def temperature(self) -> float | tuple[float, ...]:
+        """The teacher's temperature; of several teachers, one for each.
+
+        K teachers with temperature K are combined to their geometric mean. A
+        teacher with temperature `inf` takes no part in step 1.
+        """
+        return self.correction.temperature
+
+    def correct(self, teacher_outputs: Any) -> np.ndarray:
+        """Return the corrected probabilities of teacher outputs.
+
+        Args:
+            teacher_outputs: `(..., C)`, probabilities or logits as `search` was
+                given them. Several teachers are a list of arrays, or one array
+                that holds them side by side.
+
+        Returns:
+            Probabilities, `(..., C)`, float64.
+
+        Raises:
+            ValueError: if `teacher_outputs` are not of this form.
+        """
+        return self.correction.correct(teacher_outputs)
+
+    def loss(
+        self, *, from_logits: bool = False, **kwargs: Any
+    ) -> CorrectedKLDivergence:
+        """Return the loss for a live teacher: KL to the corrected teacher.
+
+        Args:
+            from_logits: whether the student gives logits.
+            **kwargs: `reduction`, `name` and `dtype` of a Keras loss.
+        """
+        return CorrectedKLDivergence(
+            self.correction, from_logits=from_logits, **kwargs
+        )
+
+    def plot(self, *, ax: Any = None) -> Any:
+        """Plot the share of each class: labels, teacher, corrected teacher.
+
+        Args:
+            ax: Matplotlib axes to draw on. None makes a figure.
+
+        Returns:
+            The axes.
+        """
+        if ax is None:
+            import matplotlib.pyplot as plt
+
+            ax = plt.subplots(layout="constrained")[1]
+        position = np.arange(len(self.class_names))
+        for index, (name, shares) in enumerate(self.class_shares.items()):
+            ax.bar(position + 0.27 * (index - 1), shares, 0.27, label=name)
+        if len(position) <= 30:
+            ax.set_xticks(position, self.class_names)
+        ax.set(xlabel="class", ylabel="share")
+        ax.legend()
+        return ax
+
+    def summary(self) -> None:
+        """Print whether the correction helps, and what it does."""
+        print(self)
+
+    def __repr__(self) -> str:
+        """Return the text that `summary` prints."""
+        mark = "" if self.out_of_fold else "*"
+        wide = max(map(len, self.scores))
+        lines = [
+            self.verdict,
+            "",
+            f"{'':{wide}}  {'NLL' + mark:>8} {'accuracy' + mark:>10} "
+            f"{'ECE' + mark:>7}",
+        ]
+        for name, row in self.scores.items():
+            lines.append(
+                f"{name:{wide}}  {row['nll']:8.3f} "
+                f"{100 * row['accuracy']:8.1f} % {row['ece']:7.3f}"
+                + ("  <- chosen" if name == self.chosen else "")
+            )
+        lines += ["", *self._share_lines(mark)]
+        if not self.out_of_fold:
+            lines += ["* on the labels that were fitted: new data are worse"]
+        epsilon = np.array2string(
+            self.epsilon, precision=3, threshold=10, edgeitems=2
+        ).replace("\n", "")
+        temperature = np.array2string(np.asarray(self.temperature), precision=3)
+        lines += ["", f"epsilon {epsilon}, temperature {temperature}"]
+        if not self.correction.is_identity and self.correction.has_step_2:
+            lines[-1] += ", then a correction between classes"
+        lines[-1] += f"; {self.seconds:.1f} s"
+        for note in self.notes:
+            lines += textwrap.wrap(
+                f"Note: {note}", width=88, subsequent_indent="  "
+            )
+        return "\n".join(lines)
+
+    def _share_lines(self, mark: str) -> list[str]:
+        """Return a table of the classes whose share changes most."""
+        shares = self.class_shares
+        change = np.abs(shares["corrected"] - shares["teacher"])
+        order = np.sort(np.argsort(-change, kind="stable")[:CLASSES_SHOWN])
+        names = [textwrap.shorten(n, 24) or n[:24] for n in self.class_names]
+        wide = max(5, *(len(names[c]) for c in order))
+        header = f"{'class':{wide}}  " + " ".join(
+            f"{name + ('' if name == 'labels' else mark):>10}"
+            for name in shares
+        )
+        lines = [header]
+        for c in order:
+            values = [f"{100 * share[c]:8.1f} %" for share in shares.values()]
+            lines.append(f"{names[c]:{wide}}  " + " ".join(values))
+        if len(order) < len(names):
+            lines.append(
+                f"(the {len(order)} of {len(names)} classes that change most)"
+            )
+        return lines
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        return f"<pre>{html.escape(repr(self))}</pre>"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the result to a JSON file."""
+        fields = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+        }
+        fields["correction"] = self.correction.get_config()
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(fields, file, default=lambda value: value.tolist())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "SearchResult":
+        """Read a result that `save` wrote."""
+        with open(path, encoding="utf-8") as file:
+            fields = json.load(file)
+        fields["correction"] = Correction.from_config(fields["correction"])
+        for name in ("notes", "class_names"):
+            fields[name] = tuple(fields[name])
+        fields["class_shares"] = {
+            name: np.asarray(shares)
+            for name, shares in fields["class_shares"].items()
+        }
+        return cls(**fields)
+
+
+def summarize(examples: Examples, found: Found) -> dict[str, Any]:
+    """Return the fields of a `SearchResult` that come from the labels."""
+    labels, weights = examples.labels, examples.sample_weight
+    name, baseline = _baseline(examples)
+    candidates = {name: baseline}
+    if found.out_of_fold:
+        candidates |= {
+            n: probs
+            for n, probs in found.out_of_fold.items()
+            if not n.startswith("teacher")
+        }
+        chosen = found.chosen if found.chosen in candidates else name
+    else:
+        chosen = "corrected"
+        t = examples.teacher_probs
+        correction = dataclasses.replace(found.correction, from_logits=False)
+        candidates[chosen] = correction.correct(t if len(t) > 1 else t[0])
+    scores = {
+        n: _scores(probs, labels, weights) for n, probs in candidates.items()
+    }
+    corrected = candidates[chosen]
+    shares = np.bincount(labels, weights, examples.num_classes) / len(labels)
+    return {
+        "score": scores[chosen]["nll"],
+        "baseline_score": scores[name]["nll"],
+        "scores": scores,
+        "chosen": chosen,
+        "out_of_fold": bool(found.out_of_fold),
+        "class_shares": {
+            "labels": shares,
+            "teacher": np.average(baseline, axis=0, weights=weights),
+            "corrected": np.average(corrected, axis=0, weights=weights),
+        },
+        "verdict": _verdict(examples, found, baseline, corrected),
+    }
+
+
+def _baseline(examples: Examples) -> tuple[str, np.ndarray]:
+    """Return the best teacher as it is, or else the shares of the labels."""
+    labels, classes = examples.labels, examples.num_classes
+    alike = {
+        f"teacher {k}": t
+        for k, t in enumerate(examples.teacher_probs)
+        if t.shape[1] == classes
+    }
+    if not alike:
+        counts = np.bincount(labels, examples.sample_weight, classes) + 1.0
+        shares = np.tile(counts / counts.sum(), (len(labels), 1))
+        return "shares of the labels", shares
+    losses = {
+        name: np.average(_nll(t, labels), weights=examples.sample_weight)
+        for name, t in alike.items()
+    }
+    best = min(losses, key=lambda name: losses[name])
+    one = len(examples.teacher_probs) == 1
+    return "teacher" if one else f"{best}, the best", alike[best]
+
+
+def _nll(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the negative log-likelihood of each example."""
+    own = probs[np.arange(len(labels)), labels]
+    return -np.log(np.maximum(own, 1e-7))
+
+
+def _scores(
+    probs: np.ndarray, labels: np.ndarray, weights: np.ndarray
+) -> dict[str, float]:
+    right = probs.argmax(axis=1) == labels
+    confidence = probs.max(axis=1)
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    gaps = np.bincount(bins, weights * (right - confidence), minlength=15)
+    return {
+        "nll": float(np.average(_nll(probs, labels), weights=weights)),
+        "accuracy": float(np.average(right, weights=weights)),
+        "ece": float(np.abs(gaps).sum() / weights.sum()),
+    }
+
+
+def _verdict(
+    examples: Examples,
+    found: Found,
+    baseline: np.ndarray,
+    corrected: np.ndarray,
+) -> str:
+    """Return one sentence that says whether the correction helps."""
+    labels, weights = examples.labels, examples.sample_weight
+    number = len(labels)
+    if found.correction.is_identity or found.chosen.startswith("teacher"):
+        return (
+            f"The teacher could not be improved with these {number} labels; "
+            "use it as it is."
+        )
+
+    def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+        mean = float(np.average(values, weights=weights))
+        error = np.sqrt(np.sum((weights * (values - mean)) ** 2)) / number
+        return mean, float(error)
+
+    where = f"Out of fold on your {number} labels"
+    if not found.out_of_fold:
+        where = f"On the {number} labels that were fitted"
+    before, _ = mean_and_error(baseline.argmax(axis=1) == labels)
+    after, error = mean_and_error(corrected.argmax(axis=1) == labels)
+    accuracy = f"{100 * after:.1f} % (± {100 * error:.1f}) are right"
+    instead = f"instead of {100 * before:.1f} %"
+    if after > before:
+        return f"{where}, {accuracy} {instead}."
+    difference = _nll(corrected, labels) - _nll(baseline, labels)
+    change, error = mean_and_error(difference)
+    return (
+        f"{where}, the NLL is {abs(change):.3f} (± {error:.3f}) "
+        f"{'lower' if change < 0.0 else 'higher'}, and {accuracy} "
+        f"{instead if after < before else 'as before'}."
+    )

@@ -1,0 +1,301 @@
+"""The search for a teacher's correction on a few labelled examples."""
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import keras
+import numpy as np
+import scipy.optimize
+import scipy.stats
+from threadpoolctl import threadpool_limits
+
+from keras_ptloss._checks import check_choice, check_count, fail
+from keras_ptloss.correction import Correction
+from keras_ptloss.search.gradient_search import GradientSearch
+from keras_ptloss.search.labelled import read_labelled
+from keras_ptloss.search.method import Examples, SearchMethod
+from keras_ptloss.search.random_search import RandomSearch
+from keras_ptloss.search.result import SearchResult, summarize
+from keras_ptloss.search.ridge import RidgeSearch
+
+METHODS: dict[str, Callable[[], SearchMethod]] = {
+    "ridge": RidgeSearch,
+    "random": RandomSearch,
+    "gradient": GradientSearch,
+}
+
+
+class ProxyTeacherSearch:
+    """Find the correction of a teacher on a few labelled examples.
+
+    The search compares the teacher's probabilities with the labels of some 15
+    to 1,000 examples, and finds what to change: first the confidence, by a
+    temperature and the paper's epsilon, then the probabilities of confused or
+    neglected classes. If nothing improves the teacher on held-out labels, it
+    stays as it is. The data that a student is distilled on need no labels.
+
+    The teacher must not have been trained on the labelled examples: a teacher
+    looks better on its own training data than on new data.
+
+    Args:
+        method: `"ridge"`, or `RidgeSearch(...)`, the default; `"random"`, or
+            `RandomSearch(...)`, the paper's Algorithm 1; `"gradient"`, or
+            `GradientSearch(...)`, for coefficients of any order.
+        seed: seed of folds and draws.
+
+    Raises:
+        ValueError: if an argument has another form.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> truth = rng.dirichlet([1.0, 1.0, 1.0], size=300)
+        >>> labels = np.array([rng.choice(3, p=row) for row in truth])
+        >>> teacher_probs = truth * [1.0, 0.2, 0.2]  # biased to class 0
+        >>> teacher_probs /= teacher_probs.sum(axis=1, keepdims=True)
+        >>> result = ProxyTeacherSearch().search(teacher_probs, labels)
+        >>> result.score < result.baseline_score
+        True
+        >>> targets = result.correct(teacher_probs)
+
+    Reference:
+        Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), §4.
+    """
+
+    def __init__(
+        self,
+        method: Literal["ridge", "random", "gradient"] | SearchMethod = "ridge",
+        *,
+        seed: int = 0,
+    ) -> None:
+        if isinstance(method, str):
+            check_choice("method", method, METHODS)
+            method = METHODS[method]()
+        if isinstance(method, type) or not isinstance(method, SearchMethod):
+            fail("method", "a search, such as RandomSearch()", method)
+        self.method = method
+        self.seed = check_count("seed", seed, at_least=0)
+
+    def search(
+        self,
+        teacher: Any,
+        labels: Any,
+        *,
+        inputs: Any = None,
+        sample_weight: Any = None,
+        from_logits: bool | Sequence[bool | None] | None = None,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        ignore_class: int | None = None,
+        random_sample: bool = False,
+        verbose: Literal["auto"] | int = "auto",
+    ) -> SearchResult:
+        """Search on labelled examples that the teacher was not trained on.
+
+        Args:
+            teacher: teacher outputs, `(N, ..., C)`, or `(N, ..., 1)` of a
+                sigmoid head; `SoftLabels`; or a Keras model, which is called on
+                `inputs`. A list holds several teachers, of any of these kinds.
+            labels: true classes, integers, `(N, ...)`. With Keras models also
+                a data set of `(inputs, labels)` or `(inputs, labels,
+                sample_weight)`, which is read once.
+            inputs: the labelled examples, as arrays, for Keras models.
+            sample_weight: weights, `(N, ...)` or `(N,)`, if the labelled
+                examples are no random sample of the data. Examples of weight 0
+                are left out.
+            from_logits: whether the teacher gives logits, a flag for all
+                teachers or one for each. None means probabilities, except for
+                stored outputs with an attribute `from_logits`.
+            num_classes: the number of classes C of labels and student. It is
+                needed only if teachers have others.
+            class_names: names of the classes, for the summary.
+            ignore_class: a label of examples or positions to leave out, as in
+                `keras.losses.SparseCategoricalCrossentropy`. The teacher may
+                have anything there.
+            random_sample: whether the labels are a random sample of the data,
+                so that a class without a label must be rare. By default such
+                classes keep the teacher's probabilities.
+            verbose: 1 shows a progress bar, 0 does not; "auto" shows it for
+                searches of more than about three seconds.
+
+        Returns:
+            A `SearchResult`.
+
+        Raises:
+            ValueError: if an argument has another form.
+
+        Warns:
+            UserWarning: what may be wrong with the teacher or the labels. The
+                same texts are in `SearchResult.notes`.
+        """
+        begin = time.perf_counter()
+        progress = _progress_bar(verbose)
+        examples, flags = read_labelled(
+            teacher,
+            labels,
+            inputs=inputs,
+            sample_weight=sample_weight,
+            from_logits=from_logits,
+            num_classes=num_classes,
+            ignore_class=ignore_class,
+            random_sample=random_sample,
+            seed=self.seed,
+        )
+        names = _class_names(class_names, examples.num_classes)
+        # The matrices are small: threads of BLAS cost more than they save.
+        with threadpool_limits(limits=1, user_api="blas"):
+            found = self.method.run(examples, progress)
+        correction = dataclasses.replace(
+            found.correction,
+            from_logits=flags if len(flags) > 1 else flags[0],
+        )
+        notes = (
+            *_notes_on_teachers(examples, names),
+            *_notes_on_labels(examples, sample_weight is not None),
+            *_notes_on_kept_classes(examples, correction, names),
+            *found.notes,
+        )
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+        return SearchResult(
+            correction=correction,
+            method=self.method.name,
+            trials=found.trials,
+            notes=notes,
+            class_names=names,
+            seconds=time.perf_counter() - begin,
+            **summarize(examples, found),
+        )
+
+
+def _class_names(
+    class_names: Sequence[str] | None, num_classes: int
+) -> tuple[str, ...]:
+    if class_names is None:
+        return tuple(map(str, range(num_classes)))
+    names = tuple(map(str, class_names))
+    if len(names) != num_classes or isinstance(class_names, str):
+        fail("class_names", f"a name for each of {num_classes} classes", names)
+    return names
+
+
+def _progress_bar(verbose: Any) -> Callable[[int, int], None]:
+    """Return `progress(done, total)`, which draws Keras's progress bar."""
+    if verbose not in ("auto", 0, 1):
+        fail("verbose", '0, 1 or "auto"', verbose)
+    begin = time.perf_counter()
+    bar: Any = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        if verbose == "auto":
+            shown = (
+                time.perf_counter() - begin > 3.0
+                and keras.config.is_interactive_logging_enabled()
+            )
+        else:
+            shown = bool(verbose)
+        if shown and bar is None:
+            bar = keras.utils.Progbar(total, unit_name="trial")
+        if bar is not None:
+            bar.update(done, finalize=done == total)
+
+    return progress
+
+
+def _notes_on_teachers(
+    examples: Examples, class_names: Sequence[str]
+) -> list[str]:
+    """Return notes on teachers whose classes seem permuted.
+
+    The best permutation is the one that makes most of the answers right. It is
+    reported if it makes 20 % more of them right than the identity; one of C
+    classes can explain about C answers by chance.
+    """
+    notes = []
+    labels, number = examples.labels, len(examples.labels)
+    for k, t in enumerate(examples.teacher_probs):
+        if t.shape[1] != examples.num_classes:
+            continue
+        counts = np.zeros((t.shape[1],) * 2)
+        np.add.at(counts, (t.argmax(axis=1), labels), 1.0)
+        given, true = scipy.optimize.linear_sum_assignment(-counts)
+        right = np.trace(counts) / number
+        permuted = counts[given, true].sum() / number
+        gain = permuted - right - t.shape[1] / number
+        if gain <= 0.2 or permuted <= 0.5:
+            continue
+        moved = [
+            f"{class_names[a]} is {class_names[b]}"
+            for a, b in zip(given, true, strict=True)
+            if a != b and counts[a, b]
+        ]
+        shown = ", ".join(moved[:10]) + (", ..." if len(moved) > 10 else "")
+        teacher = (
+            "teacher" if len(examples.teacher_probs) == 1 else f"teacher {k}"
+        )
+        notes.append(
+            f"The classes of the {teacher} seem permuted: {100 * right:.0f} % "
+            f"of its answers are right, and {100 * permuted:.0f} % would be if "
+            f"its class {shown}. Check the order of the classes."
+        )
+    return notes
+
+
+def _notes_on_labels(examples: Examples, weighted: bool) -> list[str]:
+    """Return a note if the labels were drawn evenly by class, it seems.
+
+    That is, the label counts are more even than 95 % of random samples from an
+    even population would be, while the teacher's mean probabilities differ from
+    an even population's by more than chance.
+    """
+    if weighted:
+        return []
+    classes, number = examples.num_classes, len(examples.labels)
+    counts = np.bincount(examples.labels, minlength=classes)
+    shares = [
+        t.mean(axis=0) for t in examples.teacher_probs if t.shape[1] == classes
+    ]
+    if not shares:
+        return []
+    expected = number / classes
+    # Half a count more, because counts are integers.
+    distance = np.sum((np.abs(counts - expected) + 0.5) ** 2) / expected
+    of_teacher = np.sum((number * np.mean(shares, axis=0) - expected) ** 2)
+    chi2 = scipy.stats.chi2(classes - 1)
+    if chi2.cdf(distance) > 0.05 or chi2.sf(of_teacher / expected) > 0.01:
+        return []
+    return [
+        f"The labels look balanced by class ({counts.min()} to {counts.max()} "
+        "per class), and the teacher expects uneven classes. If they are not a "
+        "random sample of the data, pass sample_weight: each example's weight "
+        "is the share of its class in the data, divided by its share in the "
+        "labels."
+    ]
+
+
+def _notes_on_kept_classes(
+    examples: Examples, correction: Correction, class_names: Sequence[str]
+) -> list[str]:
+    """Return a note on the classes that keep the teacher's probabilities."""
+    kept = list(correction.kept_classes)
+    if not kept:
+        return []
+    shares = np.mean(
+        [
+            t[:, kept].sum(axis=1).mean()
+            for t in examples.teacher_probs
+            if t.shape[1] == examples.num_classes
+        ]
+    )
+    shown = ", ".join(class_names[c] for c in kept[:10])
+    shown += ", ..." if len(kept) > 10 else ""
+    return [
+        f"{len(kept)} of {examples.num_classes} classes have no label and keep "
+        f"the teacher's probabilities ({shown}; together {100 * shares:.1f} % "
+        "of the teacher's mean probabilities). If the labels are a random "
+        "sample of the data, pass random_sample=True."
+    ]
