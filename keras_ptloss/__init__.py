@@ -15,17 +15,19 @@ from keras_ptloss import (
     serving,
     soft_labels,
 )
-from keras_ptloss.correction import Correction
 from keras_ptloss._version import __version__
+from keras_ptloss.correction import Correction
 from keras_ptloss.distiller import Distiller
 from keras_ptloss.losses import PTLoss, pt_loss
 from keras_ptloss.proxy import ProxyTeacher, proxy_teacher
 from keras_ptloss.search import ProxyTeacherSearch, SearchResult
 from keras_ptloss.serving import export_student
 from keras_ptloss.soft_labels import SoftLabels
+from keras_ptloss.targets import DistillationTargets, distillation_targets
 
 __all__ = [
     "Correction",
+    "DistillationTargets",
     "Distiller",
     "PTLoss",
     "ProxyTeacher",
@@ -34,6 +36,7 @@ __all__ = [
     "SoftLabels",
     "__version__",
     "callbacks",
+    "distillation_targets",
     "distiller",
     "export_student",
     "losses",
