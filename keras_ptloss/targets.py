@@ -1,6 +1,7 @@
 """Training targets for a student, from a teacher and some labels."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -133,32 +134,20 @@ def distillation_targets(
         list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
     )
     outputs = [_outputs(one, x, len(labels)) for one in teachers]
-    flags = (
-        list(from_logits)
-        if isinstance(from_logits, Sequence)
-        else [from_logits] * len(teachers)
-    )
     num_classes = num_classes or max(outputs[0].shape[1], 2)
-    if known.max() >= num_classes:
-        raise ValueError(
-            "`labels` must be -1 or lower than the number of classes, "
-            f"{num_classes}. Received: labels up to {known.max()}"
-        )
 
-    def search(outputs: list[np.ndarray], flags: list[Any]) -> SearchResult:
-        several = len(outputs) > 1
-        rows = [one[labelled] for one in outputs]
+    def search(outputs: list[np.ndarray], from_logits: Any) -> SearchResult:
         return ProxyTeacherSearch(seed=seed).search(
-            rows if several else rows[0],
+            _one_or_list([array[labelled] for array in outputs]),
             known,
-            from_logits=flags if several else flags[0],
+            from_logits=from_logits,
             num_classes=num_classes,
             class_names=class_names,
             random_sample=random_sample,
             verbose=verbose,
         )
 
-    corrected = search(outputs, flags)
+    corrected = search(outputs, from_logits)
     # For each candidate: its score, the search's result, outputs on all rows.
     candidates = {
         TEACHER: (corrected.baseline_score, corrected, outputs),
@@ -171,22 +160,26 @@ def distillation_targets(
                 "`x` must hold the inputs that `build_model` learns from. "
                 "Received: x=None"
             )
-        recipe = _LabelsOnly(build_model, num_classes, epochs, batch_size)
-        out_of_fold, model = recipe.cross_fit(few, known, seed, verbose)
-        own = recipe.predict(model, x, len(known))
+        labels_only = _LabelsOnly(build_model, num_classes, epochs, batch_size)
+        out_of_fold, model = labels_only.cross_fit(few, known, seed, verbose)
+        own = labels_only.predict(model, x, len(known))
         own[labelled] = out_of_fold
+        flags = np.broadcast_to(corrected.correction.from_logits, len(outputs))
         if not random_sample:
             missing = np.setdiff1d(np.arange(num_classes), known)
             own = _keep_classes(own, missing, outputs, flags)
-        alone = search([own], [False])
-        both = search([*outputs, own], [*flags, False])
+        with warnings.catch_warnings():
+            # The first search has already warned about the labels.
+            warnings.simplefilter("ignore")
+            alone = search([own], False)
+            both = search([*outputs, own], [*map(bool, flags), False])
         candidates[LABELS_ONLY] = (alone.score, alone, [own])
         candidates[BOTH] = (both.score, both, [*outputs, own])
 
-    scores = {name: float(entry[0]) for name, entry in candidates.items()}
+    scores = {name: entry[0] for name, entry in candidates.items()}
     chosen = min(scores, key=scores.__getitem__)
     _, result, outputs = candidates[chosen]
-    values = result.correct(outputs if len(outputs) > 1 else outputs[0])
+    values = result.correct(_one_or_list(outputs))
     values[labelled] = np.eye(num_classes)[known]
     weight = np.where(labels >= 0, label_weight, 1.0)
     return DistillationTargets(
@@ -197,6 +190,11 @@ def distillation_targets(
         result,
         model,
     )
+
+
+def _one_or_list(arrays: list[np.ndarray]) -> Any:
+    """Return one teacher's outputs as an array, several teachers' as a list."""
+    return arrays[0] if len(arrays) == 1 else arrays
 
 
 def _check_labels(labels: Any) -> np.ndarray:
