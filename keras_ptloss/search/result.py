@@ -223,14 +223,11 @@ def summarize(examples: Examples, found: Found) -> dict[str, Any]:
     labels, weights = examples.labels, examples.sample_weight
     name, baseline = _baseline(examples)
     candidates = {name: baseline}
-    if found.out_of_fold:
-        candidates |= {
-            n: probs
-            for n, probs in found.out_of_fold.items()
-            if not n.startswith("teacher")
-        }
-        chosen = found.chosen if found.chosen in candidates else name
-    else:
+    for n, probs in found.out_of_fold.items():
+        if not n.startswith("teacher"):
+            candidates[n] = probs
+    chosen = found.chosen if found.chosen in candidates else name
+    if not found.out_of_fold and not found.correction.is_identity:
         chosen = "corrected"
         t = examples.teacher_probs
         correction = dataclasses.replace(found.correction, from_logits=False)
