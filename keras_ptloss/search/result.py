@@ -248,7 +248,7 @@ def summarize(examples: Examples, found: Found) -> dict[str, Any]:
             "teacher": np.average(baseline, axis=0, weights=weights),
             "corrected": np.average(corrected, axis=0, weights=weights),
         },
-        "verdict": _verdict(examples, found, baseline, corrected),
+        "verdict": _verdict(examples, found, name, baseline, corrected),
     }
 
 
@@ -296,6 +296,7 @@ def _scores(
 def _verdict(
     examples: Examples,
     found: Found,
+    name: str,
     baseline: np.ndarray,
     corrected: np.ndarray,
 ) -> str:
@@ -303,9 +304,10 @@ def _verdict(
     labels, weights = examples.labels, examples.sample_weight
     number = len(labels)
     if found.correction.is_identity or found.chosen.startswith("teacher"):
+        several = len(examples.teacher_probs) > 1
         return (
-            f"The teacher could not be improved with these {number} labels; "
-            "use it as it is."
+            f"The teacher{'s' * several} could not be improved with these "
+            f"{number} labels; use {name + ',' if several else 'it'} as it is."
         )
 
     def mean_and_error(values: np.ndarray) -> tuple[float, float]:
