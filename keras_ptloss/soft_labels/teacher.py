@@ -111,6 +111,7 @@ class LikeliestOf(keras.Model):
         self.num_classes: int | None = None
 
     def call(self, inputs: Tensor) -> Any:
+        """Return what `likeliest` returns of the teacher's outputs."""
         outputs = self.teacher(inputs, training=False)
         self.num_classes = outputs.shape[-1]
         return likeliest(outputs, self.k, self.from_logits)
