@@ -20,7 +20,8 @@ from keras_ptloss._checks import (
     fail,
     on_simplex,
 )
-from keras_ptloss._math import log_teacher_probs, shared_proxy, two_events
+from keras_ptloss._math import log_teacher_probs, two_events
+from keras_ptloss.proxy import proxy_teacher, proxy_tensor
 
 Tensor = Any
 
@@ -128,47 +129,36 @@ class Correction:
 
     def _check_classes(self) -> None:
         """Require that all arguments agree on the number of classes."""
-        shapes = {
-            "matrix": None if self.matrix is None else self.matrix.shape[0],
-            "bias": None if self.bias is None else self.bias.shape[0],
-            "epsilon": len(self.epsilon) if self.epsilon.ndim == 2 else None,
-        }
-        found = {n: count for n, count in shapes.items() if count is not None}
-        if len(set(found.values())) > 1:
-            raise ValueError(
-                "`epsilon`, `matrix` and `bias` must be for the same number of "
-                f"classes. Received: classes={found}"
-            )
         counts, classes = self.teacher_classes, self.num_classes
+        sizes = {
+            "matrix": None if self.matrix is None else self.matrix.shape,
+            "bias": None if self.bias is None else self.bias.shape,
+            "epsilon": self.epsilon.shape if self.epsilon.ndim == 2 else None,
+        }
+        temperatures = _tuple(self.temperature)
         if (
-            counts
-            and self.matrix is not None
-            and self.matrix.shape[1] != sum(counts)
+            any(size and size[0] != classes for size in sizes.values())
+            or any(
+                count != classes and np.isfinite(temperature)
+                for count, temperature in zip(
+                    counts or (classes,), temperatures, strict=True
+                )
+            )
+            or (
+                counts and sizes["matrix"] not in (None, (classes, sum(counts)))
+            )
+            or any(c < 0 or c >= (classes or np.inf) for c in self.kept_classes)
+            or (self.kept_classes and counts and classes not in counts)
         ):
             raise ValueError(
-                "`matrix` must have a column for each class of each teacher, "
-                f"{sum(counts)}. Received: matrix of shape "
-                f"{self.matrix.shape}, teacher_classes={counts}"
+                "The arguments must agree on the number of classes C: `matrix` "
+                "is (C, sum of teacher_classes), `bias` (C,), `epsilon` (C, M) "
+                "if it is per class, and `kept_classes` are below C. A teacher "
+                "whose classes are not the C must have temperature=inf, and "
+                f"cannot keep classes. Received: shapes {sizes}, temperature="
+                f"{self.temperature}, teacher_classes={counts}, kept_classes="
+                f"{self.kept_classes}"
             )
-        for count, temperature in zip(
-            counts or (), _tuple(self.temperature), strict=bool(counts)
-        ):
-            if count != classes and np.isfinite(temperature):
-                raise ValueError(
-                    "`temperature` must be inf for a teacher whose classes are "
-                    f"not the {classes} of the student: only the matrix can "
-                    f"use it. Received: temperature={self.temperature}, "
-                    f"teacher_classes={counts}"
-                )
-        kept = self.kept_classes
-        if kept and classes is not None:
-            alike = counts is None or classes in counts
-            if not alike or not 0 <= min(kept) <= max(kept) < classes:
-                raise ValueError(
-                    f"`kept_classes` must be among the {classes} classes of a "
-                    f"teacher. Received: kept_classes={kept}, "
-                    f"teacher_classes={counts}"
-                )
 
     @property
     def num_classes(self) -> int | None:
@@ -179,7 +169,14 @@ class Correction:
             return len(self.matrix)
         if self.epsilon.ndim == 2:
             return len(self.epsilon)
-        return self.teacher_classes[0] if self.teacher_classes else None
+        counts = self.teacher_classes or ()
+        temperatures = _tuple(self.temperature)
+        pooled = [
+            count
+            for count, temperature in zip(counts, temperatures, strict=False)
+            if np.isfinite(temperature)
+        ]
+        return (*pooled, *counts, None)[0]
 
     @property
     def has_step_2(self) -> bool:
@@ -216,7 +213,7 @@ class Correction:
         Raises:
             ValueError: if `teacher_outputs` are not of this form.
         """
-        flags, counts = _tuple(self.from_logits), self.teacher_classes
+        flags = _tuple(self.from_logits)
         if len(flags) == 1:
             outputs = [teacher_outputs]
         elif isinstance(teacher_outputs, (list, tuple)):
@@ -230,21 +227,17 @@ class Correction:
             )
         probs = [
             as_probabilities(
-                "teacher_outputs" + ("" if len(flags) == 1 else f"[{k}]"),
+                "teacher_outputs"
+                if len(flags) == 1
+                else f"teacher_outputs[{k}]",
                 output,
                 from_logits=flag,
                 if_logits="take their softmax first",
             )
             for k, (output, flag) in enumerate(zip(outputs, flags, strict=True))
         ]
-        received = tuple(prob.shape[-1] for prob in probs)
-        expected = counts or (self.num_classes,)
-        if received != expected and expected != (None,):
-            raise ValueError(
-                "`teacher_outputs` must have the classes that the correction "
-                f"is for, {expected}. Received: {received} classes"
-            )
-        return np.asarray(_corrected(self, probs, np))
+        side_by_side = np.concatenate(probs, axis=-1)
+        return np.asarray(_corrected(self, self.split(side_by_side), np))
 
     def apply(self, teacher_probs: Tensor) -> Tensor:
         """Return the corrected probabilities of a tensor, by `keras.ops`.
@@ -320,11 +313,10 @@ def _corrected(
         xp: `numpy` or `keras.ops`.
     """
     first = teacher_probs[0]
+    dtype = keras.backend.standardize_dtype(first.dtype)
 
     def constant(values: Any) -> Tensor:
-        if xp is np:
-            return np.asarray(values)
-        return ops.convert_to_tensor(values, dtype=first.dtype)
+        return xp.array(values, dtype=dtype)
 
     classes = correction.num_classes or first.shape[-1]
     z = [log_teacher_probs(t, xp) for t in teacher_probs]
@@ -369,17 +361,12 @@ def _log_softmax(logits: Tensor, xp: Any) -> Tensor:
 
 def _proxy(t: Tensor, correction: Correction, xp: Any) -> Tensor:
     """Return the proxy teacher of probabilities."""
-    epsilon = correction.epsilon
-    if not epsilon.any():
+    if not correction.epsilon.any():
         return t
-    if epsilon.shape == (1,) and epsilon[0] > -0.999:
-        return shared_proxy(t, float(epsilon[0]), xp)
-    from keras_ptloss.proxy import proxy_teacher, proxy_tensor
-
     if xp is np:
-        flat = proxy_teacher(t.reshape(-1, t.shape[-1]), epsilon)
-        return flat.probabilities.reshape(t.shape)
-    return proxy_tensor(t, epsilon)
+        rows = proxy_teacher(t.reshape(-1, t.shape[-1]), correction.epsilon)
+        return rows.probabilities.reshape(t.shape)
+    return proxy_tensor(t, correction.epsilon)
 
 
 def _log_proxy(log_t: Tensor, correction: Correction, xp: Any) -> Tensor:

@@ -37,17 +37,6 @@ def read_labelled(
 ) -> tuple[Examples, tuple[bool, ...]]:
     """Read and check what `ProxyTeacherSearch.search` is given.
 
-    Args:
-        teacher: see `ProxyTeacherSearch.search`, as all other arguments.
-        labels: see there.
-        inputs: see there.
-        sample_weight: see there.
-        from_logits: see there.
-        num_classes: see there.
-        ignore_class: see there.
-        random_sample: see there.
-        seed: goes into the examples.
-
     Returns:
         The examples, without those that are ignored or have weight 0, and for
         each teacher whether it gave logits.
@@ -55,23 +44,30 @@ def read_labelled(
     teachers = list(teacher) if _is_several(teacher) else [teacher]
     flags = _flags(teachers, from_logits)
     ignore_class = check_ignore_class(ignore_class)
+    check_flag("random_sample", random_sample)
     if num_classes is not None:
         num_classes = check_count("num_classes", num_classes, at_least=2)
-    outputs, labels, weights = _outputs(teachers, labels, inputs, sample_weight)
 
+    outputs, labels, weights = _outputs(teachers, labels, inputs, sample_weight)
     labels, weights = _aligned(outputs[0], labels, weights)
-    used = np.ones(len(labels), bool) if weights is None else weights > 0.0
+    used = weights > 0.0
     if ignore_class is not None:
         used &= labels != ignore_class
-    labels = labels[used].astype("int64")
+    labels, weights = labels[used].astype("int64"), weights[used]
     if len(labels) < 2:
         raise ValueError(
             "`labels` must have at least two examples, without those that "
             "`ignore_class` or a weight of 0 leaves out. Received: "
             f"{len(labels)} of {len(used)} examples"
         )
-    counts = [max(array.shape[-1], 2) for array in outputs]
-    num_classes = _num_classes(num_classes, counts)
+    counts = {max(array.shape[-1], 2) for array in outputs}
+    if num_classes is None and len(counts) > 1:
+        raise ValueError(
+            "`num_classes` must say how many classes the labels have if the "
+            "teachers differ. Received: num_classes=None, teachers with "
+            f"{', '.join(map(str, sorted(counts)))} classes"
+        )
+    num_classes = num_classes or counts.pop()
     check_label_range(
         labels,
         num_classes,
@@ -89,13 +85,12 @@ def read_labelled(
             )
         rows = array.reshape(len(used), -1)[used]
         probs.append(as_probabilities(name, rows, from_logits=flag))
-    weights = np.ones(len(labels)) if weights is None else weights[used]
     examples = Examples(
         teacher_probs=probs,
         labels=labels,
         sample_weight=weights / weights.mean(),
         num_classes=num_classes,
-        random_sample=check_flag("random_sample", random_sample),
+        random_sample=bool(random_sample),
         seed=seed,
     )
     return examples, flags
@@ -122,25 +117,15 @@ def _flags(teachers: list[Any], from_logits: Any) -> tuple[bool, ...]:
         fail("from_logits", "one flag, or one for each teacher", from_logits)
     flags = []
     for one, flag in zip(teachers, given, strict=True):
-        if flag is not None:
-            check_flag("from_logits", flag)
-        stored = None
-        if not isinstance(one, keras.Model):
-            stored = getattr(one, "from_logits", None)
-        if flag is not None and stored is not None and flag != stored:
-            fail("from_logits", f"{stored}, as the stored outputs say", flag)
-        flags.append(bool(flag if flag is not None else stored))
+        stored = getattr(one, "from_logits", None)
+        if flag is None:
+            flag = bool(stored)
+        elif check_flag("from_logits", flag) and stored is False:
+            fail("from_logits", "False, as the stored outputs say", flag)
+        elif not flag and stored:
+            fail("from_logits", "True, as the stored outputs say", flag)
+        flags.append(bool(flag))
     return tuple(flags)
-
-
-def _num_classes(num_classes: int | None, counts: list[int]) -> int:
-    if num_classes is None and len(set(counts)) > 1:
-        raise ValueError(
-            "`num_classes` must say how many classes the labels have if the "
-            "teachers differ. Received: num_classes=None, teachers with "
-            f"{', '.join(map(str, counts))} classes"
-        )
-    return counts[0] if num_classes is None else num_classes
 
 
 def _outputs(
@@ -148,70 +133,40 @@ def _outputs(
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray | None]:
     """Return the outputs of each teacher, the labels and the weights."""
     models = [one for one in teachers if isinstance(one, keras.Model)]
-    if inputs is not None and not models:
-        raise ValueError(
-            "`inputs` is used only if a teacher is a Keras model. Received: "
-            f"inputs, and a teacher of type {type(teachers[0]).__name__}"
-        )
-    if inputs is None and models:
-        if not _is_data_set(labels):
+    if models and inputs is None:
+        if (
+            not _is_data_set(labels)
+            or len(models) < len(teachers)
+            or sample_weight is not None
+        ):
             raise ValueError(
-                "`inputs` must hold the labelled examples if the teacher is a "
-                "Keras model, unless `labels` is a data set of (inputs, "
-                "labels). Received: inputs=None"
-            )
-        if len(models) < len(teachers):
-            raise ValueError(
-                "`inputs` must hold the labelled examples if there are models "
-                "and stored outputs: a data set may have another order than "
-                "the stored outputs. Received: inputs=None"
-            )
-        if sample_weight is not None:
-            raise ValueError(
-                "`sample_weight` must be None with a data set: let it give "
-                "(inputs, labels, sample_weight). Received: sample_weight"
+                "`inputs` must hold the labelled examples if a teacher is a "
+                "Keras model. If all teachers are models, `labels` can be a "
+                "data set of (inputs, labels) or (inputs, labels, "
+                "sample_weight) instead. Received: inputs=None, labels of type "
+                f"{type(labels).__name__}"
             )
         return _predict_batches(models, labels)
-    labels = _as_labels(labels)
-    weights = _as_weights(sample_weight)
-    if models:
-        _check_inputs(inputs, labels)
-    outputs = []
-    for k, one in enumerate(teachers):
-        if isinstance(one, keras.Model):
-            with weights_given_back(one):
-                one = one_tensor("teacher", one.predict(inputs, verbose=0))
-        if isinstance(one, np.ma.MaskedArray):
-            as_probabilities("teacher", one, from_logits=False)  # refuses it
-        name = "teacher" if len(teachers) == 1 else f"teacher[{k}]"
-        array = as_rows(name, one)
-        if array.ndim < 2:
-            fail(name, "outputs of shape (N, ..., num_classes)", array)
-        outputs.append(array)
-    return outputs, labels, weights
-
-
-def _check_inputs(inputs: Any, labels: np.ndarray) -> None:
-    """Require arrays with as many examples as labels."""
     if _is_data_set(inputs):
         raise ValueError(
             "`inputs` must be arrays. Pass a data set of (inputs, labels) as "
             "`labels`: a second pass over a shuffled data set has another "
             f"order. Received: inputs of type {type(inputs).__name__}"
         )
-    leaves = [inputs]
-    if isinstance(inputs, dict) or (
-        isinstance(inputs, (list, tuple))
-        and any(hasattr(leaf, "shape") for leaf in inputs)
-    ):
-        leaves = keras.tree.flatten(inputs)
-    for leaf in leaves:
-        count = leaf.shape[0] if hasattr(leaf, "shape") else len(leaf)
-        if count != len(labels):
-            raise ValueError(
-                f"`labels` must have one entry for each of the {count} "
-                f"inputs. Received: labels of length {len(labels)}"
-            )
+    labels, weights = _as_labels(labels), _as_weights(sample_weight)
+    outputs = []
+    for k, one in enumerate(teachers):
+        name = "teacher" if len(teachers) == 1 else f"teacher[{k}]"
+        if isinstance(one, keras.Model):
+            with weights_given_back(one):
+                one = one_tensor(name, one.predict(inputs, verbose=0))
+        if isinstance(one, np.ma.MaskedArray):
+            as_probabilities(name, one, from_logits=False)  # raises the error
+        array = as_rows(name, one)
+        if array.ndim < 2:
+            fail(name, "outputs of shape (N, ..., num_classes)", array)
+        outputs.append(array)
+    return outputs, labels, weights
 
 
 def _is_data_set(data: Any) -> bool:
@@ -225,7 +180,7 @@ def _is_data_set(data: Any) -> bool:
 
 def _predict_batches(
     models: list[keras.Model], data: Any
-) -> tuple[list[np.ndarray], np.ndarray, np.ndarray | None]:
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """Go through a data set once, and call all models on each batch."""
     outputs: list[list[np.ndarray]] = [[] for _ in models]
     labels, weights = [], []
@@ -235,16 +190,15 @@ def _predict_batches(
         for x, y, weight in _batches(data):
             arrays = [
                 as_rows(
-                    "teacher",
-                    one_tensor("teacher", model.predict_on_batch(x)),
+                    "teacher", one_tensor("teacher", model.predict_on_batch(x))
                 )
                 for model in models
             ]
             # Batches may be padded to different lengths, so that each position
             # becomes an example.
-            y, w = _aligned(arrays[0], _as_labels(y), _as_weights(weight))
+            y, weight = _aligned(arrays[0], _as_labels(y), _as_weights(weight))
             labels.append(y)
-            weights.append(np.ones(len(y)) if w is None else w)
+            weights.append(weight)
             for parts, array in zip(outputs, arrays, strict=True):
                 parts.append(array.reshape(-1, array.shape[-1]))
     if not labels:
@@ -264,10 +218,9 @@ def _batches(data: Any) -> Iterator[tuple[Any, Any, Any]]:
             "`labels` must be a data set that ends. Received: a data set of "
             "infinite cardinality; leave out `.repeat()`"
         )
+    batches = iter(data)
     if isinstance(data, keras.utils.PyDataset):
         batches = (data[index] for index in range(len(data)))
-    else:
-        batches = iter(data)
     for batch in batches:
         if not isinstance(batch, (list, tuple)) or len(batch) not in (2, 3):
             raise ValueError(
@@ -294,7 +247,7 @@ def _as_labels(labels: Any) -> np.ndarray:
         raise ValueError(
             "`labels` must not be a masked array: leave the masked examples "
             "out, of the teacher too, or mark them by `ignore_class`. "
-            f"Received: labels of shape {labels.shape} with a mask"
+            f"Received: a masked array of shape {labels.shape}"
         )
     array = as_rows("labels", labels)
     if not array.size or not array.ndim:
@@ -304,21 +257,22 @@ def _as_labels(labels: Any) -> np.ndarray:
 
 
 def _as_weights(weights: Any) -> np.ndarray | None:
-    """Require finite weights of at least 0."""
+    """Require finite weights of at least 0, or None."""
     if weights is None:
         return None
     array = as_rows("sample_weight", weights)
-    if array.dtype.kind not in "fiub" or not array.ndim:
-        fail("sample_weight", "one number for each label", weights)
-    array = array.astype("float64")
-    if not np.isfinite(array).all() or (array < 0.0).any():
-        fail("sample_weight", "finite and not negative", weights)
-    return array
+    if (
+        array.dtype.kind not in "fiub"
+        or not np.isfinite(array).all()
+        or (array < 0.0).any()
+    ):
+        fail("sample_weight", "finite numbers of at least 0", weights)
+    return array.astype("float64")
 
 
 def _aligned(
     outputs: np.ndarray, labels: np.ndarray, weights: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray | None]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Return labels and weights `(N,)`, one for each row of the outputs."""
     leading = outputs.shape[:-1]
     if labels.shape == (*leading, 1):
@@ -330,10 +284,10 @@ def _aligned(
             f"teacher outputs of shape {outputs.shape}"
         )
     if weights is None:
-        return labels.ravel(), None
+        return labels.ravel(), np.ones(labels.size)
     if weights.shape == (*leading, 1):
         weights = weights[..., 0]
-    if weights.shape != leading[: weights.ndim]:
+    if not weights.ndim or weights.shape != leading[: weights.ndim]:
         raise ValueError(
             "`sample_weight` must have one weight for each label, or for each "
             f"example. Received: sample_weight of shape {weights.shape}, "

@@ -201,6 +201,7 @@ def _progress_bar(verbose: Any) -> Callable[[int, int], None]:
         if shown and bar is None:
             bar = keras.utils.Progbar(total, unit_name="trial")
         if bar is not None:
+            bar.target = total  # a method may need fewer than it thought
             bar.update(done, finalize=done == total)
 
     return progress
