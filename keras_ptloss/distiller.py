@@ -625,7 +625,9 @@ def _corrected(loss: Any, teacher_probs: Tensor) -> Tensor:
     """Return the teacher as the loss corrects it, if it does."""
     inner = getattr(loss, "loss", loss)  # of Flooding
     correction = getattr(inner, "correction", None)
-    return correction.apply(teacher_probs) if correction else teacher_probs
+    if correction is None:
+        return teacher_probs
+    return correction.apply(teacher_probs)
 
 
 def _per_position(sample_weight: Tensor, y_pred: Tensor) -> Tensor:
