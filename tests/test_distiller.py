@@ -398,7 +398,7 @@ def test_teachers_side_by_side(wrap):
         evaluate(distiller, X)
     distiller.teacher = teachers
     distiller.teacher_weights = [1, 1]
-    with pytest.raises(ValueError, match="`teacher_weights`.*several"):
+    with pytest.raises(ValueError, match="`teacher_weights` must be None"):
         evaluate(distiller, X)
 
 
@@ -524,7 +524,7 @@ def test_hard_labels_alone_need_no_teacher():
     )
     assert list(distiller.fit(X, Y, verbose=0).history) == ["loss"]
     distiller.hard_label_weight = 0.5
-    with pytest.raises(ValueError, match="`teacher` must be set"):
+    with pytest.raises(ValueError, match="`teacher` must be a model"):
         distiller.fit(X, Y, verbose=0)
 
 
@@ -751,8 +751,9 @@ def test_save_reload_and_continue(tmp_path):
     )
     distiller = Distiller(
         student=network(seed=1),
-        teacher=teacher,
-        teacher_from_logits=True,
+        teacher=[teacher],
+        teacher_from_logits=[True],
+        teacher_weights=[2.0],
         hard_label_loss=hard_loss(),
         hard_label_weight=0.25,
         teacher_metrics=[KLToTeacher(from_logits=True)],
@@ -881,9 +882,10 @@ def test_teacher_metrics_among_those_of_labels():
         distiller.compile("sgd", "mse", metrics=[["accuracy", KLToTeacher()]])
 
 
-def test_weights_of_another_number():
-    distiller = distil(network(), network(seed=1), teacher_weights=[1, 2])
-    with pytest.raises(ValueError, match="`teacher_weights`.*of 1 teachers"):
+@pytest.mark.parametrize("name", ["teacher_weights", "teacher_from_logits"])
+def test_lists_of_another_length(name):
+    distiller = distil(network(), network(seed=1), **{name: [True, True]})
+    with pytest.raises(ValueError, match=f"`{name}`.*each of 1 teachers"):
         distiller.fit(X, verbose=0)
 
 
