@@ -13,14 +13,14 @@ import scipy.special
 from keras import ops
 
 from keras_ptloss._backend import as_array
-from keras_ptloss._checks import (
+from keras_ptloss._math import log_teacher_probs, two_events
+from keras_ptloss._validation import (
     check_constant_epsilon,
     check_flag,
     check_probabilities,
     fail,
     on_simplex,
 )
-from keras_ptloss._math import log_teacher_probs, two_events
 from keras_ptloss.proxy import proxy_teacher, proxy_tensor
 
 Tensor = Any

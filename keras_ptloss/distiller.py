@@ -16,9 +16,14 @@ from keras_ptloss._backend import (
     replicas,
     weights_given_back,
 )
-from keras_ptloss._checks import check_classes, check_number, fail, one_tensor
 from keras_ptloss._keras import supports_jit
 from keras_ptloss._math import two_events
+from keras_ptloss._validation import (
+    check_classes,
+    check_number,
+    fail,
+    one_tensor,
+)
 from keras_ptloss.losses.base import expand_weights
 from keras_ptloss.metrics import (
     TeacherAgreement,

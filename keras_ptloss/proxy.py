@@ -26,12 +26,6 @@ from keras_ptloss._backend import (
     minimum,
     on_numpy,
 )
-from keras_ptloss._checks import (
-    check_choice,
-    check_constant_epsilon,
-    check_probabilities,
-    fail,
-)
 from keras_ptloss._math import (
     curvature,
     perturbation,
@@ -39,7 +33,13 @@ from keras_ptloss._math import (
     slope,
     two_events,
 )
-from keras_ptloss.losses.base import valid_probs
+from keras_ptloss._validation import (
+    check_choice,
+    check_constant_epsilon,
+    check_probabilities,
+    fail,
+    valid_probs,
+)
 
 Tensor = Any
 

@@ -19,7 +19,8 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import visible_values
-from keras_ptloss._checks import (
+from keras_ptloss._math import log_teacher_probs
+from keras_ptloss._validation import (
     SUM_TOLERANCE,
     check_choice,
     check_constant_epsilon,
@@ -29,7 +30,6 @@ from keras_ptloss._checks import (
     fail,
     shapes_differ,
 )
-from keras_ptloss._math import log_teacher_probs
 from keras_ptloss.losses.base import (
     LOWEST,
     TINY,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import scipy.optimize
 
-from keras_ptloss._checks import check_count, check_flag, check_number
+from keras_ptloss._validation import check_count, check_flag, check_number
 from keras_ptloss.correction import Correction
 from keras_ptloss.proxy import epsilon_gradient, solve_rows
 from keras_ptloss.search.method import Examples, Found

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import scipy.special
 
-from keras_ptloss._checks import check_choice, check_count, check_flag, fail
+from keras_ptloss._validation import check_choice, check_count, check_flag, fail
 from keras_ptloss.correction import Correction
 from keras_ptloss.proxy import proxy_teacher, solve_rows
 from keras_ptloss.search.method import Examples, Found

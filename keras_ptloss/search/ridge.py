@@ -11,14 +11,13 @@ and whether the teacher as it is, step 1 or both steps are best.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 import scipy.optimize
 import scipy.special
 
-from keras_ptloss._checks import check_choice
 from keras_ptloss._math import log_teacher_probs, shared_proxy
 from keras_ptloss.correction import Correction
 from keras_ptloss.search.method import Examples, Found
@@ -65,7 +64,8 @@ class RidgeSearch:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        check_choice("steps", self.steps, (1, 2))
+        if self.steps not in (1, 2):
+            raise ValueError(f"`steps` must be 1 or 2. Received: steps={self.steps!r}")
 
     def run(self, examples: Examples, progress: Any) -> Found:
         """Search on the examples.

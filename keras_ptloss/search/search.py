@@ -12,7 +12,7 @@ import scipy.optimize
 import scipy.stats
 from threadpoolctl import threadpool_limits
 
-from keras_ptloss._checks import check_choice, check_count, fail
+from keras_ptloss._validation import check_choice, check_count, fail
 from keras_ptloss.correction import Correction
 from keras_ptloss.search.gradient_search import GradientSearch
 from keras_ptloss.search.labelled import read_labelled

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from keras_ptloss._checks import check_count, fail
+from keras_ptloss._validation import check_count, fail
 from keras_ptloss.soft_labels.inputs import (
     as_inputs,
     fingerprint,

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from keras_ptloss._checks import SUM_TOLERANCE, fail, on_simplex
+from keras_ptloss._validation import SUM_TOLERANCE, fail, on_simplex
 
 REST = -1
 NO_ENTRY = -2

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from keras_ptloss._checks import check_count, fail
+from keras_ptloss._validation import check_count, fail
 from keras_ptloss.soft_labels.attach import attach_several
 from keras_ptloss.soft_labels.inputs import (
     as_inputs,

@@ -11,8 +11,8 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import as_array
-from keras_ptloss._checks import fail
 from keras_ptloss._math import two_events
+from keras_ptloss._validation import fail
 from keras_ptloss.soft_labels.inputs import (
     num_examples,
     sequence_mask,
