@@ -10,7 +10,6 @@ import pytest
 from keras_ptloss import Correction, Distiller, PTLoss
 from keras_ptloss.layers import CorrectedTeacher
 from keras_ptloss.losses import Flooding, ProxyKLDivergence
-from keras_ptloss.soft_labels import import_soft_labels
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 CODE_WAS_RUN = []
@@ -102,13 +101,6 @@ def test_the_pickle_is_hostile(tmp_path):
     np.load(pickled(tmp_path / "a.npy"), allow_pickle=True)
     assert CODE_WAS_RUN
     CODE_WAS_RUN.clear()
-
-
-def test_imports_run_no_pickle(tmp_path):
-    source = pickled(tmp_path / "a.npy")
-    with pytest.raises(ValueError, match="`source` must be a readable .npy"):
-        import_soft_labels(source, np.arange(4), tmp_path / "store")
-    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize("name", ["image_resnet", "text_bert"])
