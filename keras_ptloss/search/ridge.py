@@ -20,7 +20,7 @@ import numpy as np
 import scipy.optimize
 from scipy.special import log_softmax, softmax
 
-from keras_ptloss._checks import fail
+from keras_ptloss._validation import fail
 from keras_ptloss._math import log_teacher_probs, shared_proxy
 from keras_ptloss.correction import Correction
 from keras_ptloss.search.method import Examples, Found
