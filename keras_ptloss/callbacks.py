@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import scipy.special
 
-from keras_ptloss._checks import check_flag, check_probabilities, fail
 from keras_ptloss._math import two_events
+from keras_ptloss._validation import check_flag, check_probabilities, fail
 
 __all__ = ["FilteredTeacher"]
 

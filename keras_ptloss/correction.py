@@ -13,14 +13,14 @@ import scipy.special
 from keras import ops
 
 from keras_ptloss._backend import as_array
-from keras_ptloss._checks import (
+from keras_ptloss._math import log_teacher_probs, two_events
+from keras_ptloss._validation import (
     check_constant_epsilon,
     check_flag,
     check_probabilities,
     fail,
     on_simplex,
 )
-from keras_ptloss._math import log_teacher_probs, two_events
 from keras_ptloss.proxy import proxy_teacher, proxy_tensor
 
 Tensor = Any
@@ -135,18 +135,18 @@ class Correction:
             "bias": None if self.bias is None else self.bias.shape,
             "epsilon": self.epsilon.shape if self.epsilon.ndim == 2 else None,
         }
-        alike = [
-            count == classes or np.isinf(temperature)
-            for count, temperature in zip(
-                counts or (classes,), _tuple(self.temperature), strict=True
-            )
-        ]
+        temperatures = _tuple(self.temperature)
         if (
             any(size and size[0] != classes for size in sizes.values())
+            or any(
+                count != classes and np.isfinite(temperature)
+                for count, temperature in zip(
+                    counts or (classes,), temperatures, strict=True
+                )
+            )
             or (
                 counts and sizes["matrix"] not in (None, (classes, sum(counts)))
             )
-            or not all(alike)
             or any(c < 0 or c >= (classes or np.inf) for c in self.kept_classes)
             or (self.kept_classes and counts and classes not in counts)
         ):
@@ -170,12 +170,13 @@ class Correction:
         if self.epsilon.ndim == 2:
             return len(self.epsilon)
         counts = self.teacher_classes or ()
-        for count, temperature in zip(
-            counts, _tuple(self.temperature), strict=bool(counts)
-        ):
-            if np.isfinite(temperature):
-                return count
-        return counts[0] if counts else None
+        temperatures = _tuple(self.temperature)
+        pooled = [
+            count
+            for count, temperature in zip(counts, temperatures, strict=False)
+            if np.isfinite(temperature)
+        ]
+        return (*pooled, *counts, None)[0]
 
     @property
     def has_step_2(self) -> bool:
@@ -312,11 +313,10 @@ def _corrected(
         xp: `numpy` or `keras.ops`.
     """
     first = teacher_probs[0]
+    dtype = keras.backend.standardize_dtype(first.dtype)
 
     def constant(values: Any) -> Tensor:
-        if xp is np:
-            return np.asarray(values)
-        return ops.convert_to_tensor(values, dtype=first.dtype)
+        return xp.array(values, dtype=dtype)
 
     classes = correction.num_classes or first.shape[-1]
     z = [log_teacher_probs(t, xp) for t in teacher_probs]

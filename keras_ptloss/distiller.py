@@ -16,9 +16,14 @@ from keras_ptloss._backend import (
     replicas,
     weights_given_back,
 )
-from keras_ptloss._checks import check_classes, check_number, fail, one_tensor
 from keras_ptloss._keras import supports_jit
 from keras_ptloss._math import two_events
+from keras_ptloss._validation import (
+    check_classes,
+    check_number,
+    fail,
+    one_tensor,
+)
 from keras_ptloss.losses.base import expand_weights
 from keras_ptloss.metrics import (
     TeacherAgreement,
@@ -188,7 +193,7 @@ class Distiller(keras.Model):
                 "given together with `hard_label_loss`, a keras.losses.Loss",
                 hard_label_weight,
             )
-        if hard_label_loss is not None:
+        if hard_label_weight is not None:
             self.hard_label_weight = hard_label_weight
         self.teacher_weights = teacher_weights
         if teacher is not None:
@@ -219,9 +224,9 @@ class Distiller(keras.Model):
 
     @property
     def teacher(self) -> Any:
-        """The teacher, the list of teachers, or None after loading."""
+        """The teacher, a tuple of several, or None after loading."""
         models = self._hidden.teachers
-        return list(models) if len(models) > 1 else next(iter(models), None)
+        return models if len(models) > 1 else next(iter(models), None)
 
     @teacher.setter
     def teacher(self, teacher: Any) -> None:
@@ -252,7 +257,7 @@ class Distiller(keras.Model):
     @teacher_weights.setter
     def teacher_weights(self, weights: Any) -> None:
         if weights is not None:
-            weights = [float(weight) for weight in weights]
+            weights = tuple(float(weight) for weight in weights)
             if not 0.0 < sum(weights) < np.inf or min(weights) < 0.0:
                 fail("teacher_weights", "numbers >= 0, not all 0", weights)
         self._change(teacher_weights=weights)
@@ -385,29 +390,28 @@ class Distiller(keras.Model):
     def _targets(self, x: Any, labels: Any) -> Targets:
         """Return the labels, and the teacher's probabilities of a batch."""
         if self.hard_label_weight and labels is None:
-            raise ValueError(
-                "`y` must hold labels if `hard_label_weight` is above 0. "
-                f"Received: y=None, hard_label_weight={self.hard_label_weight}"
-            )
+            fail("y", "labels, because `hard_label_weight` is above 0", None)
         models = self._hidden.teachers
-        if not models and self.hard_label_weight < 1.0:
-            raise ValueError(
-                "`teacher` must be set before fit or evaluate. A loaded "
-                "distiller has none: set distiller.teacher = model. Received: "
-                "teacher=None"
-            )
-        if not models:
+        if not models and self.hard_label_weight == 1.0:
             return Targets(labels, None)
+        if not models:
+            expected = "a model. A loaded distiller has none: set "
+            fail("teacher", expected + "distiller.teacher = model", None)
         counts = getattr(self.loss, "teacher_classes", None) or ()
         several = len(counts) > 1  # side by side
-        weights = self.teacher_weights or [1.0] * len(models)
-        if len(weights) != len(models) or (several and self.teacher_weights):
-            expected = f"one number for each of {len(models)} teachers, or None"
-            expected += " with a loss of several teachers"
-            fail("teacher_weights", expected, self.teacher_weights)
-        flags = self.teacher_from_logits
+        weights = list(self.teacher_weights or [1.0] * len(models))
+        if several and self.teacher_weights:
+            expected = "None with a loss that weights the teachers itself"
+            fail("teacher_weights", expected, weights)
+        flags: Any = self.teacher_from_logits
         if not isinstance(flags, (list, tuple)):
             flags = [flags] * len(models)
+        for name, values in {
+            "teacher_weights": weights,
+            "teacher_from_logits": flags,
+        }.items():
+            if len(values) != len(models):
+                fail(name, f"one for each of {len(models)} teachers", values)
         if self.teacher_inputs is not None:
             x = x[self.teacher_inputs]
         probs = [
@@ -435,14 +439,13 @@ class Distiller(keras.Model):
                     "trainable=False freezes shared layers). Received: "
                     f"teacher={teacher.name!r}, which shares {weight.path!r}"
                 )
-        shown = check_head(
-            "teacher", teacher, from_logits, "teacher_from_logits"
-        )
+        flag = "teacher_from_logits"
+        shown = check_head("teacher", teacher, from_logits, flag)
         from_logits = shown if from_logits is None else from_logits
         if from_logits is None:
             expected = "True or False, because the last layer of the teacher "
             expected += "does not show whether it gives logits or probabilities"
-            fail("teacher_from_logits", expected, None)
+            fail(flag, expected, None)
         with no_gradient():
             outputs = one_tensor("teacher", teacher(x, training=False))
             outputs = ops.cast(outputs, "float32")
@@ -469,9 +472,11 @@ class Distiller(keras.Model):
         for flag in flags - {None} or flags:
             check_head("student", self.student, flag, "from_logits")
         sample_weight = _per_position(sample_weight, y_pred)
-        weight, hard, own = self.hard_label_weight, 0.0, 0.0
+        weight: Any = self.hard_label_weight
+        hard = own = 0.0
         if weight:
-            hard = self.hard_label_loss(y.labels, y_pred, sample_weight)
+            hard_label_loss: Any = self.hard_label_loss
+            hard = hard_label_loss(y.labels, y_pred, sample_weight)
             own = sum(ops.sum(loss) for loss in self.losses) / replicas()
         if weight == 1.0:
             return hard + own
@@ -525,17 +530,17 @@ class Distiller(keras.Model):
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that build the distiller without a teacher."""
         serialize = keras.saving.serialize_keras_object
-        metrics = self._hidden.given_metrics
+        metrics, weights = self.teacher_metrics, self.teacher_weights
+        weight = self.hard_label_weight
         return {
             **super().get_config(),
             "student": serialize(self.student),
             "teacher_from_logits": self.teacher_from_logits,
-            "teacher_weights": self.teacher_weights,
+            "teacher_weights": weights and list(weights),
             "student_inputs": self.student_inputs,
             "teacher_inputs": self.teacher_inputs,
             "hard_label_loss": serialize(self.hard_label_loss),
-            "hard_label_weight": self.hard_label_loss
-            and self.hard_label_weight,
+            "hard_label_weight": weight if self.hard_label_loss else None,
             "teacher_metrics": metrics and [serialize(m) for m in metrics],
         }
 
@@ -565,12 +570,12 @@ def last_layer(model: Any) -> tuple[str | None, int | None, bool | None]:
             layer = layer.layers[-1] if layer.layers else None
         else:
             # An output may also be of an operation, which is no layer.
-            names = getattr(layer, "output_names", ())
+            names = list(getattr(layer, "output_names", []))
             layers = {each.name: each for each in layer.layers}
             layer = layers.get(names[0]) if len(names) == 1 else None
     columns = getattr(layer, "units", None)
     if columns is None and isinstance(model, keras.Model) and model.built:
-        columns = getattr(model, "output_shape", (None,))[-1]
+        columns = getattr(model, "output_shape", [None])[-1]
     # A layer such as Softmax or ReLU is an activation itself.
     activation = getattr(layer, "activation", None)
     name = getattr(activation, "__name__", type(layer).__name__.lower())
@@ -625,7 +630,9 @@ def _corrected(loss: Any, teacher_probs: Tensor) -> Tensor:
     """Return the teacher as the loss corrects it, if it does."""
     inner = getattr(loss, "loss", loss)  # of Flooding
     correction = getattr(inner, "correction", None)
-    return correction.apply(teacher_probs) if correction else teacher_probs
+    if correction is None:
+        return teacher_probs
+    return correction.apply(teacher_probs)
 
 
 def _per_position(sample_weight: Tensor, y_pred: Tensor) -> Tensor:

@@ -13,14 +13,14 @@ import keras
 from keras import ops
 
 from keras_ptloss._backend import visible_values
-from keras_ptloss._checks import (
+from keras_ptloss._keras import set_direction
+from keras_ptloss._validation import (
     check_classes,
     check_count,
     check_flag,
     check_ignore_class,
     fail,
 )
-from keras_ptloss._keras import set_direction
 from keras_ptloss.losses.base import (
     TINY,
     expand_weights,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from keras import ops
 
-from keras_ptloss._checks import on_simplex
+from keras_ptloss._validation import on_simplex
 from keras_ptloss.losses import pt_loss
 from keras_ptloss.proxy import proxy_teacher
 

@@ -26,12 +26,6 @@ from keras_ptloss._backend import (
     minimum,
     on_numpy,
 )
-from keras_ptloss._checks import (
-    check_choice,
-    check_constant_epsilon,
-    check_probabilities,
-    fail,
-)
 from keras_ptloss._math import (
     curvature,
     perturbation,
@@ -39,7 +33,13 @@ from keras_ptloss._math import (
     slope,
     two_events,
 )
-from keras_ptloss.losses.base import valid_probs
+from keras_ptloss._validation import (
+    check_choice,
+    check_constant_epsilon,
+    check_probabilities,
+    fail,
+    valid_probs,
+)
 
 Tensor = Any
 
@@ -208,21 +208,31 @@ def newton(teacher_probs: Tensor, epsilon: Tensor) -> tuple[Tensor, ...]:
     active = ops.ones_like(t[:1]) > 0
     q, residual, steps = _newton_loop(t, start, coefficients, active, tolerance)
 
-    # Outside the convex region a step may fail, or end at a maximum. There
-    # the loss is lowered step by step, and Newton's method starts from its end.
     highest = _loss(t, t, coefficients)
     highest = highest + rounding * (1.0 + ops.abs(highest))
-    good = (residual <= tolerance) & _is_minimum(t, q, coefficients)
-    good = good & (_loss(t, q, coefficients) <= highest)
-    low = _descend(t, coefficients, ~good)
-    again, residual, more = _newton_loop(t, low, coefficients, ~good, tolerance)
-    better = (residual <= tolerance) & _is_minimum(t, again, coefficients)
-    better = better & (_loss(t, again, coefficients) <= highest)
-    q = ops.where(good, q, ops.where(better, again, low))
+
+    def good(q: Tensor, residual: Tensor) -> Tensor:
+        lower = _loss(t, q, coefficients) <= highest
+        return (residual <= tolerance) & lower & _is_minimum(t, q, coefficients)
+
+    done = good(q, residual)
+
+    def restart() -> tuple[Tensor, ...]:
+        low = _descend(t, coefficients, ~done)
+        again, residual, more = _newton_loop(
+            t, low, coefficients, ~done, tolerance
+        )
+        better = good(again, residual)
+        best = ops.where(done, q, ops.where(better, again, low))
+        return best, done | better, steps + more
+
+    # Outside the convex region Newton's method may fail, or end at a maximum.
+    # There the loss is lowered step by step, and the method starts again.
+    q, done, steps = ops.cond(ops.all(done), lambda: (q, done, steps), restart)
     q = ops.where(given > 0, q, 0.0)
     total = ops.sum(q, axis=0, keepdims=True)
     q = q / ops.where(total > 0, total, 1.0)
-    return ops.moveaxis(q, 0, -1), (good | better)[0], (steps + more)[0]
+    return ops.moveaxis(q, 0, -1), done[0], steps[0]
 
 
 _newton_on_numpy = on_numpy(newton)

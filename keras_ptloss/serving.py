@@ -18,9 +18,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ptloss._checks import check_count, check_output_form, on_simplex
 from keras_ptloss._keras import compute_dtypes
 from keras_ptloss._math import two_events
+from keras_ptloss._validation import check_count, check_output_form, on_simplex
 
 try:
     import fcntl

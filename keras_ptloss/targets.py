@@ -160,11 +160,17 @@ def distillation_targets(
                 "`x` must hold the inputs that `build_model` learns from. "
                 "Received: x=None"
             )
+        if len(known) < 2 * FOLDS:
+            raise ValueError(
+                f"`build_model` needs at least {2 * FOLDS} labelled rows. "
+                f"Received: {len(known)} labels"
+            )
         labels_only = _LabelsOnly(build_model, num_classes, epochs, batch_size)
         out_of_fold, model = labels_only.cross_fit(few, known, seed, verbose)
         own = labels_only.predict(model, x, len(known))
         own[labelled] = out_of_fold
-        flags = np.broadcast_to(corrected.correction.from_logits, len(outputs))
+        given = corrected.correction.from_logits
+        flags = list(given) if isinstance(given, tuple) else [given]
         if not random_sample:
             missing = np.setdiff1d(np.arange(num_classes), known)
             own = _keep_classes(own, missing, outputs, flags)
@@ -172,7 +178,7 @@ def distillation_targets(
             # The first search has already warned about the labels.
             warnings.simplefilter("ignore")
             alone = search([own], False)
-            both = search([*outputs, own], [*map(bool, flags), False])
+            both = search([*outputs, own], [*flags, False])
         candidates[LABELS_ONLY] = (alone.score, alone, [own])
         candidates[BOTH] = (both.score, both, [*outputs, own])
 
@@ -261,7 +267,9 @@ class _LabelsOnly:
         self, x: Any, labels: np.ndarray, seed: int, verbose: Any
     ) -> tuple[np.ndarray, Any]:
         """Return out-of-fold probabilities `(N, C)` and the final model."""
-        bar = keras.utils.Progbar(FOLDS + 1, verbose=verbose, unit_name="model")
+        bar = keras.utils.Progbar(
+            FOLDS + 1, verbose=int(verbose in ("auto", 1)), unit_name="model"
+        )
         rng = np.random.default_rng(seed)
         folds = _folds(labels, rng)
         out_of_fold = np.empty((len(labels), self.num_classes))
@@ -305,10 +313,16 @@ class _LabelsOnly:
         if not isinstance(model, keras.Model):
             return model.fit(_take(x, rows), labels[rows]), 0
         if not model.compiled:
-            logits = not _are_probs(model.predict(_take(x, rows), verbose=0))
-            loss = keras.losses.SparseCategoricalCrossentropy(logits)
-            model.compile("adam", loss)
-        if _takes_one_hot(model.loss):
+            outputs = model.predict(_take(x, rows), verbose=0)
+            if outputs.shape[1] == 1:
+                loss = keras.losses.BinaryCrossentropy
+                logits = outputs.min() <= 0 or outputs.max() >= 1
+            else:
+                loss = keras.losses.SparseCategoricalCrossentropy
+                logits = not np.allclose(outputs.sum(axis=1), 1, atol=0.01)
+            model.compile("adam", loss(from_logits=bool(logits)))
+        loss_name = getattr(model.loss, "name", None) or str(model.loss)
+        if "sparse" not in loss_name and "binary" not in loss_name:
             labels = np.eye(self.num_classes, dtype="float32")[labels]
         options: dict[str, Any] = {"epochs": epochs}
         if stop is not None:
@@ -333,8 +347,8 @@ class _LabelsOnly:
     def predict(self, model: Any, x: Any, num_rows: int) -> np.ndarray:
         """Return probabilities `(N, C)` of a model trained on `num_rows`."""
         if isinstance(model, keras.Model):
+            logits = getattr(model.loss, "from_logits", False)
             outputs = model.predict(x, verbose=0).astype("float64")
-            logits = not _are_probs(outputs)
             outputs = _math.two_events(outputs, from_logits=logits)
             return scipy.special.softmax(outputs, axis=1) if logits else outputs
         seen = np.concatenate([model.predict_proba(b) for b in _batches(x)])
@@ -354,26 +368,11 @@ def _folds(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return folds
 
 
-def _takes_one_hot(loss: Any) -> bool:
-    """Return whether a model's loss takes one-hot rows, not class indices."""
-    name = getattr(loss, "name", None) or getattr(loss, "__name__", loss)
-    return "categorical" in str(name) and "sparse" not in str(name)
-
-
-def _are_probs(outputs: np.ndarray) -> bool:
-    """Return whether a model's outputs are probabilities, not logits."""
-    if outputs.min() < 0 or outputs.max() > 1:
-        return False
-    return outputs.shape[1] == 1 or bool(
-        np.allclose(outputs.sum(axis=1), 1, atol=0.01)
-    )
-
-
 def _keep_classes(
     own: np.ndarray,
     missing: np.ndarray,
     teacher_outputs: list[np.ndarray],
-    flags: list[Any],
+    flags: list[bool],
 ) -> np.ndarray:
     """Give classes without labels the teachers' mean probability.
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_ptloss._checks import (
+from keras_ptloss._validation import (
     check_choice,
     check_classes,
     check_count,

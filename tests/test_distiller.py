@@ -120,7 +120,7 @@ class Subclassed(keras.Model):
 
     def call(self, x, training=None):
         for step in self.steps:
-            x = step(x)
+            x = step(x, training=training)
         return x
 
 
@@ -135,11 +135,11 @@ def policy(request):
 @pytest.mark.parametrize(
     "kind, policy",
     [
-        ("functional", "float32"),
-        ("deferred", "float32"),
-        ("subclassed", "float32"),
-        ("functional", "mixed_bfloat16"),
         ("functional", "mixed_float16"),
+        pytest.param("functional", "float32", marks=pytest.mark.ci),
+        pytest.param("deferred", "float32", marks=pytest.mark.ci),
+        pytest.param("subclassed", "float32", marks=pytest.mark.ci),
+        pytest.param("functional", "mixed_bfloat16", marks=pytest.mark.ci),
     ],
     indirect=["policy"],
 )
@@ -222,7 +222,9 @@ def test_models_of_different_inputs():
     )
     data = {"small": X[::-1].copy(), "large": X}
     expected = pt_losses(probs(teacher), probs(student, X[::-1])).mean()
-    np.testing.assert_allclose(evaluate(distiller, data)["loss"], expected, 1e-5)
+    np.testing.assert_allclose(
+        evaluate(distiller, data)["loss"], expected, 1e-5
+    )
     assert distiller.predict({"small": X}, verbose=0).shape == (16, 3)
 
 
@@ -260,9 +262,9 @@ def test_masks_reach_the_loss():
 
 def test_compile_without_a_loss():
     """The student's own losses are minimised, as in Keras."""
-    distiller = Distiller(
-        student=network(regularizer="l2"), teacher=network(seed=1)
-    )
+    dense = layers.Dense(3, use_bias=False, kernel_regularizer="l2")
+    student = keras.Sequential([keras.Input((4,)), dense])
+    distiller = Distiller(student=student, teacher=network(seed=1))
     distiller.compile("sgd")
     history = distiller.fit(X, epochs=2, verbose=0).history
     assert history["loss"][1] < history["loss"][0]
@@ -304,7 +306,8 @@ def test_mean_of_probabilities(student_head, teacher_heads):
     """Whatever form they have; the weights are 3 : 1."""
     student = network(*HEADS[student_head])
     teachers = [
-        network(*HEADS[head], seed=1 + k) for k, head in enumerate(teacher_heads)
+        network(*HEADS[head], seed=1 + k)
+        for k, head in enumerate(teacher_heads)
     ]
     weights = [3, 1][: len(teachers)]
     from_logits = HEADS[student_head][1] is None
@@ -367,7 +370,7 @@ class SideBySide(TeacherLoss):
 
     def apply(self, teacher_probs):
         """Return a teacher of the student's classes."""
-        return teacher_probs[..., 2:] * [0.0, 1.0, 1.0]
+        return teacher_probs[..., 2:] * np.array([0.0, 1.0, 1.0], "float32")
 
     def call(self, y_true, y_pred):
         weights = np.arange(1.0, 6.0, dtype="float32")
@@ -395,7 +398,7 @@ def test_teachers_side_by_side(wrap):
         evaluate(distiller, X)
     distiller.teacher = teachers
     distiller.teacher_weights = [1, 1]
-    with pytest.raises(ValueError, match="`teacher_weights`.*several"):
+    with pytest.raises(ValueError, match="`teacher_weights` must be None"):
         evaluate(distiller, X)
 
 
@@ -505,7 +508,9 @@ def test_hard_labels(weight):
     soft = pt_losses(probs(teacher), probs(student)).mean()
     own = keras.ops.convert_to_numpy(sum(student.losses))
     expected = weight * nll(probs(student)).mean() + (1 - weight) * soft + own
-    np.testing.assert_allclose(evaluate(distiller, X, Y)["loss"], expected, 1e-5)
+    np.testing.assert_allclose(
+        evaluate(distiller, X, Y)["loss"], expected, 1e-5
+    )
     if weight:
         with pytest.raises(ValueError, match="`y` must hold labels"):
             distiller.fit(X, verbose=0)
@@ -519,7 +524,7 @@ def test_hard_labels_alone_need_no_teacher():
     )
     assert list(distiller.fit(X, Y, verbose=0).history) == ["loss"]
     distiller.hard_label_weight = 0.5
-    with pytest.raises(ValueError, match="`teacher` must be set"):
+    with pytest.raises(ValueError, match="`teacher` must be a model"):
         distiller.fit(X, Y, verbose=0)
 
 
@@ -746,8 +751,9 @@ def test_save_reload_and_continue(tmp_path):
     )
     distiller = Distiller(
         student=network(seed=1),
-        teacher=teacher,
-        teacher_from_logits=True,
+        teacher=[teacher],
+        teacher_from_logits=[True],
+        teacher_weights=[2.0],
         hard_label_loss=hard_loss(),
         hard_label_weight=0.25,
         teacher_metrics=[KLToTeacher(from_logits=True)],
@@ -876,9 +882,10 @@ def test_teacher_metrics_among_those_of_labels():
         distiller.compile("sgd", "mse", metrics=[["accuracy", KLToTeacher()]])
 
 
-def test_weights_of_another_number():
-    distiller = distil(network(), network(seed=1), teacher_weights=[1, 2])
-    with pytest.raises(ValueError, match="`teacher_weights`.*of 1 teachers"):
+@pytest.mark.parametrize("name", ["teacher_weights", "teacher_from_logits"])
+def test_lists_of_another_length(name):
+    distiller = distil(network(), network(seed=1), **{name: [True, True]})
+    with pytest.raises(ValueError, match=f"`{name}`.*each of 1 teachers"):
         distiller.fit(X, verbose=0)
 
 
@@ -905,34 +912,18 @@ def test_shared_trainable_weights():
 # ---- Models of KerasHub. ----
 
 
-@pytest.fixture(scope="module")
-def hub():
-    return pytest.importorskip("keras_hub.models")
-
-
-def test_raw_texts(hub):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad"]
-    backbone = hub.BertBackbone(
-        vocabulary_size=len(words),
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=16,
-        max_sequence_length=8,
-    )
-    preprocessor = hub.BertTextClassifierPreprocessor(
-        hub.BertTokenizer(vocabulary=words), sequence_length=8
-    )
-    student = hub.BertTextClassifier(
-        backbone, num_classes=3, preprocessor=preprocessor
-    )
-    distiller = distil(student, network())
-    for texts in (np.array(["good", "bad"]), ["good", "bad"]):
+def test_raw_texts():
+    """Models of KerasHub preprocess texts in `fit`, which is not called."""
+    student = network()
+    student.preprocessor = lambda texts: texts
+    distiller = distil(student, network(seed=1))
+    for texts in (np.array(["good", "bad"]), ["good", "bad"], {"a": ["good"]}):
         with pytest.raises(ValueError, match="preprocessor"):
             distiller.fit(texts, verbose=0)
 
 
 def causal_lm(hub, seed):
+    """Return a small language model whose logits are not near 0."""
     keras.utils.set_random_seed(seed)
     backbone = hub.GPT2Backbone(
         vocabulary_size=11,
@@ -945,13 +936,15 @@ def causal_lm(hub, seed):
     )
     model = hub.GPT2CausalLM(backbone, preprocessor=None)
     rng = np.random.default_rng(seed)
-    for weight in model.weights:  # Its own are nearly 0, and so are logits.
+    for weight in model.weights:
         weight.assign(weight + rng.normal(size=weight.shape, scale=0.3))
     return model
 
 
-def test_causal_lm_with_lora(hub):
+@pytest.mark.ci
+def test_causal_lm_with_lora():
     """Padding does not count, and only the adapters move."""
+    hub = pytest.importorskip("keras_hub.models")
     student, teacher = causal_lm(hub, 0), causal_lm(hub, 1)
     ids = np.random.default_rng(0).integers(1, 11, size=(4, 8))
     mask = (np.arange(8) < [[8], [5], [3], [6]]).astype("int32")
@@ -993,7 +986,8 @@ y = rng.integers(0, 3, size=64)
 
 def linear(seed):
     init = keras.initializers.GlorotUniform(seed=seed)
-    dense = keras.layers.Dense(3, kernel_initializer=init, kernel_regularizer="l2")
+    options = dict(kernel_initializer=init, kernel_regularizer="l2")
+    dense = keras.layers.Dense(3, **options)
     return keras.Sequential([keras.Input((4,)), dense])
 
 def results(weight, scope):
@@ -1011,7 +1005,8 @@ def results(weight, scope):
     logs = distiller.fit(x, y, epochs=2, **options).history
     found = {name: np.array(values) for name, values in logs.items()}
     if weight == 0:  # labels come and go
-        other = distiller.evaluate(x, batch_size=16, verbose=0, return_dict=True)
+        options = dict(batch_size=16, verbose=0, return_dict=True)
+        other = distiller.evaluate(x, **options)
         assert set(other) == {"loss", "teacher_agreement"}, other
         found |= {f"test_{name}": value for name, value in other.items()}
     return found | dict(enumerate(distiller.student.get_weights()))

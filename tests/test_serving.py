@@ -5,10 +5,13 @@ import fcntl
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
+import time
+import urllib.request
 
 import keras
 import numpy as np
@@ -764,3 +767,71 @@ def test_grpc(students, saved):
                 ask(**bad)
             assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     server.stop(None)
+
+
+KSERVE = """
+import sys, kserve, tensorflow as tf
+
+serve = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
+
+class Student(kserve.Model):
+    def __init__(self):
+        super().__init__("student")
+        self.ready = True
+
+    def predict(self, payload, headers=None, response_headers=None):
+        rows = payload["instances"]
+        columns = {k: tf.constant([row[k] for row in rows]) for k in rows[0]}
+        outputs = {k: v.numpy() for k, v in serve(**columns).items()}
+        return {
+            "predictions": [
+                {
+                    "probabilities": outputs["probabilities"][i].tolist(),
+                    "class_name": outputs["class_name"][i].decode(),
+                }
+                for i in range(len(rows))
+            ]
+        }
+
+kserve.ModelServer(http_port=int(sys.argv[2]), enable_grpc=False).start(
+    [Student()]
+)
+"""
+
+
+@pytest.mark.nightly
+def test_kserve(students, saved):
+    """TensorFlow Serving's REST form, in an environment without Keras."""
+    python = os.environ.get("KSERVE_PYTHON")
+    if python is None:
+        pytest.skip("KSERVE_PYTHON must be a python with kserve and tensorflow")
+    named, inputs = batch("list", 20)
+    rows = [
+        {name: values[i].tolist() for name, values in named.items()}
+        for i in range(20)
+    ]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/models/student:predict",
+        json.dumps({"instances": rows}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    command = [python, "-c", KSERVE, str(saved["list"]), str(port)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        try:
+            for _ in range(120):
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(1)
+            with urllib.request.urlopen(request, timeout=60) as response:
+                answers = json.load(response)["predictions"]
+        finally:
+            process.terminate()
+    expected = probabilities(students["list"], inputs)
+    served = [answer["probabilities"] for answer in answers]
+    np.testing.assert_allclose(served, expected, **CLOSE)
+    names = [NAMES[label] for label in expected.argmax(-1)]
+    assert [answer["class_name"] for answer in answers] == names

@@ -6,16 +6,15 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ptloss._backend import visible_values
-from keras_ptloss._checks import (
-    SUM_TOLERANCE,
+from keras_ptloss._math import two_events
+from keras_ptloss._validation import (
     check_class_axis,
     check_classes,
     check_flag,
     fail,
     shapes_differ,
+    valid_probs,
 )
-from keras_ptloss._math import two_events
 
 Tensor = Any
 
@@ -178,43 +177,6 @@ def read_teacher(y_true: Tensor, student: Tensor) -> Tensor:
     y_true = two_events(y_true, from_logits=False)
     check_classes("y_true", y_true, "y_pred", student)
     return valid_probs("y_true", y_true, "apply a softmax to them first")
-
-
-def valid_probs(argument: str, probs: Tensor, advice: str) -> Tensor:
-    """Return rows `(..., C)` divided by their sums; NaN for invalid rows.
-
-    A row of zeros stays. Where values can be seen, invalid rows are an error.
-
-    Args:
-        argument: name of the argument, for the error.
-        probs: `(..., C)`, in float32 or better.
-        advice: what to do if these are logits.
-    """
-    total = ops.sum(probs, axis=-1, keepdims=True)
-    lowest = ops.min(probs, axis=-1, keepdims=True)
-    valid = (lowest >= 0.0) & (ops.abs(total - 1.0) <= SUM_TOLERANCE)
-    padding = (lowest == 0.0) & (total == 0.0)
-    if visible_values(probs) is not None:
-        seen = ops.convert_to_numpy(valid | padding)
-        if not seen.all():
-            _raise_invalid(argument, probs, seen, advice)
-    divisor = ops.where(valid, total, ops.where(padding, 1.0, float("nan")))
-    return probs / divisor
-
-
-def _raise_invalid(
-    argument: str, probs: Tensor, valid: np.ndarray, advice: str
-) -> None:
-    rows = ops.convert_to_numpy(probs).reshape(-1, probs.shape[-1])
-    row = int(np.argmin(valid))
-    shown = np.array2string(rows[row], precision=4, threshold=6)
-    raise ValueError(
-        f"`{argument}` must hold probabilities: each row non-negative with sum "
-        f"1, or all zeros for padding. If these are logits, {advice}. "
-        f"Received: {argument}[{row}]={shown}, which sums to "
-        f"{rows[row].sum():.4g} ({np.count_nonzero(~valid)} of {valid.size} "
-        "rows are invalid)"
-    )
 
 
 def log_student(student: Tensor, *, from_logits: bool) -> Tensor:

@@ -28,7 +28,7 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import replicas
-from keras_ptloss._checks import as_floats, check_count, check_number, fail
+from keras_ptloss._validation import as_floats, check_count, check_number, fail
 from keras_ptloss.losses.base import (
     TINY,
     TeacherLoss,

@@ -5,10 +5,10 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ptloss._checks import fail
 from keras_ptloss._math import two_events
+from keras_ptloss._validation import fail, valid_probs
 from keras_ptloss.correction import Correction
-from keras_ptloss.losses.base import TeacherLoss, valid_probs
+from keras_ptloss.losses.base import TeacherLoss
 from keras_ptloss.losses.pt_loss import pt_loss
 
 Tensor = Any

@@ -7,14 +7,14 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ptloss._checks import (
+from keras_ptloss._math import log_teacher_probs, perturbation, slope
+from keras_ptloss._validation import (
     check_constant_epsilon,
     check_epsilon,
     check_flag,
     check_number,
     fail,
 )
-from keras_ptloss._math import log_teacher_probs, perturbation, slope
 from keras_ptloss.losses.base import (
     LOWEST,
     TINY,

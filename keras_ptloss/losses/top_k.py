@@ -19,7 +19,8 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import visible_values
-from keras_ptloss._checks import (
+from keras_ptloss._math import log_teacher_probs
+from keras_ptloss._validation import (
     SUM_TOLERANCE,
     check_choice,
     check_constant_epsilon,
@@ -29,7 +30,6 @@ from keras_ptloss._checks import (
     fail,
     shapes_differ,
 )
-from keras_ptloss._math import log_teacher_probs
 from keras_ptloss.losses.base import (
     LOWEST,
     TINY,
@@ -92,14 +92,8 @@ def top_k_pt_loss(
     leading = ops.shape(student)[:-1]
     logits = ops.reshape(student, (-1, student.shape[-1]))
     targets = ops.reshape(y_true, (-1, ops.shape(y_true)[-2], 2))
-    ids = _ids(targets)
-    given, others, _ = _split(logits, ids)
-    loss = _events_loss(
-        targets,
-        ops.concatenate([given, _logsumexp(others)], axis=-1),
-        student.shape[-1],
-        **settings,
-    )
+    event_logits = _event_logits(logits, _ids(targets))
+    loss = _events_loss(targets, event_logits, student.shape[-1], **settings)
     return ops.reshape(loss, leading)
 
 
@@ -338,7 +332,7 @@ def fused_top_k_pt_loss(
         bias = ops.zeros((num_classes,), weights.dtype)
     y_true = _read_targets(y_true, hidden, num_classes)
     targets = ops.reshape(y_true, (-1, ops.shape(y_true)[-2], 2))
-    event_logits = _event_logits(
+    event_logits = _head_event_logits(
         ops.reshape(hidden, (-1, size)),
         weights,
         ops.convert_to_tensor(bias),
@@ -517,7 +511,49 @@ def _logsumexp(x: Tensor) -> Tensor:
     return ops.logsumexp(x, axis=-1, keepdims=True)
 
 
-def _event_logits(
+def _by_logits(
+    logits: Tensor, ids: Tensor, rest: Tensor, upstream: Tensor
+) -> Tensor:
+    """Return the gradient of event logits with respect to logits.
+
+    With u the upstream gradient,
+
+        d / d z_i = u_i,    d / d z_c = u_r exp(z_c - L_r) for the others.
+
+    Args:
+        logits: `(N, size)`, of all classes or of a chunk.
+        ids: int32, `(N, k)`, counted from the first of these classes.
+        rest: L_r of all classes, `(N, 1)`.
+        upstream: `(N, k + 1)`.
+    """
+    _, others, places = _split(logits, ids)
+    gradient = upstream[:, -1:] * ops.exp(others - rest)
+    of_given = ops.reshape(upstream[:, :-1], (-1,))
+    return ops.scatter_update(gradient, places, of_given)[:, :-1]
+
+
+def _event_logits(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the event logits `(N, k + 1)` of logits `(N, C)`.
+
+    The gradient is written out because autodiff takes twice the memory.
+    """
+
+    @ops.custom_gradient
+    def project(logits: Tensor) -> Any:
+        given, others, _ = _split(logits, ids)
+        rest = _logsumexp(others)
+
+        def gradient(*args: Tensor, upstream: Tensor = None) -> Any:
+            if upstream is None:  # PyTorch passes it by keyword.
+                (upstream,) = args
+            return _by_logits(logits, ids, rest, upstream)
+
+        return ops.concatenate([given, rest], axis=-1), gradient
+
+    return project(logits)
+
+
+def _head_event_logits(
     hidden: Tensor,
     weights: Tensor,
     bias: Tensor,
@@ -527,9 +563,7 @@ def _event_logits(
 ) -> Tensor:
     """Return the event logits `(N, k + 1)` of a head, chunk by chunk.
 
-    The gradient computes the logits once more. With u the upstream gradient,
-
-        d / d z_i = u_i,    d / d z_c = u_r exp(z_c - L_r) for the others.
+    The gradient computes the logits once more.
 
     Args:
         hidden: `(N, H)`.
@@ -566,8 +600,6 @@ def _event_logits(
         def gradient(*args: Tensor, upstream: Tensor = None) -> Any:
             if upstream is None:  # PyTorch passes it by keyword.
                 (upstream,) = args
-            of_given = ops.reshape(upstream[:, :-1], (-1,))
-            of_rest = upstream[:, -1:]
 
             def backward(
                 first: Any,
@@ -578,10 +610,7 @@ def _event_logits(
             ) -> Any:
                 w, b = part(weights, bias, first, size)
                 logits = ops.cast(ops.matmul(hidden, w) + b, dtype)
-                _, others, places = _split(logits, ids - first)
-                by_logits = of_rest * ops.exp(others - rest)
-                by_logits = ops.scatter_update(by_logits, places, of_given)
-                by_logits = by_logits[:, :-1]
+                by_logits = _by_logits(logits, ids - first, rest, upstream)
                 by_bias = ops.cast(ops.sum(by_logits, axis=0), bias.dtype)
                 by_logits = ops.cast(by_logits, hidden.dtype)
                 by_hidden = by_hidden + ops.cast(

@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import as_array, weights_given_back
-from keras_ptloss._checks import (
+from keras_ptloss._validation import (
     as_rows,
     check_class_indices,
     check_count,

@@ -223,14 +223,11 @@ def summarize(examples: Examples, found: Found) -> dict[str, Any]:
     labels, weights = examples.labels, examples.sample_weight
     name, baseline = _baseline(examples)
     candidates = {name: baseline}
-    if found.out_of_fold:
-        candidates |= {
-            n: probs
-            for n, probs in found.out_of_fold.items()
-            if not n.startswith("teacher")
-        }
-        chosen = found.chosen if found.chosen in candidates else name
-    else:
+    for n, probs in found.out_of_fold.items():
+        if not n.startswith("teacher"):
+            candidates[n] = probs
+    chosen = found.chosen if found.chosen in candidates else name
+    if not found.out_of_fold and not found.correction.is_identity:
         chosen = "corrected"
         t = examples.teacher_probs
         correction = dataclasses.replace(found.correction, from_logits=False)
@@ -251,7 +248,7 @@ def summarize(examples: Examples, found: Found) -> dict[str, Any]:
             "teacher": np.average(baseline, axis=0, weights=weights),
             "corrected": np.average(corrected, axis=0, weights=weights),
         },
-        "verdict": _verdict(examples, found, baseline, corrected),
+        "verdict": _verdict(examples, found, name, baseline, corrected),
     }
 
 
@@ -299,6 +296,7 @@ def _scores(
 def _verdict(
     examples: Examples,
     found: Found,
+    name: str,
     baseline: np.ndarray,
     corrected: np.ndarray,
 ) -> str:
@@ -306,9 +304,10 @@ def _verdict(
     labels, weights = examples.labels, examples.sample_weight
     number = len(labels)
     if found.correction.is_identity or found.chosen.startswith("teacher"):
+        several = len(examples.teacher_probs) > 1
         return (
-            f"The teacher could not be improved with these {number} labels; "
-            "use it as it is."
+            f"The teacher{'s' * several} could not be improved with these "
+            f"{number} labels; use {name + ',' if several else 'it'} as it is."
         )
 
     def mean_and_error(values: np.ndarray) -> tuple[float, float]:

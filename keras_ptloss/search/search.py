@@ -12,7 +12,7 @@ import scipy.optimize
 import scipy.stats
 from threadpoolctl import threadpool_limits
 
-from keras_ptloss._checks import check_choice, check_count, fail
+from keras_ptloss._validation import check_choice, check_count, fail
 from keras_ptloss.correction import Correction
 from keras_ptloss.search.gradient_search import GradientSearch
 from keras_ptloss.search.labelled import read_labelled
@@ -201,6 +201,7 @@ def _progress_bar(verbose: Any) -> Callable[[int, int], None]:
         if shown and bar is None:
             bar = keras.utils.Progbar(total, unit_name="trial")
         if bar is not None:
+            bar.target = total  # a method may need fewer than it thought
             bar.update(done, finalize=done == total)
 
     return progress

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from keras_ptloss._checks import check_count, fail
+from keras_ptloss._validation import check_count, fail
 from keras_ptloss.soft_labels.inputs import (
     as_inputs,
     fingerprint,
@@ -21,7 +21,7 @@ from keras_ptloss.soft_labels.inputs import (
     take,
     weights_of_positions,
 )
-from keras_ptloss.soft_labels.layout import NO_ENTRY
+from keras_ptloss.soft_labels.layout import NO_ENTRY, events
 
 if TYPE_CHECKING:
     from keras_ptloss.soft_labels.soft_labels import SoftLabels
@@ -200,8 +200,9 @@ def _of_sequences(
     for target, real, (start, found) in zip(
         y_true, mask, store.sequences(rows), strict=True
     ):
-        positions = np.flatnonzero(real)[start : start + len(found)]
-        target[positions] = found
+        of_tokens = events(found)
+        positions = np.flatnonzero(real)[start : start + len(of_tokens)]
+        target[positions] = of_tokens
     stored = y_true[..., 0, 0] != NO_ENTRY
     return y_true, stored * weights_of_positions(weight, mask.shape)
 

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from keras_ptloss._backend import as_array
-from keras_ptloss._checks import fail
+from keras_ptloss._validation import fail
 
 Tensor = Any
 # Names of token ids and of their padding mask in KerasHub and Hugging Face.

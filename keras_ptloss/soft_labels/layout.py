@@ -19,10 +19,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from keras_ptloss._checks import SUM_TOLERANCE, fail, on_simplex
+from keras_ptloss._validation import SUM_TOLERANCE, fail, on_simplex
 
 REST = -1
 NO_ENTRY = -2
+ENTRIES = ("top_ids", "log_probs", "log_rest")
 
 Kind = Literal["probabilities", "top_k", "tokens"]
 # Columns by name. Tokens have an `offsets` array beside them: the positions of
@@ -321,14 +322,19 @@ def in_sequences(values: Values, lengths: Any) -> Values:
     return {**kept, "start": np.array(starts), "offsets": np.array(offsets)}
 
 
-def events(values: Values, index: Any = slice(None)) -> np.ndarray:
-    """Return events `(n, k + 1, 2)` float32 of n rows of entries."""
-    top_ids = values["top_ids"][index]
-    count, k = top_ids.shape
-    out = np.empty((count, k + 1, 2), "float32")
-    out[:, :k, 0] = top_ids
-    out[:, :k, 1] = values["log_probs"][index]
+def events(rows: Values, out: np.ndarray | None = None) -> np.ndarray:
+    """Return events `(n, k + 1, 2)` float32 of the columns of n rows.
+
+    Args:
+        rows: columns of entries.
+        out: where to put them.
+    """
+    count, k = rows["top_ids"].shape
+    if out is None:
+        out = np.empty((count, k + 1, 2), "float32")
+    out[:, :k, 0] = rows["top_ids"]
+    out[:, :k, 1] = rows["log_probs"]
     out[:, k, 0] = REST
-    out[:, k, 1] = values["log_rest"][index]
-    out[top_ids[:, 0] == NO_ENTRY, k] = NO_ENTRY, 0
+    out[:, k, 1] = rows["log_rest"]
+    out[rows["top_ids"][:, 0] == NO_ENTRY, k] = NO_ENTRY, 0
     return out

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from keras_ptloss._checks import check_count, fail
+from keras_ptloss._validation import check_count, fail
 from keras_ptloss.soft_labels.attach import attach_several
 from keras_ptloss.soft_labels.inputs import (
     as_inputs,
@@ -32,6 +32,7 @@ from keras_ptloss.soft_labels.journal import (
     sync,
 )
 from keras_ptloss.soft_labels.layout import (
+    ENTRIES,
     NO_ENTRY,
     Columns,
     Layout,
@@ -407,17 +408,18 @@ class SoftLabels:
         sequences = np.ndim(top_ids[0]) == 2
 
         def convert(part: slice, x: Any) -> Columns:
-            entries: list[Any] = [top_ids[part], log_probs[part]]
-            entries.append(None if log_rest is None else log_rest[part])
-            first, lengths = part.start, [len(row) for row in top_ids[part]]
+            names, probs = top_ids[part], log_probs[part]
+            rest = None if log_rest is None else log_rest[part]
+            lengths = [len(row) for row in names]
+            if sequences:
+                if x is not None:
+                    _check_lengths(lengths, x, part.start)
+                # All positions of all sequences, one after the other.
+                names, probs = np.concatenate(names), np.concatenate(probs)
+                rest = None if rest is None else np.concatenate(rest)
+            found = from_entries(names, probs, rest, num_classes, part.start)
             if not sequences:
-                found = from_entries(*entries, num_classes, first)
                 return Columns("top_k", num_classes, found)
-            if x is not None:
-                _check_lengths(lengths, x, first)
-            # All positions of all sequences, one after the other.
-            entries = [e if e is None else np.concatenate(e) for e in entries]
-            found = from_entries(*entries, num_classes, first)
             found = in_sequences(found, lengths)
             return Columns("tokens", num_classes, found)
 
@@ -510,18 +512,20 @@ class SoftLabels:
             fail("indices", f"from 0 to {len(self) - 1}", indices)
         if self.layout.kind == "tokens":
             found = list(self.sequences(indices))
-            time = max((start + len(e) for start, e in found), default=0)
-            out = np.zeros((len(found), time, *self.shape[2:]), "float32")
+            ends = [start + len(rows["top_ids"]) for start, rows in found]
+            shape = (len(found), max(ends, default=0), *self.shape[2:])
+            out = np.zeros(shape, "float32")
             out[..., 0] = NO_ENTRY
-            for row, (start, sequence) in zip(out, found, strict=True):
-                row[start : start + len(sequence)] = sequence
+            for row, end, (start, rows) in zip(out, ends, found, strict=True):
+                events(rows, row[start:end])
             return out
         out = np.empty((len(indices), *self.shape[1:]), "float32")
         for values, where, local in self._by_file(indices):
             if self.layout.kind == "probabilities":
                 out[where] = values["probabilities"][local]
             else:
-                out[where] = events(values, local)
+                rows = {name: values[name][local] for name in ENTRIES}
+                out[where] = events(rows)
         return out
 
     def _by_file(
@@ -530,18 +534,26 @@ class SoftLabels:
         """Yield each file's columns, positions in `indices`, and rows there."""
         files = np.searchsorted(self._ends, indices, side="right")
         for file in np.unique(files):
-            where = np.flatnonzero(files == file)
+            where: Any = np.flatnonzero(files == file)
             begin = self._ends[file] - self._batches[file].num_rows
-            yield self._values[file], where, indices[where] - begin
+            local = indices[where] - begin
+            if len(local) == len(indices):  # a slice is assigned faster
+                where = slice(None)
+            yield self._values[file], where, local
 
-    def sequences(self, indices: np.ndarray) -> Iterator[tuple[int, Any]]:
-        """Yield the first stored position and the events of each sequence."""
+    def sequences(self, indices: np.ndarray) -> Iterator[tuple[int, Values]]:
+        """Yield each sequence's first stored position, and columns of events.
+
+        Args:
+            indices: rows of a store of token sequences.
+        """
         files = np.searchsorted(self._ends, indices, side="right")
         for file, index in zip(files, indices, strict=True):
             values = self._values[file]
             row = index - self._ends[file] + self._batches[file].num_rows
             low, high = values["offsets"][row : row + 2]
-            yield int(values["start"][row]), events(values, slice(low, high))
+            rows = {name: values[name][low:high] for name in ENTRIES}
+            yield int(values["start"][row]), rows
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         """Return all rows, `np.asarray(labels)`."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_ptloss._checks import fail, on_simplex
+from keras_ptloss._validation import fail, on_simplex
 from keras_ptloss.soft_labels.layout import pyarrow
 
 ID_COLUMNS = ("custom_id", "id")

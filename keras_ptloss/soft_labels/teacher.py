@@ -11,8 +11,8 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import as_array
-from keras_ptloss._checks import fail
 from keras_ptloss._math import two_events
+from keras_ptloss._validation import fail
 from keras_ptloss.soft_labels.inputs import (
     num_examples,
     sequence_mask,
@@ -111,6 +111,7 @@ class LikeliestOf(keras.Model):
         self.num_classes: int | None = None
 
     def call(self, inputs: Tensor) -> Any:
+        """Return what `likeliest` returns of the teacher's outputs."""
         outputs = self.teacher(inputs, training=False)
         self.num_classes = outputs.shape[-1]
         return likeliest(outputs, self.k, self.from_logits)

@@ -196,6 +196,23 @@ class TestVerdict:
         assert result.score == result.baseline_score
         assert result.correct(data[0]) == pytest.approx(data[0])
 
+    def test_one_of_several_teachers(self, data):
+        teacher, labels = data
+        what = Found(
+            Correction(temperature=(1.0, np.inf), teacher_classes=(3, 3)),
+            TRIALS,
+            {"teacher 0": teacher, "teacher 1": teacher[::-1]},
+            "teacher 0",
+        )
+        result = ProxyTeacherSearch(Returns(what)).search(
+            [teacher, teacher[::-1]], labels
+        )
+        assert result.verdict == (
+            "The teachers could not be improved with these 300 labels; use "
+            "teacher 0, the best, as it is."
+        )
+        assert list(result.scores) == [result.chosen] == ["teacher 0, the best"]
+
     def test_fitted_numbers_are_marked(self, data):
         result = search(data, found(data, out_of_fold={}))
         text = repr(result)

@@ -515,3 +515,87 @@ def test_progress_bar(data, monkeypatch, capsys, verbose, seconds, shown):
     )
     assert result.seconds == seconds
     assert ("3/3" in capsys.readouterr().out) is shown
+
+
+@pytest.mark.parametrize("bias", [[1.0, 0.2, 0.2], [0.1, 1.0, 1.0]])
+def test_default_search_on_a_biased_teacher(bias):
+    """It is better on labels and on new data; a good teacher stays."""
+    truth = helpers.dirichlet(0, 2300, 3)
+    labels = helpers.draw_labels(truth, 1)
+    teacher = helpers.skewed(truth, bias)
+    result = ProxyTeacherSearch().search(teacher[:300], labels[:300])
+    assert result.out_of_fold
+    assert result.score < result.baseline_score
+    q = result.correct(teacher[300:])
+    new = labels[300:]
+    best, before = (
+        helpers.nll(truth[300:], new),
+        helpers.nll(teacher[300:], new),
+    )
+    assert helpers.nll(q, new) < best + 0.2 * (before - best)
+    good = ProxyTeacherSearch().search(truth[:300], labels[:300])
+    assert helpers.nll(good.correct(truth[300:]), new) < best + 0.02
+
+
+def test_default_search_of_several_teachers():
+    """Two that err differently, one with other classes: better than each."""
+    truth = helpers.dirichlet(0, 2300, 4, 0.3)
+    labels = helpers.draw_labels(truth, 1)
+    one = truth @ [[1, 0, 0, 0], [0.9, 0.1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    two = truth @ [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0.1, 0.9], [0, 0, 0, 1]]
+    pair = truth @ [[1, 0], [0, 1], [1, 0], [0, 1]]
+    teachers = [one, two, pair]
+    result = ProxyTeacherSearch().search(
+        [t[:300] for t in teachers], labels[:300], num_classes=4
+    )
+    q = result.correct([t[300:] for t in teachers])
+    right = [np.mean(p[300:].argmax(1) == labels[300:]) for p in (one, two)]
+    assert np.mean(q.argmax(axis=1) == labels[300:]) > max(right) + 0.05
+    assert np.isinf(result.temperature[2])
+
+
+def test_classes_that_never_occur():
+    """A teacher gives 40 % to ten classes that none of the labels has.
+
+    The labels are a random sample, and the search is told so.
+    """
+    rng = np.random.default_rng(0)
+    count, seen = 4000, np.arange(20) < 10
+    truth = np.zeros((count, 20))
+    truth[:, seen] = rng.dirichlet([0.3] * 10, size=count)
+    labels = helpers.draw_labels(truth, 0)
+    elsewhere = np.zeros((count, 20))
+    elsewhere[:, ~seen] = rng.dirichlet([0.2] * 10, size=count)
+    teacher = 0.6 * np.maximum(truth, 1e-4) + 0.4 * elsewhere
+    teacher /= teacher.sum(axis=1, keepdims=True)
+    best = teacher[1000:] * np.where(seen, 1.0, 1e-6)
+    best = helpers.nll(best / best.sum(1, keepdims=True), labels[1000:])
+    result = ProxyTeacherSearch().search(
+        teacher[:1000], labels[:1000], random_sample=True
+    )
+    assert result.correction.kept_classes == ()
+    q = result.correct(teacher[1000:])
+    assert helpers.nll(q, labels[1000:]) < best + 0.05
+    with pytest.warns(UserWarning, match="have no label and keep"):
+        kept = ProxyTeacherSearch().search(teacher[:1000], labels[:1000])
+    np.testing.assert_allclose(
+        kept.correct(teacher)[:, ~seen], teacher[:, ~seen], atol=1e-9
+    )
+
+
+def test_weights_of_class_balanced_labels():
+    """An overconfident teacher on data that are 90 % class 0."""
+    rng = np.random.default_rng(0)
+    prior, count = np.array([0.9, 0.05, 0.05]), 40_000
+    labels = rng.choice(3, p=prior, size=count)
+    x = rng.normal(size=(count, 3)) + 2 * np.eye(3)[labels]
+    truth = prior * np.exp(2 * x)
+    teacher = (truth / truth.sum(axis=1, keepdims=True)) ** 2
+    teacher /= teacher.sum(axis=1, keepdims=True)
+    few = [np.flatnonzero(labels[:20_000] == c)[:130] for c in range(3)]
+    few = np.concatenate(few)
+    result = ProxyTeacherSearch().search(
+        teacher[few], labels[few], sample_weight=prior[labels[few]]
+    )
+    q = result.correct(teacher[20_000:])
+    assert helpers.nll(q, labels[20_000:]) < 0.16
