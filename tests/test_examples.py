@@ -56,6 +56,12 @@ def test_images_cifar100(run, monkeypatch):
     assert len(accuracies(run("images_cifar100.py"))) >= 2
 
 
+def test_language_model(run):
+    pytest.importorskip("pyarrow")
+    alone, plain, ours = accuracies(run("language_model.py"))
+    assert ours > max(alone, plain)
+
+
 def test_text_sst2(run, monkeypatch):
     keras_hub = pytest.importorskip("keras_hub")
     tfds = pytest.importorskip("tensorflow_datasets")
