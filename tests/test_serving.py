@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import urllib.request
 
@@ -455,26 +454,6 @@ def test_a_killed_export_is_cleared_by_the_next(small, tmp_path):
         process.kill()
     export(small, tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["1", "2"]
-
-
-def test_a_watcher_sees_whole_versions_only(small, tmp_path):
-    """As a server does that polls the folder."""
-    seen, stop = {}, threading.Event()
-
-    def watch():
-        while not stop.is_set():
-            for entry in os.listdir(tmp_path):
-                if entry.isdigit() and entry not in seen:
-                    seen[entry] = listing(tmp_path / entry)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        path = export(small, tmp_path, class_names=NAMES)
-    finally:
-        stop.set()
-        watcher.join()
-    assert seen in ({}, {"1": listing(path)})
 
 
 # Strings in.

@@ -67,12 +67,6 @@ def ask(port, images, expected, begin, stop, seed):
     return times, differences
 
 
-def memory(process):
-    """Return the resident memory of a process in MiB."""
-    status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
-
-
 def main(clients, seconds):
     """Export a student, serve it, and print a table."""
     import keras
@@ -107,7 +101,8 @@ def main(clients, seconds):
             used = []
             while time.perf_counter() < stop:
                 time.sleep(seconds / 100)
-                used.append(memory(process))
+                status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+                used.append(int(status.split("VmRSS:")[1].split()[0]) / 1024)
             results = [job.result() for job in jobs]
             process.communicate()
     times = np.concatenate([times for times, _ in results])

@@ -188,21 +188,21 @@ def _progress_bar(verbose: Any) -> Callable[[int, int], None]:
         fail("verbose", '0, 1 or "auto"', verbose)
     begin = time.perf_counter()
     bar: Any = None
+    last = 0
 
     def progress(done: int, total: int) -> None:
-        nonlocal bar
-        if verbose == "auto":
-            shown = (
-                time.perf_counter() - begin > 3.0
-                and keras.config.is_interactive_logging_enabled()
-            )
-        else:
-            shown = bool(verbose)
+        nonlocal bar, last
+        shown = verbose == 1 or (
+            verbose == "auto"
+            and time.perf_counter() - begin > 3.0
+            and keras.config.is_interactive_logging_enabled()
+        )
         if shown and bar is None:
             bar = keras.utils.Progbar(total, unit_name="trial")
-        if bar is not None:
+        if bar is not None and done > last:
             bar.target = total  # a method may need fewer than it thought
             bar.update(done, finalize=done == total)
+            last = done
 
     return progress
 
