@@ -7,9 +7,9 @@
 
 Step 1 fits one temperature per teacher and epsilon. Step 2 is a multinomial
 logistic regression that starts from r: its features x are half-whitened, and
-one L2 penalty holds all its parameters (W, a_1, a_2) near zero. Cross-validation
-chooses the penalty, and decides between the teacher as it is, step 1 alone and
-both steps.
+one L2 penalty holds all its parameters (W, a_1, a_2) near zero.
+Cross-validation chooses the penalty, and decides between the teacher as it is,
+step 1 alone and both steps.
 """
 
 import dataclasses
@@ -192,7 +192,8 @@ class _Fit:
             np.searchsorted(self.learned, labels),
             weight,
         )
-        self.parameters: np.ndarray | None = None
+        size = len(self.learned) * self.problem[1].shape[1] + 2
+        self.parameters = np.zeros(size)
 
     def fit_classes(self, penalty: float) -> None:
         """Fit step 2, from where the last fit ended."""
@@ -208,7 +209,6 @@ class _Fit:
 
     def both_steps(self) -> Correction:
         """Return the correction by both steps."""
-        assert self.parameters is not None
         classes = self.examples.num_classes
         w = self.parameters[:-2].reshape(len(self.learned), -1)
         matrix = np.zeros((classes, 0))
@@ -235,9 +235,7 @@ class _Fit:
 # ---- Step 1
 
 
-def step_1_probs(
-    z: list[np.ndarray], confidence: np.ndarray
-) -> np.ndarray:
+def step_1_probs(z: list[np.ndarray], confidence: np.ndarray) -> np.ndarray:
     """Return `proxy(softmax(sum_k s_k z_k), epsilon)`.
 
     Args:
@@ -318,10 +316,11 @@ def confidence_objective(
     by_epsilon = np.sum(by_log_q * u * t)
     by_log_t = by_log_q * (1.0 + epsilon * q)
     by_pooled = by_log_t - t * by_log_t.sum(axis=1, keepdims=True)
-    gradient = [s * np.vdot(by_pooled, z_k) for s, z_k in zip(scales, z, strict=True)]
-    gradient.append(by_epsilon * (1.0 + epsilon))
+    gradient = confidence.copy()
+    gradient[:-1] += scales * [np.vdot(by_pooled, z_k) for z_k in z]
+    gradient[-1] += by_epsilon * (1.0 + epsilon)
     value = -weight @ own + 0.5 * confidence @ confidence
-    return float(value), np.array(gradient) + confidence
+    return float(value), gradient
 
 
 # ---- Step 2
@@ -355,7 +354,7 @@ def fit_classes(
     labels: np.ndarray,
     weight: np.ndarray,
     penalty: float,
-    start: np.ndarray | None = None,
+    start: np.ndarray,
 ) -> np.ndarray:
     """Fit W, a_1 and a_2 of step 2.
 
@@ -372,7 +371,7 @@ def fit_classes(
     """
     found = scipy.optimize.minimize(
         classes_objective,
-        np.zeros(r.shape[1] * x.shape[1] + 2) if start is None else start,
+        start,
         (r, np.exp(r), x, labels, weight, penalty),
         jac=True,
         method="L-BFGS-B",
@@ -438,7 +437,7 @@ def _effective_weight(examples: Examples) -> np.ndarray:
 
 
 def _losses(probs: np.ndarray, examples: Examples) -> np.ndarray:
-    """Return the weighted NLL of each example, `(N,)`; the weights' mean is 1."""
+    """Return the NLL of each example times its weight, `(N,)`."""
     own = probs[np.arange(len(probs)), examples.labels]
     return -examples.sample_weight * np.log(np.maximum(own, 1e-7))
 
