@@ -46,15 +46,15 @@ extensions = [
 templates_path = ["_templates"]
 exclude_patterns = ["_build", "_extensions", "_templates", "browser"]
 
-# Every reference must lead somewhere, but for two kinds. Docstrings mark code
-# by single backticks: a link where it names something public, else code. And
-# annotations name what other projects, or no one, documents.
+# Broken references are errors, with two exceptions: single backticks in
+# docstrings, which link to public names and otherwise mark code, and names of
+# other projects in annotations.
 nitpicky = True
 default_role = "py:obj"
 nitpick_ignore_regex = [
     ("py:obj", "(?s).*"),
     ("py:.*", r"(?!keras_ptloss\b).*"),
-    ("py:class", r"keras_ptloss\.(.*\._|_|plots\.Searched).*"),
+    ("py:class", r"keras_ptloss\.(.*\._|_).*"),
 ]
 
 # Pages ---------------------------------------------------------------------
@@ -63,7 +63,8 @@ source_suffix = {".rst": "restructuredtext", ".md": "myst-nb"}
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
-# The cache knows a page by its cells; where the package is another, so is it.
+# The cache knows a page by its cells only. When the package changes, all pages
+# must be executed again.
 nb_execution_cache_path = str(
     HERE / "_build" / "jupyter_cache" / hash_of(keras_ptloss)
 )
@@ -71,8 +72,8 @@ nb_execution_in_temp = True  # pages write files
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_execution_show_tb = True
-nb_merge_streams = True  # what a cell prints is one block
-nb_output_stderr = "remove"  # what TensorFlow says of the machine
+nb_merge_streams = True  # one block for all that a cell prints
+nb_output_stderr = "remove"  # TensorFlow's remarks on the machine
 
 # Reference -----------------------------------------------------------------
 
@@ -85,17 +86,17 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True
 napoleon_attr_annotations = False
 napoleon_custom_sections = [("Reference", "notes_style")]
-# Where a summary does not end.
+# A summary does not end at this full stop.
 autosummary.WELL_KNOWN_ABBREVIATIONS += ("Eq.",)
 
-# Where the pages are, and the list of their names if it is not beside them.
+# Address of the pages, and of the list of their names if it is elsewhere.
 INVENTORIES = {
     "python": ("https://docs.python.org/3", None),
     "keras": ("https://keras.io/api", None),
     "numpy": ("https://numpy.org/doc/stable", None),
     "scipy": ("https://docs.scipy.org/doc/scipy", None),
     "jax": ("https://docs.jax.dev/en/latest", None),
-    # TensorFlow publishes none; this one is GPflow's.
+    # TensorFlow publishes no list; this one is from GPflow.
     "tensorflow": (
         "https://www.tensorflow.org/api_docs/python",
         "https://github.com/GPflow/tensorflow-intersphinx/raw/master/"
@@ -115,8 +116,9 @@ html_copy_source = False
 html_domain_indices = False
 html_show_sourcelink = False
 html_theme_options = {
+    "logo": {"text": f"keras_ptloss {version}"},
     "navbar_end": ["theme-switcher"],
-    "navbar_persistent": ["search-button"],  # a field would not fit
+    "navbar_persistent": ["search-button"],  # a search field is too wide
     "header_links_before_dropdown": 7,
     "secondary_sidebar_items": {"**": ["page-toc"], "index": []},
     "footer_start": ["copyright"],
@@ -130,11 +132,10 @@ html_sidebars = {
     for page in (
         "index",
         "get_started",
+        "which",
         "method",
         "storage",
         "interactive",
-        "results/index",
-        "results/before_the_matrix",
         "changelog",
         "contributing",
     )
@@ -142,18 +143,18 @@ html_sidebars = {
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
-# One file from the package `django-static-mathjax`, beside the pages: they
-# show formulas without a network, and ask no other host.
+# One file from the package `django-static-mathjax` is copied into the site, so
+# that formulas need no network.
 MATHJAX = "mathjax/static/mathjax/es5/tex-svg.js"
 mathjax_path = "mathjax/tex-svg.js"
-# Without the menu nothing else of MathJax is ever loaded.
+# Only the menu would load more of MathJax.
 mathjax3_config = {"options": {"enableMenu": False}}
 
 
 def reachable(inventories):
-    """Return those that can be read now: a build needs no network.
+    """Return the inventories that can be downloaded now.
 
-    Links to the other projects become code where theirs cannot be.
+    Without a network, links to other projects become plain code.
     """
     mapping = {}
     for name, (address, inventory) in inventories.items():
@@ -170,14 +171,14 @@ def reachable(inventories):
     return mapping
 
 
-# "0" builds as on a machine without a network.
+# INTERSPHINX=0 builds as on a machine without a network.
 intersphinx_mapping = (
     reachable(INVENTORIES) if os.environ.get("INTERSPHINX") != "0" else {}
 )
 
 
 def mark_formulas(app, what, name, thing, options, lines):
-    """Make blocks that are set off by four spaces literal, as Markdown does."""
+    """Show blocks that are indented by four spaces as code, as in Markdown."""
     marked = []
     section = "\n"
     for line in lines:
@@ -193,12 +194,12 @@ def mark_formulas(app, what, name, thing, options, lines):
             section = ""
         marked.append(line)
         if re.fullmatch(r"[A-Z]\w+:", line):
-            section = ""  # Args, Returns, ...: its lines are indented anyway
+            section = ""  # the lines of Args, Returns, ... are always indented
     lines[:] = marked
 
 
 def leave_out_any(app, what, name, thing, options, signature, returns):
-    """Leave out annotations that tell nothing, as of tensors."""
+    """Leave out the annotation `Any`, which stands for tensors."""
     if signature is None:
         return None
     any_ = r"(~?typing\.)?Any"
@@ -208,7 +209,7 @@ def leave_out_any(app, what, name, thing, options, signature, returns):
 
 
 def copy_tables(app):
-    """Copy the results' tables beside the pages that link to them."""
+    """Copy the tables of the benchmarks into `docs/`, as pages."""
     shutil.copytree(
         HERE.parent / "benchmarks" / "results",
         HERE / "benchmarks" / "results",
@@ -217,7 +218,7 @@ def copy_tables(app):
 
 
 def link_tables(app, name, source):
-    """Make links out of `docs/` lead to these copies, and theirs into it."""
+    """Make links to tables lead to these copies, and their links back."""
     text = re.sub(
         r"\]\(\.\./((?:\.\./)*)benchmarks/", r"](\1benchmarks/", source[0]
     )
@@ -225,16 +226,16 @@ def link_tables(app, name, source):
 
 
 def link_included(app, path, parent, source):
-    """Make links of a file that a page includes lead on from this page."""
+    """Correct the links of a file that a page includes."""
     link_tables(app, parent, source)
     source[0] = source[0].replace("](../docs/", "](")
 
 
 def find_public(app, env, node, contnode):
-    """Link a public name to its page, whatever module it is reached by.
+    """Link a public name to its page, however it is written.
 
-    Docstrings write `SoftLabels.write`, annotations
-    `keras_ptloss.soft_labels._soft_labels.SoftLabels`.
+    Docstrings have `SoftLabels.write`, annotations have
+    `keras_ptloss.soft_labels.soft_labels.SoftLabels`.
     """
     path = re.fullmatch(r"(keras_ptloss\.)?((?:\w+\.)*\w+)", node["reftarget"])
     if node.get("refdomain") != "py" or path is None:
@@ -250,7 +251,7 @@ def find_public(app, env, node, contnode):
 
 
 def copy_mathjax(app, exception):
-    """Put MathJax where `mathjax_path` says."""
+    """Copy MathJax to `mathjax_path`."""
     if exception is None and app.builder.format == "html":
         package = importlib.metadata.distribution("django-static-mathjax")
         target = Path(app.outdir) / "_static" / mathjax_path
@@ -259,8 +260,8 @@ def copy_mathjax(app, exception):
 
 
 def setup(app):
-    """Connect the above to the build."""
-    # Before napoleon's, which takes Google's sections apart.
+    """Register these functions with Sphinx."""
+    # This must run before napoleon splits Google's sections.
     app.connect("autodoc-process-docstring", mark_formulas, priority=400)
     app.connect("autodoc-process-signature", leave_out_any)
     app.connect("builder-inited", copy_tables, priority=100)

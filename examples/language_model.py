@@ -13,8 +13,7 @@ ask a model of your own, have this file answered and run the script again:
 
     vllm run-batch -i requests.jsonl -o answers.jsonl --model MODEL
 
-Without answers.jsonl, a simulated model answers: a classifier that prefers one
-topic.
+Without answers.jsonl, a simulated model answers, which prefers one topic.
 """
 
 import json
@@ -35,8 +34,7 @@ from keras_ptloss.soft_labels import read_answers
 # --- Setup ---
 
 QUICK = "--quick" in sys.argv
-PER_TOPIC = 150 if QUICK else 600  # sentences
-NUM_LABELS = 60 if QUICK else 100
+PER_TOPIC, NUM_LABELS = (150, 60) if QUICK else (600, 100)
 ANSWERS = pathlib.Path("answers.jsonl")
 TOPICS = {
     "files": "shutil pathlib tempfile zipfile tarfile fileinput io",
@@ -94,8 +92,7 @@ if not ANSWERS.exists():
     ANSWERS = pathlib.Path("simulated.jsonl")
     model = make_pipeline(TfidfVectorizer(), LogisticRegression(C=10.0))
     model.fit(texts[other], true_labels[other])
-    scores = model.decision_function(texts[train])
-    scores += [2.0, 0.0, 0.0, -1.0]
+    scores = model.decision_function(texts[train]) + [2.0, 0.0, 0.0, -1.0]
     scores -= np.logaddexp.reduce(scores, axis=1, keepdims=True)
     with open(ANSWERS, "w") as file:
         for number, row in enumerate(scores.tolist()):

@@ -23,6 +23,8 @@ from keras_ptloss._validation import (
 )
 from keras_ptloss.proxy import proxy_teacher, proxy_tensor
 
+__all__ = ["CorrectedTeacher", "Correction", "TeachersSideBySide"]
+
 Tensor = Any
 
 

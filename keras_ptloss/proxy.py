@@ -41,6 +41,8 @@ from keras_ptloss._validation import (
     valid_probs,
 )
 
+__all__ = ["ProxyTeacher", "ProxyTeacherResult", "proxy_teacher"]
+
 Tensor = Any
 
 MAX_STEPS = 60

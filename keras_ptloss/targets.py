@@ -12,6 +12,8 @@ import scipy.special
 from keras_ptloss import _math
 from keras_ptloss.search import ProxyTeacherSearch, SearchResult
 
+__all__ = ["DistillationTargets", "distillation_targets"]
+
 TEACHER = "teacher as it is"
 CORRECTED = "teacher, corrected"
 LABELS_ONLY = "labels-only model, corrected"

@@ -1,9 +1,9 @@
-"""Each executed page as a notebook, for Colab and for download.
+"""Offer each executed page as a notebook, for download and for Colab.
 
-Of the page's own source: an installing cell first, then its cells, with the
-text in the Markdown that notebooks understand. On GitHub's machines, where
-`GITHUB_REPOSITORY` names the repository, pages link to Colab, which reads
-`notebooks/` of the branch that holds the site.
+A notebook starts with a cell that installs the package. Then come the page's
+cells, and its text in plain Markdown. GitHub Actions sets `GITHUB_REPOSITORY`;
+then pages also link to Colab, which reads `notebooks/` from the branch of the
+site.
 """
 
 import os
@@ -17,12 +17,12 @@ SITE_BRANCH = "gh-pages"
 
 
 def is_executed(text):
-    """Whether a page has cells."""
+    """Return whether a page has code cells."""
     return text.startswith("---\nfile_format: mystnb")
 
 
 def plain(text):
-    """Return text without what only Sphinx understands."""
+    """Return text without the markup that only Sphinx knows."""
     text = re.sub(r"\{[\w:]+\}`([^`<]+?) <[^`]*>`", r"`\1`", text)
     text = re.sub(r"\{[\w:]+\}`~(?:\w+\.)*(\w+)`", r"`\1`", text)
     text = re.sub(r"\{[\w:]+\}`([^`]+)`", r"`\1`", text)
@@ -30,18 +30,20 @@ def plain(text):
 
 
 def install(text, repository):
-    """Return the cell that installs what the page needs."""
-    package = "keras_ptloss[jax,demo]"
+    """Return the code that installs what a page needs."""
+    package = "keras_ptloss[jax,demo,arrow]"
     if repository:
         package += f" @ git+https://github.com/{repository}"
     packages = [f'"{package}"']
     if "tensorflow_serving" in text:
         packages.append("tensorflow-serving-api")
+    if "from tenacity" in text:
+        packages.append("tenacity")
     return f"%pip install --quiet {' '.join(packages)}"
 
 
 def make_notebook(text, repository=None):
-    """Return the notebook of a page's source."""
+    """Return a page as a notebook."""
     notebook = jupytext.reads(text, fmt="md:myst")
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -50,12 +52,12 @@ def make_notebook(text, repository=None):
     first = nbformat.v4.new_code_cell(install(text, repository))
     notebook.cells.insert(0, first)
     for number, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{number}"  # the same in each build
+        cell.id = f"cell-{number}"  # the same in every build
     return notebook
 
 
 def links(name, repository=None):
-    """Return the line of links below a page's title, in HTML."""
+    """Return the links below a page's title, in HTML."""
     up = "../" * name.count("/")
     line = (
         f'<a href="{up}notebooks/{name}.ipynb" download>'
@@ -71,7 +73,7 @@ def links(name, repository=None):
 
 
 def write_notebooks(app):
-    """Write all notebooks where the site takes further files from."""
+    """Write all notebooks to a folder that Sphinx copies to the site."""
     folder = Path(app.confdir) / "_build" / "extra"
     folder.mkdir(parents=True, exist_ok=True)
     app.config.html_extra_path = [str(folder)]
@@ -96,7 +98,7 @@ def add_links(app, name, source):
 
 
 def setup(app):
-    """Connect the above to the build."""
+    """Register these functions with Sphinx."""
     app.connect("builder-inited", write_notebooks)
     app.connect("source-read", add_links)
     return {"parallel_read_safe": True}
