@@ -7,7 +7,7 @@
 
 Step 1 fits one temperature per teacher and epsilon. Step 2 is a multinomial
 logistic regression that starts from r. Its features x are half-whitened, and
-one L2 penalty holds all its parameters (W, a_1, a_2) near zero.
+an L2 penalty holds all its parameters (W, a_1, a_2) near zero.
 Cross-validation chooses the penalty, and decides between the teacher as it is,
 step 1 alone and both steps.
 """
@@ -97,26 +97,21 @@ class RidgeSearch:
             ValueError: if `steps` is 1 and no teacher has the student's
                 classes.
         """
-        on_all = _Fit(examples, np.ones(len(examples.labels), bool))
-        # Each split of the examples, and its fits without one of its folds.
-        splits = [
-            (
-                folds,
-                [
-                    _Fit(examples, folds != k, on_all.confidence)
-                    for k in range(folds.max() + 1)
-                ],
-            )
-            for folds in _folds(examples)
+        number = len(examples.labels)
+        on_all = _Fit(examples, np.ones(number, bool))
+        splits = _folds(examples)
+        # A fit without each fold of each split: (split, held out, fit).
+        parts = [
+            (i, folds == k, _Fit(examples, folds != k, on_all.confidence))
+            for i, folds in enumerate(splits)
+            for k in range(folds.max() + 1)
         ]
 
         def out_of_fold(step: Callable[[_Fit], Correction]) -> np.ndarray:
-            shape = (len(splits), len(examples.labels), examples.num_classes)
-            probs = np.empty(shape)
-            for split, (folds, fits) in zip(probs, splits, strict=True):
-                for k, fit in enumerate(fits):
-                    held_out = [t[folds == k] for t in examples.teacher_probs]
-                    split[folds == k] = _correct(step(fit), held_out)
+            probs = np.empty((len(splits), number, examples.num_classes))
+            for i, held_out, fit in parts:
+                teacher_probs = [t[held_out] for t in examples.teacher_probs]
+                probs[i, held_out] = _correct(step(fit), teacher_probs)
             return probs
 
         corrections = _teachers_as_they_are(examples)
@@ -129,42 +124,40 @@ class RidgeSearch:
             candidates[STEP_1] = out_of_fold(_Fit.step_1)
         elif self.steps == 1:
             fail("steps", "2 if no teacher has the student's classes", 1)
-        trials: dict[str, list[Any]] = {
-            "candidate": list(candidates),
-            "penalty": [np.nan] * len(candidates),
-            "score": [_losses(q, examples).mean() for q in candidates.values()],
-        }
-        total = len(candidates) + len(PENALTIES)
-        progress(len(candidates), total)
+        scores = {n: _losses(q, examples).mean() for n, q in candidates.items()}
+        trials = [(name, np.nan, np.nan, scores[name]) for name in scores]
 
-        if self.steps == 2:
+        # If the labels are a random sample, the classes' shares among them are
+        # evidence, and biases with hardly any penalty are an alternative.
+        ratios = (1.0, 1e-3) if examples.random_sample else (1.0,)
+        for ratio in ratios if self.steps == 2 else ():
             path: list[np.ndarray] = []
+            losses: list[np.ndarray] = []
             for penalty in PENALTIES:
-                for _, fits in splits:
-                    for fit in fits:
-                        fit.fit_step_2(penalty)
+                for _, _, fit in parts:
+                    fit.fit_step_2(penalty, ratio * penalty)
                 path.append(out_of_fold(_Fit.both_steps))
-                trials["candidate"].append(BOTH_STEPS)
-                trials["penalty"].append(penalty)
-                trials["score"].append(_losses(path[-1], examples).mean())
-                progress(len(trials["score"]), total)
-                scores = trials["score"][len(candidates) :]
-                if len(path) > 2 and min(scores[-2:]) > min(scores[:-2]):
+                losses.append(_losses(path[-1], examples))
+                means = [loss.mean() for loss in losses]
+                trials.append((BOTH_STEPS, penalty, ratio * penalty, means[-1]))
+                progress(len(trials), len(scores) + 2 * len(PENALTIES))
+                if len(means) > 2 and min(means[-2:]) > min(means[:-2]):
                     break  # The last two penalties were too weak.
-            best = _strongest(np.array([_losses(q, examples) for q in path]))
-            for penalty in PENALTIES[: best + 1]:
-                on_all.fit_step_2(penalty)
-            corrections[BOTH_STEPS] = on_all.both_steps()
-            candidates[BOTH_STEPS] = path[best]
+            best = _strongest(np.array(losses))
+            if means[best] < scores.get(BOTH_STEPS, np.inf):
+                on_all.fit_step_2(PENALTIES[best], ratio * PENALTIES[best])
+                corrections[BOTH_STEPS] = on_all.both_steps()
+                candidates[BOTH_STEPS] = path[best]
+                scores[BOTH_STEPS] = means[best]
+        progress(1, 1)
 
-        progress(total, total)
-        chosen = min(
-            candidates,
-            key=lambda name: _losses(candidates[name], examples).mean(),
-        )
+        chosen = min(scores, key=lambda name: scores[name])
+        columns = ("candidate", "penalty", "bias_penalty", "score")
         return Found(
             correction=corrections[chosen],
-            trials=trials,
+            trials=dict(
+                zip(columns, map(list, zip(*trials, strict=True)), strict=True)
+            ),
             out_of_fold={name: q[0] for name, q in candidates.items()},
             chosen=chosen,
             notes=_notes(examples, chosen, on_all.confidence),
@@ -218,12 +211,19 @@ class _Fit:
         self.problem = (r, np.exp(r), x, classes, weight)
         self.parameters = np.zeros(len(self.learned) * x.shape[1] + 2)
 
-    def fit_step_2(self, penalty: float) -> None:
-        """Fit step 2, from where its last fit ended."""
+    def fit_step_2(self, penalty: float, bias_penalty: float) -> None:
+        """Fit step 2, from where its last fit ended.
+
+        Args:
+            penalty: the L2 penalty of all parameters but the biases.
+            bias_penalty: that of the biases, the last column of W.
+        """
+        penalties = np.full(len(self.parameters), penalty)
+        penalties[:-2].reshape(len(self.learned), -1)[:, -1] = bias_penalty
         self.parameters = scipy.optimize.minimize(
             step_2_objective,
             self.parameters,
-            (*self.problem, penalty),
+            (*self.problem, penalties),
             jac=True,
             method="L-BFGS-B",
             options={"ftol": 1e-6, "gtol": 1e-4, "maxiter": 300},
@@ -379,7 +379,7 @@ def step_2_objective(
     x: np.ndarray,
     labels: np.ndarray,
     weight: np.ndarray,
-    penalty: float,
+    penalties: np.ndarray,
 ) -> tuple[float, np.ndarray]:
     """Return the NLL of step 2 plus its L2 penalty, and its gradient.
 
@@ -390,7 +390,7 @@ def step_2_objective(
         x: the features, `(N, D)`.
         labels: `(N,)`.
         weight: of each example, `(N,)`.
-        penalty: half of it weighs the squared parameters.
+        penalties: L2 penalties, one per parameter.
     """
     w = parameters[:-2].reshape(r.shape[1], x.shape[1])
     a_1, a_2 = parameters[-2:]
@@ -398,10 +398,11 @@ def step_2_objective(
     logits += (1.0 + a_1) * r
     logits += a_2 * exp_r
     value, by_logits = _nll(logits, labels, weight)
-    gradient = penalty * parameters
+    gradient = penalties * parameters
+    value += 0.5 * gradient @ parameters
     gradient[:-2] += (by_logits.T @ x).ravel()
     gradient[-2:] += np.vdot(by_logits, r), np.vdot(by_logits, exp_r)
-    return value + 0.5 * penalty * parameters @ parameters, gradient
+    return value, gradient
 
 
 def _nll(
