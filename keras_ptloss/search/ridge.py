@@ -34,8 +34,8 @@ EPSILON_BOUNDS = (-5.0, 4.0)
 PENALTIES = tuple(10.0 ** (power / 2.0) for power in range(6, -5, -1))
 
 # The search takes the strongest penalty within so many standard errors of the
-# best. With 50 labels the best itself is too weak for 4 of 42 real teachers;
-# with 1.25 errors, 2 got worse than they were, and by no more than .022 NLL.
+# best. With 50 labels, at 1 standard error the worst of 42 runs on real teachers
+# ended .07 above the teacher's own NLL, at 1.25 only .02.
 ERRORS_ALLOWED = 1.25
 
 # A teacher with more classes than this enters step 2 by as many directions of
@@ -196,10 +196,8 @@ class _Fit:
             self.learned = np.unique(labels)
         classes = np.searchsorted(self.learned, labels)
 
-        self.confidence, r = (
-            np.zeros(1),
-            np.zeros((len(labels), len(self.learned))),
-        )
+        self.confidence = np.zeros(1)
+        r = np.zeros((len(labels), len(self.learned)))
         if pooled:
             self.confidence = fit_step_1(
                 pooled, classes, weight, self.learned, start
