@@ -156,7 +156,9 @@ def run_old(arguments):
         command += ["--data", arguments.data, "--output", arguments.output]
         environment = {**os.environ, "PYTHONPATH": str(worktree)}
         try:
-            subprocess.run(command, env=environment, check=True)
+            subprocess.run(
+                command, env=environment, check=True, stdout=subprocess.DEVNULL
+            )
         finally:
             subprocess.run([*git, "remove", "-f", worktree], check=True)
 

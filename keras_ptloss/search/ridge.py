@@ -424,14 +424,14 @@ def _nll(
 def _folds(examples: Examples) -> list[np.ndarray]:
     """Return splits into folds, each as the fold of every example, `(N,)`.
 
-    There are 5 folds, or 10 of fewer than 300 examples. Fewer than 100 are
-    split four times, because a score on so few depends on the split. Folds are
+    There are 5 folds, or 10 of fewer than 300 examples. Fewer than 200 are
+    split two to four times: a score on so few depends on the split. Folds are
     not stratified: biases that are learned from few labels would look better
     than they are if all folds had the same shares of the classes.
     """
     number = len(examples.labels)
     count = 5 if number >= 300 else min(10, number)
-    repeats = 4 if number < 100 else 1
+    repeats = min(4, -(-200 // number))
     seeds = range(examples.seed, examples.seed + repeats)
     return [np.random.default_rng(s).permutation(number) % count for s in seeds]
 
