@@ -512,7 +512,7 @@ def test_hard_labels(weight):
         evaluate(distiller, X, Y)["loss"], expected, 1e-5
     )
     if weight:
-        with pytest.raises(ValueError, match="`y` must hold labels"):
+        with pytest.raises(ValueError, match="`y` must be labels"):
             distiller.fit(X, verbose=0)
     else:
         np.testing.assert_allclose(evaluate(distiller, X)["loss"], soft + own)
