@@ -54,7 +54,7 @@ default_role = "py:obj"
 nitpick_ignore_regex = [
     ("py:obj", "(?s).*"),
     ("py:.*", r"(?!keras_ptloss\b).*"),
-    ("py:class", r"keras_ptloss\.(.*\._|_).*"),
+    ("py:class", r"keras_ptloss\.(metrics\.TeacherMetric|.*\.Layout)"),
 ]
 
 # Pages ---------------------------------------------------------------------
@@ -136,6 +136,7 @@ html_sidebars = {
         "method",
         "storage",
         "interactive",
+        "results/index",
         "changelog",
         "contributing",
     )
@@ -210,11 +211,9 @@ def leave_out_any(app, what, name, thing, options, signature, returns):
 
 def copy_tables(app):
     """Copy the tables of the benchmarks into `docs/`, as pages."""
-    shutil.copytree(
-        HERE.parent / "benchmarks" / "results",
-        HERE / "benchmarks" / "results",
-        dirs_exist_ok=True,
-    )
+    copy = HERE / "benchmarks" / "results"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(HERE.parent / "benchmarks" / "results", copy)
 
 
 def link_tables(app, name, source):
