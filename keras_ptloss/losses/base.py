@@ -171,8 +171,12 @@ def read_teacher(y_true: Tensor, student: Tensor) -> Tensor:
     y_true = ops.cast(ops.convert_to_tensor(y_true), student.dtype)
     check_class_axis("y_true", y_true)
     if y_true.shape[-1] is None and student.shape[-1] is not None:
-        # Sizes of tf.data pipelines may be unknown. A wrong one fails here.
+        # A graph may know the number of columns only when it runs. A wrong
+        # number fails then.
+        first = 1.0 - y_true[..., :1]
+        several = ops.cast(ops.shape(y_true)[-1] > 1, "int32")
         shape = (*ops.shape(y_true)[:-1], student.shape[-1])
+        y_true = ops.concatenate([first, y_true], axis=-1)[..., several:]
         y_true = ops.reshape(y_true, shape)
     y_true = two_events(y_true, from_logits=False)
     check_classes("y_true", y_true, "y_pred", student)

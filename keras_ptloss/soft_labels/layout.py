@@ -59,6 +59,8 @@ class Layout:
         top_k: k, for `top_k` and `tokens`.
         class_names: names of the classes, in their order.
         teacher: a name or a fingerprint of the teacher.
+        from_logits: whether the teacher gave logits; probabilities are stored
+            of either.
         has_fingerprints: whether rows carry fingerprints of their inputs.
         has_ids: whether rows carry the user's ids.
     """
@@ -69,6 +71,7 @@ class Layout:
     top_k: int | None = None
     class_names: tuple[str, ...] | None = None
     teacher: str | None = None
+    from_logits: bool = False
     has_fingerprints: bool = False
     has_ids: bool = False
 

@@ -184,6 +184,7 @@ class SoftLabels:
             "dtype": dtype,
             "class_names": None if class_names is None else tuple(class_names),
             "teacher": teacher_name or teacher_identity(teacher),
+            "from_logits": from_logits,
             "has_fingerprints": True,
             "has_ids": ids is not None,
         }
@@ -346,6 +347,7 @@ class SoftLabels:
             "dtype": dtype,
             "class_names": class_names,
             "teacher": teacher_name,
+            "from_logits": from_logits,
         }
         parts = _in_parts(len(values), inputs, ids, about, convert)
         return cls._from_parts(parts, path, overwrite)

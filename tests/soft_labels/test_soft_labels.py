@@ -1,6 +1,7 @@
 """Stores made, opened, read and searched."""
 
 import pickle
+import sys
 
 import keras
 import numpy as np
@@ -108,6 +109,7 @@ class TestWrite:
             ({"class_names": list("abdc")}, "class_names"),
             ({"dtype": "float32"}, "dtype"),
             ({"top_k": 2}, "top_k"),
+            ({"from_logits": True}, "from_logits"),
             ({"inputs": slice(None, None, -1)}, "differ from example 0"),
             ({"inputs": slice(0, 200)}, "differ from example 200"),
         ],
@@ -431,3 +433,9 @@ class TestJoin:
         with pytest.raises(ValueError, match="another teacher"):
             SoftLabels.join([tmp_path / "1", tmp_path / "2"], tmp_path / "a")
         assert not (tmp_path / "a").exists()
+
+
+def test_without_pyarrow_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match="pip install pyarrow"):
+        SoftLabels.from_array([[0.5, 0.5]])
