@@ -35,7 +35,7 @@ class RandomSearch:
         per_class: whether each class has its own coefficients. Classes without
             a label then keep the teacher's probabilities, unless the labels are
             a random sample.
-        solver: `"newton"`, or `"fsolve"`, the paper's, which is slow.
+        solver: `"newton"`, or `"fsolve"`, the paper's slow solver.
 
     Raises:
         ValueError: if an argument has another form.
