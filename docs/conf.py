@@ -119,7 +119,7 @@ html_theme_options = {
     "logo": {"text": f"keras_ptloss {version}"},
     "navbar_end": ["theme-switcher"],
     "navbar_persistent": ["search-button"],  # a search field is too wide
-    "header_links_before_dropdown": 7,
+    "header_links_before_dropdown": 8,
     "secondary_sidebar_items": {"**": ["page-toc"], "index": []},
     "footer_start": ["copyright"],
     "footer_end": [],

@@ -133,9 +133,9 @@ class SoftLabels:
             teacher: a Keras model, or a function from a batch of inputs to an
                 array `(batch, C)`. A binary classifier may return `(batch, 1)`,
                 the probability (or logit) of the second class. For token
-                sequences, the array is `(batch, time, C)` and `top_k` is needed.
-                A teacher that knows only the likeliest classes returns events
-                `(batch, k + 1, 2)` or `(batch, time, k + 1, 2)`, as above.
+                sequences, the array is `(batch, time, C)`, and `top_k` is
+                needed. A teacher that knows only the likeliest classes returns
+                events `(batch, k + 1, 2)` or `(batch, time, k + 1, 2)`.
             inputs: arrays, a list of texts, lists of token ids, a pytree of
                 arrays, what gives single examples by number (a PyTorch
                 `Dataset`, a Grain data source), or what gives batches: a
