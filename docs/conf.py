@@ -78,6 +78,7 @@ nb_output_stderr = "remove"  # TensorFlow's remarks on the machine
 # Reference -----------------------------------------------------------------
 
 autodoc_member_order = "bysource"
+toc_object_entries_show_parents = "hide"  # write() for SoftLabels.write()
 autodoc_typehints = "signature"
 autosummary_generate = True
 python_maximum_signature_line_length = 72
