@@ -93,7 +93,7 @@ def plot_search(result: "SearchResult", *, ax: Axes = None) -> Axes:
         Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), Algorithm 1 and
         Figure 4.
     """
-    if not {"order", "score"} <= set(result.trials):
+    if "best_of_order" not in result.trials:
         raise ValueError(
             "`result` must come from a search with RandomSearch. Received: "
             f"trials with columns {list(result.trials)}"

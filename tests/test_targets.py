@@ -161,8 +161,8 @@ def test_keras_model_with_dict_inputs_and_live_teacher(task):
         outputs = keras.layers.Dense(NUM_CLASSES, "softmax")(joined)
         return keras.Model({"a": a, "b": b}, outputs)
 
-    keras.utils.set_random_seed(0)
     teacher = build()
+    teacher.set_weights([2 * np.eye(NUM_CLASSES), np.zeros(NUM_CLASSES)])
     x = {"a": task["x"][:, :1], "b": task["x"][:, 1:]}
     targets = distillation_targets(
         teacher, task["labels"], x=x, build_model=build, epochs=3

@@ -6,7 +6,7 @@ trains the students of these tasks (default: all), appends each test accuracy to
 benchmarks/results/targets.csv and prints benchmarks/results/targets.md. A
 stopped run continues where it was; `--report` only prints the table.
 
-In each run some rows of the training data get their true label; the teacher's
+In each run random rows of the training data get their true label; the teacher's
 outputs are known on all of them. "Corrected" distils from the corrected
 teacher and uses the labels for nothing else. The labels-only model is the
 student, but for text, where it is scikit-learn's logistic regression, which is
@@ -374,7 +374,8 @@ def run(task, count, seed, done, save):
     if {"corrected", "targets", "targets_model"} <= done:
         return
     begin = time.perf_counter()
-    plain = distillation_targets(task.teacher, labels, seed=seed, verbose=0)
+    options = {"random_sample": True, "seed": seed, "verbose": 0}
+    plain = distillation_targets(task.teacher, labels, **options)
     note = f"{plain.chosen}; {time.perf_counter() - begin:.1f} s"
     corrected = plain.result.correct(task.teacher)
     train("corrected", every, corrected, ones, note)
@@ -387,8 +388,7 @@ def run(task, count, seed, done, save):
         x=every,
         build_model=task.build_model,
         epochs=task.own_epochs,
-        seed=seed,
-        verbose=0,
+        **options,
     )
     scores = "; ".join(f"{s:.3f}" for s in both.scores.values())
     note = f"{both.chosen}; {time.perf_counter() - begin:.1f} s; NLL {scores}"
