@@ -72,7 +72,7 @@ class Correction:
         >>> import numpy as np
         >>> correction = Correction(epsilon=0.5, temperature=2.0)
         >>> correction.correct(np.array([[0.98, 0.02]])).round(3)
-        array([[0.904, 0.096]])
+        array([[0.907, 0.093]])
 
     Reference:
         Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), Eq. 8.

@@ -39,6 +39,13 @@ def plot_classes(result: "SearchResult", *, ax: Axes = None) -> Axes:
 
     Returns:
         The axes.
+
+    Example:
+        >>> from keras_ptloss import ProxyTeacherSearch
+        >>> from keras_ptloss.plots import plot_classes
+        >>> teacher_probs = [[0.7, 0.3], [0.4, 0.6], [0.8, 0.2]]
+        >>> result = ProxyTeacherSearch().search(teacher_probs, [0, 1, 1])
+        >>> ax = plot_classes(result)
     """
     ax = _axes(ax)
     position = np.arange(len(result.class_names))
@@ -72,6 +79,15 @@ def plot_search(result: "SearchResult", *, ax: Axes = None) -> Axes:
 
     Raises:
         ValueError: if `result` does not come from a random search.
+
+    Example:
+        >>> from keras_ptloss import ProxyTeacherSearch
+        >>> from keras_ptloss.plots import plot_search
+        >>> from keras_ptloss.search import RandomSearch
+        >>> search = ProxyTeacherSearch(RandomSearch(num_trials=10, order=2))
+        >>> teacher_probs = [[0.7, 0.3], [0.4, 0.6], [0.8, 0.2]]
+        >>> result = search.search(teacher_probs, [0, 1, 1], verbose=0)
+        >>> ax = plot_search(result)
 
     Reference:
         Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), Algorithm 1 and

@@ -104,13 +104,13 @@ class ProxyTeacherSearch:
                 sample_weight)`, which is read once.
             inputs: the labelled examples, as arrays, for Keras models.
             sample_weight: weights, `(N, ...)` or `(N,)`, if the labelled
-                examples are no random sample of the data. Examples of weight 0
-                are left out.
+                examples are not a random sample of the data. Examples of weight
+                0 are left out.
             from_logits: whether the teacher gives logits, a flag for all
                 teachers or one for each. None means probabilities, except for
                 stored outputs with an attribute `from_logits`.
             num_classes: the number of classes C of labels and student. It is
-                needed only if teachers have others.
+                needed only if a teacher has other classes.
             class_names: names of the classes, for the summary.
             ignore_class: a label of examples or positions to leave out, as in
                 `keras.losses.SparseCategoricalCrossentropy`. The teacher may
