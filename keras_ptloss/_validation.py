@@ -119,12 +119,12 @@ def check_epsilon(
         fail("epsilon", f"of shape {forms}, none of them empty", epsilon)
     if classes is not None and len(shape) > 1 and shape[-2] != classes:
         raise ValueError(
-            f"`epsilon` must have one row a class, (..., {classes}, order). "
+            f"`epsilon` must have one row per class, (..., {classes}, order). "
             f"Received: epsilon of shape {shape} with {classes} classes"
         )
     if examples is not None and len(shape) == 3 and shape[0] != examples:
         raise ValueError(
-            f"`epsilon` must have one entry an example, ({examples}, classes, "
+            f"`epsilon` must have one entry per example, ({examples}, classes, "
             f"order). Received: epsilon of shape {shape} with {examples} "
             "examples"
         )
@@ -293,8 +293,8 @@ def check_output_form(
     if linear and not from_logits:
         warnings.warn(
             f"`{argument}` {model.name!r} ends in a dense layer without an "
-            "activation, which as a rule gives logits, and is read as "
-            f"probabilities. If they are logits, say {flag}=True.",
+            "activation. Its outputs are taken as probabilities, but are "
+            f"probably logits. If they are, say {flag}=True.",
             stacklevel=stacklevel,
         )
 
@@ -337,7 +337,7 @@ def check_labels(labels: Any, *, examples: int, classes: int) -> np.ndarray:
         array = array[:, 0]
     if array.ndim != 1 or array.size == 0:
         raise ValueError(
-            "`labels` must be a non-empty vector, one class an example. "
+            "`labels` must be a non-empty vector, one class per example. "
             f"Received: labels of shape {array.shape}"
         )
     check_class_indices(array)

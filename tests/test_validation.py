@@ -126,7 +126,7 @@ class TestEpsilon:
             ([[1.0], [1.0, 2.0]], "`epsilon` must be numbers.*epsilon="),
             (
                 np.ones((4, 2)),
-                r"`epsilon` must have one row a class, \(\.\.\., 3, order\).*"
+                r"`epsilon` must have one row per class, \(\.\.\., 3, order\).*"
                 r"shape \(4, 2\) with 3 classes",
             ),
         ],
@@ -140,7 +140,7 @@ class TestEpsilon:
         values = check_epsilon(epsilon, max_rank=3, classes=3, examples=5)
         np.testing.assert_array_equal(values, epsilon)
         with pytest.raises(
-            ValueError, match=r"one entry an example, \(4, .*\(5, 3, 2\)"
+            ValueError, match=r"one entry per example, \(4, .*\(5, 3, 2\)"
         ):
             check_epsilon(epsilon, max_rank=3, classes=3, examples=4)
 
@@ -288,7 +288,7 @@ class TestLabels:
         "labels, message",
         [
             ([], r"non-empty.*labels of shape \(0,\)"),
-            (np.eye(3), r"one class an example.*labels of shape \(3, 3\)"),
+            (np.eye(3), r"one class per example.*labels of shape \(3, 3\)"),
             (2, r"labels of shape \(\)"),
             ([0.0, 1.0, 2.0], "be integers.*labels of dtype float64"),
             (["a", "b", "c"], "be integers.*labels of dtype <U1"),
