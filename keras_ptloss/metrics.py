@@ -13,7 +13,7 @@ import keras
 from keras import ops
 
 from keras_ptloss._backend import visible_values
-from keras_ptloss._keras import set_direction
+from keras_ptloss._backend import set_direction
 from keras_ptloss._validation import (
     check_classes,
     check_count,

@@ -65,6 +65,7 @@ class Run:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, number)
         self.process.wait()
+        self.process.stdout.close()
         return len(killed)
 
     def finish(self):

@@ -55,7 +55,7 @@ def test_golden(case):
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @cases
 def test_fixed_point_in_the_convex_region(**drawn):
     lowest = -1.0 / np.arange(1, drawn["shape"][-1] + 1)
@@ -68,7 +68,7 @@ def test_fixed_point_in_the_convex_region(**drawn):
     np.testing.assert_allclose(q, expected, rtol=1e-9, atol=1e-14)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @cases
 def test_never_above_the_teacher_outside_the_convex_region(**drawn):
     t, epsilon = draw(**drawn, lowest=-3.0)

@@ -417,9 +417,11 @@ def report(path):
             cell = row["task"], int(row["labels"]), row["method"]
             cells[cell][int(row["seed"])] = 100 * float(row["accuracy"])
     lines = [
-        "| task | labels | " + " | ".join(METHODS.values()) + " | less the "
+        "| task | labels | seeds | "
+        + " | ".join(METHODS.values())
+        + " | less the "
         "best rival, paired |",
-        "|---" * (len(METHODS) + 3) + "|",
+        "|---" * (len(METHODS) + 4) + "|",
     ]
     rivals = ("kl", "temperature", "alone", "corrected")
     gains = []
@@ -437,7 +439,12 @@ def report(path):
             best = max(rivals, key=lambda m, v=values: v[m].mean())
             gain = values["targets_model"] - values[best]
             gains.append(gain.mean())
-            row = [name, str(count), *map(mean_and_error, values.values())]
+            row = [
+                name,
+                str(count),
+                str(len(seeds)),
+                *map(mean_and_error, values.values()),
+            ]
             lines.append(f"| {' | '.join(row)} | {mean_and_error(gain)} |")
     if gains:
         lines += ["", f"Mean of the last column: {np.mean(gains):+.2f} points."]
@@ -489,8 +496,16 @@ def main():
                 print(*row, flush=True)
 
             run(task, count, seed, done, save)
-    table = report(path)
-    print(table)
+    text = (
+        "# Students of `distillation_targets`\n\n"
+        "`KERAS_BACKEND=jax python -m benchmarks.quality.targets`\n\n"
+        "Test accuracy of the student in %, mean and standard error over "
+        "random labelled rows. The last column is `distillation_targets` with "
+        "`build_model` less the best of the four rivals before it.\n\n"
+        f"{report(path)}\n"
+    )
+    path.with_suffix(".md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ class Layout:
                 types["start"] = pa.int32()
                 entries = {n: pa.list_(kind) for n, kind in entries.items()}
             types |= entries
-        about = json.dumps(dataclasses.asdict(self))
+        about = json.dumps(vars(self))
         return pa.schema(list(types.items()), {"keras_ptloss": about})
 
     def encode(

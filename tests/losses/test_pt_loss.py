@@ -464,8 +464,8 @@ class TestSettings:
         [
             ((6, 3), 0.5, "same number of classes"),
             ((5, 4), 0.5, "same shape"),
-            ((6, 4), np.ones((3, 1)), "one row a class"),
-            ((6, 4), np.ones((5, 4, 1)), "one entry an example"),
+            ((6, 4), np.ones((3, 1)), r"shape \(4, None\)"),
+            ((6, 4), np.ones((5, 4, 1)), r"shape \(6, 4, None\)"),
         ],
     )
     def test_shapes_that_differ(self, teacher, epsilon, message):

@@ -28,7 +28,7 @@ def nll(examples, epsilon):
 
 
 def test_order_one_is_the_minimum_of_a_scalar_search(examples):
-    timid = helpers.softmax(0.6 * np.log(examples.teacher_probs[0]))
+    timid = helpers.softmax(0.3 * np.log(examples.teacher_probs[0]))
     timid = Examples([timid], examples.labels, np.ones(300), 3)
     found = GradientSearch().run(timid, silent)
     best = scipy.optimize.minimize_scalar(
