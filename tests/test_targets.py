@@ -282,7 +282,7 @@ def infinite(x):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"labels": np.full(NUM_ROWS, -1)}, "label some rows first"),
+        ({"labels": np.full(NUM_ROWS, -1)}, "Label some rows first"),
         ({"labels": np.full(NUM_ROWS, -2)}, "integers of shape"),
         ({"labels": np.full(NUM_ROWS, 0.5)}, "integers of shape"),
         ({"labels": np.zeros((NUM_ROWS, 2), int)}, "integers of shape"),

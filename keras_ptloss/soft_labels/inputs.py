@@ -187,7 +187,8 @@ def as_inputs(inputs: Any) -> Any:
     if len(lengths) != 1 or None in lengths:
         fail(
             "inputs",
-            "arrays of one length, a list of texts, or a data set of batches",
+            "arrays of the same length, a list of texts, or a data set of "
+            "batches",
             f"{type(inputs).__name__} of lengths {lengths}",
         )
     return arrays

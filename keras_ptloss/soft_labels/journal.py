@@ -172,7 +172,7 @@ class StoreWriter:
                 error.errno,
                 f"{error.strerror}, writing soft labels to {self.path}. "
                 f"{self.num_rows} rows are stored: make room and run the same "
-                "call again to go on",
+                "call again to continue",
             ) from error
         self._end += len(record)
         self.num_rows += batch.num_rows

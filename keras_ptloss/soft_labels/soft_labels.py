@@ -211,8 +211,8 @@ class SoftLabels:
                 except Exception as error:
                     raise RuntimeError(
                         f"The teacher failed on the examples from {first} on: "
-                        f"{error}. {first} rows are stored: run the same call "
-                        "again to go on."
+                        f"{error}. {first} rows are stored. Run the same call "
+                        "again to continue."
                     ) from error
                 found = columns(
                     outputs,
@@ -269,8 +269,8 @@ class SoftLabels:
             raise FileNotFoundError(f"There are no soft labels at {path}")
         if not info.complete:
             raise ValueError(
-                f"The soft labels at {path} are unfinished. Run the call of "
-                "`write` that began them again; it goes on where it ended."
+                f"The soft labels at {path} are unfinished. Run the same "
+                "call of `write` again; it continues where it stopped."
             )
         if class_names is not None:
             expected = {"class_names": tuple(class_names)}
@@ -599,8 +599,8 @@ class SoftLabels:
         stored = self.fingerprints
         if stored is None:
             raise ValueError(
-                "These soft labels do not know their inputs: give `inputs` to "
-                "`from_array`, or find rows by `ids`."
+                "These soft labels were stored without inputs. Pass `inputs` "
+                "to `from_array`, or find rows by `ids`."
             )
         return np.unique(stored, return_index=True)
 
@@ -627,13 +627,13 @@ class SoftLabels:
             return self.find_fingerprints(fingerprint(inputs))
         if self.ids is None:
             raise ValueError(
-                "These soft labels have no ids: give `ids` when you store them."
+                "These soft labels have no ids. Pass `ids` when you store them."
             )
         rows = self._by_id
         missing = [str(i) for i in ids if str(i) not in rows]
         if missing:
             raise ValueError(
-                "`ids` must be those of stored rows. Received: "
+                "`ids` must be ids of stored rows. Received: "
                 f"{missing[0]!r}, which is not stored ({len(missing)} of "
                 f"{len(ids)} are not)"
             )
@@ -923,7 +923,7 @@ def _check_same(stored: Any, expected: dict[str, Any], path: Any) -> None:
         found = getattr(stored, name)
         if found != value:
             raise ValueError(
-                f"The soft labels at {path} were begun with another {name}, "
+                f"The soft labels at {path} were written with another {name}, "
                 f"{found!r}. Choose another path, or say overwrite=True. "
                 f"Received: {name}={value!r}"
             )
