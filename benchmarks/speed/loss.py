@@ -96,9 +96,8 @@ def main():
             row = [np.median(seconds[name] / base) for name in names[1:]]
             ratios.append(row)
             cells = " | ".join(f"{ratio:.2f}" for ratio in row)
-            print(
-                f"| {classes} | {batch} | {1e6 * np.median(base):.0f} | {cells} |"
-            )
+            base_us = 1e6 * np.median(base)
+            print(f"| {classes} | {batch} | {base_us:.0f} | {cells} |")
     cells = " | ".join(f"{ratio:.2f}" for ratio in np.median(ratios, axis=0))
     print(f"| median | | | {cells} |")
 

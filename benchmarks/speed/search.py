@@ -106,8 +106,8 @@ def main():
         if arguments.before:
             ratio = f"{newton / before_seconds(classes, arguments):.2f}"
         print(
-            f"| {classes} | {newton:.2f} | {fsolve:.0f} | {fsolve / newton:.0f} "
-            f"| {ratio} |"
+            f"| {classes} | {newton:.2f} | {fsolve:.0f} "
+            f"| {fsolve / newton:.0f} | {ratio} |"
         )
 
 
