@@ -41,11 +41,6 @@ def build_student(units=32):
     return model
 
 
-def build_labels_only():
-    """Build the model that learns from the 50 labels alone."""
-    return LogisticRegression(C=10, max_iter=500)
-
-
 class Bar(keras.callbacks.Callback):
     """One progress bar for all epochs."""
 
@@ -93,7 +88,7 @@ targets = keras_ptloss.distillation_targets(
     teacher_probs,
     labels,
     x=x[train],
-    build_model=build_labels_only,
+    build_model=lambda: LogisticRegression(C=10, max_iter=500),
     verbose=1,
 )
 targets.summary()
@@ -149,9 +144,7 @@ bars = axes["bars"].barh(
 axes["bars"].bar_label(bars, fmt="%.0f %%", padding=4)
 axes["bars"].set(xlim=(0, 108), xlabel="test accuracy of the student, %")
 axes["bars"].invert_yaxis()
-axes["bars"].spines[["top", "right"]].set_visible(False)
 figure.tight_layout()
-path = pathlib.Path("demo-output") / "digits.png"
-path.parent.mkdir(exist_ok=True)
-figure.savefig(path, dpi=120)
-print(f"\nPicture: {path}")
+pathlib.Path("demo-output").mkdir(exist_ok=True)
+figure.savefig("demo-output/digits.png", dpi=120)
+print("\nPicture: demo-output/digits.png")

@@ -207,7 +207,11 @@ def sst2(folder):
         model = keras_hub.models.BertTextClassifier.from_preset(
             preset, num_classes=2, preprocessor=None, activation="softmax"
         )
-        model.compile(keras.optimizers.AdamW(3e-4), "categorical_crossentropy")
+        model.compile(
+            keras.optimizers.AdamW(3e-4),
+            "categorical_crossentropy",
+            metrics=None,
+        )
         return model
 
     cosines = minilm_cosines(
