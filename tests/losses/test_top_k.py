@@ -63,6 +63,21 @@ def draw_head(seed=0):
     return draw(seed)[0], hidden, weights, bias
 
 
+def with_rest(y_true):
+    """Add the logarithm of what is left of 1, as an entry -1."""
+    rest = np.log(1 - np.exp(y_true[..., 1].astype("float64")).sum(-1))
+    rest = np.stack([np.full(ROWS, -1.0), rest], axis=-1)[:, None]
+    return np.concatenate([y_true, rest], axis=1)
+
+
+@pytest.fixture(scope="module")
+def in_step():
+    """The loss of logits, compiled as in `fit`."""
+    if BACKEND == "torch":
+        pytest.skip("PyTorch does not compile")
+    return compiled(lambda y, z: top_k_pt_loss(y, z, 0.3, from_logits=True))
+
+
 # Values.
 
 
@@ -158,10 +173,8 @@ def test_a_tiny_rest_keeps_its_digits():
 def test_explicit_rest_and_padding():
     """An entry -1 is the rest, lower ones are nothing, whatever they hold."""
     y_true, logits, _ = draw()
-    rest = np.log(1 - np.exp(y_true[..., 1].astype("float64")).sum(-1))
-    rest = np.stack([np.full(ROWS, -1.0), rest], axis=-1)[:, None]
     padding = np.tile([[[-2.0, np.nan], [-2.0, 5.0]]], (ROWS, 1, 1))
-    longer = np.concatenate([padding, rest, y_true], axis=1)
+    longer = np.concatenate([padding, with_rest(y_true)[:, ::-1]], axis=1)
     np.testing.assert_allclose(
         top_k_pt_loss(longer, logits, EPSILON, from_logits=True),
         reference(y_true, logits, EPSILON),
@@ -207,47 +220,38 @@ def test_zero_probabilities_and_rounded_sums():
     )
 
 
-@pytest.mark.parametrize(
-    "entries",
-    [
-        [[1, -0.5], [1, -2.0]],
-        [[-1, -0.5], [-1, -2.0]],
-        [[1.5, -0.5], [1, -2.0]],
-        [[0, 0.7], [1, 0.3]],
-        [[0, np.nan], [1, -0.3]],
-    ],
-)
-def test_invalid_targets(entries):
+INVALID = [
+    [[1, -0.5], [1, -2.0]],
+    [[-1, -0.5], [-1, -2.0]],
+    [[1.5, -0.5], [1, -2.0]],
+    [[0, 0.7], [1, 0.3]],
+    [[0, np.nan], [1, -0.3]],
+]
+
+
+def test_invalid_targets(in_step):
     """An error where values are seen; else NaN, at that position alone."""
-    good, logits = [[0, -0.5], [1, -2.0]], np.zeros((2, CLASSES), "float32")
-    y_true = np.array([good, entries], "float32")
-    with pytest.raises(
-        ValueError, match="`y_true` must hold whole ids below 1"
-    ):
-        top_k_pt_loss(y_true, logits, 0.0, from_logits=True)
-    if BACKEND != "torch":
-        loss = compiled(lambda y, z: top_k_pt_loss(y, z, 0.0, from_logits=True))
-        value = ops.convert_to_numpy(loss(y_true, logits))
-        assert np.isnan(value).tolist() == [False, True]
+    y_true = np.array([[[0, -0.5], [1, -2.0]], *INVALID], "float32")
+    logits = np.zeros((ROWS, CLASSES), "float32")
+    for row in y_true[1:]:
+        with pytest.raises(ValueError, match="must hold whole ids below 12"):
+            top_k_pt_loss(row[None], logits[:1], 0.0, from_logits=True)
+    value = ops.convert_to_numpy(in_step(y_true, logits))
+    assert np.isnan(value).tolist() == [False] + 5 * [True]
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch does not compile")
 @pytest.mark.parametrize("explicit", [False, True])
-def test_ids_beyond_the_vocabulary(explicit):
+def test_ids_beyond_the_vocabulary(explicit, in_step):
     """An error where ids are seen; else they belong to the rest."""
     y_true, logits, _ = draw()
     y_true[:, 0, 0] = CLASSES + 2
-    if explicit:
-        rest = np.log(1 - np.exp(y_true[..., 1].astype("float64")).sum(-1))
-        rest = np.stack([np.full(ROWS, -1.0), rest], axis=-1)[:, None]
-        longer = np.concatenate([y_true, rest], axis=1).astype("float32")
-    else:
-        longer = y_true
-    with pytest.raises(ValueError, match=r"`y_true`.*below 12.*\[14\.0,"):
+    longer = with_rest(y_true).astype("float32") if explicit else y_true
+    with pytest.raises(ValueError, match=r"`y_true`.*below 12.*14\.0"):
         top_k_pt_loss(longer, logits, 0.3, from_logits=True)
-    loss = compiled(lambda y, z: top_k_pt_loss(y, z, 0.3, from_logits=True))
     np.testing.assert_allclose(
-        loss(longer, logits), reference(y_true[:, 1:], logits, 0.3), rtol=1e-5
+        in_step(longer, logits),
+        reference(y_true[:, 1:], logits, 0.3),
+        rtol=1e-5,
     )
 
 
@@ -291,8 +295,13 @@ def test_fused_is_the_plain_loss(chunk):
         EPSILON,
         chunk=chunk,
     )
-    expected = reference(y_true, hidden @ weights, EPSILON).reshape(2, 3)
-    np.testing.assert_allclose(tied, expected, rtol=1e-4)
+    expected = reference(y_true, hidden @ weights, EPSILON)
+    np.testing.assert_allclose(tied, expected.reshape(2, 3), rtol=1e-4)
+    for dtype in ("float16", "bfloat16"):
+        half = fused_top_k_pt_loss(
+            y_true, ops.cast(hidden, dtype), weights, EPSILON, chunk=chunk
+        )
+        np.testing.assert_allclose(half, expected, atol=0.2)
 
 
 @pytest.mark.parametrize("argument", [1, 2, 3])
@@ -467,10 +476,7 @@ def test_events_of_next_tokens():
 def test_events_of_stored_labels():
     """The column of the rest, which stores have, is the last event."""
     y_true, _, teacher = draw()
-    y_true = y_true.astype("float64")
-    rest = np.log(1 - np.exp(y_true[..., 1]).sum(-1))
-    stored = np.stack([np.full(ROWS, -1.0), rest], axis=-1)[:, None]
-    stored = np.concatenate([y_true, stored], axis=1).reshape(2, 3, K + 1, 2)
+    stored = with_rest(y_true).reshape(2, 3, K + 1, 2)
     labels = teacher.argmax(-1).reshape(2, 3)
     probs, events = top_k_events(stored, labels)
     others = np.sort(teacher, axis=-1)[:, :-K].sum(-1)
