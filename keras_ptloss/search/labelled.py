@@ -19,7 +19,7 @@ from keras_ptloss._validation import (
     fail,
     one_tensor,
 )
-from keras_ptloss.correction import as_probabilities
+from keras_ptloss.correction import as_probabilities, refuse_masked
 from keras_ptloss.search.method import Examples
 
 
@@ -84,7 +84,9 @@ def read_labelled(
                 f"teacher[0] of shape {outputs[0].shape}"
             )
         rows = array.reshape(len(used), -1)[used]
-        probs.append(as_probabilities(name, rows, from_logits=flag))
+        probs.append(
+            as_probabilities(name, rows, flag, "pass from_logits=True")
+        )
     examples = Examples(
         teacher_probs=probs,
         labels=labels,
@@ -160,8 +162,7 @@ def _outputs(
         if isinstance(one, keras.Model):
             with weights_given_back(one):
                 one = one_tensor(name, one.predict(inputs, verbose=0))
-        if isinstance(one, np.ma.MaskedArray):
-            as_probabilities(name, one, from_logits=False)  # raises the error
+        refuse_masked(name, one)
         array = as_rows(name, one)
         if array.ndim < 2:
             fail(name, "outputs of shape (N, ..., num_classes)", array)
