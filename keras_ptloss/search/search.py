@@ -148,10 +148,7 @@ class ProxyTeacherSearch:
         # The matrices are small: threads of BLAS cost more than they save.
         with threadpool_limits(limits=1, user_api="blas"):
             found = self.method.run(examples, progress)
-        correction = dataclasses.replace(
-            found.correction,
-            from_logits=flags if len(flags) > 1 else flags[0],
-        )
+        correction = dataclasses.replace(found.correction, from_logits=flags)
         notes = (
             *_notes_on_teachers(examples, names),
             *_notes_on_labels(examples, sample_weight is not None),

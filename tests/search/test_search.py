@@ -347,7 +347,7 @@ class TestWhatIsRefused:
             (lambda y: y + 1, r"must be in \[0, 3\)"),
             (lambda y: y[:-1], "one class for each output"),
             (lambda y: np.ma.masked_equal(y, 1), "must not be a masked array"),
-            (lambda y: np.array([], int), "not empty"),
+            (lambda y: np.array([], int), "one class for each output"),
             (lambda y: y.astype(str), "must be integers"),
         ],
     )
