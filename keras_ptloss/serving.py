@@ -270,11 +270,12 @@ def _example_probabilities(
     # The logits of a binary head may be between 0 and 1.
     binary = outputs.shape[-1] == 1 and from_logits
     if len(rows) and logits != from_logits and not binary:
+        shown = np.array2string(rows[0], precision=4, threshold=6)
         raise ValueError(
             f"`from_logits` must be {logits}, because the model gives "
             f"{'logits' if logits else 'probabilities'} for random inputs. "
             f"Received: from_logits={from_logits} with model={model.name!r}, "
-            f"which gives {rows[0].tolist()}"
+            f"which gives {shown}"
         )
     return ops.convert_to_numpy(_probabilities(outputs, from_logits))
 

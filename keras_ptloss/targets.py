@@ -140,6 +140,8 @@ def distillation_targets(
     teachers = (
         list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
     )
+    if from_logits is None:  # `SoftLabels` know it.
+        from_logits = [getattr(one, "from_logits", None) for one in teachers]
     outputs = [_outputs(one, x, len(labels)) for one in teachers]
     num_classes = num_classes or max(outputs[0].shape[1], 2)
 

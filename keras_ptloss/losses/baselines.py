@@ -28,7 +28,7 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import replicas
-from keras_ptloss._validation import as_floats, check_count, check_number, fail
+from keras_ptloss._validation import check_count, check_number, fail
 from keras_ptloss.losses.base import (
     TINY,
     TeacherLoss,
@@ -261,16 +261,13 @@ def focal_epsilon(gamma: int, order: int) -> np.ndarray:
         epsilon_m = -1/m                     for m <= gamma
         epsilon_m = 1/(m - gamma) - 1/m      for m > gamma
 
-    The series is cut at `order` and exact in the limit. The value of PTLoss
-    also contains the teacher's negative entropy, so only gradients coincide.
+    The series is cut at `order` and exact in the limit. Only gradients
+    coincide, as the value of PTLoss also contains the teacher's entropy.
 
     Args:
         gamma: the focusing parameter, an integer of at least 0.
         order: number of coefficients. The gradient's error falls as
             `(1-p)^order`.
-
-    Returns:
-        Coefficients shared by the classes.
 
     Example:
         >>> focal_epsilon(gamma=1, order=3).round(3)
@@ -319,8 +316,7 @@ def label_smoothing_epsilon(
 ) -> np.ndarray:
     """Return the coefficients of label smoothing (Eq. 27).
 
-    The target is `(1 - delta) t + delta / C` (Eq. 23 has `delta / 2`, for
-    `C = 2`):
+    The target is that of `LabelSmoothingLoss`:
 
         epsilon_{n,c,m} = delta (1 / (C t_{n,c}) - 1) / m
 
@@ -363,8 +359,7 @@ def _check_share(argument: str, value: Any) -> float:
 
 def _check_positive(teacher_probs: Any) -> np.ndarray:
     """Require `(N, C)` without zeros."""
-    expected = "of shape (examples, classes) and above 0 everywhere"
-    t = as_floats("teacher_probs", teacher_probs, expected)
+    t = np.asarray(teacher_probs, "float64")
     if t.ndim != 2 or not np.all(t > 0):
-        fail("teacher_probs", expected, teacher_probs)
+        fail("teacher_probs", "(examples, classes), all above 0", teacher_probs)
     return t

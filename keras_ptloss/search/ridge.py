@@ -2,38 +2,39 @@
 
     z_k    = log max(t_k, 1e-7)                            of teacher k
     r      = log proxy(softmax(sum_k z_k / temperature_k), epsilon)     step 1
-    x      = [A_1 (z_1 - mu_1), A_2 (z_2 - mu_2), ..., 1]
+    x      = [A_1 (z_1 - mean_1), A_2 (z_2 - mean_2), ..., 1]
     logits = (1 + a_1) r + a_2 softmax(r) + W x                         step 2
 
 Step 1 fits one temperature per teacher and epsilon. Step 2 is a multinomial
-logistic regression that starts from r: its features x are half-whitened, and
+logistic regression that starts from r. Its features x are half-whitened, and
 one L2 penalty holds all its parameters (W, a_1, a_2) near zero.
 Cross-validation chooses the penalty, and decides between the teacher as it is,
 step 1 alone and both steps.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import numpy as np
+import scipy.linalg
 import scipy.optimize
 from scipy.special import log_softmax, softmax
 
-from keras_ptloss._validation import fail
 from keras_ptloss._math import log_teacher_probs, shared_proxy
+from keras_ptloss._validation import fail
 from keras_ptloss.correction import Correction
 from keras_ptloss.search.method import Examples, Found
 
-# Bounds of log(scale) and log(1 + epsilon) in step 1.
+# Bounds of the parameters of step 1, log(scale) and log(1 + epsilon).
 SCALE_BOUNDS = (-4.0, 4.0)
 EPSILON_BOUNDS = (-5.0, 4.0)
 
-# From strong to weak: each fit starts from the one before.
+# From strong to weak: each fit starts where the one before ended.
 PENALTIES = tuple(10.0 ** (power / 2.0) for power in range(6, -5, -1))
 
-# With more classes than this, a teacher enters step 2 by as many linear
-# combinations of its z, those that vary most: a matrix of low rank.
+# A teacher with more classes than this enters step 2 by as many directions of
+# its z, those that vary most. The matrix then has low rank.
 MAX_FEATURES = 200
 
 STEP_1, BOTH_STEPS = "temperature and epsilon", "corrected"
@@ -43,8 +44,10 @@ STEP_1, BOTH_STEPS = "temperature and epsilon", "corrected"
 class RidgeSearch:
     """Correct the teacher's confidence, then what it confuses between classes.
 
-    `trials` has one row per candidate: the teachers as they are, step 1, and
-    both steps at each `penalty` that was tried, with the out-of-fold `score`.
+    Of the teacher as it is, step 1, and both steps at several penalties, the
+    search takes the simplest within one standard error of the best, by the
+    negative log-likelihood on held-out folds (Breiman et al. 1984). `trials`
+    has a row for each, with its `score`.
 
     Args:
         steps: 1 stops after temperature and epsilon, so that `PTLoss` alone
@@ -83,7 +86,11 @@ class RidgeSearch:
 
         Returns:
             The chosen correction. `out_of_fold` holds the teachers as they are,
-            step 1, and both steps at the chosen penalty.
+            step 1, and both steps at the best penalty.
+
+        Raises:
+            ValueError: if `steps` is 1 and no teacher has the student's
+                classes.
         """
         number = len(examples.labels)
         folds = _folds(number, examples.seed)
@@ -96,52 +103,56 @@ class RidgeSearch:
         def out_of_fold(step: Callable[[_Fit], Correction]) -> np.ndarray:
             probs = np.empty((number, examples.num_classes))
             for k, fit in enumerate(in_folds):
-                teacher_probs = [t[folds == k] for t in examples.teacher_probs]
-                probs[folds == k] = _correct(step(fit), teacher_probs)
+                held_out = [t[folds == k] for t in examples.teacher_probs]
+                probs[folds == k] = _correct(step(fit), held_out)
             return probs
 
-        corrections, candidates = _teachers_as_they_are(examples)
-        total = len(candidates) + 1 + len(PENALTIES)
-        if candidates:
+        # From the simplest candidate to the most complex.
+        corrections = _teachers_as_they_are(examples)
+        candidates = {
+            name: _correct(correction, examples.teacher_probs)
+            for name, correction in corrections.items()
+        }
+        if corrections:
             corrections[STEP_1] = on_all.step_1()
             candidates[STEP_1] = out_of_fold(_Fit.step_1)
-        scores = {n: _losses(q, examples).mean() for n, q in candidates.items()}
-        tried = [(name, np.nan, score) for name, score in scores.items()]
-        progress(len(tried), total)
+        elif self.steps == 1:
+            fail("steps", "2 if no teacher has the student's classes", 1)
+        trials: dict[str, list[Any]] = {
+            "candidate": list(candidates),
+            "penalty": [np.nan] * len(candidates),
+            "score": [_losses(q, examples).mean() for q in candidates.values()],
+        }
+        total = len(candidates) + len(PENALTIES)
+        progress(len(candidates), total)
 
-        notes: tuple[str, ...] = ()
-        if self.steps == 2 or not candidates:
-            path: list[np.ndarray] = []  # out-of-fold probabilities
-            losses: list[np.ndarray] = []
+        if self.steps == 2:
+            path: list[np.ndarray] = []
             for penalty in PENALTIES:
                 for fit in in_folds:
-                    fit.fit_classes(penalty)
+                    fit.fit_step_2(penalty)
                 path.append(out_of_fold(_Fit.both_steps))
-                losses.append(_losses(path[-1], examples))
-                tried.append((BOTH_STEPS, penalty, losses[-1].mean()))
-                progress(len(tried), total)
-                if _rises(losses):
-                    break
-            best = _strongest_within_one_error(np.array(losses))
+                trials["candidate"].append(BOTH_STEPS)
+                trials["penalty"].append(penalty)
+                trials["score"].append(_losses(path[-1], examples).mean())
+                progress(len(trials["score"]), total)
+                scores = trials["score"][len(candidates) :]
+                if len(path) > 2 and min(scores[-2:]) > min(scores[:-2]):
+                    break  # The last two penalties were too weak.
+            best = _simplest(path, examples)
             for penalty in PENALTIES[: best + 1]:
-                on_all.fit_classes(penalty)
+                on_all.fit_step_2(penalty)
             corrections[BOTH_STEPS] = on_all.both_steps()
             candidates[BOTH_STEPS] = path[best]
-            scores[BOTH_STEPS] = losses[best].mean()
-            notes = _notes_on_rank(examples)
+
         progress(total, total)
-        chosen = min(scores, key=lambda name: scores[name])
-        names, penalties, values = zip(*tried, strict=True)
+        chosen = list(candidates)[_simplest(candidates.values(), examples)]
         return Found(
             correction=corrections[chosen],
-            trials={
-                "candidate": list(names),
-                "penalty": list(penalties),
-                "score": [float(value) for value in values],
-            },
+            trials=trials,
             out_of_fold=candidates,
             chosen=chosen,
-            notes=_notes(examples, corrections[chosen], on_all) + notes,
+            notes=_notes(examples, chosen, on_all.confidence),
         )
 
 
@@ -149,7 +160,7 @@ class _Fit:
     """Both steps, fitted to some of the examples.
 
     Attributes:
-        confidence: the parameters of step 1, see `fit_confidence`.
+        confidence: the parameters of step 1, see `fit_step_1`.
     """
 
     def __init__(
@@ -158,7 +169,7 @@ class _Fit:
         rows: np.ndarray,
         start: np.ndarray | None = None,
     ) -> None:
-        """Fit step 1, and compute the features of step 2.
+        """Fit step 1, and prepare step 2.
 
         Args:
             examples: all labelled examples.
@@ -170,116 +181,122 @@ class _Fit:
         weight = _effective_weight(examples)[rows]
         z = [log_teacher_probs(t[rows]) for t in examples.teacher_probs]
         pooled = [z[k] for k in _pooled(examples)]
-        learned = np.ones(examples.num_classes, bool)
+        # Classes without a label keep the teacher's probabilities, unless the
+        # labels are a random sample.
+        self.learned = np.arange(examples.num_classes)
         if pooled and not examples.random_sample:
-            learned = np.isin(np.arange(examples.num_classes), labels)
-        self.learned = np.flatnonzero(learned)
+            self.learned = np.unique(labels)
+        classes = np.searchsorted(self.learned, labels)
 
-        self.confidence, r = np.zeros(0), np.zeros((len(labels), len(learned)))
-        if pooled:
-            self.confidence = fit_confidence(
-                pooled, labels, weight, self.learned, start
-            )
-            r = np.log(np.maximum(step_1_probs(pooled, self.confidence), 1e-30))
-        self.whitening = [whiten(z_k, weight) for z_k in z]
-        x = [
-            (z_k - mean) @ a.T
-            for z_k, (mean, a) in zip(z, self.whitening, strict=True)
-        ]
-        self.problem = (
-            r[:, self.learned],
-            np.concatenate([*x, np.ones((len(labels), 1))], axis=1),
-            np.searchsorted(self.learned, labels),
-            weight,
+        self.confidence, r = (
+            np.zeros(1),
+            np.zeros((len(labels), len(self.learned))),
         )
-        size = len(self.learned) * self.problem[1].shape[1] + 2
-        self.parameters = np.zeros(size)
+        if pooled:
+            self.confidence = fit_step_1(
+                pooled, classes, weight, self.learned, start
+            )
+            r = step_1(pooled, self.confidence)[-1][:, self.learned]
+        self.mean, self.whitening = whiten(z, weight)
+        x = (np.concatenate(z, axis=1) - self.mean) @ self.whitening.T
+        x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+        self.problem = (r, np.exp(r), x, classes, weight)
+        self.parameters = np.zeros(len(self.learned) * x.shape[1] + 2)
 
-    def fit_classes(self, penalty: float) -> None:
-        """Fit step 2, from where the last fit ended."""
-        self.parameters = fit_classes(*self.problem, penalty, self.parameters)
+    def fit_step_2(self, penalty: float) -> None:
+        """Fit step 2, from where its last fit ended."""
+        self.parameters = scipy.optimize.minimize(
+            step_2_objective,
+            self.parameters,
+            (*self.problem, penalty),
+            jac=True,
+            method="L-BFGS-B",
+            options={"ftol": 1e-6, "gtol": 1e-4, "maxiter": 300},
+        ).x
 
     def step_1(self) -> Correction:
         """Return the correction by temperature and epsilon alone."""
         pooled = _pooled(self.examples)
-        temperature = np.full(len(self.examples.teacher_probs), np.inf)
-        temperature[pooled] = len(pooled) / np.exp(self.confidence[:-1])
-        epsilon = np.expm1(self.confidence[-1]) if pooled else 0.0
-        return _correction(self.examples, temperature, epsilon=epsilon)
+        scales = np.exp(self.confidence[:-1]) / max(len(pooled), 1)
+        return _correction(
+            self.examples,
+            dict(zip(pooled, scales, strict=True)),
+            epsilon=np.expm1(self.confidence[-1]),
+        )
 
     def both_steps(self) -> Correction:
         """Return the correction by both steps."""
-        classes = self.examples.num_classes
-        w = self.parameters[:-2].reshape(len(self.learned), -1)
-        matrix = np.zeros((classes, 0))
-        bias = np.zeros(classes)
-        bias[self.learned] = w[:, -1]
-        first = 0
-        for mean, a in self.whitening:
-            block = np.zeros((classes, len(mean)))
-            block[self.learned] = w[:, first : first + len(a)] @ a
-            bias -= block @ mean
-            matrix = np.concatenate([matrix, block], axis=1)
-            first += len(a)
-        kept = np.setdiff1d(np.arange(classes), self.learned)
+        number = self.examples.num_classes
+        w = np.zeros((number, len(self.whitening) + 1))
+        w[self.learned] = self.parameters[:-2].reshape(len(self.learned), -1)
+        matrix = w[:, :-1] @ self.whitening
         return dataclasses.replace(
             self.step_1(),
             matrix=matrix,
-            bias=bias,
+            bias=w[:, -1] - matrix @ self.mean,
             log_prob_weight=self.parameters[-2],
             prob_weight=self.parameters[-1],
-            kept_classes=tuple(kept.tolist()),
+            kept_classes=tuple(np.setdiff1d(np.arange(number), self.learned)),
         )
 
 
-# ---- Step 1
+# ---- Step 1: temperatures and epsilon
 
 
-def step_1_probs(z: list[np.ndarray], confidence: np.ndarray) -> np.ndarray:
-    """Return `proxy(softmax(sum_k s_k z_k), epsilon)`.
+def step_1(
+    z: list[np.ndarray], confidence: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return `t = softmax(sum_k s_k z_k)` and its proxy `q = u t`.
+
+    With the multiplier nu of the proxy, `u_c = 1 / (nu - epsilon t_c)`.
 
     Args:
-        z: of each teacher, `(N, C)`.
-        confidence: `log(K s_k)` of each of K teachers, then `log(1 + epsilon)`.
-            Zeros are the geometric mean of the teachers as they are.
+        z: of each of K teachers, `(N, C)`.
+        confidence: `log(K s_k)` of each teacher, then `log(1 + epsilon)`. Zeros
+            are the geometric mean of the teachers as they are.
+
+    Returns:
+        t, u and log q, each `(N, C)`.
     """
     scales = np.exp(confidence[:-1]) / len(z)
-    pooled = sum(s * z_k for s, z_k in zip(scales, z, strict=True))
-    return shared_proxy(softmax(pooled, axis=1), np.expm1(confidence[-1]))
+    pooled = np.tensordot(scales, np.stack(z), axes=1)
+    epsilon = np.expm1(confidence[-1])
+    t = softmax(pooled, axis=1)
+    largest = t.max(axis=1, keepdims=True)
+    q = shared_proxy(t, epsilon)
+    nu = largest / q.max(axis=1, keepdims=True) + epsilon * largest
+    u = 1.0 / (nu - epsilon * t)
+    return t, u, log_softmax(log_softmax(pooled, axis=1) + np.log(u), axis=1)
 
 
-def fit_confidence(
+def fit_step_1(
     z: list[np.ndarray],
     labels: np.ndarray,
     weight: np.ndarray,
     learned: np.ndarray,
     start: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Fit the temperatures and epsilon; see `step_1_probs`.
+    """Fit temperatures and epsilon; return `confidence`, see `step_1`.
 
     Args:
         z: of each teacher, `(N, C)`.
-        labels: `(N,)`.
+        labels: `(N,)`, indices of `learned`.
         weight: of each example, `(N,)`.
-        learned: the classes that the labels are among. What step 1 gives to
-            others is left out, as it says nothing about their confidence.
+        learned: classes that have labels. The probabilities of the others are
+            left out of the likelihood: no label could confirm them.
         start: where to start.
-
-    Returns:
-        The parameters, `(K + 1,)`.
     """
-    found = scipy.optimize.minimize(
-        confidence_objective,
+    return scipy.optimize.minimize(
+        step_1_objective,
         np.zeros(len(z) + 1) if start is None else start,
         (z, labels, weight, learned),
         jac=True,
         method="L-BFGS-B",
         bounds=[SCALE_BOUNDS] * len(z) + [EPSILON_BOUNDS],
-    )
-    return np.asarray(found.x)
+    ).x
 
 
-def confidence_objective(
+def step_1_objective(
     confidence: np.ndarray,
     z: list[np.ndarray],
     labels: np.ndarray,
@@ -288,99 +305,59 @@ def confidence_objective(
 ) -> tuple[float, np.ndarray]:
     """Return the NLL of step 1 plus a standard normal prior, and its gradient.
 
-    With `q_c = t_c / (nu - epsilon t_c)` and nu set by `sum_c q_c = 1`,
+    From `q_c = u_c t_c` and `sum_c q_c = 1`:
 
-        d log q_c = (1 + epsilon q_c) d log t_c + u_c (t_c d epsilon - d nu),
-        u_c = 1 / (nu - epsilon t_c).
+        d log q_c = (1 + epsilon q_c) d log t_c + u_c (t_c d epsilon - d nu)
     """
-    rows, epsilon = np.arange(len(labels)), np.expm1(confidence[-1])
-    scales = np.exp(confidence[:-1]) / len(z)
-    pooled = sum(s * z_k for s, z_k in zip(scales, z, strict=True))
-    t = softmax(pooled, axis=1)
-    q = shared_proxy(t, epsilon)
-    largest = t.max(axis=1, keepdims=True)
-    nu = largest / q.max(axis=1, keepdims=True) + epsilon * largest
-    u = 1.0 / (nu - epsilon * t)
-
-    # log q without an underflow, within the learned classes
-    log_q = log_softmax(pooled, axis=1) + np.log(u)
-    log_q = log_softmax(log_q[:, learned], axis=1)
+    t, u, log_q = step_1(z, confidence)
+    q, epsilon = np.exp(log_q), np.expm1(confidence[-1])
+    value, by_learned = _nll(log_q[:, learned], labels, weight)
     by_log_q = np.zeros_like(q)
-    by_log_q[:, learned] = np.exp(log_q)
-    by_log_q[rows, labels] -= 1.0
-    by_log_q *= weight[:, None]
-    own = log_q[rows, np.searchsorted(learned, labels)]
-
+    by_log_q[:, learned] = by_learned
     by_nu = np.sum(by_log_q * u, axis=1, keepdims=True)
     by_log_q -= q * by_nu / np.sum(q * u, axis=1, keepdims=True)
-    by_epsilon = np.sum(by_log_q * u * t)
     by_log_t = by_log_q * (1.0 + epsilon * q)
     by_pooled = by_log_t - t * by_log_t.sum(axis=1, keepdims=True)
+    scales = np.exp(confidence[:-1]) / len(z)
     gradient = confidence.copy()
     gradient[:-1] += scales * [np.vdot(by_pooled, z_k) for z_k in z]
-    gradient[-1] += by_epsilon * (1.0 + epsilon)
-    value = -weight @ own + 0.5 * confidence @ confidence
-    return float(value), gradient
+    gradient[-1] += (1.0 + epsilon) * np.sum(by_log_q * u * t)
+    return value + 0.5 * confidence @ confidence, gradient
 
 
-# ---- Step 2
+# ---- Step 2: a ridge between classes
 
 
-def whiten(z: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and matrix A of the half-whitened features `A (z - mean)`.
+def whiten(
+    z: list[np.ndarray], weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean of z and A, for half-whitened features `A (z - mean)`.
 
-    `A = S^(-1/4)` up to a rotation, with S the covariance of z, its eigenvalues
-    at least 1e-3 of the largest. Directions without variance are left out. The
-    features' variances sum to the number of classes.
+    A has one block per teacher, `S^(-1/4)` up to a rotation, with S the
+    covariance of its z and eigenvalues of at least 1e-3 of the largest. It is
+    scaled so that the variances of a teacher's features sum to its number of
+    classes. Directions without variance are left out, such as those of a
+    teacher that always gives the same answer.
 
     Args:
-        z: log probabilities of one teacher, `(N, C_k)`.
+        z: of each teacher, `(N, C_k)`.
         weight: of each example, `(N,)`.
     """
     share = weight / weight.sum()
-    mean = share @ z
-    variance, directions = np.linalg.eigh((z - mean).T * share @ (z - mean))
-    top = variance[-1]
-    kept = np.flatnonzero(variance > max(1e-9 * top, 1e-12))[-MAX_FEATURES:]
-    variance = variance[kept]
-    scale = np.maximum(variance, 1e-3 * top) ** -0.25
-    size = np.sum(scale**2 * variance) / z.shape[1]
-    return mean, scale[:, None] * directions[:, kept].T / np.sqrt(size or 1.0)
+    means, blocks = [], []
+    for z_k in z:
+        mean = share @ z_k
+        variance, axes = np.linalg.eigh((z_k - mean).T * share @ (z_k - mean))
+        top = variance[-1]
+        used = np.flatnonzero(variance > max(1e-9 * top, 1e-12))[-MAX_FEATURES:]
+        scale = np.maximum(variance[used], 1e-3 * top) ** -0.25
+        size = np.sum(scale**2 * variance[used]) / len(mean)
+        means.append(mean)
+        blocks.append((axes[:, used] * scale / np.sqrt(size or 1.0)).T)
+    return np.concatenate(means), scipy.linalg.block_diag(*blocks)
 
 
-def fit_classes(
-    r: np.ndarray,
-    x: np.ndarray,
-    labels: np.ndarray,
-    weight: np.ndarray,
-    penalty: float,
-    start: np.ndarray,
-) -> np.ndarray:
-    """Fit W, a_1 and a_2 of step 2.
-
-    Args:
-        r: log probabilities after step 1, `(N, C)`.
-        x: the features, `(N, D)`.
-        labels: `(N,)`.
-        weight: of each example, `(N,)`.
-        penalty: the L2 penalty.
-        start: where to start.
-
-    Returns:
-        W, `(C, D)`, flat, then a_1 and a_2.
-    """
-    found = scipy.optimize.minimize(
-        classes_objective,
-        start,
-        (r, np.exp(r), x, labels, weight, penalty),
-        jac=True,
-        method="L-BFGS-B",
-        options={"ftol": 1e-6, "gtol": 1e-4, "maxiter": 300},
-    )
-    return np.asarray(found.x)
-
-
-def classes_objective(
+def step_2_objective(
     parameters: np.ndarray,
     r: np.ndarray,
     exp_r: np.ndarray,
@@ -389,28 +366,42 @@ def classes_objective(
     weight: np.ndarray,
     penalty: float,
 ) -> tuple[float, np.ndarray]:
-    """Return the NLL of step 2 plus the penalty, and its gradient."""
-    rows = np.arange(len(labels))
+    """Return the NLL of step 2 plus its L2 penalty, and its gradient.
+
+    Args:
+        parameters: W, `(C, D)`, flat; then a_1 and a_2.
+        r: log probabilities after step 1, `(N, C)`.
+        exp_r: the probabilities.
+        x: the features, `(N, D)`.
+        labels: `(N,)`.
+        weight: of each example, `(N,)`.
+        penalty: half of it weighs the squared parameters.
+    """
     w = parameters[:-2].reshape(r.shape[1], x.shape[1])
     a_1, a_2 = parameters[-2:]
     logits = x @ w.T
     logits += (1.0 + a_1) * r
     logits += a_2 * exp_r
-    logits -= logits.max(axis=1, keepdims=True)
+    value, by_logits = _nll(logits, labels, weight)
+    gradient = penalty * parameters
+    gradient[:-2] += (by_logits.T @ x).ravel()
+    gradient[-2:] += np.vdot(by_logits, r), np.vdot(by_logits, exp_r)
+    return value + 0.5 * penalty * parameters @ parameters, gradient
+
+
+def _nll(
+    logits: np.ndarray, labels: np.ndarray, weight: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Return the weighted NLL of `softmax(logits)`, and its gradient."""
+    rows = np.arange(len(labels))
+    logits = logits - logits.max(axis=1, keepdims=True)
     own = logits[rows, labels]
-    by_logits = np.exp(logits, out=logits)
-    total = by_logits.sum(axis=1)
-    by_logits *= (weight / total)[:, None]
-    by_logits[rows, labels] -= weight
-    gradient = np.concatenate(
-        [
-            (by_logits.T @ x).ravel(),
-            [np.vdot(by_logits, r), np.vdot(by_logits, exp_r)],
-        ]
-    )
+    exp = np.exp(logits, out=logits)
+    total = exp.sum(axis=1)
     value = weight @ (np.log(total) - own)
-    value += 0.5 * penalty * parameters @ parameters
-    return float(value), gradient + penalty * parameters
+    exp *= (weight / total)[:, None]
+    exp[rows, labels] -= weight
+    return float(value), exp
 
 
 # ---- Cross-validation
@@ -419,18 +410,17 @@ def classes_objective(
 def _folds(number: int, seed: int) -> np.ndarray:
     """Return the fold of each example: 5 folds, 10 of fewer than 300 examples.
 
-    They are not stratified: with few labels, equal shares of the classes inside
-    and outside of a fold would make biases look better than they are.
+    They are not stratified: biases that are learned from few labels would look
+    better than they are if all folds had the same shares of the classes.
     """
-    count = min(5 if number >= 300 else 10, number)
+    count = 5 if number >= 300 else min(10, number)
     return np.random.default_rng(seed).permutation(number) % count
 
 
 def _effective_weight(examples: Examples) -> np.ndarray:
     """Return weights whose sum is the effective number of examples.
 
-    That is `(sum w)^2 / sum w^2`: N equal weights count as N examples, and
-    examples of weight zero do not count.
+    That is `(sum w)^2 / sum w^2`, N for equal weights.
     """
     w = examples.sample_weight
     return w * (w.sum() / np.sum(w**2))
@@ -442,21 +432,16 @@ def _losses(probs: np.ndarray, examples: Examples) -> np.ndarray:
     return -examples.sample_weight * np.log(np.maximum(own, 1e-7))
 
 
-def _rises(losses: list[np.ndarray]) -> bool:
-    """Return whether the last two penalties were worse than the best one."""
-    means = [loss.mean() for loss in losses]
-    return len(means) > 2 and min(means[-2:]) > min(means[:-2])
+def _simplest(candidates: Iterable[np.ndarray], examples: Examples) -> int:
+    """Return the first candidate within one standard error of the best.
 
-
-def _strongest_within_one_error(losses: np.ndarray) -> int:
-    """Return the strongest penalty within one standard error of the best.
-
-    The standard error is that of the difference. With few labels the lowest
-    mean would often be a penalty that is too weak.
+    The standard error is that of the difference between the two.
 
     Args:
-        losses: `(penalties, N)`, from the strongest penalty on.
+        candidates: the probabilities that they give, simple ones first.
+        examples: the labelled examples.
     """
+    losses = np.array([_losses(q, examples) for q in candidates])
     excess = losses - losses[np.argmin(losses.mean(axis=1))]
     error = excess.std(axis=1) / np.sqrt(losses.shape[1])
     return int(np.argmax(excess.mean(axis=1) <= error))
@@ -466,7 +451,7 @@ def _strongest_within_one_error(losses: np.ndarray) -> int:
 
 
 def _pooled(examples: Examples) -> list[int]:
-    """Return the teachers that take part in step 1: those with C classes."""
+    """Return the teachers in step 1: those that have the student's classes."""
     return [
         k
         for k, t in enumerate(examples.teacher_probs)
@@ -475,75 +460,78 @@ def _pooled(examples: Examples) -> list[int]:
 
 
 def _correction(
-    examples: Examples, temperature: np.ndarray, **kwargs: Any
+    examples: Examples, scales: dict[int, float], epsilon: float = 0.0
 ) -> Correction:
-    """Return a correction with a temperature for each teacher."""
+    """Return a correction by the scale, 1 / temperature, of some teachers."""
     counts = tuple(t.shape[1] for t in examples.teacher_probs)
-    return Correction(
-        temperature=temperature if len(counts) > 1 else temperature[0],
-        teacher_classes=counts if len(counts) > 1 else None,
-        **kwargs,
-    )
+    temperature = [
+        1.0 / scales[k] if k in scales else np.inf for k in range(len(counts))
+    ]
+    if len(counts) == 1:
+        return Correction(epsilon, temperature[0])
+    return Correction(epsilon, temperature, teacher_classes=counts)
 
 
 def _correct(
     correction: Correction, teacher_probs: list[np.ndarray]
 ) -> np.ndarray:
-    several = len(teacher_probs) > 1
-    return correction.correct(teacher_probs if several else teacher_probs[0])
+    one = len(teacher_probs) == 1
+    return correction.correct(teacher_probs[0] if one else teacher_probs)
 
 
-def _teachers_as_they_are(
-    examples: Examples,
-) -> tuple[dict[str, Correction], dict[str, np.ndarray]]:
-    """Return each teacher with C classes: its correction, its probabilities."""
+def _teachers_as_they_are(examples: Examples) -> dict[str, Correction]:
+    """Return corrections that use one teacher as it is, the best one first."""
+    best_first = sorted(
+        _pooled(examples),
+        key=lambda k: _losses(examples.teacher_probs[k], examples).mean(),
+    )
     several = len(examples.teacher_probs) > 1
-    corrections, probs = {}, {}
-    for k in _pooled(examples):
-        name = f"teacher {k}" if several else "teacher"
-        temperature = np.full(len(examples.teacher_probs), np.inf)
-        temperature[k] = 1.0
-        corrections[name] = _correction(examples, temperature)
-        probs[name] = examples.teacher_probs[k]
-    return corrections, probs
+    return {
+        f"teacher {k}" if several else "teacher": _correction(
+            examples, {k: 1.0}
+        )
+        for k in best_first
+    }
 
 
 def _notes(
-    examples: Examples, correction: Correction, fit: _Fit
+    examples: Examples, chosen: str, confidence: np.ndarray
 ) -> tuple[str, ...]:
-    """Return notes on parameters at their bounds, and on perfect teachers."""
+    """Return what the user should know about the result."""
     notes = []
-    for k in _pooled(examples):
-        right = examples.teacher_probs[k].argmax(axis=1) == examples.labels
-        if right.all():
-            notes.append(
-                "The teacher makes no mistakes on these examples, so they say "
-                "little about what to correct. Label more examples."
-            )
-            break
-    if correction.is_identity or not len(fit.confidence):
-        return tuple(notes)
-    bounds = [SCALE_BOUNDS] * (len(fit.confidence) - 1) + [EPSILON_BOUNDS]
-    names = ["The temperature"] * (len(bounds) - 1) + ["Epsilon"]
-    for name, value, (low, high) in zip(
-        names, fit.confidence, bounds, strict=True
+    if any(
+        np.all(examples.teacher_probs[k].argmax(axis=1) == examples.labels)
+        for k in _pooled(examples)
     ):
-        if not low < value < high:
-            notes.append(
-                f"{name} ended at a bound of the search. The teacher's "
-                "probabilities may say nothing about the labels: check the "
-                "order of the classes, and that teacher outputs and labels are "
-                "of the same examples."
+        notes.append(
+            "The teacher makes no mistakes on these examples, so there is "
+            "little to learn from. Label more examples."
+        )
+    if not chosen.startswith("teacher"):
+        low, high = np.transpose(
+            [SCALE_BOUNDS] * (len(confidence) - 1) + [EPSILON_BOUNDS]
+        )
+        at_bound = (confidence <= low) | (confidence >= high)
+        names = [
+            name
+            for name, at in (
+                ("temperature", at_bound[:-1].any()),
+                ("epsilon", at_bound[-1]),
             )
+            if at
+        ]
+        if names:
+            notes.append(
+                f"{' and '.join(names).capitalize()} ended at a bound of the "
+                "search. Check the order of the classes, and that teacher "
+                "outputs and labels belong to the same examples."
+            )
+    if (
+        chosen == BOTH_STEPS
+        and max(t.shape[1] for t in examples.teacher_probs) > MAX_FEATURES
+    ):
+        notes.append(
+            "The correction between classes was restricted to a matrix of rank "
+            f"{MAX_FEATURES}, because there are more classes."
+        )
     return tuple(notes)
-
-
-def _notes_on_rank(examples: Examples) -> tuple[str, ...]:
-    """Return a note if the matrix of step 2 is restricted."""
-    classes = max(t.shape[1] for t in examples.teacher_probs)
-    if classes <= MAX_FEATURES:
-        return ()
-    return (
-        f"A teacher has {classes} classes, so the matrix of the correction was "
-        f"restricted to rank {MAX_FEATURES}.",
-    )
