@@ -59,9 +59,8 @@ class FocalLoss(TeacherLoss):
     Args:
         gamma: the focusing parameter, at least 0.
         from_logits: whether `y_pred`, the student's output, holds logits.
-        reduction: as in `keras.losses.Loss`.
         name: name of the loss.
-        dtype: dtype of the result; the computation is in float32 or better.
+        **kwargs: `reduction` and `dtype` of `keras.losses.Loss`.
 
     Example:
         >>> import numpy as np
@@ -82,17 +81,15 @@ class FocalLoss(TeacherLoss):
         gamma: float,
         *,
         from_logits: bool = False,
-        reduction: str | None = "sum_over_batch_size",
         name: str | None = "focal_loss",
-        dtype: Any = None,
+        **kwargs: Any,
     ) -> None:
         refuse_variables(gamma=gamma)
         super().__init__(
             {"gamma": check_number("gamma", gamma, at_least=0.0)},
             from_logits=from_logits,
-            reduction=reduction,
             name=name,
-            dtype=dtype,
+            **kwargs,
         )
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
@@ -120,9 +117,8 @@ class LabelSmoothingLoss(TeacherLoss):
     Args:
         delta: share of the uniform distribution, from 0 (plain KL) to 1.
         from_logits: whether `y_pred`, the student's output, holds logits.
-        reduction: as in `keras.losses.Loss`.
         name: name of the loss.
-        dtype: dtype of the result; the computation is in float32 or better.
+        **kwargs: `reduction` and `dtype` of `keras.losses.Loss`.
 
     Example:
         >>> import numpy as np
@@ -143,17 +139,15 @@ class LabelSmoothingLoss(TeacherLoss):
         delta: float,
         *,
         from_logits: bool = False,
-        reduction: str | None = "sum_over_batch_size",
         name: str | None = "label_smoothing_loss",
-        dtype: Any = None,
+        **kwargs: Any,
     ) -> None:
         refuse_variables(delta=delta)
         super().__init__(
             {"delta": _check_share("delta", delta)},
             from_logits=from_logits,
-            reduction=reduction,
             name=name,
-            dtype=dtype,
+            **kwargs,
         )
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
