@@ -129,16 +129,11 @@ class Correction:
             "bias": None if self.bias is None else self.bias.shape,
             "epsilon": self.epsilon.shape if self.epsilon.ndim == 2 else None,
         }
-        temperatures, kept = _tuple(self.temperature), self.kept_classes
+        kept = self.kept_classes
         if (
             any(shape and shape[0] != classes for shape in shapes.values())
             or shapes["matrix"] not in (None, (classes, sum(counts)))
-            or any(
-                count != classes and np.isfinite(temperature)
-                for count, temperature in zip(
-                    counts, temperatures, strict=False
-                )
-            )
+            or any(count != classes for count in self._counts_in_step_1())
             or any(c < 0 or c >= (classes or np.inf) for c in kept)
             or (kept and counts and classes not in counts)
         ):
@@ -160,13 +155,18 @@ class Correction:
             if array is not None:
                 return len(array)
         counts = self.teacher_classes or ()
-        temperatures = _tuple(self.temperature)
-        in_step_1 = [
+        return (*self._counts_in_step_1(), *counts, None)[0]
+
+    def _counts_in_step_1(self) -> list[int]:
+        """Return the number of classes of each teacher in step 1."""
+        counts, temperatures = self.teacher_classes, _tuple(self.temperature)
+        return [
             count
-            for count, temperature in zip(counts, temperatures, strict=False)
-            if np.isfinite(temperature)
+            for count, temperature in zip(
+                counts or (), temperatures, strict=False
+            )
+            if temperature < np.inf
         ]
-        return (*in_step_1, *counts, None)[0]
 
     @property
     def has_step_2(self) -> bool:
@@ -362,19 +362,10 @@ def _log_proxy(log_t: Tensor, correction: Correction, xp: Any) -> Tensor:
 def as_probabilities(
     argument: str, outputs: Any, from_logits: bool, advice: str
 ) -> np.ndarray:
-    """Return one teacher's outputs as probabilities that sum to one.
+    """Return one teacher's outputs as probabilities `(..., C)`, float64.
 
-    Args:
-        argument: the name that errors use.
-        outputs: `(..., C)`, or `(..., 1)` of a sigmoid head.
-        from_logits: whether they are logits.
-        advice: what an error advises if logits came as probabilities.
-
-    Returns:
-        `(..., C)`, float64.
-
-    Raises:
-        ValueError: if they are not numbers, or not what `from_logits` says.
+    Errors name the `argument`, and give `advice` on logits that were passed as
+    probabilities.
     """
     refuse_masked(argument, outputs)
     expected = "numbers of shape (..., num_classes), not empty"
@@ -391,7 +382,7 @@ def as_probabilities(
             f"at index {int(np.argmax(missing))}"
         )
     if from_logits:
-        if not np.isfinite(array).all():
+        if np.isinf(array).any():
             fail(argument, "finite logits", array)
         if array.size > array.shape[-1] and on_simplex(array).all():
             raise ValueError(
@@ -526,11 +517,10 @@ class TeachersSideBySide(keras.layers.Layer):
     Example:
         >>> import keras, numpy as np
         >>> teachers = [
-        ...     keras.Sequential([keras.layers.Dense(classes, "softmax")])
-        ...     for classes in (3, 5)
+        ...     keras.Sequential([keras.layers.Dense(num_classes, "softmax")])
+        ...     for num_classes in (3, 5)
         ... ]
-        >>> layer = TeachersSideBySide(teachers)
-        >>> layer(np.ones((2, 4), "float32")).shape[-1]
+        >>> TeachersSideBySide(teachers)(np.ones((2, 4), "float32")).shape[-1]
         8
     """
 

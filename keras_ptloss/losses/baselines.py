@@ -65,10 +65,8 @@ class FocalLoss(TeacherLoss):
     Example:
         >>> import numpy as np
         >>> loss = FocalLoss(2.0)
-        >>> student = np.array([[0.75, 0.25]])
-        >>> round(float(loss(np.array([[1.0, 0.0]]), student)), 4)
-        0.018
-        >>> round(float(loss(np.array([[0.0, 1.0]]), student)), 4)
+        >>> teacher, student = np.array([[0.0, 1.0]]), np.array([[0.75, 0.25]])
+        >>> round(float(loss(teacher, student)), 4)
         0.7798
 
     Reference:
@@ -124,8 +122,6 @@ class LabelSmoothingLoss(TeacherLoss):
         >>> import numpy as np
         >>> loss = LabelSmoothingLoss(0.1)
         >>> teacher = np.array([[1.0, 0.0]])
-        >>> round(float(loss(teacher, np.array([[0.8, 0.2]]))), 4)
-        0.0939
         >>> round(float(loss(teacher, np.array([[0.95, 0.05]]))), 4)
         0.0
 
@@ -186,8 +182,6 @@ class Flooding(TeacherLoss):
         >>> kl, probs = PTLoss(0.0), np.array([[0.9, 0.1], [0.5, 0.5]])
         >>> float(Flooding(kl, 0.25)(probs, probs))
         0.5
-        >>> float(kl(probs, probs[::-1])) < 0.5
-        True
 
     Reference:
         Ishida et al. 2020, Do We Need Zero Training Loss After Achieving Zero
