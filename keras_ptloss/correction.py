@@ -112,6 +112,8 @@ class Correction:
             "temperature": temperatures[0] if one else tuple(temperatures),
             "matrix": matrix,
             "bias": _finite("bias", self.bias, ndim=1),
+            "log_prob_weight": float(self.log_prob_weight),
+            "prob_weight": float(self.prob_weight),
             "kept_classes": tuple(int(c) for c in self.kept_classes),
             "teacher_classes": counts and tuple(int(count) for count in counts),
             "from_logits": flags[0] if one else flags,
