@@ -58,7 +58,7 @@ def top_k_pt_loss(
         y_true: ids and natural log-probabilities, `(..., k, 2)`.
         y_pred: the student's probabilities, `(..., C)`, or logits with
             `from_logits`.
-        epsilon: coefficients: a number (order 1), or `(M,)`.
+        epsilon: as in `TopKPTLoss`, like all that follow.
         tail: `"event"` or `"renormalize"`.
         teacher_temperature: a number above 0.
         from_logits: whether `y_pred` holds logits.
@@ -77,9 +77,6 @@ def top_k_pt_loss(
         >>> student = np.array([[0.25, 0.0, 0.6, 0.15]], "float32")
         >>> [round(float(v), 4) for v in top_k_pt_loss(y_true, student, 0.0)]
         [0.0227]
-
-    Reference:
-        Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), Eq. 7.
     """
     settings = _check_settings(epsilon, tail, teacher_temperature)
     student = read_student(y_pred, from_logits=from_logits)
@@ -215,9 +212,6 @@ def top_k_events(y_true: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
         Probabilities `(N, k + 1)`, the last one that of the rest; and labels,
         `(N,)`, -1 at positions that are left out or consist of padding.
 
-    Raises:
-        ValueError: if an argument is invalid.
-
     Example:
         >>> import numpy as np
         >>> y_true = [[[7, np.log(0.5)], [4, np.log(0.3)]]] * 2
@@ -278,25 +272,15 @@ def fused_top_k_pt_loss(
         One loss per position, shape `(...)`, in nats. It has gradients with
         respect to `hidden`, `weights` and `bias`.
 
-    Raises:
-        ValueError: as `top_k_pt_loss`.
-
     Example:
         >>> import keras, numpy as np
-        >>> class Student(keras.Model):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.embed = keras.layers.Embedding(1000, 8)
-        ...         self.embed.build()
-        ...
-        ...     def call(self, x):
-        ...         return self.embed(x)  # hidden states
-        ...
-        ...     def compute_loss(self, x, y, y_pred, sample_weight, training):
-        ...         head = self.embed.embeddings  # (1000, 8)
+        >>> embed = keras.layers.Embedding(1000, 8)
+        >>> class Student(keras.Sequential):
+        ...     def compute_loss(self, x, y, y_pred, *args, **kwargs):
+        ...         head = embed.embeddings  # (1000, 8); y_pred is hidden
         ...         loss = fused_top_k_pt_loss(y, y_pred, head, 0.0)
         ...         return keras.ops.mean(loss)
-        >>> student = Student()
+        >>> student = Student([keras.Input((5,)), embed])
         >>> student.compile("adam")
         >>> y_true = np.tile(
         ...     [[7, np.log(0.6)], [42, np.log(0.3)]], (8, 5, 1, 1)

@@ -2,7 +2,7 @@
 
     z_k    = log max(t_k, 1e-7)                            of teacher k
     r      = log proxy(softmax(sum_k z_k / temperature_k), epsilon)     step 1
-    x      = [A_1 (z_1 - mean_1), A_2 (z_2 - mean_2), ..., 1]
+    x      = [A_1 (z_1 - mean_1), A_2 (z_2 - mean_2), ..., constant]
     logits = (1 + a_1) r + a_2 softmax(r) + W x                         step 2
 
 Step 1 fits one temperature per teacher and epsilon. Step 2 is a multinomial
@@ -199,7 +199,9 @@ class _Fit:
             r = step_1(pooled, self.confidence)[-1][:, self.learned]
         self.mean, self.whitening = whiten(z, weight)
         x = (np.concatenate(z, axis=1) - self.mean) @ self.whitening.T
-        x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+        x = np.concatenate(
+            [x, np.full((len(x), 1), _constant(examples))], axis=1
+        )
         self.problem = (r, np.exp(r), x, classes, weight)
         self.parameters = np.zeros(len(self.learned) * x.shape[1] + 2)
 
@@ -233,7 +235,7 @@ class _Fit:
         return dataclasses.replace(
             self.step_1(),
             matrix=matrix,
-            bias=w[:, -1] - matrix @ self.mean,
+            bias=_constant(self.examples) * w[:, -1] - matrix @ self.mean,
             log_prob_weight=self.parameters[-2],
             prob_weight=self.parameters[-1],
             kept_classes=tuple(np.setdiff1d(np.arange(number), self.learned)),
@@ -415,6 +417,15 @@ def _folds(number: int, seed: int) -> np.ndarray:
     """
     count = 5 if number >= 300 else min(10, number)
     return np.random.default_rng(seed).permutation(number) % count
+
+
+def _constant(examples: Examples) -> float:
+    """Return the constant feature, whose weights are the biases of step 2.
+
+    In a random sample the labels show how frequent the classes are. A larger
+    constant makes the penalty on these biases a hundredth of that on W.
+    """
+    return 10.0 if examples.random_sample else 1.0
 
 
 def _effective_weight(examples: Examples) -> np.ndarray:
