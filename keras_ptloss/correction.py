@@ -318,12 +318,10 @@ def _corrected(
 
     kept = np.zeros(classes)
     kept[list(correction.kept_classes)] = 1.0
-    alike = [z_k for z_k in z if z_k.shape[-1] == classes]
-    mean = (
-        first
-        if len(z) == 1
-        else xp.exp(_log_softmax(sum(alike) / len(alike), xp))
-    )
+    mean = first
+    if len(z) > 1:
+        alike = [z_k for z_k in z if z_k.shape[-1] == classes]
+        mean = xp.exp(_log_softmax(sum(alike) / len(alike), xp))
     of_kept = mean * constant(kept)
     others = xp.exp(_log_softmax(logits - constant(1e30 * kept), xp))
     rest = 1.0 - xp.sum(of_kept, axis=-1, keepdims=True)
@@ -453,13 +451,8 @@ class CorrectedTeacher(keras.layers.Layer):
         **kwargs: `name` and other arguments of `keras.layers.Layer`.
 
     Input: probabilities, `(..., C)`; of several teachers a list of tensors, or
-    one tensor that holds them side by side. Output: `(..., C)`. Inside compiled
-    functions rows that are not probabilities become NaN; outside they raise a
-    ValueError.
-
-    Raises:
-        ValueError: if `correction` is not a `Correction`; on a call, if the
-            input is not of this form.
+    one tensor that holds them side by side. Output: `(..., C)`. Rows that are
+    not probabilities raise a ValueError, or become NaN in compiled functions.
 
     Example:
         >>> import numpy as np
@@ -481,12 +474,8 @@ class CorrectedTeacher(keras.layers.Layer):
         parts = inputs if isinstance(inputs, (list, tuple)) else [inputs]
         parts = [two_events(part, from_logits=False) for part in parts]
         advice = "add a keras.layers.Softmax()"
-        valid = [
-            valid_probs(f"inputs, teacher {k}", part, advice)
-            for k, part in enumerate(
-                self.correction.split(ops.concatenate(parts, axis=-1))
-            )
-        ]
+        parts = self.correction.split(ops.concatenate(parts, axis=-1))
+        valid = [valid_probs("inputs", part, advice) for part in parts]
         return self.correction.apply(ops.concatenate(valid, axis=-1))
 
     def get_config(self) -> dict[str, Any]:

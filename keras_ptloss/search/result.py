@@ -89,9 +89,6 @@ class SearchResult:
 
         Returns:
             Probabilities, `(..., C)`, float64.
-
-        Raises:
-            ValueError: if `teacher_outputs` are not of this form.
         """
         return self.correction.correct(teacher_outputs)
 
