@@ -59,17 +59,14 @@ class FocalLoss(TeacherLoss):
     Args:
         gamma: the focusing parameter, at least 0.
         from_logits: whether `y_pred`, the student's output, holds logits.
-        reduction: as in `keras.losses.Loss`.
         name: name of the loss.
-        dtype: dtype of the result; the computation is in float32 or better.
+        **kwargs: `reduction` and `dtype` of `keras.losses.Loss`.
 
     Example:
         >>> import numpy as np
         >>> loss = FocalLoss(2.0)
-        >>> student = np.array([[0.75, 0.25]])
-        >>> round(float(loss(np.array([[1.0, 0.0]]), student)), 4)
-        0.018
-        >>> round(float(loss(np.array([[0.0, 1.0]]), student)), 4)
+        >>> teacher, student = np.array([[0.0, 1.0]]), np.array([[0.75, 0.25]])
+        >>> round(float(loss(teacher, student)), 4)
         0.7798
 
     Reference:
@@ -82,17 +79,15 @@ class FocalLoss(TeacherLoss):
         gamma: float,
         *,
         from_logits: bool = False,
-        reduction: str | None = "sum_over_batch_size",
         name: str | None = "focal_loss",
-        dtype: Any = None,
+        **kwargs: Any,
     ) -> None:
         refuse_variables(gamma=gamma)
         super().__init__(
             {"gamma": check_number("gamma", gamma, at_least=0.0)},
             from_logits=from_logits,
-            reduction=reduction,
             name=name,
-            dtype=dtype,
+            **kwargs,
         )
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
@@ -120,16 +115,13 @@ class LabelSmoothingLoss(TeacherLoss):
     Args:
         delta: share of the uniform distribution, from 0 (plain KL) to 1.
         from_logits: whether `y_pred`, the student's output, holds logits.
-        reduction: as in `keras.losses.Loss`.
         name: name of the loss.
-        dtype: dtype of the result; the computation is in float32 or better.
+        **kwargs: `reduction` and `dtype` of `keras.losses.Loss`.
 
     Example:
         >>> import numpy as np
         >>> loss = LabelSmoothingLoss(0.1)
         >>> teacher = np.array([[1.0, 0.0]])
-        >>> round(float(loss(teacher, np.array([[0.8, 0.2]]))), 4)
-        0.0939
         >>> round(float(loss(teacher, np.array([[0.95, 0.05]]))), 4)
         0.0
 
@@ -143,17 +135,15 @@ class LabelSmoothingLoss(TeacherLoss):
         delta: float,
         *,
         from_logits: bool = False,
-        reduction: str | None = "sum_over_batch_size",
         name: str | None = "label_smoothing_loss",
-        dtype: Any = None,
+        **kwargs: Any,
     ) -> None:
         refuse_variables(delta=delta)
         super().__init__(
             {"delta": _check_share("delta", delta)},
             from_logits=from_logits,
-            reduction=reduction,
             name=name,
-            dtype=dtype,
+            **kwargs,
         )
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
@@ -192,8 +182,6 @@ class Flooding(TeacherLoss):
         >>> kl, probs = PTLoss(0.0), np.array([[0.9, 0.1], [0.5, 0.5]])
         >>> float(Flooding(kl, 0.25)(probs, probs))
         0.5
-        >>> float(kl(probs, probs[::-1])) < 0.5
-        True
 
     Reference:
         Ishida et al. 2020, Do We Need Zero Training Loss After Achieving Zero

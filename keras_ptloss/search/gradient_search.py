@@ -44,6 +44,7 @@ class GradientSearch:
 
     Example:
         >>> import numpy as np
+        >>> from keras_ptloss import ProxyTeacherSearch
         >>> rng = np.random.default_rng(0)
         >>> truth = rng.dirichlet([1.0, 1.0, 1.0], size=300)
         >>> labels = np.array([rng.choice(3, p=row) for row in truth])

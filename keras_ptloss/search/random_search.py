@@ -41,6 +41,7 @@ class RandomSearch:
         ValueError: if an argument has another form.
 
     Example:
+        >>> from keras_ptloss import ProxyTeacherSearch
         >>> search = ProxyTeacherSearch(RandomSearch(num_trials=10, order=2))
         >>> result = search.search([[0.7, 0.3], [0.4, 0.6]], [0, 1], verbose=0)
         >>> len(result.trials["score"])
