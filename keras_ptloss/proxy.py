@@ -298,9 +298,8 @@ def _newton_loop(
     others = ops.sum(ops.where(top, 0.0, q), axis=0, keepdims=True)
     u = ops.log(q) - ops.log(ops.where(top, others, 1.0 - q))
 
-    def unfinished(
-        count: Tensor, u: Tensor, residual: Tensor, steps: Tensor
-    ) -> Tensor:
+    def unfinished(count: Tensor, *state: Tensor) -> Tensor:
+        _, residual, _ = state
         return (count < MAX_STEPS) & ops.any(~(residual <= tolerance))
 
     def step(
@@ -385,7 +384,7 @@ def _descend(
     loss never rises.
     """
 
-    def unfinished(count: Tensor, q: Tensor, *state: Tensor) -> Tensor:
+    def unfinished(count: Tensor, *state: Tensor) -> Tensor:
         return (count < MAX_STEPS) & ops.any(state[-1] > 1e-3)
 
     def step(

@@ -26,7 +26,6 @@ import time
 import warnings
 
 import numpy as np
-
 from rivals import structured_matrix_scaling, temperature_scaling
 
 RESULTS = pathlib.Path("benchmarks/results")
@@ -235,6 +234,7 @@ def table_header(*names):
 
 
 def main():
+    """Run the methods and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="../shared/data")
     parser.add_argument("--output", default=str(RESULTS / "search.csv"))

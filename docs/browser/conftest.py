@@ -44,7 +44,9 @@ def browser():
     """Start Chromium."""
     path = os.environ.get("CHROMIUM") or shutil.which("chromium")
     if path is None:
-        pytest.fail("Chromium is missing: apt-get install chromium, or set CHROMIUM.")
+        pytest.fail(
+            "Chromium is missing: apt-get install chromium, or set CHROMIUM."
+        )
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=path, args=["--no-sandbox"]
