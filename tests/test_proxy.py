@@ -284,5 +284,5 @@ class TestLayer:
         found = layer(np.array([[0.2], [0.9]], "float32"))
         assert tuple(found.shape) == layer.compute_output_shape((2, 1))
         assert layer.compute_output_shape((None, 5, 4)) == (None, 5, 4)
-        with pytest.raises(ValueError, match="one row a class"):
+        with pytest.raises(ValueError, match="must have shape"):
             ProxyTeacher(np.ones((3, 1)))(np.full((2, 4), 0.25))

@@ -509,7 +509,10 @@ def _head_event_logits(
     dtype = keras.backend.result_type(hidden.dtype, "float32")
     axis = 0 if weights.shape[1] == hidden.shape[1] else 1  # of the classes
 
-    def part(weights: Tensor, bias: Tensor, first: Any, size: int) -> Any:
+    # JAX wants all tensors that have a gradient as arguments.
+    def part(
+        hidden: Tensor, weights: Tensor, bias: Tensor, first: Any, size: int
+    ) -> Any:
         """Return the start and the weights `(H, size)` of a chunk, and z."""
         start, sizes = [0, 0], list(weights.shape)
         start[axis], sizes[axis] = first, size
@@ -521,7 +524,7 @@ def _head_event_logits(
     @ops.custom_gradient
     def project(hidden: Tensor, weights: Tensor, bias: Tensor) -> Any:
         def forward(first: Any, size: int, given: Tensor, rest: Tensor) -> Any:
-            *_, logits = part(weights, bias, first, size)
+            *_, logits = part(hidden, weights, bias, first, size)
             found, others, _ = _split(logits, ids - first)
             rest = ops.logaddexp(rest, _logsumexp(others))
             return ops.maximum(given, found), rest
@@ -537,7 +540,7 @@ def _head_event_logits(
 
             def backward(first: Any, size: int, *sums: Tensor) -> Any:
                 by_hidden, by_weights, by_bias = sums
-                start, w, logits = part(weights, bias, first, size)
+                start, w, logits = part(hidden, weights, bias, first, size)
                 by_z = _by_logits(logits, ids - first, rest, upstream)
                 by_b = ops.cast(ops.sum(by_z, axis=0), bias.dtype)
                 by_z = ops.cast(by_z, hidden.dtype)
