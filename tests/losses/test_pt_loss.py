@@ -11,6 +11,7 @@ from keras import ops
 from keras_ptloss import PTLoss, proxy_teacher, pt_loss
 
 BACKEND = keras.backend.backend()
+NOT_COMPILED = "Keras compiles no step on PyTorch unless asked"
 EPSILON = np.array([2.0, -0.4, 1.5])
 PER_CLASS = np.array([[1.0, -0.3], [0.0, 3.0], [-0.9, 0.2], [5.0, 1.0]])
 
@@ -282,6 +283,7 @@ class TestRows:
         ):
             PTLoss(1.0, from_logits=True)(teacher, logits)
 
+    @pytest.mark.skipif(BACKEND == "torch", reason=NOT_COMPILED)
     @pytest.mark.parametrize("temperature", [1.0, 2.0])
     def test_wrong_rows_are_nan_in_a_compiled_step(self, temperature):
         teacher, logits = rows()
@@ -326,6 +328,11 @@ class TestRows:
         sigmoids = 1 / (1 + np.exp(-logits))
         with pytest.raises(ValueError, match="`y_pred` must hold.*from_logits"):
             PTLoss(1.0)(teacher, sigmoids)
+
+    @pytest.mark.skipif(BACKEND == "torch", reason=NOT_COMPILED)
+    def test_student_that_is_no_distribution_in_a_compiled_step(self):
+        teacher, logits = rows()
+        sigmoids = 1 / (1 + np.exp(-logits))
         value = helpers.compiled(PTLoss(1.0, reduction=None))(teacher, sigmoids)
         assert np.isnan(as_numpy(value)).all()
 
