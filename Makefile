@@ -133,4 +133,4 @@ require_python = @$(1) -c "import sys; sys.exit( \
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info *-output docs/_build \
-		docs/api/generated docs/benchmarks
+		docs/api/generated
