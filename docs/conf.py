@@ -210,27 +210,6 @@ def leave_out_any(app, what, name, thing, options, signature, returns):
     return re.sub(rf": {any_}\b", "", signature), returns
 
 
-def copy_tables(app):
-    """Copy the tables of the benchmarks into `docs/`, as pages."""
-    copy = HERE / "benchmarks" / "results"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(HERE.parent / "benchmarks" / "results", copy)
-
-
-def link_tables(app, name, source):
-    """Make links to tables lead to these copies, and their links back."""
-    text = re.sub(
-        r"\]\(\.\./((?:\.\./)*)benchmarks/", r"](\1benchmarks/", source[0]
-    )
-    source[0] = text.replace("](../../docs/", "](../../")
-
-
-def link_included(app, path, parent, source):
-    """Correct the links of a file that a page includes."""
-    link_tables(app, parent, source)
-    source[0] = source[0].replace("](../docs/", "](")
-
-
 def find_public(app, env, node, contnode):
     """Link a public name to its page, however it is written.
 
@@ -264,8 +243,5 @@ def setup(app):
     # This must run before napoleon splits Google's sections.
     app.connect("autodoc-process-docstring", mark_formulas, priority=400)
     app.connect("autodoc-process-signature", leave_out_any)
-    app.connect("builder-inited", copy_tables, priority=100)
-    app.connect("source-read", link_tables)
-    app.connect("include-read", link_included)
     app.connect("missing-reference", find_public)
     app.connect("build-finished", copy_mathjax)
