@@ -41,7 +41,12 @@ def classifier(preset):
     model = keras_hub.models.BertTextClassifier.from_preset(
         preset, num_classes=2, activation="softmax"
     )
-    model.compile(keras.optimizers.Adam(5e-5), "categorical_crossentropy")
+    # KerasHub's default metric takes integer labels, not probabilities.
+    model.compile(
+        keras.optimizers.Adam(5e-5),
+        "categorical_crossentropy",
+        metrics=["accuracy"],
+    )
     return model
 
 

@@ -31,7 +31,7 @@ def plain(text):
 
 def install(text, repository):
     """Return the code that installs what a page needs."""
-    package = "keras_ptloss[jax,demo,arrow]"
+    package = "keras_ptloss[tensorflow,demo,arrow]"
     if repository:
         package += f" @ git+https://github.com/{repository}"
     packages = [f'"{package}"']
