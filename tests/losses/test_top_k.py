@@ -313,7 +313,8 @@ def test_fused_gradient(argument, tied):
 
     def fused(y, h, w, b):
         w = ops.transpose(w) if tied else w
-        return factors * fused_top_k_pt_loss(y, h, w, EPSILON, bias=b, chunk=5)
+        loss = fused_top_k_pt_loss(y, h, w, EPSILON, bias=b, chunk=5)
+        return loss * ops.convert_to_tensor(factors)
 
     def exact(x):
         y, h, w, b = (*inputs[:argument], x, *inputs[argument + 1 :])
