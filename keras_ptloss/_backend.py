@@ -36,8 +36,12 @@ def visible_values(x: Tensor) -> np.ndarray | None:
 
         # If code fails on "meta", Keras tries again with ones and without
         # gradients. Ones are no probabilities, and there is no public sign.
-        ones = not torch.is_grad_enabled() and bool((x == 1).all())
-        symbolic = has_no_values(x) or torch.compiler.is_compiling() or ones
+        # Neither a tensor on "meta" nor a compiled one can be asked.
+        symbolic = (
+            has_no_values(x)
+            or torch.compiler.is_compiling()
+            or (not torch.is_grad_enabled() and bool((x == 1).all()))
+        )
     return None if symbolic else as_array(x)
 
 

@@ -19,6 +19,8 @@ from keras_ptloss.metrics import (
 
 OF_TEACHER = [TeacherAgreement, TotalVariationDistance, KLToTeacher]
 OF_LABELS = [BrierScore, ExpectedCalibrationError]
+# Keras compiles no step on PyTorch unless asked.
+COMPILED = keras.backend.backend() != "torch"
 every_metric = pytest.mark.parametrize("metric", OF_TEACHER + OF_LABELS)
 every_teacher_metric = pytest.mark.parametrize("metric", OF_TEACHER)
 every_label_metric = pytest.mark.parametrize("metric", OF_LABELS)
@@ -268,8 +270,9 @@ def test_a_label_that_is_no_class(identity, wrong):
     for metric in OF_LABELS:
         with pytest.raises(ValueError, match=rf"`y_true`.*, 4\).*={wrong}"):
             metric(from_logits=True).update_state(labels, logits)
-    logs = evaluated(identity, logits, labels, OF_LABELS)
-    assert np.all(np.isnan(list(logs.values())))
+    if COMPILED:
+        logs = evaluated(identity, logits, labels, OF_LABELS)
+        assert np.all(np.isnan(list(logs.values())))
 
 
 def test_logits_taken_for_probabilities(identity):
@@ -278,13 +281,15 @@ def test_logits_taken_for_probabilities(identity):
     for metric in OF_TEACHER + OF_LABELS:
         with pytest.raises(ValueError, match="`y_pred`.*from_logits=True"):
             metric().update_state(t, logits)
-    logs = evaluated(identity, logits, t, from_logits=False)
-    assert np.all(np.isnan(list(logs.values())))
+    if COMPILED:
+        logs = evaluated(identity, logits, t, from_logits=False)
+        assert np.all(np.isnan(list(logs.values())))
     for metric in OF_TEACHER:
         with pytest.raises(ValueError, match="`y_true` must hold prob"):
             metric(from_logits=True).update_state(logits, logits)
-    logs = evaluated(identity, logits, logits, OF_TEACHER)
-    assert np.all(np.isnan(list(logs.values())))
+    if COMPILED:
+        logs = evaluated(identity, logits, logits, OF_TEACHER)
+        assert np.all(np.isnan(list(logs.values())))
 
 
 def test_values_of_scikit_learn():

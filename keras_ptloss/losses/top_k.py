@@ -451,12 +451,13 @@ def _split(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     size = logits.shape[-1]
     # Ids that are no column are put into one more column.
     columns = ops.where((ids >= 0) & (ids < size), ids, size)
-    nothing = ops.full_like(logits[:, :1], LOWEST)
+    # `ops.full_like` fails on PyTorch's device "meta" (Keras 3.15).
+    nothing = LOWEST * ops.ones_like(logits[:, :1])
     logits = ops.concatenate([logits, nothing], axis=-1)
     rows = ops.arange(ops.shape(ids)[0], dtype="int32")[:, None]
     places = ops.stack([ops.broadcast_to(rows, ops.shape(ids)), columns], -1)
     places = ops.reshape(places, (-1, 2))
-    removed = ops.full_like(places[:, 0], LOWEST, dtype=logits.dtype)
+    removed = LOWEST * ops.ones_like(places[:, 0], dtype=logits.dtype)
     others = ops.scatter_update(logits, places, removed)
     return ops.take_along_axis(logits, columns, axis=-1), others, places
 
@@ -529,7 +530,7 @@ def _head_event_logits(
             rest = ops.logaddexp(rest, _logsumexp(others))
             return ops.maximum(given, found), rest
 
-        lowest = ops.full_like(ids, LOWEST, dtype=dtype)
+        lowest = LOWEST * ops.ones_like(ids, dtype=dtype)
         given, rest = _over_chunks(
             forward, bias.shape[0], chunk, lowest, lowest[:, :1]
         )
