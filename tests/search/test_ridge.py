@@ -100,7 +100,7 @@ def test_step_2_finds_a_confusion():
 
 
 @pytest.mark.parametrize(
-    ("count", "classes", "draws", "most"), [(15, 3, 40, 0.1), (30, 6, 25, 0.05)]
+    ("count", "classes", "draws", "most"), [(15, 3, 10, 0.1), (30, 6, 8, 0.05)]
 )
 def test_few_labels_hardly_harm_a_calibrated_teacher(
     count, classes, draws, most
