@@ -25,7 +25,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.installed
-	$(BIN)/python examples/digits.py
+	KERAS_BACKEND=jax $(BIN)/python examples/digits.py
 
 test: .venv/test.installed
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n 2 $(QUICK)
@@ -34,7 +34,7 @@ test: .venv/test.installed
 
 test-all: lint test test-ci test-torch test-floor test-dist docs-quick
 
-test-ci: .venv/test.installed .venv/ray.installed
+test-ci: .venv/test.installed
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n 2 -m ci
 	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 -m ci $(BACKEND_TESTS)
 
@@ -78,8 +78,8 @@ dist: .venv/release.installed
 # distribution. Plain `pytest` does not put the checkout on the path.
 test-dist: dist
 	$(PYTHON) -m venv --clear .venv-dist
-	.venv-dist/bin/pip install --quiet pytest hypothesis matplotlib \
-		"$$(echo dist/*.whl)[tensorflow,arrow]"
+	.venv-dist/bin/pip install --quiet pytest hypothesis \
+		"$$(echo dist/*.whl)[tensorflow,demo,arrow]"
 	tar -xzf dist/*.tar.gz -C .venv-dist --strip-components 1 --one-top-level=source
 	rm -r .venv-dist/source/keras_ptloss
 	cd .venv-dist/source && KERAS_BACKEND=tensorflow ../bin/pytest tests/test_api.py
@@ -133,4 +133,4 @@ require_python = @$(1) -c "import sys; sys.exit( \
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info *-output docs/_build \
-		docs/api/generated docs/benchmarks
+		docs/api/generated

@@ -54,7 +54,7 @@ default_role = "py:obj"
 nitpick_ignore_regex = [
     ("py:obj", "(?s).*"),
     ("py:.*", r"(?!keras_ptloss\b).*"),
-    ("py:class", r"keras_ptloss\.(.*\._|_).*"),
+    ("py:class", r"keras_ptloss\.(metrics\.TeacherMetric|.*\.Layout)"),
 ]
 
 # Pages ---------------------------------------------------------------------
@@ -78,6 +78,7 @@ nb_output_stderr = "remove"  # TensorFlow's remarks on the machine
 # Reference -----------------------------------------------------------------
 
 autodoc_member_order = "bysource"
+toc_object_entries_show_parents = "hide"  # write() for SoftLabels.write()
 autodoc_typehints = "signature"
 autosummary_generate = True
 python_maximum_signature_line_length = 72
@@ -119,7 +120,7 @@ html_theme_options = {
     "logo": {"text": f"keras_ptloss {version}"},
     "navbar_end": ["theme-switcher"],
     "navbar_persistent": ["search-button"],  # a search field is too wide
-    "header_links_before_dropdown": 7,
+    "header_links_before_dropdown": 8,
     "secondary_sidebar_items": {"**": ["page-toc"], "index": []},
     "footer_start": ["copyright"],
     "footer_end": [],
@@ -136,6 +137,7 @@ html_sidebars = {
         "method",
         "storage",
         "interactive",
+        "results/index",
         "changelog",
         "contributing",
     )
@@ -208,29 +210,6 @@ def leave_out_any(app, what, name, thing, options, signature, returns):
     return re.sub(rf": {any_}\b", "", signature), returns
 
 
-def copy_tables(app):
-    """Copy the tables of the benchmarks into `docs/`, as pages."""
-    shutil.copytree(
-        HERE.parent / "benchmarks" / "results",
-        HERE / "benchmarks" / "results",
-        dirs_exist_ok=True,
-    )
-
-
-def link_tables(app, name, source):
-    """Make links to tables lead to these copies, and their links back."""
-    text = re.sub(
-        r"\]\(\.\./((?:\.\./)*)benchmarks/", r"](\1benchmarks/", source[0]
-    )
-    source[0] = text.replace("](../../docs/", "](../../")
-
-
-def link_included(app, path, parent, source):
-    """Correct the links of a file that a page includes."""
-    link_tables(app, parent, source)
-    source[0] = source[0].replace("](../docs/", "](")
-
-
 def find_public(app, env, node, contnode):
     """Link a public name to its page, however it is written.
 
@@ -264,8 +243,5 @@ def setup(app):
     # This must run before napoleon splits Google's sections.
     app.connect("autodoc-process-docstring", mark_formulas, priority=400)
     app.connect("autodoc-process-signature", leave_out_any)
-    app.connect("builder-inited", copy_tables, priority=100)
-    app.connect("source-read", link_tables)
-    app.connect("include-read", link_included)
     app.connect("missing-reference", find_public)
     app.connect("build-finished", copy_mathjax)

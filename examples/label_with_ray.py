@@ -4,7 +4,7 @@ Each Ray task labels one part of the inputs into a store of its own. If a worker
 dies, Ray starts its task again, which goes on where the first one was killed.
 If everything dies, run the script again: no example is asked for twice.
 
-    pip install keras_ptloss pyarrow "ray" scikit-learn jax
+    pip install keras_ptloss pyarrow ray scikit-learn jax
     KERAS_BACKEND=jax python examples/label_with_ray.py ray-output
 
 To use a cluster, set RAY_ADDRESS (`auto` on one of its machines). The output

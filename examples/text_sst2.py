@@ -41,7 +41,12 @@ def classifier(preset):
     model = keras_hub.models.BertTextClassifier.from_preset(
         preset, num_classes=2, activation="softmax"
     )
-    model.compile(keras.optimizers.Adam(5e-5), "categorical_crossentropy")
+    # KerasHub's default metric takes integer labels, not probabilities.
+    model.compile(
+        keras.optimizers.Adam(5e-5),
+        "categorical_crossentropy",
+        metrics=["accuracy"],
+    )
     return model
 
 
@@ -66,9 +71,10 @@ y_test = np.asarray(test["label"])
 print(f"Fine-tuning the teacher on {NUM_TEACHER} sentences")
 teacher = classifier(TEACHER)
 one_hot = keras.utils.to_categorical(true_labels, 2)
-teacher.fit(
-    texts[for_teacher], one_hot[for_teacher], batch_size=16, epochs=EPOCHS
-)
+# The sentences are in random order. KerasHub does not shuffle texts, and warns
+# if it is asked to.
+options = {"epochs": EPOCHS, "shuffle": False}
+teacher.fit(texts[for_teacher], one_hot[for_teacher], batch_size=16, **options)
 
 print("Storing its probabilities; run again to continue after an interruption")
 store = SoftLabels.write(
@@ -104,7 +110,7 @@ def distil(values, sample_weight=None):
     """Train a student; return its accuracy on the test sentences."""
     keras.utils.set_random_seed(1)
     student = classifier(STUDENT)
-    student.fit(x, values, sample_weight=sample_weight, epochs=EPOCHS)
+    student.fit(x, values, sample_weight=sample_weight, **options)
     predicted = student.predict(x_test).argmax(axis=1)
     return np.mean(predicted == y_test)
 

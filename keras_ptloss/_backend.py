@@ -1,78 +1,60 @@
-"""The only place that knows which backend runs.
-
-`keras.ops` has no just-in-time compiler and no switch for 64-bit numbers;
-both are needed by the proxy-teacher solver, which is called some ten thousand
-times in a search and whose result should not depend on the backend.
-"""
+"""What differs between backends, and what Keras has no public way for."""
 
 import concurrent.futures
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_ptloss._keras import forget_jax_state
-
 Tensor = Any
 
 
 def visible_values(x: Tensor) -> np.ndarray | None:
-    """Return the values of `x`, or None while it has none.
+    """Return the values of `x`, or None inside a compiled function.
 
-    Checks of values run where values exist (eager calls, NumPy input) and cost
-    nothing inside compiled functions, nor where Keras infers shapes by tensors
-    that are but symbols (`keras.KerasTensor`, PyTorch's device "meta").
+    Keras also infers shapes from tensors without values: `keras.KerasTensor`,
+    and PyTorch's device "meta".
     """
     if isinstance(x, keras.KerasTensor):
         return None
     backend = keras.backend.backend()
-    if keras.ops.is_tensor(x):
-        if backend == "jax":
-            import jax
+    if not keras.ops.is_tensor(x):
+        return as_array(x)
+    if backend == "jax":
+        import jax
 
-            symbol = isinstance(x, jax.core.Tracer)
-        elif backend == "tensorflow":
-            import tensorflow as tf
+        symbolic = isinstance(x, jax.core.Tracer)
+    elif backend == "tensorflow":
+        import tensorflow as tf
 
-            symbol = tf.is_symbolic_tensor(x)
-        else:
-            symbol = _stands_for_a_shape(x)
-        if symbol:
-            return None
-    return as_array(x)
+        symbolic = tf.is_symbolic_tensor(x)
+    else:
+        import torch
+
+        # If code fails on "meta", Keras tries again with ones and without
+        # gradients. Ones are no probabilities, and there is no public sign.
+        # Neither a tensor on "meta" nor a compiled one can be asked.
+        symbolic = (
+            has_no_values(x)
+            or torch.compiler.is_compiling()
+            or (not torch.is_grad_enabled() and bool((x == 1).all()))
+        )
+    return None if symbolic else as_array(x)
 
 
 def has_no_values(x: Tensor) -> bool:
-    """Return whether a tensor is on PyTorch's device "meta": a shape alone.
-
-    Keras infers shapes by such tensors. Code that asks for a value, as loops
-    do, cannot run on them.
-    """
+    """Return whether a tensor is on PyTorch's device "meta": a shape alone."""
     return keras.backend.backend() == "torch" and bool(x.is_meta)
-
-
-def _stands_for_a_shape(x: Tensor) -> bool:
-    """Return whether a tensor of PyTorch has values that mean nothing.
-
-    Where code fails on the device "meta", were it by an error of the user,
-    Keras tries again with ones, which are no probabilities; without gradients,
-    and without a public sign of it.
-    """
-    import torch
-
-    if has_no_values(x) or torch.compiler.is_compiling():
-        return True
-    return not torch.is_grad_enabled() and bool((x == 1).all())
 
 
 def as_array(x: Any) -> np.ndarray:
     """Return numbers or a tensor of any backend as a NumPy array.
 
-    NumPy itself refuses PyTorch's tensors that are recorded for a gradient, or
-    in bfloat16, and warns of how Keras 3.15 hands it others.
+    NumPy refuses PyTorch's tensors that are recorded for a gradient, or in
+    bfloat16.
     """
     if isinstance(x, keras.Variable):
         x = keras.ops.convert_to_tensor(x)
@@ -85,13 +67,9 @@ def as_array(x: Any) -> np.ndarray:
 
 
 def maximum(x: Tensor, least: Any) -> Tensor:
-    """Return the larger of two, in the dtype of `x`.
+    """Return the larger of a tensor and a number or tensor, in its dtype.
 
-    On PyTorch `keras.ops.maximum` makes float32 of float64 (Keras 3.15).
-
-    Args:
-        x: a tensor.
-        least: a number, or a tensor of its dtype.
+    On PyTorch `keras.ops.maximum` of float64 gives float32 (Keras 3.15).
     """
     if keras.backend.backend() == "torch":
         return x.clamp(min=least)
@@ -99,17 +77,14 @@ def maximum(x: Tensor, least: Any) -> Tensor:
 
 
 def minimum(x: Tensor, most: Any) -> Tensor:
-    """Return the smaller of two, in the dtype of `x`; as `maximum`."""
+    """Return the smaller of the two, like `maximum`."""
     if keras.backend.backend() == "torch":
         return x.clamp(max=most)
     return keras.ops.minimum(x, most)
 
 
 def no_gradient() -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which PyTorch records nothing for a gradient.
-
-    The other backends record what they are asked to, where they are asked.
-    """
+    """Return a context in which PyTorch records nothing for a gradient."""
     if keras.backend.backend() == "torch":
         import torch
 
@@ -117,29 +92,12 @@ def no_gradient() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def float64() -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which `keras.ops` computes in float64.
-
-    TensorFlow and PyTorch always can; JAX has to be told.
-    """
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.enable_x64(True)
-    return contextlib.nullcontext()
-
-
 def compiled_on_jax(
-    function: Callable[..., Any], *, settings: Sequence[str]
+    function: Callable[..., Any], *, settings: list[str]
 ) -> Callable[..., Any]:
-    """Make a function of tensors one that is compiled once on JAX.
+    """Compile a function of tensors on JAX; `settings` are its static keywords.
 
-    Called outside of a compiled function, JAX compiles a loop at each call
-    anew, and each operation apart. Elsewhere the function stays as it is.
-
-    Args:
-        function: takes tensors, and hashable settings by keyword.
-        settings: the names of these.
+    Outside of a compiled function, JAX would compile its loops at each call.
     """
 
     @functools.cache
@@ -157,109 +115,37 @@ def compiled_on_jax(
 
 
 def on_numpy(
-    function: Callable[..., Any],
-    *,
-    rows: Collection[int] = (),
-    compile: bool = True,
-) -> Callable[..., Any]:
-    """Make a function written in `keras.ops` one of NumPy arrays, in float64.
+    function: Callable[..., tuple[Tensor, ...]],
+) -> Callable[..., tuple[np.ndarray, ...]]:
+    """Make a function of tensors one of NumPy arrays in float64.
 
-    Args:
-        function: takes arrays, and hashable settings by keyword; returns an
-            array or a tuple of arrays.
-        rows: positions of the arrays whose first axis are examples. Under a
-            `keras.distribution.DataParallel` (JAX) they are spread over its
-            devices.
-        compile: whether to compile it by XLA, once for each set of shapes and
-            settings. PyTorch runs it as it is.
-
-    Returns:
-        A function of NumPy arrays that returns NumPy arrays.
+    XLA compiles it once for each set of shapes. PyTorch runs it as it is.
     """
 
-    @functools.lru_cache(maxsize=64)
-    def with_settings(**settings: Any) -> Callable[..., Any]:
-        bound = functools.partial(function, **settings)
-        backend = keras.backend.backend()
-        if compile and backend == "jax":
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        if keras.backend.backend() == "jax":
             import jax
 
-            return jax.jit(bound)
-        if compile and backend == "tensorflow":
+            return jax.jit(function)
+        if keras.backend.backend() == "tensorflow":
             import tensorflow as tf
 
-            return tf.function(bound, jit_compile=True, autograph=False)
-        return bound
+            return tf.function(function, jit_compile=True, autograph=False)
+        return function
 
     @functools.wraps(function)
-    def run(*arrays: Any, **settings: Any) -> Any:
-        tensors = [np.asarray(a, "float64") for a in arrays]
-        with float64():
-            # Compiled functions of JAX take NumPy arrays at a tenth of the cost
-            # of making tensors of them first.
-            if not (compile and keras.backend.backend() == "jax"):
-                tensors = [keras.ops.convert_to_tensor(a) for a in tensors]
-            for position in rows:
-                tensors[position] = _spread(tensors[position])
-            out = with_settings(**settings)(*tensors)
-            if isinstance(out, tuple):
-                return tuple(as_array(o) for o in out)
-            return as_array(out)
+    def run(*arrays: Any) -> tuple[np.ndarray, ...]:
+        tensors = [np.asarray(array, "float64") for array in arrays]
+        if keras.backend.backend() == "jax":
+            import jax
+
+            with jax.enable_x64(True):
+                return tuple(map(as_array, compiled()(*tensors)))
+        tensors = [keras.ops.convert_to_tensor(array) for array in tensors]
+        return tuple(map(as_array, compiled()(*tensors)))
 
     return run
-
-
-def _spread(rows: Tensor) -> Tensor:
-    """Spread examples over the devices of a `DataParallel`, if one is set.
-
-    Not over several processes: each has all the examples, and computes alike.
-    """
-    distribution = keras.distribution.distribution()
-    if not isinstance(distribution, keras.distribution.DataParallel):
-        return rows
-    check_distribution()
-    import jax
-
-    if jax.process_count() > 1:
-        return rows
-    layout = distribution.get_data_layout(rows.shape)
-    return keras.distribution.distribute_tensor(rows, layout)
-
-
-def check_distribution() -> None:
-    """Refuse a `keras.distribution` where it would be passed over in silence.
-
-    Raises:
-        ValueError: if one is set, on another backend than JAX.
-    """
-    distribution = keras.distribution.distribution()
-    backend = keras.backend.backend()
-    if distribution is not None and backend != "jax":
-        raise ValueError(
-            "`keras.distribution` must be left unset with another backend than "
-            "JAX: keras.distribution.set_distribution(None). Received: a "
-            f"{type(distribution).__name__} with the {backend} backend"
-        )
-
-
-@functools.cache
-def on_cpu() -> bool:
-    """Return whether the backend computes on the CPU."""
-    backend = keras.backend.backend()
-    if backend == "jax":
-        import jax
-
-        return bool(jax.default_backend() == "cpu")
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        # The physical devices: asking for logical ones would fix them.
-        return len(tf.config.list_physical_devices()) == len(
-            tf.config.list_physical_devices("CPU")
-        )
-    import torch
-
-    return not torch.accelerator.is_available()
 
 
 def replicas() -> int:
@@ -309,7 +195,11 @@ def weights_given_back(model: keras.Model) -> Iterator[None]:
         *model.metrics_variables,
         *(optimizer.variables if optimizer is not None else ()),
     ]
-    forget_jax_state(model)
+    model.jax_state_sync()
+    # `predict_on_batch` leaves a copy of the state. Keras would put it back
+    # after an error in the first step of the next run, when another model with
+    # the same layers may have given its arrays away.
+    model._jax_state = None
     before = [(v, v.value) for v in variables if _has_value(v)]
     try:
         yield
@@ -317,11 +207,29 @@ def weights_given_back(model: keras.Model) -> Iterator[None]:
         model.jax_state_sync()
         for variable, value in before:
             if not _has_value(variable):
-                variable.assign(value)  # not a step was made
+                variable.assign(value)  # No step was made.
 
 
 def _has_value(variable: keras.Variable) -> bool:
     try:
         return variable.value is not None
-    except TypeError:  # Keras asks the initializer, which is gone
+    except TypeError:  # Keras asks the initializer, which is gone.
         return False
+
+
+def supports_jit(model: keras.Model) -> bool:
+    """Return whether XLA can compile every layer, also layers inside layers."""
+    return all(layer.supports_jit for layer in model._flatten_layers())
+
+
+def compute_dtypes(model: keras.Model) -> set[str]:
+    """Return the dtypes that a model's layers compute in."""
+    return {layer.compute_dtype for layer in model._flatten_layers()}
+
+
+def set_direction(metric: keras.metrics.Metric, better: str) -> None:
+    """Tell `mode="auto"` of Keras's callbacks whether "up" or "down" is better.
+
+    They read this private attribute, and `EarlyStopping` refuses without it.
+    """
+    metric._direction = better

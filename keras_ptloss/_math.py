@@ -72,9 +72,7 @@ def shared_proxy(
     t = teacher_probs
     largest = xp.max(t, axis=-1, keepdims=True)
     highest = 1.0 + xp.maximum(epsilon, 0.0)
-    nu = xp.maximum(
-        (1.0 + epsilon) * largest, 1.0 + xp.minimum(epsilon, 0.0)
-    )
+    nu = xp.maximum((1.0 + epsilon) * largest, 1.0 + xp.minimum(epsilon, 0.0))
     for _ in range(16):
         q = t / (nu - epsilon * t)
         total = xp.sum(q, axis=-1, keepdims=True)

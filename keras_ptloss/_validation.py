@@ -1,10 +1,9 @@
-"""Argument errors, in one wording.
+"""Checks of arguments, with errors in one wording.
 
-Every check names the argument, says what was expected and shows what came:
+An error names the argument, says what was expected and shows what came:
 ``ValueError: `order` must be an integer of at least 1. Received: order=0``.
 """
 
-import warnings
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
@@ -16,9 +15,12 @@ from keras_ptloss._backend import as_array, visible_values
 
 Tensor = Any
 
-# How far a row of probabilities may be from summing to one: rounding in
-# bfloat16 (8 bits) stays below it, a row of logits hardly ever does.
+# How far the sum of probabilities may be from one: more than rounding in
+# bfloat16 (8 bits), and less than the sums of nearly all logits.
 SUM_TOLERANCE = 1e-2
+
+# Activations whose outputs are probabilities.
+PROBABILITIES = ("softmax", "sparsemax", "sigmoid", "hard_sigmoid")
 
 
 def fail(argument: str, expected: str, received: Any) -> NoReturn:
@@ -28,9 +30,12 @@ def fail(argument: str, expected: str, received: Any) -> NoReturn:
     )
 
 
+# Settings.
+
+
 def check_choice(argument: str, value: Any, choices: Collection[str]) -> None:
     """Require `value` to be one of the strings in `choices`."""
-    if not isinstance(value, str) or value not in choices:
+    if value not in list(choices):
         listed = ", ".join(repr(choice) for choice in sorted(choices))
         fail(argument, f"one of {listed}", value)
 
@@ -44,31 +49,18 @@ def check_flag(argument: str, value: Any) -> bool:
 
 def check_count(argument: str, value: Any, *, at_least: int = 1) -> int:
     """Require an integer of at least `at_least`, and return it."""
-    integral = isinstance(value, (int, np.integer)) and not isinstance(
-        value, bool
-    )
-    if not integral or value < at_least:
+    integer = isinstance(value, (int, np.integer))
+    if not integer or isinstance(value, bool) or value < at_least:
         fail(argument, f"an integer of at least {at_least}", value)
     return int(value)
-
-
-def check_real(argument: str, value: Any, expected: str) -> float:
-    """Require one real number, which a text or a flag is not; return it."""
-    known = (int, float, np.integer, np.floating)
-    if isinstance(value, bool) or not isinstance(value, known):
-        fail(argument, expected, value)
-    try:
-        return float(value)
-    except OverflowError:
-        fail(argument, expected, value)
 
 
 def check_ignore_class(ignore_class: Any) -> int | None:
     """Require an integer, of any sign, or None."""
     if ignore_class is None:
         return None
-    integral = isinstance(ignore_class, (int, np.integer))
-    if not integral or isinstance(ignore_class, bool):
+    integer = isinstance(ignore_class, (int, np.integer))
+    if not integer or isinstance(ignore_class, bool):
         fail("ignore_class", "an integer, or None", ignore_class)
     return int(ignore_class)
 
@@ -92,41 +84,35 @@ def check_epsilon(
 
     Args:
         epsilon: a number (order 1), an array or a tensor.
-        max_rank: the highest rank taken.
-        classes: the model's class count, where it is known.
-        examples: the batch size, where it is known.
+        max_rank: the highest rank allowed.
+        classes: number of classes, if it is known.
+        examples: number of examples, if it is known.
 
     Returns:
-        A float64 NumPy array of rank 1 or more; a tensor where a tensor or a
-        variable was given.
+        A float64 NumPy array of rank 1 or more. Tensors and variables, which
+        may be differentiated, stay tensors.
     """
     forms = "a number, (order,) or (classes, order)" + (
         " or (examples, classes, order)" if max_rank == 3 else ""
     )
     if isinstance(epsilon, keras.Variable) or ops.is_tensor(epsilon):
-        # Stays a tensor: it may be differentiated.
         values = ops.convert_to_tensor(epsilon)
         if not len(values.shape):
             values = ops.reshape(values, (1,))
-        seen = visible_values(values)
     else:
         values = as_floats("epsilon", epsilon, f"numbers of shape {forms}")
-        values = seen = np.atleast_1d(values)
+        values = np.atleast_1d(values)
+    seen = visible_values(values)
     if seen is not None and not np.all(np.isfinite(seen)):
         fail("epsilon", "finite", epsilon)
     shape = tuple(values.shape)
     if not 1 <= len(shape) <= max_rank or 0 in shape:
         fail("epsilon", f"of shape {forms}, none of them empty", epsilon)
-    if classes is not None and len(shape) > 1 and shape[-2] != classes:
+    expected = (examples, classes, None)[-len(shape) :]
+    if shapes_differ(shape, expected):
         raise ValueError(
-            f"`epsilon` must have one row a class, (..., {classes}, order). "
-            f"Received: epsilon of shape {shape} with {classes} classes"
-        )
-    if examples is not None and len(shape) == 3 and shape[0] != examples:
-        raise ValueError(
-            f"`epsilon` must have one entry an example, ({examples}, classes, "
-            f"order). Received: epsilon of shape {shape} with {examples} "
-            "examples"
+            f"`epsilon` must have shape {expected}, where None is any number. "
+            f"Received: epsilon of shape {shape}"
         )
     return values
 
@@ -137,6 +123,9 @@ def check_constant_epsilon(
     """Require `(M,)` or `(C, M)` whose values are known; return an array."""
     values = check_epsilon(epsilon, max_rank=2, classes=classes)
     return as_array(values).astype("float64")
+
+
+# Arrays and tensors.
 
 
 def check_class_axis(argument: str, rows: Tensor) -> None:
@@ -152,32 +141,23 @@ def check_classes(
     first_name: str, first: Tensor, second_name: str, second: Tensor
 ) -> None:
     """Require two tensors `(..., C)` of the same shape, as far as is known."""
-    check_class_axis(first_name, first)
-    check_class_axis(second_name, second)
     one, two = tuple(first.shape), tuple(second.shape)
-    received = (
+    if not shapes_differ(one, two):
+        return
+    same = "shape"
+    if shapes_differ(one[-1:], two[-1:]):
+        same = "number of classes on their last axis"
+    raise ValueError(
+        f"`{first_name}` and `{second_name}` must have the same {same}. "
         f"Received: {first_name} of shape {one}, {second_name} of shape {two}"
     )
-    if differ(one[-1], two[-1]):
-        raise ValueError(
-            f"`{first_name}` and `{second_name}` must have the same number of "
-            f"classes on their last axis. {received}"
-        )
-    if shapes_differ(one, two):
-        raise ValueError(
-            f"`{first_name}` and `{second_name}` must have the same shape. "
-            f"{received}"
-        )
-
-
-def differ(one: int | None, two: int | None) -> bool:
-    """Return whether two sizes differ; an unknown one, None, fits any."""
-    return one is not None and two is not None and one != two
 
 
 def shapes_differ(one: Sequence[int | None], two: Sequence[int | None]) -> bool:
     """Return whether two shapes differ; an unknown size, None, fits any."""
-    return len(one) != len(two) or any(map(differ, one, two))
+    return len(one) != len(two) or any(
+        None not in (a, b) and a != b for a, b in zip(one, two, strict=True)
+    )
 
 
 def on_simplex(rows: np.ndarray) -> np.ndarray:
@@ -186,28 +166,18 @@ def on_simplex(rows: np.ndarray) -> np.ndarray:
     return np.all(rows >= 0, axis=-1) & near_one
 
 
-def check_probabilities(argument: str, rows: Tensor, if_logits: str) -> None:
-    """Require rows on the simplex, where their values can be seen.
+def check_probabilities(argument: str, rows: Tensor, advice: str) -> None:
+    """Require probabilities `(..., C)`, where their values can be seen.
 
     Args:
         argument: name of the argument.
         rows: `(..., C)`.
-        if_logits: what to do if these are logits after all: "say X=True".
+        advice: what to do if these are logits.
     """
     values = visible_values(rows)
-    if values is None or not values.size:
-        return
-    values = values.astype("float64").reshape(-1, values.shape[-1])
-    good = on_simplex(values)
-    if not good.all():
-        row = int(np.argmin(good))
-        shown = np.array2string(values[row], precision=4, threshold=6)
-        raise ValueError(
-            f"`{argument}` must hold probabilities: non-negative rows that sum "
-            f"to 1. If these are logits, {if_logits}. Received: "
-            f"{argument}[{row}]={shown}, which sums to {values[row].sum():.4g} "
-            f"({np.count_nonzero(~good)} of {len(good)} rows are bad)"
-        )
+    if values is not None:
+        values = values.astype("float64").reshape(-1, values.shape[-1])
+        _refuse_invalid(argument, values, on_simplex(values), advice)
 
 
 def valid_probs(argument: str, probs: Tensor, advice: str) -> Tensor:
@@ -224,95 +194,30 @@ def valid_probs(argument: str, probs: Tensor, advice: str) -> Tensor:
     lowest = ops.min(probs, axis=-1, keepdims=True)
     valid = (lowest >= 0.0) & (ops.abs(total - 1.0) <= SUM_TOLERANCE)
     padding = (lowest == 0.0) & (total == 0.0)
-    if visible_values(probs) is not None:
-        seen = ops.convert_to_numpy(valid | padding)
-        if not seen.all():
-            _raise_invalid(argument, probs, seen, advice)
+    seen = visible_values(probs)
+    if seen is not None:
+        good = ops.convert_to_numpy(valid | padding).reshape(-1)
+        _refuse_invalid(
+            argument, seen.reshape(-1, seen.shape[-1]), good, advice
+        )
     divisor = ops.where(valid, total, ops.where(padding, 1.0, float("nan")))
     return probs / divisor
 
 
-def _raise_invalid(
-    argument: str, probs: Tensor, valid: np.ndarray, advice: str
+def _refuse_invalid(
+    argument: str, rows: np.ndarray, valid: np.ndarray, advice: str
 ) -> None:
-    rows = ops.convert_to_numpy(probs).reshape(-1, probs.shape[-1])
+    """Raise a `ValueError` with the first invalid row, if there is one."""
+    if valid.all():
+        return
     row = int(np.argmin(valid))
     shown = np.array2string(rows[row], precision=4, threshold=6)
     raise ValueError(
-        f"`{argument}` must hold probabilities: each row non-negative with sum "
-        f"1, or all zeros for padding. If these are logits, {advice}. "
-        f"Received: {argument}[{row}]={shown}, which sums to "
-        f"{rows[row].sum():.4g} ({np.count_nonzero(~valid)} of {valid.size} "
-        "rows are invalid)"
+        f"`{argument}` must hold probabilities: non-negative rows that sum to "
+        f"1. If these are logits, {advice}. Received: {argument}[{row}]="
+        f"{shown}, which sums to {rows[row].sum():.4g} "
+        f"({np.count_nonzero(~valid)} of {len(valid)} rows are invalid)"
     )
-
-
-def check_output_form(
-    argument: str,
-    model: keras.Model,
-    from_logits: bool,
-    flag: str,
-    *,
-    stacklevel: int = 3,
-) -> None:
-    """Compare a model's last activation with what is said of its outputs.
-
-    Under `fit` the values are not seen; the model's last layer often is.
-
-    Args:
-        argument: name of the argument that is the model.
-        model: a Keras model, built or not.
-        from_logits: whether its outputs are said to be logits.
-        flag: name of the argument that says so.
-        stacklevel: of the warning; 3 is the caller's caller.
-
-    Raises:
-        ValueError: if it ends in a softmax, or in one sigmoid output, and
-            logits are promised.
-
-    Warns:
-        UserWarning: if it ends in a linear dense layer, and probabilities are.
-    """
-    layer = _output_layer(model)
-    activation = getattr(layer, "activation", None)
-    if isinstance(layer, keras.layers.Softmax):
-        activation = keras.activations.softmax
-    one_output = getattr(layer, "units", None) == 1
-    if from_logits and (
-        activation is keras.activations.softmax
-        or (activation is keras.activations.sigmoid and one_output)
-    ):
-        raise ValueError(
-            f"`{flag}` must be False for a model that ends in a "
-            f"{activation.__name__}, which gives probabilities. Received: "
-            f"{flag}=True, with {argument}={model.name!r}"
-        )
-    linear = isinstance(layer, keras.layers.Dense) and (
-        activation is keras.activations.linear
-    )
-    if linear and not from_logits:
-        warnings.warn(
-            f"`{argument}` {model.name!r} ends in a dense layer without an "
-            "activation, which as a rule gives logits, and is read as "
-            f"probabilities. If they are logits, say {flag}=True.",
-            stacklevel=stacklevel,
-        )
-
-
-def _output_layer(model: Any) -> Any:
-    """Return the layer of a model's only output, or None where unknown."""
-    while isinstance(model, keras.Model):
-        if isinstance(model, keras.Sequential):
-            model = model.layers[-1] if model.layers else None
-            continue
-        names = getattr(model, "output_names", None)
-        if not names or len(names) != 1:
-            return None
-        try:
-            model = model.get_layer(names[0])
-        except ValueError:
-            return None  # an operation, which is no layer
-    return model
 
 
 def check_class_indices(labels: np.ndarray) -> None:
@@ -322,32 +227,6 @@ def check_class_indices(labels: np.ndarray) -> None:
             "`labels` must be integers (class indices, not one-hot rows or "
             f"scores). Received: labels of dtype {labels.dtype}"
         )
-
-
-def check_examples(argument: str, value: Any) -> None:
-    """Require what may hold inputs: no text, no number and not None."""
-    if value is None or np.isscalar(value):
-        fail(argument, "arrays of examples", value)
-
-
-def check_labels(labels: Any, *, examples: int, classes: int) -> np.ndarray:
-    """Require one integer class an example; return an int64 array."""
-    array = as_array(labels)
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(
-            "`labels` must be a non-empty vector, one class an example. "
-            f"Received: labels of shape {array.shape}"
-        )
-    check_class_indices(array)
-    if len(array) != examples:
-        raise ValueError(
-            "`labels` must have one entry for each of the teacher's rows, "
-            f"{examples}. Received: labels of length {len(array)}"
-        )
-    check_label_range(array, classes, "the teacher's classes")
-    return array.astype("int64")
 
 
 def check_label_range(labels: np.ndarray, classes: int, whose: str) -> None:
@@ -361,8 +240,38 @@ def check_label_range(labels: np.ndarray, classes: int, whose: str) -> None:
         )
 
 
+def as_rows(argument: str, value: Any) -> np.ndarray:
+    """Return a list, an array or a tensor as an array.
+
+    bfloat16, which NumPy does not count among the floats, becomes float32.
+    """
+    try:
+        array = as_array(value)
+    except ValueError:
+        raise ValueError(
+            f"`{argument}` must have rows of the same length. Received: "
+            f"{argument}, a {type(value).__name__} of {len(value)} that differ"
+        ) from None
+    half = array.dtype.name == "bfloat16"
+    return array.astype("float32") if half else array
+
+
+def as_floats(argument: str, value: Any, expected: str) -> np.ndarray:
+    """Require real numbers; return them as a new float64 array."""
+    try:
+        array = as_array(value)
+        if array.dtype.kind not in "cUSmM":  # NumPy would convert these.
+            return np.array(array, dtype="float64")
+    except (TypeError, ValueError):
+        pass
+    fail(argument, expected, value)
+
+
+# Models.
+
+
 def one_tensor(argument: str, outputs: Any) -> Any:
-    """Require what a model of one output gives: one tensor, not several."""
+    """Require the outputs of a model with one output: a tensor."""
     if isinstance(outputs, (list, tuple, dict)):
         raise ValueError(
             f"`{argument}` must give one tensor, (..., classes); choose one by "
@@ -372,39 +281,63 @@ def one_tensor(argument: str, outputs: Any) -> Any:
     return outputs
 
 
-def output_shape(argument: str, model: keras.Model) -> tuple[Any, ...] | None:
-    """Return the shape of a model's one output; None until it is built."""
-    try:
-        shape = model.output_shape
-    except (AttributeError, ValueError):
-        return None
-    if not isinstance(shape, tuple) or isinstance(shape[-1], tuple):
-        one_tensor(argument, shape)
-    return tuple(shape)
+def last_layer(model: Any) -> tuple[str | None, int | None, bool | None]:
+    """Return what the last layer of a model shows.
 
-
-def as_rows(argument: str, value: Any) -> np.ndarray:
-    """Return an array of a list, an array or a tensor; its rows are alike.
-
-    bfloat16, which NumPy does not count among the floats, becomes float32.
+    Returns:
+        The name of its activation, if it is one of Keras's; the number of
+        outputs; and whether these are logits. Each is None if it does not show.
     """
-    try:
-        array = as_array(value)
-        half = array.dtype.name == "bfloat16"
-        return array.astype("float32") if half else array
-    except ValueError:
+    layer = model
+    while isinstance(layer, keras.Model):
+        if isinstance(layer, keras.Sequential):
+            layer = layer.layers[-1] if layer.layers else None
+        else:
+            # An output may also be of an operation, which is no layer.
+            names = list(getattr(layer, "output_names", []))
+            layers = {each.name: each for each in layer.layers}
+            layer = layers.get(names[0]) if len(names) == 1 else None
+    columns = getattr(layer, "units", None)
+    if columns is None and isinstance(model, keras.Model) and model.built:
+        columns = getattr(model, "output_shape", [None])[-1]
+    # A layer such as Softmax or ReLU is an activation itself.
+    activation = getattr(layer, "activation", None)
+    name = getattr(activation, "__name__", type(layer).__name__.lower())
+    if name == "linear":
+        layers = keras.layers
+        dense = (layers.Dense, layers.EinsumDense, layers.Conv1D, layers.Conv2D)
+        return None, columns, isinstance(layer, dense) or None
+    name = name if name in dir(keras.activations) else None
+    return name, columns, False if name in PROBABILITIES else None
+
+
+def check_head(
+    argument: str, model: keras.Model, from_logits: bool | None, flag: str
+) -> bool | None:
+    """Check a model's last layer; return whether it shows that it gives logits.
+
+    Raises a `ValueError` if the outputs are no distribution over classes, or
+    not what `from_logits` says; `flag` is the name of that argument.
+    """
+    name, columns, shown = last_layer(model)
+    received = f"Received: {argument}={model.name!r}, {flag}={from_logits}"
+    if name in ("sigmoid", "hard_sigmoid") and columns not in (1, None):
         raise ValueError(
-            f"`{argument}` must have rows of the same length. Received: "
-            f"{argument}, a {type(value).__name__} of {len(value)} that differ"
-        ) from None
-
-
-def as_floats(argument: str, value: Any, expected: str) -> np.ndarray:
-    """Require real numbers; return them as a float64 array of its own."""
-    try:
-        array = as_array(value)
-        if array.dtype.kind not in "cUSmM":  # NumPy would convert these
-            return np.array(array, dtype="float64")
-    except (TypeError, ValueError):
-        pass
-    fail(argument, expected, value)
+            f"`{argument}` must give probabilities of one class among several, "
+            f"and it ends in {columns} independent sigmoids. To distil those, "
+            "fit the student on the teacher's outputs with "
+            f"keras.losses.BinaryCrossentropy(). {received}"
+        )
+    if shown is not None and from_logits is not None and shown != from_logits:
+        raise ValueError(
+            f"`{flag}` must be {shown}, because the last layer of `{argument}` "
+            f"gives {'logits' if shown else 'probabilities'}. {received}"
+        )
+    if shown is None and name is not None and not from_logits:
+        raise ValueError(
+            f"`{argument}` must give probabilities or logits, and {name} gives "
+            "no probabilities. End the model in a softmax or in a dense layer "
+            "without activation, or set "
+            f"{flag}=True if its outputs are logits. {received}"
+        )
+    return shown

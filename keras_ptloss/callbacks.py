@@ -32,12 +32,8 @@ class FilteredTeacher(keras.callbacks.Callback):
         batch_size: as in `keras.Model.predict`.
 
     Attributes:
-        probabilities: the averages, `(N, C)` in float32, C = 2 for a binary
-            head of one output; None before the end of the first epoch.
-
-    Raises:
-        ValueError: if `rate` is out of range; during `fit`, if the outputs are
-            not `(N, C)`, or are no probabilities without `from_logits`.
+        probabilities: the averages, `(N, ..., C)` in float32, C = 2 for a
+            binary head of one output; None before the end of the first epoch.
 
     Example:
         >>> import keras, numpy as np
@@ -80,15 +76,10 @@ class FilteredTeacher(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Add the outputs of this epoch's weights to the average."""
-        outputs = np.asarray(
-            self.model.predict(self.x, batch_size=self.batch_size, verbose=0),
-            "float32",
+        outputs = self.model.predict(
+            self.x, batch_size=self.batch_size, verbose=0
         )
-        if outputs.ndim != 2:
-            raise ValueError(
-                "The teacher must give one array, (examples, classes). "
-                f"Received: outputs of shape {outputs.shape}"
-            )
+        outputs = np.asarray(outputs, "float32")
         outputs = two_events(outputs, from_logits=self.from_logits)
         if self.from_logits:
             outputs = scipy.special.softmax(outputs, axis=-1)

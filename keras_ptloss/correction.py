@@ -1,7 +1,6 @@
 """The correction of a teacher: what a search finds, and its Keras layers."""
 
 import dataclasses
-import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -15,11 +14,13 @@ from keras import ops
 from keras_ptloss._backend import as_array
 from keras_ptloss._math import log_teacher_probs, two_events
 from keras_ptloss._validation import (
+    as_floats,
     check_constant_epsilon,
     check_flag,
     check_probabilities,
     fail,
     on_simplex,
+    valid_probs,
 )
 from keras_ptloss.proxy import proxy_teacher, proxy_tensor
 
@@ -72,7 +73,7 @@ class Correction:
         >>> import numpy as np
         >>> correction = Correction(epsilon=0.5, temperature=2.0)
         >>> correction.correct(np.array([[0.98, 0.02]])).round(3)
-        array([[0.904, 0.096]])
+        array([[0.907, 0.093]])
 
     Reference:
         Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), Eq. 8.
@@ -90,95 +91,84 @@ class Correction:
 
     def __post_init__(self) -> None:
         """Check the arguments, and store arrays as read-only float64."""
-        matrix = _floats("matrix", self.matrix, ndim=2)
-        bias = _floats("bias", self.bias, ndim=1)
+        matrix = _finite("matrix", self.matrix, ndim=2)
         counts = self.teacher_classes
         if counts is None and matrix is not None:
             counts = (matrix.shape[1],)
-        counts = counts and tuple(int(count) for count in counts)
         teachers = len(counts) if counts else 1
         temperature = np.asarray(self.temperature, "float64")
-        if temperature.shape not in ((), (teachers,)) or not np.all(
-            temperature > 0.0
-        ):
+        one_or_each = temperature.shape in ((), (teachers,))
+        if not one_or_each or not np.all(temperature > 0.0):
             fail(
                 "temperature",
                 f"a positive number, or one for each of {teachers} teachers",
                 self.temperature,
             )
-        temperature = np.broadcast_to(temperature, (teachers,))
-        flags = self.from_logits
-        if not isinstance(flags, (tuple, list)):
-            flags = (flags,) * teachers
-        if len(flags) != teachers:
-            fail("from_logits", "one flag, or one for each teacher", flags)
-        flags = tuple(check_flag("from_logits", flag) for flag in flags)
-        epsilon = check_constant_epsilon(self.epsilon)
-        epsilon.setflags(write=False)
+        temperatures = np.broadcast_to(temperature, (teachers,)).tolist()
+        flags = one_flag_each(self.from_logits, teachers)
+        one = teachers == 1
         for name, value in {
-            "epsilon": epsilon,
-            "temperature": _one_or_tuple(temperature.tolist()),
+            "epsilon": check_constant_epsilon(self.epsilon),
+            "temperature": temperatures[0] if one else tuple(temperatures),
             "matrix": matrix,
-            "bias": bias,
+            "bias": _finite("bias", self.bias, ndim=1),
             "log_prob_weight": float(self.log_prob_weight),
             "prob_weight": float(self.prob_weight),
             "kept_classes": tuple(int(c) for c in self.kept_classes),
-            "teacher_classes": counts,
-            "from_logits": _one_or_tuple(flags),
+            "teacher_classes": counts and tuple(int(count) for count in counts),
+            "from_logits": flags[0] if one else flags,
         }.items():
+            if isinstance(value, np.ndarray):
+                value.setflags(write=False)
             object.__setattr__(self, name, value)
         self._check_classes()
 
     def _check_classes(self) -> None:
         """Require that all arguments agree on the number of classes."""
-        counts, classes = self.teacher_classes, self.num_classes
-        sizes = {
+        classes, counts = self.num_classes, self.teacher_classes or ()
+        shapes = {
             "matrix": None if self.matrix is None else self.matrix.shape,
             "bias": None if self.bias is None else self.bias.shape,
             "epsilon": self.epsilon.shape if self.epsilon.ndim == 2 else None,
         }
-        temperatures = _tuple(self.temperature)
+        kept = self.kept_classes
         if (
-            any(size and size[0] != classes for size in sizes.values())
-            or any(
-                count != classes and np.isfinite(temperature)
-                for count, temperature in zip(
-                    counts or (classes,), temperatures, strict=True
-                )
-            )
-            or (
-                counts and sizes["matrix"] not in (None, (classes, sum(counts)))
-            )
-            or any(c < 0 or c >= (classes or np.inf) for c in self.kept_classes)
-            or (self.kept_classes and counts and classes not in counts)
+            any(shape and shape[0] != classes for shape in shapes.values())
+            or shapes["matrix"] not in (None, (classes, sum(counts)))
+            or any(count != classes for count in self._counts_in_step_1())
+            or any(c < 0 or c >= (classes or np.inf) for c in kept)
+            or (kept and counts and classes not in counts)
         ):
             raise ValueError(
                 "The arguments must agree on the number of classes C: `matrix` "
                 "is (C, sum of teacher_classes), `bias` (C,), `epsilon` (C, M) "
                 "if it is per class, and `kept_classes` are below C. A teacher "
                 "whose classes are not the C must have temperature=inf, and "
-                f"cannot keep classes. Received: shapes {sizes}, temperature="
-                f"{self.temperature}, teacher_classes={counts}, kept_classes="
-                f"{self.kept_classes}"
+                f"cannot keep classes. Received: shapes {shapes}, temperature="
+                f"{self.temperature}, teacher_classes={self.teacher_classes}, "
+                f"kept_classes={kept}"
             )
 
     @property
     def num_classes(self) -> int | None:
         """The number of classes C, or None if every number is right."""
-        if self.bias is not None:
-            return len(self.bias)
-        if self.matrix is not None:
-            return len(self.matrix)
-        if self.epsilon.ndim == 2:
-            return len(self.epsilon)
+        per_class = self.epsilon if self.epsilon.ndim == 2 else None
+        for array in (self.bias, self.matrix, per_class):
+            if array is not None:
+                return len(array)
         counts = self.teacher_classes or ()
-        temperatures = _tuple(self.temperature)
-        pooled = [
+        return (*self._counts_in_step_1(), *counts, None)[0]
+
+    def _counts_in_step_1(self) -> list[int]:
+        """Return the number of classes of each teacher in step 1."""
+        counts, temperatures = self.teacher_classes, _tuple(self.temperature)
+        return [
             count
-            for count, temperature in zip(counts, temperatures, strict=False)
-            if np.isfinite(temperature)
+            for count, temperature in zip(
+                counts or (), temperatures, strict=False
+            )
+            if temperature < np.inf
         ]
-        return (*pooled, *counts, None)[0]
 
     @property
     def has_step_2(self) -> bool:
@@ -216,27 +206,19 @@ class Correction:
             ValueError: if `teacher_outputs` are not of this form.
         """
         flags = _tuple(self.from_logits)
+        outputs = teacher_outputs
         if len(flags) == 1:
-            outputs = [teacher_outputs]
-        elif isinstance(teacher_outputs, (list, tuple)):
-            outputs = list(teacher_outputs)
-        else:
-            outputs = self.split(as_array(teacher_outputs))
+            outputs = [outputs]
+        elif not isinstance(outputs, (list, tuple)):
+            outputs = self.split(as_array(outputs))
         if len(outputs) != len(flags):
-            raise ValueError(
-                "`teacher_outputs` must have one array for each of "
-                f"{len(flags)} teachers. Received: {len(outputs)} arrays"
-            )
+            expected = f"one array for each of {len(flags)} teachers"
+            fail("teacher_outputs", expected, outputs)
         probs = [
             as_probabilities(
-                "teacher_outputs"
-                if len(flags) == 1
-                else f"teacher_outputs[{k}]",
-                output,
-                from_logits=flag,
-                if_logits="take their softmax first",
+                "teacher_outputs", output, flag, "take their softmax first"
             )
-            for k, (output, flag) in enumerate(zip(outputs, flags, strict=True))
+            for output, flag in zip(outputs, flags, strict=True)
         ]
         side_by_side = np.concatenate(probs, axis=-1)
         return np.asarray(_corrected(self, self.split(side_by_side), np))
@@ -264,7 +246,7 @@ class Correction:
                 f"for, {' + '.join(map(str, counts))}. Received: teacher "
                 f"outputs of shape {tuple(side_by_side.shape)}"
             )
-        ends = itertools.accumulate(counts)
+        ends = np.cumsum(counts).tolist()
         return [
             side_by_side[..., end - count : end]
             for count, end in zip(counts, ends, strict=True)
@@ -284,8 +266,10 @@ class Correction:
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that build the same correction again."""
         return {
-            field.name: _plain(getattr(self, field.name))
-            for field in dataclasses.fields(self)
+            name: np.asarray(value).tolist()
+            if isinstance(value, (np.ndarray, tuple))
+            else value
+            for name, value in vars(self).items()
         }
 
     @classmethod
@@ -299,21 +283,11 @@ class Correction:
             return NotImplemented
         return self.get_config() == other.get_config()
 
-    def __hash__(self) -> int:
-        """Return the same number for equal corrections."""
-        return hash(json.dumps(self.get_config()))
-
 
 def _corrected(
     correction: Correction, teacher_probs: Sequence[Tensor], xp: Any
 ) -> Tensor:
-    """Return q of the class docstring, for NumPy arrays or tensors.
-
-    Args:
-        correction: its arguments.
-        teacher_probs: one array per teacher, `(..., C_k)`.
-        xp: `numpy` or `keras.ops`.
-    """
+    """Return q of the class docstring; `xp` is `numpy` or `keras.ops`."""
     first = teacher_probs[0]
     dtype = keras.backend.standardize_dtype(first.dtype)
 
@@ -344,12 +318,10 @@ def _corrected(
 
     kept = np.zeros(classes)
     kept[list(correction.kept_classes)] = 1.0
-    alike = [z_k for z_k in z if z_k.shape[-1] == classes]
-    mean = (
-        first
-        if len(z) == 1
-        else xp.exp(_log_softmax(sum(alike) / len(alike), xp))
-    )
+    mean = first
+    if len(z) > 1:
+        alike = [z_k for z_k in z if z_k.shape[-1] == classes]
+        mean = xp.exp(_log_softmax(sum(alike) / len(alike), xp))
     of_kept = mean * constant(kept)
     others = xp.exp(_log_softmax(logits - constant(1e30 * kept), xp))
     rest = 1.0 - xp.sum(of_kept, axis=-1, keepdims=True)
@@ -388,41 +360,19 @@ def _log_proxy(log_t: Tensor, correction: Correction, xp: Any) -> Tensor:
 
 
 def as_probabilities(
-    argument: str,
-    outputs: Any,
-    *,
-    from_logits: bool,
-    if_logits: str = "pass from_logits=True",
+    argument: str, outputs: Any, from_logits: bool, advice: str
 ) -> np.ndarray:
-    """Return one teacher's outputs as probabilities that sum to one.
+    """Return one teacher's outputs as probabilities `(..., C)`, float64.
 
-    Args:
-        argument: the name that errors use.
-        outputs: `(..., C)`, or `(..., 1)` of a sigmoid head.
-        from_logits: whether they are logits.
-        if_logits: what an error advises if logits came as probabilities.
-
-    Returns:
-        `(..., C)`, float64.
-
-    Raises:
-        ValueError: if they are not numbers, or not what `from_logits` says.
+    Errors name the `argument`, and give `advice` on logits that were passed as
+    probabilities.
     """
-    if isinstance(outputs, np.ma.MaskedArray):
-        raise ValueError(
-            f"`{argument}` must not be a masked array: leave the masked rows "
-            "out, of the labels too. Received: a masked array of shape "
-            f"{outputs.shape}"
-        )
-    array = as_array(outputs)
-    if array.dtype.name == "bfloat16":  # not a float type to NumPy
-        array = array.astype("float32")
-    if array.dtype.kind not in "fiu" or not array.ndim or not array.size:
-        raise ValueError(
-            f"`{argument}` must hold numbers, (..., num_classes). Received: "
-            f"{argument} of shape {array.shape} and dtype {array.dtype}"
-        )
-    array = two_events(array.astype("float64"), from_logits=from_logits)
+    refuse_masked(argument, outputs)
+    expected = "numbers of shape (..., num_classes), not empty"
+    array = as_floats(argument, outputs, expected)
+    if not array.ndim or not array.size:
+        fail(argument, expected, outputs)
+    array = two_events(array, from_logits=from_logits)
     missing = np.isnan(array).any(axis=-1)
     if missing.any():
         raise ValueError(
@@ -432,7 +382,7 @@ def as_probabilities(
             f"at index {int(np.argmax(missing))}"
         )
     if from_logits:
-        if not np.isfinite(array).all():
+        if np.isinf(array).any():
             fail(argument, "finite logits", array)
         if array.size > array.shape[-1] and on_simplex(array).all():
             raise ValueError(
@@ -446,34 +396,46 @@ def as_probabilities(
             f"`{argument}` must hold probabilities, and these are percentages: "
             f"divide them by 100. Received: {argument}[0]={array[0]}"
         )
-    check_probabilities(argument, array, if_logits)
+    check_probabilities(argument, array, advice)
     return np.asarray(array / array.sum(axis=-1, keepdims=True))
 
 
-def _floats(argument: str, values: Any, *, ndim: int) -> np.ndarray | None:
-    """Return a read-only float64 copy, or None."""
+def refuse_masked(argument: str, values: Any) -> None:
+    """Raise a `ValueError` for a masked array: NumPy would drop its mask."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise ValueError(
+            f"`{argument}` must not be a masked array: leave the masked rows "
+            "out, of labels and teacher outputs alike. Received: a masked "
+            f"array of shape {values.shape}"
+        )
+
+
+def one_flag_each(from_logits: Any, teachers: int) -> tuple[Any, ...]:
+    """Return for each teacher True, False or, where it may be, None."""
+    flags = from_logits
+    if not isinstance(flags, (list, tuple)):
+        flags = (flags,) * teachers
+    if len(flags) != teachers:
+        fail("from_logits", "one flag, or one for each teacher", from_logits)
+    return tuple(
+        flag if flag is None else check_flag("from_logits", flag)
+        for flag in flags
+    )
+
+
+def _finite(argument: str, values: Any, *, ndim: int) -> np.ndarray | None:
+    """Return a float64 copy of finite numbers, or None."""
     if values is None:
         return None
-    array = np.array(as_array(values), "float64")
+    expected = f"finite numbers with {ndim} axes, or None"
+    array = as_floats(argument, values, expected)
     if array.ndim != ndim or not array.size or not np.isfinite(array).all():
-        fail(argument, f"finite numbers with {ndim} axes, or None", values)
-    array.setflags(write=False)
+        fail(argument, expected, values)
     return array
-
-
-def _one_or_tuple(values: Sequence[Any]) -> Any:
-    return values[0] if len(values) == 1 else tuple(values)
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
-
-
-def _plain(value: Any) -> Any:
-    """Return lists and numbers, as JSON has them."""
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    return list(value) if isinstance(value, tuple) else value
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
@@ -489,13 +451,8 @@ class CorrectedTeacher(keras.layers.Layer):
         **kwargs: `name` and other arguments of `keras.layers.Layer`.
 
     Input: probabilities, `(..., C)`; of several teachers a list of tensors, or
-    one tensor that holds them side by side. Output: `(..., C)`. Inside compiled
-    functions rows that are not probabilities become NaN; outside they raise a
-    ValueError.
-
-    Raises:
-        ValueError: if `correction` is not a `Correction`; on a call, if the
-            input is not of this form.
+    one tensor that holds them side by side. Output: `(..., C)`. Rows that are
+    not probabilities raise a ValueError, or become NaN in compiled functions.
 
     Example:
         >>> import numpy as np
@@ -514,28 +471,12 @@ class CorrectedTeacher(keras.layers.Layer):
 
     def call(self, inputs: Tensor) -> Tensor:
         """Return the corrected probabilities."""
-        if isinstance(inputs, (list, tuple)):
-            parts = [two_events(x, from_logits=False) for x in inputs]
-            inputs = ops.concatenate(parts, axis=-1)
-        inputs = two_events(inputs, from_logits=False)
-        valid = True
-        for k, part in enumerate(self.correction.split(inputs)):
-            check_probabilities(
-                f"inputs, teacher {k}", part, "add a keras.layers.Softmax()"
-            )
-            total = ops.sum(part, axis=-1, keepdims=True)
-            lowest = ops.min(part, axis=-1, keepdims=True)
-            good = ops.logical_and(ops.abs(total - 1.0) <= 1e-2, lowest >= 0.0)
-            valid = ops.logical_and(valid, good)
-        return ops.where(valid, self.correction.apply(inputs), np.nan)
-
-    def compute_output_shape(self, input_shape: Any) -> Any:
-        """Return `(..., C)`."""
-        first = input_shape
-        if input_shape and isinstance(input_shape[0], (list, tuple)):
-            first = input_shape[0]
-        classes = self.correction.num_classes or max(first[-1], 2)
-        return (*first[:-1], classes)
+        parts = inputs if isinstance(inputs, (list, tuple)) else [inputs]
+        parts = [two_events(part, from_logits=False) for part in parts]
+        advice = "add a keras.layers.Softmax()"
+        parts = self.correction.split(ops.concatenate(parts, axis=-1))
+        valid = [valid_probs("inputs", part, advice) for part in parts]
+        return self.correction.apply(ops.concatenate(valid, axis=-1))
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that build the same layer again."""
@@ -564,17 +505,13 @@ class TeachersSideBySide(keras.layers.Layer):
     Input: what the teachers take. Output: probabilities, `(..., C_1 + C_2 +
     ...)`.
 
-    Raises:
-        ValueError: if `teachers` is not a list of models.
-
     Example:
         >>> import keras, numpy as np
         >>> teachers = [
-        ...     keras.Sequential([keras.layers.Dense(classes, "softmax")])
-        ...     for classes in (3, 5)
+        ...     keras.Sequential([keras.layers.Dense(num_classes, "softmax")])
+        ...     for num_classes in (3, 5)
         ... ]
-        >>> layer = TeachersSideBySide(teachers)
-        >>> layer(np.ones((2, 4), "float32")).shape[-1]
+        >>> TeachersSideBySide(teachers)(np.ones((2, 4), "float32")).shape[-1]
         8
     """
 
@@ -589,19 +526,8 @@ class TeachersSideBySide(keras.layers.Layer):
         kwargs.setdefault("autocast", False)
         kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
-        if not isinstance(teachers, (list, tuple)) or not all(
-            isinstance(model, keras.Model) for model in teachers
-        ):
-            fail("teachers", "a list of Keras models", teachers)
-        flags = from_logits
-        if isinstance(flags, (bool, np.bool_)):
-            flags = [flags] * len(teachers)
-        if len(flags) != len(teachers):
-            fail(
-                "from_logits", "one flag, or one for each teacher", from_logits
-            )
         self.teachers = list(teachers)
-        self.from_logits = [check_flag("from_logits", f) for f in flags]
+        self.from_logits = list(one_flag_each(from_logits, len(teachers)))
 
     def call(self, inputs: Any) -> Tensor:
         """Return the teachers' probabilities side by side."""

@@ -14,14 +14,16 @@ from keras_ptloss._backend import (
     no_gradient,
     outside_of_step,
     replicas,
+    supports_jit,
     weights_given_back,
 )
-from keras_ptloss._keras import supports_jit
 from keras_ptloss._math import two_events
 from keras_ptloss._validation import (
     check_classes,
+    check_head,
     check_number,
     fail,
+    last_layer,
     one_tensor,
 )
 from keras_ptloss.losses.base import expand_weights
@@ -36,7 +38,6 @@ __all__ = ["Distiller"]
 
 FIXED = {"student", "student_inputs", "teacher_inputs", "teacher_from_logits"}
 FIXED |= {"teacher_metrics", "hard_label_loss"}
-PROBABILITIES = ("softmax", "sparsemax", "sigmoid", "hard_sigmoid")
 
 
 class Targets(NamedTuple):
@@ -555,75 +556,6 @@ class Distiller(keras.Model):
                 config[key], custom_objects=custom_objects
             )
         return cls(**config)
-
-
-def last_layer(model: Any) -> tuple[str | None, int | None, bool | None]:
-    """Return what the last layer of a model shows.
-
-    Returns:
-        The name of its activation, if it is one of Keras's; the number of
-        outputs; and whether these are logits. Each is None if it does not show.
-    """
-    layer = model
-    while isinstance(layer, keras.Model):
-        if isinstance(layer, keras.Sequential):
-            layer = layer.layers[-1] if layer.layers else None
-        else:
-            # An output may also be of an operation, which is no layer.
-            names = list(getattr(layer, "output_names", []))
-            layers = {each.name: each for each in layer.layers}
-            layer = layers.get(names[0]) if len(names) == 1 else None
-    columns = getattr(layer, "units", None)
-    if columns is None and isinstance(model, keras.Model) and model.built:
-        columns = getattr(model, "output_shape", [None])[-1]
-    # A layer such as Softmax or ReLU is an activation itself.
-    activation = getattr(layer, "activation", None)
-    name = getattr(activation, "__name__", type(layer).__name__.lower())
-    if name == "linear":
-        layers = keras.layers
-        dense = (layers.Dense, layers.EinsumDense, layers.Conv1D, layers.Conv2D)
-        return None, columns, isinstance(layer, dense) or None
-    name = name if name in dir(keras.activations) else None
-    return name, columns, False if name in PROBABILITIES else None
-
-
-def check_head(
-    argument: str, model: keras.Model, from_logits: bool | None, flag: str
-) -> bool | None:
-    """Check a model's last layer; return whether it shows that it gives logits.
-
-    Args:
-        argument: `teacher` or `student`, for errors.
-        model: the model.
-        from_logits: whether its outputs are said to be logits, or None.
-        flag: the name of the argument that says so, for errors.
-
-    Raises:
-        ValueError: if the outputs are no distribution over classes, or not what
-            `from_logits` says.
-    """
-    name, columns, shown = last_layer(model)
-    received = f"Received: {argument}={model.name!r}, {flag}={from_logits}"
-    if name in ("sigmoid", "hard_sigmoid") and columns not in (1, None):
-        raise ValueError(
-            f"`{argument}` must give probabilities of one class among several, "
-            f"and it ends in {columns} independent sigmoids. To distil those, "
-            "fit the student on the teacher's outputs with "
-            f"keras.losses.BinaryCrossentropy(). {received}"
-        )
-    if shown is not None and from_logits is not None and shown != from_logits:
-        raise ValueError(
-            f"`{flag}` must be {shown}, because the last layer of `{argument}` "
-            f"gives {'logits' if shown else 'probabilities'}. {received}"
-        )
-    if shown is None and name is not None and not from_logits:
-        raise ValueError(
-            f"`{argument}` must give probabilities or logits, and {name} gives "
-            "no probabilities. End the model in a softmax or in a dense layer "
-            "without activation, or set "
-            f"{flag}=True if its outputs are logits. {received}"
-        )
-    return shown
 
 
 def _corrected(loss: Any, teacher_probs: Tensor) -> Tensor:

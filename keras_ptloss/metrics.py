@@ -1,10 +1,17 @@
 """Metrics of a student: its distance to the teacher, and its calibration.
 
 `TeacherAgreement`, `TotalVariationDistance` and `KLToTeacher` compare the
-student with the teacher: their `y_true` holds the teacher's probabilities.
-`BrierScore` and `ExpectedCalibrationError` compare the student with true
-labels. All of them average over every position of the leading axes. Positions
-of weight 0, or behind a Keras mask, may hold anything, NaN too.
+student with the teacher, not with labels: `y_true` holds the teacher's
+probabilities, `(..., C)`, and a row of zeros is padding. `BrierScore` and
+`ExpectedCalibrationError` compare it with true labels: class indices, `(...)`
+or `(..., 1)`, or one-hot rows, `(..., C)`. A label that is no class is an error
+in an eager call, and gives NaN in a compiled function.
+
+`y_pred` holds the student's outputs, `(..., C)`; `(..., 1)` is the probability
+(or the logit) of the second of two classes. All metrics average over every
+position of the leading axes. `sample_weight` is `(...)`, or one weight per
+example, `(N,)`. Positions of weight 0, or behind a Keras mask, may hold
+anything, NaN too.
 """
 
 from typing import Any
@@ -12,14 +19,14 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ptloss._backend import visible_values
-from keras_ptloss._keras import set_direction
+from keras_ptloss._backend import set_direction, visible_values
 from keras_ptloss._validation import (
     check_classes,
     check_count,
     check_flag,
     check_ignore_class,
     fail,
+    valid_probs,
 )
 from keras_ptloss.losses.base import (
     TINY,
@@ -28,7 +35,6 @@ from keras_ptloss.losses.base import (
     read_student,
     read_teacher,
     unmasked,
-    valid_probs,
 )
 
 Tensor = Any
@@ -46,11 +52,6 @@ class TeacherMetric(keras.metrics.Mean):
     """Base class of the metrics that compare the student with the teacher.
 
     A subclass implements `values`.
-
-    Args:
-        from_logits: whether the student's outputs are logits.
-        name: name of the metric.
-        dtype: dtype of the result.
     """
 
     default_name: str
@@ -79,14 +80,7 @@ class TeacherMetric(keras.metrics.Mean):
     def update_state(
         self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
     ) -> None:
-        """Add a batch.
-
-        Args:
-            y_true: the teacher's probabilities, `(..., C)`. A row of zeros is
-                padding and does not count.
-            y_pred: the student's outputs, `(..., C)`.
-            sample_weight: `(...)`, or one weight per example, `(N,)`.
-        """
+        """Add a batch of teacher probabilities and student outputs."""
         weight = position_weights(y_pred, sample_weight)
         student = read_student(
             where_weighted(y_pred, weight), from_logits=self.from_logits
@@ -109,13 +103,8 @@ class TeacherAgreement(TeacherMetric):
 
         agreement = mean_n [argmax_c t_{n,c} = argmax_c p_{n,c}]
 
-    It compares the student with the teacher, not with labels: a student can
-    agree with its teacher and be wrong with it. Of tied classes the first
-    counts.
-
-    `y_true` holds the teacher's probabilities, `(..., C)`, `y_pred` the
-    student's outputs. `(..., 1)` is the probability (or the logit) of the
-    second of two classes.
+    A student can agree with its teacher and be wrong with it. Of tied classes
+    the first counts.
 
     Args:
         from_logits: whether the student's outputs are logits.
@@ -154,13 +143,9 @@ class TotalVariationDistance(TeacherMetric):
 
         TV = mean_n 1/2 sum_c |t_{n,c} - p_{n,c}|
 
-    It compares the student with the teacher, not with labels. It is the largest
-    difference between the probabilities that the two give to any set of
-    classes, so one confident error cannot dominate the mean, as it can for KL.
-
-    `y_true` holds the teacher's probabilities, `(..., C)`, `y_pred` the
-    student's outputs. `(..., 1)` is the probability (or the logit) of the
-    second of two classes.
+    It is the largest difference between the probabilities that the two give to
+    any set of classes, so one confident error cannot dominate the mean, as it
+    can for KL.
 
     Args:
         from_logits: whether the student's outputs are logits.
@@ -196,14 +181,9 @@ class KLToTeacher(TeacherMetric):
 
         KL = mean_n sum_c t_{n,c} (log t_{n,c} - log p_{n,c})
 
-    It compares the student with the teacher, not with labels. It is PTLoss
-    without the perturbation: logged beside PTLoss, it shows how far the student
-    stays from the teacher on purpose. `0 log 0 = 0`, and probabilities of the
+    It is PTLoss without the perturbation: logged beside PTLoss, it shows how
+    far the student stays from the teacher on purpose. Probabilities of the
     student count as at least `keras.config.epsilon()`.
-
-    `y_true` holds the teacher's probabilities, `(..., C)`, `y_pred` the
-    student's outputs. `(..., 1)` is the probability (or the logit) of the
-    second of two classes.
 
     Args:
         from_logits: whether the student's outputs are logits.
@@ -243,20 +223,12 @@ class BrierScore(keras.metrics.Mean):
     calibration together. It is a sum over the classes: scores of two-class
     problems that look at one class are half of it.
 
-    `y_true` holds class indices, `(...)` or `(..., 1)`, or one-hot rows,
-    `(..., C)`. `y_pred` is `(..., C)`; `(..., 1)` is the probability (or the
-    logit) of the second of two classes.
-
     Args:
         from_logits: whether the student's outputs are logits.
         ignore_class: a class index whose positions do not count, such as -100
             or 255, as in `keras.losses.SparseCategoricalCrossentropy`.
         name: name of the metric.
         dtype: dtype of the result.
-
-    Raises:
-        ValueError: on update in an eager call, if a label is no class. In a
-            compiled function the result is NaN.
 
     Example:
         >>> import numpy as np
@@ -288,13 +260,7 @@ class BrierScore(keras.metrics.Mean):
     def update_state(
         self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
     ) -> None:
-        """Add a batch.
-
-        Args:
-            y_true: class indices or one-hot rows.
-            y_pred: the student's outputs, `(..., C)`.
-            sample_weight: `(...)`, or one weight per example, `(N,)`.
-        """
+        """Add a batch: true labels and the student's outputs."""
         labels, student, weight = read_labelled(
             y_true, y_pred, sample_weight, self.from_logits, self.ignore_class
         )
@@ -323,10 +289,6 @@ class ExpectedCalibrationError(keras.metrics.Metric):
     With weights, `|B|` and `N` are sums of weights. The bins are summed over
     all batches, so the result does not depend on the batch size.
 
-    `y_true` holds class indices, `(...)` or `(..., 1)`, or one-hot rows,
-    `(..., C)`. `y_pred` is `(..., C)`; `(..., 1)` is the probability (or the
-    logit) of the second of two classes.
-
     Args:
         num_bins: number of bins.
         from_logits: whether the student's outputs are logits.
@@ -334,10 +296,6 @@ class ExpectedCalibrationError(keras.metrics.Metric):
             or 255, as in `keras.losses.SparseCategoricalCrossentropy`.
         name: name of the metric.
         dtype: dtype of the result.
-
-    Raises:
-        ValueError: on update in an eager call, if a label is no class. In a
-            compiled function the result is NaN.
 
     Example:
         >>> import numpy as np
@@ -378,25 +336,20 @@ class ExpectedCalibrationError(keras.metrics.Metric):
     def update_state(
         self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
     ) -> None:
-        """Add a batch.
-
-        Args:
-            y_true: class indices or one-hot rows.
-            y_pred: the student's outputs, `(..., C)`.
-            sample_weight: `(...)`, or one weight per example, `(N,)`.
-        """
+        """Add a batch: true labels and the student's outputs."""
         labels, student, weight = read_labelled(
             y_true, y_pred, sample_weight, self.from_logits, self.ignore_class
         )
         confidence = ops.max(student, axis=-1)
         right = ops.equal(ops.argmax(student, -1), ops.argmax(labels, -1))
         gaps = weight * (ops.cast(right, confidence.dtype) - confidence)
-        bins = confidence_bins(confidence, self.num_bins)
-        by_bin = ops.one_hot(bins, self.num_bins, dtype=gaps.dtype)
-        gaps = ops.reshape(
-            ops.expand_dims(gaps, -1) * by_bin, (-1, self.num_bins)
+        bins = ops.ceil(confidence * self.num_bins) - 1
+        bins = ops.cast(ops.clip(bins, 0, self.num_bins - 1), "int32")
+        gaps = gaps[..., None] * ops.one_hot(
+            bins, self.num_bins, dtype=gaps.dtype
         )
-        self.gaps.assign_add(ops.cast(ops.sum(gaps, axis=0), self.dtype))
+        gaps = ops.sum(ops.reshape(gaps, (-1, self.num_bins)), axis=0)
+        self.gaps.assign_add(ops.cast(gaps, self.dtype))
         self.count.assign_add(ops.cast(ops.sum(weight), self.dtype))
 
     def result(self) -> Tensor:
@@ -413,29 +366,16 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         }
 
 
-def confidence_bins(confidence: Tensor, num_bins: int) -> Tensor:
-    """Return the bin m of each confidence, in `(m, m + 1] / num_bins`."""
-    bins = ops.ceil(confidence * num_bins) - 1
-    return ops.cast(ops.clip(bins, 0, num_bins - 1), "int32")
-
-
-def position_weights(y_pred: Tensor, sample_weight: Tensor = None) -> Tensor:
-    """Return the weight of each position, `(...)`: 0 where a mask hides it.
-
-    Args:
-        y_pred: `(..., C)`.
-        sample_weight: `(...)`, `(..., 1)`, one per example, `(N,)`, or None.
-    """
+def position_weights(y_pred: Tensor, sample_weight: Tensor) -> Tensor:
+    """Return the weight of each position, `(...)`: 0 where a mask hides it."""
     y_pred = ops.convert_to_tensor(y_pred)
     weight = unmasked(y_pred)
     weight = ops.ones_like(y_pred[..., 0]) if weight is None else weight
     weight = ops.cast(weight, "float32")
-    if sample_weight is not None:
-        sample_weight = ops.cast(
-            ops.convert_to_tensor(sample_weight), "float32"
-        )
-        weight = weight * expand_weights(sample_weight, len(weight.shape))
-    return weight
+    if sample_weight is None:
+        return weight
+    sample_weight = ops.cast(ops.convert_to_tensor(sample_weight), "float32")
+    return weight * expand_weights(sample_weight, len(weight.shape))
 
 
 def where_weighted(rows: Tensor, weight: Tensor) -> Tensor:
@@ -462,6 +402,7 @@ def read_labelled(
     student = read_student(student, from_logits=from_logits)
     if from_logits:
         student = ops.softmax(student, axis=-1)
+    num_classes = student.shape[-1]
     labels = ops.convert_to_tensor(y_true)
     if labels.shape[-1] == 1 and len(labels.shape) == len(student.shape):
         labels = ops.squeeze(labels, axis=-1)
@@ -469,10 +410,9 @@ def read_labelled(
         indices = ops.cast(labels, "int32")
         if ignore_class is not None:
             weight = ops.where(ops.equal(indices, ignore_class), 0.0, weight)
-        classes = student.shape[-1]
-        valid = (indices >= 0) & (indices < classes)
+        valid = (indices >= 0) & (indices < num_classes)
         indices = ops.where(valid, indices, -1)  # PyTorch refuses others.
-        labels = ops.one_hot(indices, classes, dtype="float32")
+        labels = ops.one_hot(indices, num_classes, dtype="float32")
     check_classes("y_true", labels, "y_pred", student)
     labels = ops.cast(where_weighted(labels, weight), "float32")
     labels = valid_probs("y_true", labels, "give class indices instead")
@@ -482,8 +422,8 @@ def read_labelled(
     if values is not None and values.any():
         fail(
             "y_true",
-            f"class indices in [0, {student.shape[-1]}), or one-hot rows, "
-            "except where the weight is 0 or `ignore_class` says so",
+            f"class indices in [0, {num_classes}), or one-hot rows, except "
+            "where the weight is 0 or `ignore_class` says so",
             ops.convert_to_numpy(y_true)[values][0].tolist(),
         )
     return labels, student, ops.where(wrong, float("nan"), weight)

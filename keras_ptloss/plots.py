@@ -1,6 +1,10 @@
-"""Plots of a search, a proxy teacher and its calibration, with Matplotlib."""
+"""Plots of a search, a proxy teacher and its calibration, with Matplotlib.
 
-from typing import TYPE_CHECKING, Any
+Each function draws on the Matplotlib axes `ax`, or on those of a new figure if
+`ax` is None, and returns the axes.
+"""
+
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -8,9 +12,6 @@ from keras import ops
 from keras_ptloss._validation import on_simplex
 from keras_ptloss.losses import pt_loss
 from keras_ptloss.proxy import proxy_teacher
-
-if TYPE_CHECKING:
-    from keras_ptloss.search import SearchResult
 
 __all__ = [
     "plot_classes",
@@ -27,7 +28,7 @@ Axes = Any  # matplotlib.axes.Axes
 MAX_BARS = 30
 
 
-def plot_classes(result: "SearchResult", *, ax: Axes = None) -> Axes:
+def plot_classes(result: Any, *, ax: Axes = None) -> Axes:
     """Plot how often each class occurs: labels, teacher, corrected teacher.
 
     The teachers' shares are mean probabilities over the searched examples. They
@@ -35,10 +36,14 @@ def plot_classes(result: "SearchResult", *, ax: Axes = None) -> Axes:
 
     Args:
         result: what a `ProxyTeacherSearch` returned.
-        ax: Matplotlib axes to draw on. None makes a figure.
+        ax: Matplotlib axes, or None for a new figure.
 
-    Returns:
-        The axes.
+    Example:
+        >>> from keras_ptloss import ProxyTeacherSearch
+        >>> from keras_ptloss.plots import plot_classes
+        >>> teacher_probs = [[0.7, 0.3], [0.4, 0.6], [0.8, 0.2]]
+        >>> result = ProxyTeacherSearch().search(teacher_probs, [0, 1, 1])
+        >>> ax = plot_classes(result)
     """
     ax = _axes(ax)
     position = np.arange(len(result.class_names))
@@ -50,14 +55,18 @@ def plot_classes(result: "SearchResult", *, ax: Axes = None) -> Axes:
             ax.bar(position, shares, 0.9, color="0.8", label=name)
         else:
             ax.plot(position, shares, "ox"[index - 1], markersize=4, label=name)
-    _class_ticks(ax, result.class_names)
+    # About twenty of many classes have a tick. Long names stand upright.
+    shown = position[:: -(-len(position) // 20)] if many else position
+    names = [result.class_names[c] for c in shown]
+    rotation = 90 if max(map(len, names)) * len(names) > 50 else 0
+    ax.set_xticks(shown, names, rotation=rotation)
     ax.set(xlabel="class", ylabel="share")
     # Above the axes, where it hides no bar.
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=3, fontsize=8)
     return ax
 
 
-def plot_search(result: "SearchResult", *, ax: Axes = None) -> Axes:
+def plot_search(result: Any, *, ax: Axes = None) -> Axes:
     """Plot the best score so far of a random search, by order (Figure 4).
 
     The plot shows whether more trials or a higher order would still pay. A
@@ -65,19 +74,22 @@ def plot_search(result: "SearchResult", *, ax: Axes = None) -> Axes:
 
     Args:
         result: what a `ProxyTeacherSearch(RandomSearch(...))` returned.
-        ax: Matplotlib axes to draw on. None makes a figure.
+        ax: Matplotlib axes, or None for a new figure.
 
-    Returns:
-        The axes.
-
-    Raises:
-        ValueError: if `result` does not come from a random search.
+    Example:
+        >>> from keras_ptloss import ProxyTeacherSearch
+        >>> from keras_ptloss.plots import plot_search
+        >>> from keras_ptloss.search import RandomSearch
+        >>> search = ProxyTeacherSearch(RandomSearch(num_trials=10, order=2))
+        >>> teacher_probs = [[0.7, 0.3], [0.4, 0.6], [0.8, 0.2]]
+        >>> result = search.search(teacher_probs, [0, 1, 1], verbose=0)
+        >>> ax = plot_search(result)
 
     Reference:
         Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), Algorithm 1 and
         Figure 4.
     """
-    if not {"order", "score"} <= set(result.trials):
+    if "best_of_order" not in result.trials:
         raise ValueError(
             "`result` must come from a search with RandomSearch. Received: "
             f"trials with columns {list(result.trials)}"
@@ -111,10 +123,7 @@ def plot_loss_curve(
             classes, or `(2, M)`.
         teacher_prob: the teacher's probability of the first class, above 0
             and below 1.
-        ax: Matplotlib axes to draw on. None makes a figure.
-
-    Returns:
-        The axes.
+        ax: Matplotlib axes, or None for a new figure.
 
     Example:
         >>> ax = plot_loss_curve([2.0], teacher_prob=0.7)
@@ -161,10 +170,7 @@ def plot_proxy_teacher(
     Args:
         teacher_probs: `(N, C)`.
         proxy_probs: `(N, C)`, of `proxy_teacher` or of `result.correct`.
-        ax: Matplotlib axes to draw on. None makes a figure.
-
-    Returns:
-        The axes, with one set of points per class.
+        ax: Matplotlib axes, or None for a new figure.
 
     Example:
         >>> teacher = [[0.7, 0.3], [0.2, 0.8]]
@@ -197,10 +203,7 @@ def plot_reliability(
         probs: probabilities of a teacher or a student, `(N, C)`.
         labels: true classes, integers, `(N,)`.
         num_bins: number of bins of equal width.
-        ax: Matplotlib axes to draw on. None makes a figure.
-
-    Returns:
-        The axes, with one bar for each bin that has examples.
+        ax: Matplotlib axes, or None for a new figure.
 
     Example:
         >>> ax = plot_reliability([[0.9, 0.1], [0.8, 0.2]], [0, 1], num_bins=5)
@@ -242,17 +245,14 @@ def plot_distance_accuracy(
 ) -> Axes:
     """Plot students' accuracy against their proxies' distance (Figure 3).
 
-    Students should do better the closer their proxy teacher is to the truth,
-    with a correlation near -1.
+    Students should do better the closer their proxy teacher is to the truth:
+    Pearson's correlation, in the title, should be near -1.
 
     Args:
         distances: distance of each proxy teacher to the truth, such as the
             mean of `||q_n - y_n||_2`, `(K,)`.
         accuracies: accuracy of each student, `(K,)`.
-        ax: Matplotlib axes to draw on. None makes a figure.
-
-    Returns:
-        The axes, with Pearson's correlation in the title.
+        ax: Matplotlib axes, or None for a new figure.
 
     Example:
         >>> ax = plot_distance_accuracy([0.3, 0.5, 0.6], [0.8, 0.7, 0.6])
@@ -280,19 +280,6 @@ def _axes(ax: Axes) -> Axes:
     import matplotlib.pyplot as plt
 
     return plt.subplots(layout="constrained")[1]
-
-
-def _class_ticks(ax: Axes, names: Any) -> None:
-    """Name the classes below the axes, or every fifth of many."""
-    step = 1 if len(names) <= MAX_BARS else -(-len(names) // 20)
-    shown = np.arange(0, len(names), step)
-    longest = max(len(names[c]) for c in shown)
-    ax.set_xticks(
-        shown,
-        [names[c] for c in shown],
-        # Names that would overlap stand upright.
-        rotation=90 if longest * len(shown) > 50 else 0,
-    )
 
 
 def _diagonal(ax: Axes) -> None:

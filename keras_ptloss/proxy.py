@@ -154,10 +154,6 @@ def solve_rows(
         t: probabilities `(N, C)`, float64.
         epsilon: `(M,)` or `(C, M)`, float64.
     """
-    # -1/m with a rounding error is -1/m.
-    convex_bound = -1.0 / np.arange(1, epsilon.shape[-1] + 1)
-    close = np.isclose(epsilon, convex_bound, rtol=1e-14, atol=0)
-    epsilon = np.where(close, convex_bound, epsilon)
     if _has_closed_form(epsilon):
         done = np.ones(len(t), bool)
         return shared_proxy(t, float(epsilon[0])), done, np.zeros(len(t), int)
@@ -247,7 +243,7 @@ def _tiny(x: Tensor) -> float:
 
 
 def _w_and_d(
-    q: Tensor, s: Tensor, coefficients: Sequence[Tensor]
+    q: Tensor, s: Tensor, coefficients: Sequence[Tensor], xp: Any = ops
 ) -> tuple[Tensor, Tensor]:
     """Return `1 + q h(s)` and `1 + q^2 h'(s)` with `s = 1 - q`, `(C, ...)`.
 
@@ -256,6 +252,8 @@ def _w_and_d(
     """
     order = len(coefficients)
     a = [1.0 + m * e for m, e in enumerate(coefficients, start=1)]
+    rounding = np.finfo(keras.backend.standardize_dtype(q.dtype)).eps
+    a = [xp.where(xp.abs(x) < rounding, 0.0, x) for x in a]
     a = [x / m for m, x in enumerate(a, start=1)]
     power = math.prod([s] * (order - 1), start=1.0)
     w = s * power + q * slope(s, a)
@@ -300,9 +298,8 @@ def _newton_loop(
     others = ops.sum(ops.where(top, 0.0, q), axis=0, keepdims=True)
     u = ops.log(q) - ops.log(ops.where(top, others, 1.0 - q))
 
-    def unfinished(
-        count: Tensor, u: Tensor, residual: Tensor, steps: Tensor
-    ) -> Tensor:
+    def unfinished(count: Tensor, *state: Tensor) -> Tensor:
+        _, residual, _ = state
         return (count < MAX_STEPS) & ops.any(~(residual <= tolerance))
 
     def step(
@@ -387,7 +384,7 @@ def _descend(
     loss never rises.
     """
 
-    def unfinished(count: Tensor, q: Tensor, *state: Tensor) -> Tensor:
+    def unfinished(count: Tensor, *state: Tensor) -> Tensor:
         return (count < MAX_STEPS) & ops.any(state[-1] > 1e-3)
 
     def step(
@@ -449,7 +446,7 @@ def _inverse_hessian(
     t: Tensor, q: Tensor, coefficients: Sequence[Tensor], xp: Any
 ) -> Tensor:
     """Return `1 / H_c`, 0 where `q_c = 0`, `(..., C)`."""
-    _, d = _w_and_d(q, 1.0 - q, coefficients)
+    _, d = _w_and_d(q, 1.0 - q, coefficients, xp)
     ratio = q / xp.where(t > 0, t, 1.0)
     return q * ratio / xp.where(d == 0, 1.0, d)
 
@@ -511,7 +508,7 @@ def _solve_fsolve(
     q, steps = np.empty_like(t), np.empty(len(t), int)
     for n, row in enumerate(t):
         q[n], steps[n] = _fsolve_row(row, coefficients)
-    w = t * _w_and_d(q, 1.0 - q, coefficients)[0]
+    w = t * _w_and_d(q, 1.0 - q, coefficients, np)[0]
     excess = w - q * w.sum(axis=-1, keepdims=True)
     solved = np.abs(excess) <= FSOLVE_TOLERANCE * w
     loss, at_teacher = (

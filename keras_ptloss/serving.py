@@ -1,6 +1,7 @@
 """Export a trained student for TensorFlow Serving, ONNX Runtime or LiteRT."""
 
 import contextlib
+import fcntl
 import importlib
 import inspect
 import json
@@ -18,26 +19,24 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ptloss._keras import compute_dtypes
+from keras_ptloss._backend import compute_dtypes
 from keras_ptloss._math import two_events
-from keras_ptloss._validation import check_count, check_output_form, on_simplex
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from keras_ptloss._validation import (
+    check_count,
+    check_head,
+    on_simplex,
+)
 
 __all__ = ["export_student"]
 
 Tensor = Any
 
-# The backends from which Keras can write each format.
-_BACKENDS = {
-    "tf_saved_model": ("tensorflow", "jax"),
-    "litert": ("tensorflow",),
-    "onnx": ("tensorflow", "jax"),
+# Each format's file, and the backends from which Keras can write it.
+_FORMATS = {
+    "tf_saved_model": ("", ("tensorflow", "jax")),
+    "litert": ("model.tflite", ("tensorflow",)),
+    "onnx": ("model.onnx", ("tensorflow", "jax")),
 }
-_TEMPORARY = ".exporting-"  # Servers skip folders whose name is no number.
 
 
 def export_student(
@@ -69,13 +68,11 @@ def export_student(
     of characters other than letters, digits and `_`. An input without a name
     is called `inputs`; several are called `inputs_0`, `inputs_1`, ... The
     batch may have any size, 0 included. A SavedModel has the signature
-    `serving_default`, and `serve` for `keras.layers.TFSMLayer`. The other
-    formats are one file, `model.tflite` or `model.onnx`.
+    `serving_default`, and `serve` for `keras.layers.TFSMLayer`.
 
-    SavedModel and ONNX are written from TensorFlow and from JAX, LiteRT from
-    TensorFlow only. A SavedModel from JAX runs on CPU and CUDA. Its axes of
-    free size must agree among the inputs (as tokens and their mask do), and
-    it refuses sizes that the student cannot take.
+    A SavedModel from JAX runs on CPU and CUDA. Its axes of free size must agree
+    among the inputs (as tokens and their mask do), and it refuses sizes that
+    the student cannot take. LiteRT is written from TensorFlow only.
 
     Args:
         model: the student, a Functional or Sequential model with one output
@@ -93,7 +90,8 @@ def export_student(
             or, on TensorFlow, a Keras layer. Each required argument becomes an
             input `(batch,)` of strings with that name. Lookup tables must be
             attributes of a `tf.Module` or a layer.
-        format: `"tf_saved_model"`, `"litert"` or `"onnx"`.
+        format: `"tf_saved_model"`, or `"litert"` or `"onnx"` for one file,
+            `model.tflite` or `model.onnx`.
         verbose: whether to print what is exported, and where.
 
     Returns:
@@ -126,14 +124,36 @@ def export_student(
         Olston et al. 2017, TensorFlow-Serving: Flexible, High-Performance ML
         Serving (https://arxiv.org/abs/1712.06139).
     """
-    _check_format(format, preprocessor)
+    backend = keras.backend.backend()
+    file_name, backends = _FORMATS.get(format, ("", ()))
+    if backend not in backends:
+        raise ValueError(
+            "`format` must be one of 'tf_saved_model', 'onnx' and, with the "
+            "TensorFlow backend, 'litert'; export from PyTorch with "
+            f"KERAS_BACKEND=tensorflow. Received: format={format!r} with the "
+            f"{backend} backend"
+        )
+    if preprocessor is not None and format != "tf_saved_model":
+        raise ValueError(
+            "`preprocessor` must be None except in a SavedModel. Received: "
+            f"preprocessor={preprocessor!r} with format={format!r}"
+        )
     inputs, num_classes = _inputs_and_classes(model)
-    if class_names is not None:
-        class_names = _check_class_names(class_names, num_classes)
+    names = None if class_names is None else list(class_names)
+    if names is not None and not (len(names) == len(set(names)) == num_classes):
+        raise ValueError(
+            f"`class_names` must be {num_classes} different strings, one for "
+            f"each class. Received: class_names={class_names!r}"
+        )
     directory = pathlib.Path(directory)
-    if version is not None:
-        version = check_count("version", version)
-        _check_is_new(directory, version)
+    if version is not None and check_count("version", version) in (
+        _versions(directory)
+    ):
+        raise ValueError(
+            f"`version` must be a number that does not exist in {directory}. "
+            "Leave it out to write the next version, or delete that folder to "
+            f"overwrite it. Received: version={version}"
+        )
     if format != "tf_saved_model" and "bfloat16" in compute_dtypes(model):
         raise ValueError(
             f"`model` must not compute in bfloat16 with format={format!r}, "
@@ -142,65 +162,39 @@ def export_student(
             "float32_model.set_weights(model.get_weights()) and export that. "
             f"Received: model={model.name!r}"
         )
+    check_head("model", model, from_logits, "from_logits")
     signature = _signature(inputs)
     example = _random_inputs(signature)
-    probs = _check_from_logits(model, signature, example, from_logits)
+    probs = _example_probabilities(model, signature, example, from_logits)
     student = _serving_model(model, inputs, from_logits)
 
     if verbose:
         print(f"Exporting {model.name!r} to {directory} as {format}")
     with _temporary_folder(directory) as written:
-        file = written / {"onnx": "model.onnx"}.get(format, "model.tflite")
+        path = written / file_name
         if format == "tf_saved_model":
-            _write_saved_model(
-                student, signature, written, class_names, preprocessor
-            )
-        elif format == "onnx" and keras.backend.backend() == "jax":
-            _write_onnx_from_jax(student, signature, file)
+            _write_saved_model(student, signature, path, names, preprocessor)
+        elif format == "onnx" and backend == "jax":
+            _write_onnx_from_jax(student, signature, path)
         else:
             student.export(
-                file, format=format, verbose=False, input_signature=[signature]
+                path, format=format, verbose=False, input_signature=[signature]
             )
-        if class_names is not None:
+        if names is not None:
             names_file = written / "assets.extra" / "class_names.json"
             names_file.parent.mkdir(exist_ok=True)
             names_file.write_text(
-                json.dumps(class_names, ensure_ascii=False), encoding="utf-8"
+                json.dumps(names, ensure_ascii=False), encoding="utf-8"
             )
-        if preprocessor is not None or probs is None:
-            example = {}
-        saved_model = format == "tf_saved_model"
-        _load_once(written if saved_model else file, example, probs)
-        return _publish(written, directory, version)
-
-
-def _check_format(format: str, preprocessor: Any) -> None:
-    """Check that this backend can write the format, with the preprocessor."""
-    backend = keras.backend.backend()
-    if backend not in _BACKENDS.get(format, ()):
-        raise ValueError(
-            "`format` must be one of 'tf_saved_model', 'onnx' and, with the "
-            "TensorFlow backend, 'litert'; export from PyTorch with "
-            f"KERAS_BACKEND=tensorflow. Received: format={format!r} with the "
-            f"{backend} backend"
-        )
-    if preprocessor is None:
-        return
-    if format != "tf_saved_model":
-        expected = f"None with format={format!r}; only a SavedModel can hold it"
-    elif backend == "jax" and isinstance(preprocessor, keras.layers.Layer):
-        expected = (
-            "a function of TensorFlow operations or a tf.Module with the JAX "
-            "backend; TensorFlow cannot save JAX layers"
-        )
-    elif not _required_arguments(preprocessor):
-        expected = "a callable with at least one required argument"
-    else:
-        return
-    raise ValueError(
-        f"`preprocessor` must be {expected}. "
-        f"Received: preprocessor={preprocessor!r}"
-    )
+        _load_once(path, example, None if preprocessor else probs)
+        while True:
+            number = version or max(_versions(directory), default=0) + 1
+            try:
+                return written.rename(directory / str(number))
+            except OSError:
+                # Another export may have taken the number meanwhile.
+                if version or number not in _versions(directory):
+                    raise
 
 
 def _inputs_and_classes(model: Any) -> tuple[Any, int]:
@@ -223,17 +217,6 @@ def _inputs_and_classes(model: Any) -> tuple[Any, int]:
     return inputs, max(shapes[0][-1], 2)
 
 
-def _check_class_names(class_names: Any, num_classes: int) -> list[str]:
-    names = [] if isinstance(class_names, str) else list(class_names)
-    strings = all(isinstance(name, str) for name in names)
-    if not strings or not len(names) == len(set(names)) == num_classes:
-        raise ValueError(
-            f"`class_names` must be {num_classes} different strings, one for "
-            f"each class. Received: class_names={class_names!r}"
-        )
-    return names
-
-
 def _signature(inputs: Any) -> Any:
     """Return a named `keras.InputSpec` for each input, nested as `inputs`."""
     flat = keras.tree.flatten(inputs)
@@ -246,56 +229,35 @@ def _signature(inputs: Any) -> Any:
             name = "inputs" if len(flat) == 1 else f"inputs_{index}"
         shape = (None, *tensor.shape[1:])
         specs.append(keras.InputSpec(tensor.dtype, shape, name=name))
-    names = [spec.name for spec in specs]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            "`model` must have inputs whose names differ when only letters, "
-            f"digits and '_' are kept. Received: {[t.name for t in flat]}"
-        )
     return keras.tree.pack_sequence_as(inputs, specs)
 
 
 def _random_inputs(signature: Any) -> dict[str, np.ndarray]:
     """Return random inputs by name; none if the model takes strings."""
     generator = np.random.default_rng(0)
-    specs = keras.tree.flatten(signature)
-    if any(spec.dtype == "string" for spec in specs):
-        return {}
     inputs = {}
-    for spec in specs:
+    for spec in keras.tree.flatten(signature):
+        if spec.dtype == "string":
+            return {}
         # A free size becomes 32: U-Nets halve their images up to five times.
         shape = [8, *(size or 32 for size in spec.shape[1:])]
-        whole = "int" in spec.dtype or spec.dtype == "bool"
-        values = (
-            generator.integers(0, 2, shape)
-            if whole
-            else generator.normal(size=shape)
-        )
+        values: Any = generator.integers(0, 2, shape)
+        if "float" in spec.dtype:
+            values = generator.normal(size=shape)
         inputs[spec.name] = values.astype(spec.dtype)
     return inputs
 
 
-def _check_from_logits(
+def _example_probabilities(
     model: Any, signature: Any, example: dict[str, Any], from_logits: bool
 ) -> np.ndarray | None:
-    """Check that the model gives what `from_logits` says.
+    """Return the student's probabilities for the example, if it can take it.
 
-    Args:
-        model: the student.
-        signature: its inputs.
-        example: random inputs by name.
-        from_logits: whether the model is said to give logits.
-
-    Returns:
-        The student's probabilities for `example`; None if it cannot take it.
+    Raises a `ValueError` if the outputs are not what `from_logits` says.
     """
-    if from_logits:
-        check_output_form("model", model, True, "from_logits")
-    if not example:
-        return None
-    inputs = map(ops.convert_to_tensor, example.values())
-    inputs = keras.tree.pack_sequence_as(signature, list(inputs))
+    inputs = [ops.convert_to_tensor(value) for value in example.values()]
     try:
+        inputs = keras.tree.pack_sequence_as(signature, inputs)
         outputs = model(inputs, training=False)
     except Exception:  # A layer may refuse inputs of this size or value.
         return None
@@ -304,23 +266,16 @@ def _check_from_logits(
     rows = ops.convert_to_numpy(two_events(outputs, from_logits=False))
     rows = rows.reshape(-1, rows.shape[-1])
     rows = rows[np.isfinite(rows).all(axis=-1)]
-    good = on_simplex(rows)
-    if not from_logits and not good.all():
-        shown = np.array2string(
-            rows[int(np.argmin(good))], precision=4, threshold=6
-        )
+    logits = not on_simplex(rows).all()
+    # The logits of a binary head may be between 0 and 1.
+    binary = outputs.shape[-1] == 1 and from_logits
+    if len(rows) and logits != from_logits and not binary:
+        shown = np.array2string(rows[0], precision=4, threshold=6)
         raise ValueError(
-            "`from_logits` must be True for a model that gives logits. This "
-            "model does not give probabilities (non-negative values that sum "
-            f"to 1). Received: from_logits=False, with model={model.name!r}, "
-            f"which gives {shown} for random inputs"
-        )
-    # One column of logits may lie between 0 and 1; rows seldom sum to 1.
-    if from_logits and outputs.shape[-1] > 1 and len(good) and good.all():
-        raise ValueError(
-            "`from_logits` must be False for a model that gives probabilities. "
-            f"Received: from_logits=True, with model={model.name!r}, whose "
-            "outputs are non-negative and sum to 1"
+            f"`from_logits` must be {logits}, because the model gives "
+            f"{'logits' if logits else 'probabilities'} for random inputs. "
+            f"Received: from_logits={from_logits} with model={model.name!r}, "
+            f"which gives {shown}"
         )
     return ops.convert_to_numpy(_probabilities(outputs, from_logits))
 
@@ -352,7 +307,7 @@ def _write_saved_model(
     student: keras.Model,
     signature: Any,
     path: pathlib.Path,
-    class_names: Sequence[str] | None,
+    class_names: list[str] | None,
     preprocessor: Callable[..., Any] | None,
 ) -> None:
     """Write a SavedModel whose only endpoint is `serve`."""
@@ -364,35 +319,30 @@ def _write_saved_model(
         lambda spec: tf.TensorSpec(spec.shape, spec.dtype, name=spec.name),
         signature,
     )
+    taken = specs
+    if preprocessor is not None:
+        strings = _required_arguments(preprocessor)
+        taken = {
+            name: tf.TensorSpec((None,), tf.string, name=name)
+            for name in strings
+        }
+        if len(strings) == 1:  # TFSMLayer then also takes one tensor.
+            [taken] = taken.values()
+
+    def convert(spec: Any, x: Any) -> Any:
+        return tf.ensure_shape(tf.cast(x, spec.dtype), spec.shape)
 
     def answer(inputs: Any) -> dict[str, Any]:
+        if preprocessor is not None:
+            texts = {strings[0]: inputs} if len(strings) == 1 else inputs
+            made = preprocessor(**texts)
+            inputs = keras.tree.map_structure(convert, specs, made)
         outputs = dict(predict(inputs))
         if class_names is not None:
             outputs["class_name"] = tf.gather(class_names, outputs["label"])
         return outputs
 
-    function, taken = answer, specs
-    if preprocessor is not None:
-        names = _required_arguments(preprocessor)
-        taken = {
-            name: tf.TensorSpec((None,), tf.string, name=name) for name in names
-        }
-        if len(names) == 1:  # TFSMLayer then also takes one tensor.
-            taken = taken[names[0]]
-
-        def from_strings(inputs: Any) -> dict[str, Any]:
-            texts = {names[0]: inputs} if len(names) == 1 else inputs
-            made = keras.tree.map_structure(
-                lambda spec, x: tf.ensure_shape(
-                    tf.cast(x, spec.dtype), spec.shape
-                ),
-                specs,
-                preprocessor(**texts),
-            )
-            return answer(made)
-
-        function = from_strings
-    serve = tf.function(function, input_signature=[taken], autograph=False)
+    serve = tf.function(answer, input_signature=[taken], autograph=False)
     serve.get_concrete_function()  # Builds layers before they are tracked.
     archive = keras.export.ExportArchive()
     if not from_jax:
@@ -444,18 +394,14 @@ def _write_onnx_from_jax(
     )
 
 
-# SavedModels from JAX.
-
-
-def _symbolic_shape(spec: Any, multiple: int = 1) -> list[int | str]:
+def _symbolic_shape(spec: Any) -> list[int | str]:
     """Return a shape for JAX, with words for the free sizes.
 
     Keras gives each free size a word of its own. JAX then cannot tell that
     tokens and mask have the same length.
     """
-    factor = "" if multiple == 1 else f"{multiple}*"
     return [
-        "batch" if axis == 0 else size or f"{factor}axis{axis}"
+        "batch" if axis == 0 else size or f"axis{axis}"
         for axis, size in enumerate(spec.shape)
     ]
 
@@ -464,7 +410,7 @@ def _function_from_jax(student: keras.Model, signature: Any) -> Any:
     """Return a TensorFlow function of a JAX student, for any batch size."""
     import tensorflow as tf
 
-    traced = _trace_with_free_sizes(student, signature)
+    traced = _trace_jax(student, signature)
 
     def predict(inputs: Any) -> dict[str, Any]:
         # JAX's symbolic sizes are at least 1, so an empty batch gets a row.
@@ -481,68 +427,53 @@ def _function_from_jax(student: keras.Model, signature: Any) -> Any:
     return predict
 
 
-def _trace_with_free_sizes(student: keras.Model, signature: Any) -> Any:
-    """Trace a JAX student once, with axes as free as it allows.
+def _trace_jax(student: keras.Model, signature: Any) -> Any:
+    """Trace a JAX student with free sizes.
 
-    A student may compare sizes (with the length of its position table) or
-    halve them (a U-Net). JAX refuses what it cannot decide for every size.
-    Then this tries again with the comparison as a constraint, and with sizes
-    that are multiples of a power of two.
+    A student may compare a size with the length of its position table. JAX
+    refuses what it cannot decide for every size, so the comparison becomes a
+    constraint.
     """
-    specs = keras.tree.flatten(signature)
-    first_error = None
-    for multiple in (1, 2, 4, 8, 16, 32):
-        constraints: list[str] = []
-        while True:
-            try:
-                return _trace(student, signature, multiple, constraints)
-            except Exception as error:
-                if all(None not in spec.shape[1:] for spec in specs):
-                    raise
-                first_error = first_error or error
-                # No attribute of the error has the comparison.
-                undecided = re.search(
-                    r"comparison '(.+?)' (<=|>=|==) '(.+?)' is inconclusive",
-                    str(error),
+    shapes = keras.tree.map_structure(
+        lambda spec: ", ".join(map(str, _symbolic_shape(spec))), signature
+    )
+    constraints: list[str] = []
+    while True:
+        try:
+            with warnings.catch_warnings():
+                # Keras 3.15 sets an option that JAX 0.10 no longer reads.
+                warnings.filterwarnings(
+                    "ignore", ".*native_serialization", DeprecationWarning
                 )
+                function = keras.export.ExportArchive().track_and_add_endpoint(
+                    "serve",
+                    student,
+                    [signature],
+                    jax2tf_kwargs={
+                        "polymorphic_shapes": [shapes],
+                        "polymorphic_constraints": constraints,
+                        # Students are trained on GPUs and served on CPUs.
+                        "native_serialization_platforms": ("cpu", "cuda"),
+                        "with_gradient": False,
+                    },
+                )
+                function.get_concrete_function()
+                return function
+        except Exception as error:
+            # No attribute of the error has the comparison.
+            undecided = re.search(
+                r"comparison '(.+?)' (<=|>=|==) '(.+?)' is inconclusive",
+                str(error),
+            )
             constraint = " ".join(undecided.groups()) if undecided else None
             if constraint is None or constraint in constraints:
-                break
+                error.add_note(
+                    "If JAX cannot leave a size of `model` free, fix it by "
+                    "keras.Input(shape=...), or export with "
+                    "KERAS_BACKEND=tensorflow."
+                )
+                raise
             constraints.append(constraint)
-    raise ValueError(
-        "`model` must have inputs of fixed size, except for the batch, because "
-        "JAX cannot leave these sizes free. Fix them by keras.Input(shape=...),"
-        " or export with KERAS_BACKEND=tensorflow. Received: inputs of shape "
-        f"{[spec.shape for spec in specs]}"
-    ) from first_error
-
-
-def _trace(
-    student: keras.Model, signature: Any, multiple: int, constraints: list[str]
-) -> Any:
-    shapes = keras.tree.map_structure(
-        lambda spec: ", ".join(map(str, _symbolic_shape(spec, multiple))),
-        signature,
-    )
-    with warnings.catch_warnings():
-        # Keras 3.15 sets an option that JAX 0.10 no longer reads.
-        warnings.filterwarnings(
-            "ignore", ".*native_serialization", DeprecationWarning
-        )
-        function = keras.export.ExportArchive().track_and_add_endpoint(
-            "serve",
-            student,
-            [signature],
-            jax2tf_kwargs={
-                "polymorphic_shapes": [shapes],
-                "polymorphic_constraints": constraints,
-                # Students are trained on GPUs and served on CPUs.
-                "native_serialization_platforms": ("cpu", "cuda"),
-                "with_gradient": False,
-            },
-        )
-        function.get_concrete_function()
-    return function
 
 
 def _rewrite_for_older_readers(file: pathlib.Path) -> None:
@@ -573,49 +504,25 @@ def _rewrite_for_older_readers(file: pathlib.Path) -> None:
 # Loading what was written.
 
 
-def _predict(path: pathlib.Path, inputs: dict[str, Any]) -> np.ndarray | None:
-    """Load an export and return its probabilities, `(batch, ..., C)`.
-
-    Args:
-        path: folder of a SavedModel, or the file.
-        inputs: arrays by name. If there are none, the export is only loaded.
-    """
-    if path.suffix == ".onnx":
-        session = importlib.import_module("onnxruntime").InferenceSession(path)
-        return session.run(["probabilities"], inputs)[0] if inputs else None
-    import tensorflow as tf
-
-    if path.suffix == ".tflite":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TensorFlow moves it to a package.
-            interpreter = tf.lite.Interpreter(str(path))
-        serve = interpreter.get_signature_runner("serving_default")
-        return serve(**inputs)["probabilities"] if inputs else None
-    loaded = tf.saved_model.load(os.fspath(path))
-    serve = loaded.signatures["serving_default"]
-    tensors = {name: tf.constant(value) for name, value in inputs.items()}
-    return serve(**tensors)["probabilities"].numpy() if inputs else None
-
-
 def _load_once(
     path: pathlib.Path, inputs: dict[str, Any], expected: np.ndarray | None
 ) -> None:
     """Load an export; warn if it answers differently from the model."""
     try:
-        served = _predict(path, inputs)
+        predict = _load(path)
     except RuntimeError as error:
         if "Flex" not in str(error):
             raise
         # TensorFlow's Python package has no Flex delegate to try this with.
         warnings.warn(
-            "model.tflite contains TensorFlow operations, which need the Flex "
-            "delegate of LiteRT. It was written but could not be tried.",
+            "model.tflite needs the Flex delegate of LiteRT. It was written "
+            "but could not be tried.",
             stacklevel=3,
         )
         return
-    if served is None or expected is None:
+    if expected is None:
         return
-    difference = float(np.max(np.abs(served - expected)))
+    difference = float(np.max(np.abs(predict(inputs) - expected)))
     if not difference < 0.05:  # Half precision may differ by some hundredths.
         warnings.warn(
             "The probabilities of the export differ from the model's by up to "
@@ -625,76 +532,61 @@ def _load_once(
         )
 
 
+def _load(path: pathlib.Path) -> Callable[[dict[str, Any]], np.ndarray]:
+    """Return a function from inputs by name to an export's probabilities."""
+    if path.suffix == ".onnx":
+        session = importlib.import_module("onnxruntime").InferenceSession(path)
+        return lambda inputs: session.run(["probabilities"], inputs)[0]
+    import tensorflow as tf
+
+    if path.suffix == ".tflite":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TensorFlow moves it to a package.
+            interpreter = tf.lite.Interpreter(str(path))
+        serve = interpreter.get_signature_runner("serving_default")
+        return lambda inputs: serve(**inputs)["probabilities"]
+    model = tf.saved_model.load(os.fspath(path))
+
+    def predict(inputs: dict[str, Any]) -> np.ndarray:
+        tensors = {name: tf.constant(x) for name, x in inputs.items()}
+        serve = model.signatures["serving_default"]
+        return serve(**tensors)["probabilities"].numpy()
+
+    return predict
+
+
 # Folders.
+
+
+def _versions(directory: pathlib.Path) -> list[int]:
+    """Return the versions that a server would find: 7 and 0007, not 7.old."""
+    names = os.listdir(directory) if directory.is_dir() else []
+    return [int(name) for name in names if re.fullmatch("[0-9]+", name)]
 
 
 @contextlib.contextmanager
 def _temporary_folder(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yield a new folder on the same disk, and delete it at the end.
 
-    Folders of exports that were killed are deleted first.
+    What killed exports left is deleted first. Each export holds a shared lock
+    on `directory`, which the system frees when its process ends: whoever can
+    lock it for itself knows that no other export is running.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    for folder in directory.glob(f"{_TEMPORARY}*"):
-        if _is_abandoned(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=directory) as name:
-        folder = pathlib.Path(name)
-        with open(folder / "new_lock", "wb") as lock:
-            if fcntl is not None:
-                with contextlib.suppress(OSError):  # A disk without locks.
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-            # Another export sees the lock once it is taken, never before.
-            (folder / "new_lock").rename(folder / "lock")
+    prefix = ".exporting-"  # Servers skip folders whose name is no number.
+    lock = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # Locked, or a disk without locks.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for folder in directory.glob(f"{prefix}*"):
+                shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=directory) as name:
             # Others, such as the server, may not read a temporary folder
             # itself, but they may read a folder inside it.
-            (folder / "version").mkdir()
-            yield folder / "version"
-
-
-def _is_abandoned(folder: pathlib.Path) -> bool:
-    """Return whether no process holds the lock of a temporary folder.
-
-    The system frees the lock of a process that was killed.
-    """
-    if fcntl is None:
-        return False
-    try:
-        with open(folder / "lock", "r+b") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # It is locked, or its process is about to lock it.
-        return False
-    return True
-
-
-def _versions(directory: pathlib.Path) -> list[int]:
-    """Return the versions that a server would find: 7 and 0007, not 7.old."""
-    if not directory.is_dir():
-        return []
-    names = [entry.name for entry in directory.iterdir()]
-    return [int(name) for name in names if re.fullmatch("[0-9]+", name)]
-
-
-def _check_is_new(directory: pathlib.Path, version: int) -> None:
-    if version in _versions(directory):
-        raise ValueError(
-            f"`version` must be a number that does not exist in {directory}. "
-            "Leave it out to write the next version, or delete that folder to "
-            f"overwrite it. Received: version={version}"
-        )
-
-
-def _publish(
-    written: pathlib.Path, directory: pathlib.Path, version: int | None
-) -> pathlib.Path:
-    """Move the written folder to its number, in one step."""
-    while True:
-        number = version or max(_versions(directory), default=0) + 1
-        _check_is_new(directory, number)
-        target = directory / str(number)
-        try:
-            return written.rename(target)
-        except OSError:
-            # Another export may have made the folder since the check.
-            if not target.exists():
-                raise
+            folder = pathlib.Path(name, "version")
+            folder.mkdir()
+            yield folder
+    finally:
+        os.close(lock)

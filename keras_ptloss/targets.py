@@ -118,14 +118,19 @@ def distillation_targets(
         ValueError: if arguments do not fit together.
 
     Example:
-    ```python
-    targets = keras_ptloss.distillation_targets(
-        teacher_probs, labels, x=x, build_model=build_student
-    )
-    targets.summary()
-    student.compile("adam", loss="categorical_crossentropy")
-    student.fit(x, targets.values, sample_weight=targets.sample_weight)
-    ```
+        >>> import numpy as np
+        >>> from keras_ptloss import distillation_targets
+        >>> rng = np.random.default_rng(0)
+        >>> true_labels = rng.integers(3, size=400)
+        >>> taken_for = np.array([0, 1, 1])  # The teacher takes 2 for 1.
+        >>> teacher_probs = rng.dirichlet(np.ones(3), size=400) / 2
+        >>> teacher_probs[np.arange(400), taken_for[true_labels]] += 0.5
+        >>> labels = np.where(np.arange(400) < 50, true_labels, -1)
+        >>> targets = distillation_targets(teacher_probs, labels, verbose=0)
+        >>> targets.chosen
+        'teacher, corrected'
+        >>> targets.values.shape, targets.sample_weight.shape
+        ((400, 3), (400,))
     """
     labels = _check_labels(labels)
     labelled = np.flatnonzero(labels >= 0)
@@ -135,6 +140,8 @@ def distillation_targets(
     teachers = (
         list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
     )
+    if from_logits is None:  # `SoftLabels` know it.
+        from_logits = [getattr(one, "from_logits", None) for one in teachers]
     outputs = [_outputs(one, x, len(labels)) for one in teachers]
     num_classes = num_classes or max(outputs[0].shape[1], 2)
 
@@ -220,9 +227,8 @@ def _check_labels(labels: Any) -> np.ndarray:
         )
     if not np.any(array >= 0):
         raise ValueError(
-            "`labels` must hold the class of some rows, which the teacher is "
-            "corrected with; label some rows first. Received: no label other "
-            "than -1"
+            "`labels` must hold the class of at least some rows. Label some "
+            "rows first. Received: labels that are all -1"
         )
     return array.astype("int64")
 

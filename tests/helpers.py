@@ -1,8 +1,7 @@
 """NumPy references, written from the formulas of the paper, in float64.
 
 Deliberately plain: powers instead of Horner's rule, loops over the orders,
-one row at a time. Nothing here is imported from the package. At the end,
-made-up text data and a model for them.
+one row at a time. Nothing here is imported from the package.
 """
 
 import json
@@ -16,25 +15,6 @@ import scipy.special
 # Losses, proxy teachers and Eq. 11 scores in float64, by an implementation that
 # was written apart from the package.
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden.json").read_text())
-
-
-def slow_beyond(backend):
-    """Mark a test of a whole script as slow on all backends but one.
-
-    What the scripts are made of is tested on each.
-    """
-    if keras.backend.backend() == backend:
-        return lambda test: test
-    return pytest.mark.slow
-
-
-def slow_but_on_one():
-    """Return the mark of a module about files, in which no backend computes.
-
-    It is run on TensorFlow, and by `make slow` on the others.
-    """
-    on_it = keras.backend.backend() == "tensorflow"
-    return pytest.mark.newest if on_it else pytest.mark.slow
 
 
 def golden_parameters():
@@ -82,11 +62,6 @@ def pt_loss_of_logits(teacher, logits, epsilon):
     log_p = scipy.special.log_softmax(logits, axis=-1)
     kl = np.sum(scipy.special.xlogy(teacher, teacher) - teacher * log_p, -1)
     return kl + np.sum(teacher * perturbation(np.exp(log_p), epsilon), -1)
-
-
-def calibrate(logits, temperature, bias):
-    """`softmax(z / tau + b)`."""
-    return softmax(np.asarray(logits, "float64") / temperature + bias)
 
 
 def fixed_point(teacher, q, epsilon):
@@ -212,43 +187,3 @@ def soft_labelled(classes):
     x = generator.normal(size=(32, 5)).astype("float32")
     soft_labels = generator.dirichlet(np.ones(classes), 32).astype("float32")
     return x, soft_labels
-
-
-def save_tiny_bert(path):
-    """Save a one-layer BERT that knows four words, as a KerasHub preset."""
-    from keras_hub import models
-
-    keras.utils.set_random_seed(0)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words += ["good", "bad", "film", "book"]
-    backbone = models.BertBackbone(
-        vocabulary_size=len(words),
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=16,
-        max_sequence_length=128,
-    )
-    preprocessor = models.BertTextClassifierPreprocessor(
-        models.BertTokenizer(vocabulary=words, lowercase=True)
-    )
-    models.BertTextClassifier(
-        backbone, num_classes=2, preprocessor=preprocessor
-    ).save_to_preset(path)
-    return path
-
-
-def write_tsv(folder, files, classes, *, columns=1, count=120):
-    """Write TSV files of texts with their labels, test sets with a header."""
-    rng = np.random.default_rng(0)
-    words = np.array(["good", "bad", "film", "book"])
-    folder.mkdir()
-    for name in files:
-        lines = [
-            "\t".join([str(i % classes), *(" ".join(t) for t in texts)])
-            for i, texts in enumerate(rng.choice(words, (count, columns, 5)))
-        ]
-        if name.startswith("test"):
-            lines.insert(0, "label\ttext")
-        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
-    return folder

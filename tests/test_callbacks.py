@@ -80,14 +80,3 @@ def test_rate(rate):
 def test_outputs_that_are_no_probabilities():
     with pytest.raises(ValueError, match="probabilities.*from_logits=True"):
         train([FilteredTeacher(X)], activation=None)
-
-
-def test_outputs_of_another_rank():
-    model = keras.Sequential(
-        [keras.Input((5,)), keras.layers.Dense(4), keras.layers.Reshape((2, 2))]
-    )
-    model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match=r"one array.*\(16, 2, 2\)"):
-        model.fit(
-            X, np.zeros((16, 2, 2)), callbacks=[FilteredTeacher(X)], verbose=0
-        )

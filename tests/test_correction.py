@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_ptloss import Correction, ProxyTeacher
+from keras_ptloss import Correction
 from keras_ptloss.correction import CorrectedTeacher, TeachersSideBySide
 
 CLASSES = 3
@@ -146,14 +146,16 @@ def test_log_of_the_proxy_where_it_underflows():
     np.testing.assert_allclose(q, expected, rtol=1e-3)
 
 
-def test_coefficients_per_class_and_of_higher_order():
+@pytest.mark.parametrize("log_prob_weight", [0.0, 1e-9])
+def test_coefficients_per_class_and_of_higher_order(log_prob_weight):
+    """With step 1 alone, and with a step 2 that changes next to nothing."""
     epsilon = [[1.0, 0.2], [0.0, 0.1], [-0.5, 0.3]]
     t = draw(0, 20, CLASSES, concentration=2.0)
-    correction = Correction(epsilon, 2.0)
+    correction = Correction(epsilon, 2.0, log_prob_weight=log_prob_weight)
     q = correction.correct(t)
     moved = helpers.softmax(np.log(t) / 2.0)
     np.testing.assert_allclose(
-        helpers.fixed_point(moved, q, epsilon), q, atol=1e-8
+        helpers.fixed_point(moved, q, epsilon), q, atol=1e-7
     )
     tensor = ops.convert_to_tensor(t, "float32")
     found = ops.convert_to_numpy(correction.apply(tensor))
@@ -171,15 +173,11 @@ def test_identity_keeps_exact_zeros():
     assert Correction(0.5).correct(t)[1, 2] == 0.0
 
 
-def test_no_teacher_has_the_classes():
-    """Without step 1, r is uniform: the matrix does it all."""
-    matrix = np.eye(2)[[0, 1, 1]]
-    correction = Correction(temperature=INF, matrix=matrix)
+def test_step_1_where_teachers_have_other_classes():
+    """Without a teacher that has them r is uniform: the matrix does it all."""
+    correction = Correction(temperature=INF, matrix=np.eye(2)[[0, 1, 1]])
     q = correction.correct([[0.8, 0.2]])
     np.testing.assert_allclose(q, [[0.8 / 1.2, 0.2 / 1.2, 0.2 / 1.2]])
-
-
-def test_step_1_of_teachers_with_other_classes():
     teachers = [draw(0, 20, 4), draw(1, 20, CLASSES)]
     correction = Correction(
         temperature=(INF, 2.0), teacher_classes=(4, CLASSES)
@@ -199,22 +197,17 @@ def test_leading_axes():
     np.testing.assert_allclose(correction.correct(t[0, 0]), flat[0])
 
 
-@pytest.mark.parametrize("from_logits", [False, True])
-def test_sigmoid_head_is_two_classes(from_logits):
+def test_sigmoid_head_is_two_classes():
     p = np.linspace(0.1, 0.9, 5)[:, None]
-    outputs = np.log(p / (1 - p)) if from_logits else p
-    correction = Correction(0.5, 2.0, from_logits=from_logits)
-    both = dataclasses.replace(correction, from_logits=False)
+    correction = Correction(0.5, 2.0)
+    expected = correction.correct(np.concatenate([1 - p, p], axis=1))
+    np.testing.assert_allclose(correction.correct(p), expected)
+    of_logits = Correction(0.5, 2.0, from_logits=True)
+    np.testing.assert_allclose(of_logits.correct(np.log(p / (1 - p))), expected)
+    tensor = correction.apply(ops.convert_to_tensor(p))
     np.testing.assert_allclose(
-        correction.correct(outputs),
-        both.correct(np.concatenate([1 - p, p], axis=1)),
+        ops.convert_to_numpy(tensor), expected, atol=1e-6
     )
-    if not from_logits:
-        np.testing.assert_allclose(
-            ops.convert_to_numpy(correction.apply(ops.convert_to_tensor(p))),
-            correction.correct(p),
-            atol=1e-6,
-        )
 
 
 def test_logits_are_their_softmax():
@@ -234,7 +227,7 @@ def test_logits_are_their_softmax():
         ([[0.2, 0.8, np.nan]], False, "must not contain NaN"),
         ([[0.2, 0.8, np.inf]], True, "finite logits"),
         ([[0.2, 0.8]], False, r"the classes that the correction is for, 3"),
-        ([["a", "b", "c"]], False, "must hold numbers"),
+        ([["a", "b", "c"]], False, "must be numbers"),
         (np.ma.masked_array([[0.2, 0.8, 0.0]]), False, "a masked array"),
     ],
 )
@@ -285,7 +278,6 @@ def test_json(tmp_path):
     correction.save(tmp_path / "correction.json")
     loaded = Correction.load(tmp_path / "correction.json")
     assert loaded == correction
-    assert hash(loaded) == hash(correction)
     assert loaded != Correction()
     config = json.loads(json.dumps(Correction([0.5, 0.1], 2.0).get_config()))
     assert Correction.from_config(config) == Correction([0.5, 0.1], 2.0)
@@ -327,25 +319,18 @@ def test_layers_inside_a_saved_model(tmp_path):
 
 
 def test_layer_takes_a_list_of_teachers():
+    """Also under a policy of half precision."""
     a = arguments(0, (3, 2))
     t, p = draw(0, 6, 3), draw(1, 6, 2)[:, 1:]
-    layer = CorrectedTeacher(Correction(**a))
     both = np.concatenate([1 - p, p], axis=1)
     expected = Correction(**a).correct([t, both])
-    np.testing.assert_allclose(layer([t, p]), expected, atol=3e-6)
-    assert layer.compute_output_shape([(None, 3), (None, 1)]) == (None, 3)
-
-
-def test_layer_under_a_mixed_policy():
-    t = draw(0, 6, 3)
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        layer = CorrectedTeacher(Correction(0.5, 2.0))
-        q = ops.convert_to_numpy(layer(t.astype("float32")))
+        found = CorrectedTeacher(Correction(**a))([t, p])
     finally:
         keras.config.set_dtype_policy(before)
-    np.testing.assert_allclose(q, Correction(0.5, 2.0).correct(t), atol=1e-6)
+    np.testing.assert_allclose(found, expected, atol=3e-6)
 
 
 def test_layer_on_logits():
@@ -354,34 +339,16 @@ def test_layer_on_logits():
     logits = np.array([[2.0, -1.0, 0.0], [0.2, 0.3, 0.5]], "float32")
     with pytest.raises(ValueError, match="probabilities.*layers.Softmax"):
         layer(logits)
+    if keras.backend.backend() == "torch":
+        return  # Keras compiles no step on PyTorch unless asked.
     model = keras.Sequential([keras.Input((3,)), layer])
     found = model.predict(logits, verbose=0)
     assert np.isnan(found[0]).all()
     assert np.isfinite(found[1]).all()
 
 
-def test_layer_is_the_proxy_layer():
-    t = draw(0, 6, 3).astype("float32")
-    np.testing.assert_allclose(
-        CorrectedTeacher(Correction(0.5))(t),
-        ProxyTeacher(0.5)(t),
-        atol=1e-6,
-    )
-
-
-@pytest.mark.parametrize(
-    ("build", "match"),
-    [
-        (lambda: CorrectedTeacher(0.5), "`correction` must be a keras_ptloss"),
-        (lambda: TeachersSideBySide([1]), "`teachers` must be a list of Keras"),
-        (
-            lambda: TeachersSideBySide(
-                [network(3, 0)], from_logits=[True, False]
-            ),
-            "`from_logits` must be one flag",
-        ),
-    ],
-)
-def test_layers_of_something_else(build, match):
-    with pytest.raises(ValueError, match=match):
-        build()
+def test_layers_of_something_else():
+    with pytest.raises(ValueError, match="`correction` must be a keras_ptloss"):
+        CorrectedTeacher(0.5)
+    with pytest.raises(ValueError, match="`from_logits` must be one flag"):
+        TeachersSideBySide([network(3, 0)], from_logits=[True, False])

@@ -41,10 +41,13 @@ def network(classes=3, activation=None, *, seed=0, regularizer=None):
     return keras.Sequential([keras.Input((4,)), dense])
 
 
-def distil(student, teacher, loss=None, *, optimizer="sgd", **arguments):
+def distil(
+    student, teacher, loss=None, *, optimizer="sgd", graph=False, **arguments
+):
+    """Return a compiled distiller; eager steps take a fraction of the time."""
     distiller = Distiller(student=student, teacher=teacher, **arguments)
     loss = PTLoss(0.5, from_logits=True) if loss is None else loss
-    distiller.compile(optimizer, loss=loss)
+    distiller.compile(optimizer, loss=loss, run_eagerly=not graph)
     return distiller
 
 
@@ -135,8 +138,8 @@ def policy(request):
 @pytest.mark.parametrize(
     "kind, policy",
     [
-        ("functional", "mixed_float16"),
-        pytest.param("functional", "float32", marks=pytest.mark.ci),
+        ("functional", "float32"),
+        pytest.param("functional", "mixed_float16", marks=pytest.mark.ci),
         pytest.param("deferred", "float32", marks=pytest.mark.ci),
         pytest.param("subclassed", "float32", marks=pytest.mark.ci),
         pytest.param("functional", "mixed_bfloat16", marks=pytest.mark.ci),
@@ -370,10 +373,11 @@ class SideBySide(TeacherLoss):
 
     def apply(self, teacher_probs):
         """Return a teacher of the student's classes."""
-        return teacher_probs[..., 2:] * np.array([0.0, 1.0, 1.0], "float32")
+        of_student = ops.array([0.0, 1.0, 1.0], dtype="float32")
+        return teacher_probs[..., 2:] * of_student
 
     def call(self, y_true, y_pred):
-        weights = np.arange(1.0, 6.0, dtype="float32")
+        weights = ops.arange(1.0, 6.0, dtype="float32")
         return ops.sum(y_true * weights, -1) + 0.0 * ops.sum(y_pred, -1)
 
 
@@ -460,6 +464,7 @@ def test_heads_that_are_no_distribution(teacher, student, flag, match):
         network(*student),
         network(*teacher, seed=1),
         PTLoss(0.0),
+        graph=True,
         teacher_from_logits=flag,
     )
     with pytest.raises(ValueError, match=match):
@@ -512,7 +517,7 @@ def test_hard_labels(weight):
         evaluate(distiller, X, Y)["loss"], expected, 1e-5
     )
     if weight:
-        with pytest.raises(ValueError, match="`y` must hold labels"):
+        with pytest.raises(ValueError, match="`y` must be labels"):
             distiller.fit(X, verbose=0)
     else:
         np.testing.assert_allclose(evaluate(distiller, X)["loss"], soft + own)
@@ -553,6 +558,7 @@ def test_weights_of_sequences(length, loss):
         still(),
         loss=PTLoss(0.0) if loss == "ours" else keras.losses.KLDivergence(),
         weighted_metrics=["accuracy"],
+        run_eagerly=True,
     )
     options = {"sample_weight": weight, "batch_size": 6, "verbose": 0}
     logs = distiller.fit(x, y, **options).history
@@ -643,6 +649,7 @@ def both(weight):
         student,
         teacher,
         optimizer=still(),
+        graph=True,
         hard_label_loss=hard_loss(),
         hard_label_weight=weight,
     )
@@ -650,7 +657,7 @@ def both(weight):
     return distiller, 0.9 * nll(probs(student)).mean() + 0.1 * soft
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", ["fit", "test_on_batch"])
 @pytest.mark.parametrize("before", [0.0, 0.1])
 def test_hard_label_weight(call, before):
     distiller, expected = both(before)
@@ -683,9 +690,9 @@ def test_settings_change_in_a_callback(change, when):
     teachers = [network(seed=2), network(seed=3)]
     student = network()
     if change is second_teacher:
-        distiller = distil(student, teachers[0], optimizer=still())
+        distiller = distil(student, teachers[0], optimizer=still(), graph=True)
     else:
-        distiller = distil(student, teachers, optimizer=still())
+        distiller = distil(student, teachers, optimizer=still(), graph=True)
         distiller.teacher_weights = [1.0, 0.0]
 
     class Change(keras.callbacks.Callback):
@@ -734,7 +741,7 @@ def test_variables_as_settings():
 
 def test_new_weights_of_the_teacher_are_used():
     student, teacher, other = network(), network(seed=1), network(seed=2)
-    distiller = distil(student, teacher, optimizer=still())
+    distiller = distil(student, teacher, optimizer=still(), graph=True)
     distiller.fit(X, **FIT)
     teacher.set_weights(other.get_weights())
     expected = pt_losses(probs(other), probs(student)).mean()
@@ -802,7 +809,7 @@ def test_an_interrupted_run_gives_the_weights_back(method):
         on_train_batch_end = on_test_batch_end = on_predict_batch_end = stop
 
     teacher = network(seed=1)
-    distiller = distil(network(), teacher)
+    distiller = distil(network(), teacher, graph=True)
     before = outputs(teacher)
     with pytest.raises(KeyboardInterrupt):
         getattr(distiller, method)(X, verbose=0, callbacks=[Interrupt()])
@@ -817,7 +824,7 @@ def test_an_error_in_the_first_step_gives_the_weights_back():
 
     student, teacher = network(), network(seed=1)
     before = [outputs(student), outputs(teacher)]
-    distiller = distil(student, teacher, Broken())
+    distiller = distil(student, teacher, Broken(), graph=True)
     with pytest.raises(RuntimeError, match="broken"):
         distiller.fit(X, verbose=0)
     for model, values in zip((student, teacher), before, strict=True):

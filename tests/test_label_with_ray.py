@@ -1,5 +1,6 @@
 """`examples/label_with_ray.py`, whose workers are killed by SIGKILL."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -59,11 +60,12 @@ class Run:
     def kill(self):
         """Kill all processes of the run; return how many."""
         killed = self.processes()
-        for process in killed:
-            os.kill(process, signal.SIGSTOP)  # none sees another one die
-        for process in killed:
-            os.kill(process, signal.SIGKILL)
-        self.process.communicate()
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # none sees another die
+            for process in killed:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, number)
+        self.process.wait()
+        self.process.stdout.close()
         return len(killed)
 
     def finish(self):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import scipy.special
 import sklearn.metrics
+from helpers import softmax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,13 +19,11 @@ from keras_ptloss.metrics import (
 
 OF_TEACHER = [TeacherAgreement, TotalVariationDistance, KLToTeacher]
 OF_LABELS = [BrierScore, ExpectedCalibrationError]
+# Keras compiles no step on PyTorch unless asked.
+COMPILED = keras.backend.backend() != "torch"
 every_metric = pytest.mark.parametrize("metric", OF_TEACHER + OF_LABELS)
 every_teacher_metric = pytest.mark.parametrize("metric", OF_TEACHER)
 every_label_metric = pytest.mark.parametrize("metric", OF_LABELS)
-
-
-def softmax(logits):
-    return scipy.special.softmax(np.asarray(logits, "float64"), axis=-1)
 
 
 def reference(metric, truth, p, weight=None):
@@ -271,8 +270,9 @@ def test_a_label_that_is_no_class(identity, wrong):
     for metric in OF_LABELS:
         with pytest.raises(ValueError, match=rf"`y_true`.*, 4\).*={wrong}"):
             metric(from_logits=True).update_state(labels, logits)
-    logs = evaluated(identity, logits, labels, OF_LABELS)
-    assert np.all(np.isnan(list(logs.values())))
+    if COMPILED:
+        logs = evaluated(identity, logits, labels, OF_LABELS)
+        assert np.all(np.isnan(list(logs.values())))
 
 
 def test_logits_taken_for_probabilities(identity):
@@ -281,21 +281,15 @@ def test_logits_taken_for_probabilities(identity):
     for metric in OF_TEACHER + OF_LABELS:
         with pytest.raises(ValueError, match="`y_pred`.*from_logits=True"):
             metric().update_state(t, logits)
-    logs = evaluated(identity, logits, t, from_logits=False)
-    assert np.all(np.isnan(list(logs.values())))
+    if COMPILED:
+        logs = evaluated(identity, logits, t, from_logits=False)
+        assert np.all(np.isnan(list(logs.values())))
     for metric in OF_TEACHER:
         with pytest.raises(ValueError, match="`y_true` must hold prob"):
             metric(from_logits=True).update_state(logits, logits)
-    logs = evaluated(identity, logits, logits, OF_TEACHER)
-    assert np.all(np.isnan(list(logs.values())))
-
-
-@every_metric
-def test_class_counts_must_match(metric):
-    truth = np.full((4, 2), 0.5, "float32")
-    student = np.full((4, 3), 1 / 3, "float32")
-    with pytest.raises(ValueError, match="same number of classes.*Received"):
-        metric().update_state(truth, student)
+    if COMPILED:
+        logs = evaluated(identity, logits, logits, OF_TEACHER)
+        assert np.all(np.isnan(list(logs.values())))
 
 
 def test_values_of_scikit_learn():
@@ -325,11 +319,3 @@ def test_calibration_bins_hold_their_upper_edge():
     metric.update_state(np.array([1, 1, 1]), student)
     gaps = keras.ops.convert_to_numpy(metric.gaps.value)
     np.testing.assert_allclose(gaps, [0, -0.5, -0.75, -1])
-
-
-def test_calibration_of_a_calibrated_student():
-    rng = np.random.default_rng(5)
-    p = rng.dirichlet(np.ones(3), size=50_000)
-    labels = (p.cumsum(-1) < rng.uniform(size=(50_000, 1))).sum(-1)
-    student = p.astype("float32")
-    assert value(ExpectedCalibrationError(), (labels, student)) < 0.01

@@ -118,6 +118,7 @@ def test_search(ax):
     result.trials = {
         "order": [0, 1, 1, 1, 2, 2, 2],
         "score": [0.5, 0.9, 0.4, 0.6, 0.3, 0.7, 0.2],
+        "best_of_order": [True, False, True, False, False, False, True],
     }
     plot_search(result, ax=ax)
     drawn = lines(ax)

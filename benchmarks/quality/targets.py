@@ -6,7 +6,7 @@ trains the students of these tasks (default: all), appends each test accuracy to
 benchmarks/results/targets.csv and prints benchmarks/results/targets.md. A
 stopped run continues where it was; `--report` only prints the table.
 
-In each run some rows of the training data get their true label; the teacher's
+In each run random rows of the training data get their true label; the teacher's
 outputs are known on all of them. "Corrected" distils from the corrected
 teacher and uses the labels for nothing else. The labels-only model is the
 student, but for text, where it is scikit-learn's logistic regression, which is
@@ -207,7 +207,11 @@ def sst2(folder):
         model = keras_hub.models.BertTextClassifier.from_preset(
             preset, num_classes=2, preprocessor=None, activation="softmax"
         )
-        model.compile(keras.optimizers.AdamW(3e-4), "categorical_crossentropy")
+        model.compile(
+            keras.optimizers.AdamW(3e-4),
+            "categorical_crossentropy",
+            metrics=None,
+        )
         return model
 
     cosines = minilm_cosines(
@@ -374,7 +378,8 @@ def run(task, count, seed, done, save):
     if {"corrected", "targets", "targets_model"} <= done:
         return
     begin = time.perf_counter()
-    plain = distillation_targets(task.teacher, labels, seed=seed, verbose=0)
+    options = {"random_sample": True, "seed": seed, "verbose": 0}
+    plain = distillation_targets(task.teacher, labels, **options)
     note = f"{plain.chosen}; {time.perf_counter() - begin:.1f} s"
     corrected = plain.result.correct(task.teacher)
     train("corrected", every, corrected, ones, note)
@@ -387,8 +392,7 @@ def run(task, count, seed, done, save):
         x=every,
         build_model=task.build_model,
         epochs=task.own_epochs,
-        seed=seed,
-        verbose=0,
+        **options,
     )
     scores = "; ".join(f"{s:.3f}" for s in both.scores.values())
     note = f"{both.chosen}; {time.perf_counter() - begin:.1f} s; NLL {scores}"
@@ -417,9 +421,11 @@ def report(path):
             cell = row["task"], int(row["labels"]), row["method"]
             cells[cell][int(row["seed"])] = 100 * float(row["accuracy"])
     lines = [
-        "| task | labels | " + " | ".join(METHODS.values()) + " | less the "
+        "| task | labels | seeds | "
+        + " | ".join(METHODS.values())
+        + " | less the "
         "best rival, paired |",
-        "|---" * (len(METHODS) + 3) + "|",
+        "|---" * (len(METHODS) + 4) + "|",
     ]
     rivals = ("kl", "temperature", "alone", "corrected")
     gains = []
@@ -437,7 +443,12 @@ def report(path):
             best = max(rivals, key=lambda m, v=values: v[m].mean())
             gain = values["targets_model"] - values[best]
             gains.append(gain.mean())
-            row = [name, str(count), *map(mean_and_error, values.values())]
+            row = [
+                name,
+                str(count),
+                str(len(seeds)),
+                *map(mean_and_error, values.values()),
+            ]
             lines.append(f"| {' | '.join(row)} | {mean_and_error(gain)} |")
     if gains:
         lines += ["", f"Mean of the last column: {np.mean(gains):+.2f} points."]
@@ -489,8 +500,16 @@ def main():
                 print(*row, flush=True)
 
             run(task, count, seed, done, save)
-    table = report(path)
-    print(table)
+    text = (
+        "# Students of `distillation_targets`\n\n"
+        "`KERAS_BACKEND=jax python -m benchmarks.quality.targets`\n\n"
+        "Test accuracy of the student in %, mean and standard error over "
+        "random labelled rows. The last column is `distillation_targets` with "
+        "`build_model` less the best of the four rivals before it.\n\n"
+        f"{report(path)}\n"
+    )
+    path.with_suffix(".md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
     KERAS_BACKEND=jax python benchmarks/speed/step.py [mlp cnn]
 
-Every way trains the same student on the same batches with the same loss. The
-ways take turns, an epoch each; a ratio is the median over the rounds of the
-ratio within a round. *loop* is a compiled step written by hand, without metrics
-and callbacks.
+Every way trains the same student with the same loss. The ways take turns, an
+epoch each; a ratio is the median of the ratios within the rounds. *loop* is a
+compiled step written by hand, without metrics and callbacks.
 """
 
 import sys
@@ -38,8 +37,7 @@ def network(kind):
 
 def fitting(model, *data):
     """Return a function that trains a compiled model for an epoch."""
-    options = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
-    return lambda: model.fit(*data, **options)
+    return lambda: model.fit(*data, batch_size=BATCH, shuffle=False, verbose=0)
 
 
 def distiller(student, teacher, x):
@@ -65,10 +63,8 @@ def loop(student, teacher, x):
     """Return an epoch of a compiled step written by hand."""
     optimizer = keras.optimizers.Adam()
     optimizer.build(student.trainable_variables)
-    on_jax = keras.config.backend() == "jax"
-    step = (jax_step if on_jax else tensorflow_step)(
-        student, teacher, optimizer
-    )
+    make_step = jax_step if keras.config.backend() == "jax" else tensorflow_step
+    step = make_step(student, teacher, optimizer)
 
     def epoch():
         for start in range(0, len(x), BATCH):
@@ -112,8 +108,8 @@ def tensorflow_step(student, teacher, optimizer):
         t = tf.nn.softmax(teacher(x, training=False))
         with tf.GradientTape() as tape:
             loss = LOSS(t, student(x, training=True))
-        variables = student.trainable_variables
-        optimizer.apply(tape.gradient(loss, variables), variables)
+        weights = student.trainable_variables
+        optimizer.apply(tape.gradient(loss, weights), weights)
         return loss
 
     return step

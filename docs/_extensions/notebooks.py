@@ -31,7 +31,7 @@ def plain(text):
 
 def install(text, repository):
     """Return the code that installs what a page needs."""
-    package = "keras_ptloss[jax,demo,arrow]"
+    package = "keras_ptloss[tensorflow,demo,arrow]"
     if repository:
         package += f" @ git+https://github.com/{repository}"
     packages = [f'"{package}"']
@@ -77,7 +77,8 @@ def write_notebooks(app):
     folder = Path(app.confdir) / "_build" / "extra"
     folder.mkdir(parents=True, exist_ok=True)
     app.config.html_extra_path = [str(folder)]
-    for name in app.env.found_docs or app.project.discover():
+    # Not env.found_docs, which may list pages that have been deleted since.
+    for name in app.project.discover(app.config.exclude_patterns):
         source = Path(app.env.doc2path(name))
         if source.suffix == ".md" and is_executed(source.read_text()):
             target = folder / "notebooks" / f"{name}.ipynb"

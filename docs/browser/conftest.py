@@ -1,4 +1,4 @@
-"""The built site, served on this machine, and a browser to look at it."""
+"""A local server for the built site, and a browser."""
 
 import functools
 import http.server
@@ -17,17 +17,17 @@ sys.path.append(str(DOCS.parent / "tests"))  # test_api.py, helpers.py
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves files, without a word."""
+    """A server that logs nothing."""
 
     def log_message(self, format, *args):
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="session")
 def address():
-    """The address of the site."""
+    """Return the address of the site."""
     if not (SITE / "index.html").exists():
-        pytest.fail("there is no site: `make docs` builds it")
+        pytest.fail("There is no site. Run `make docs` first.")
     server = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), functools.partial(Quiet, directory=SITE)
     )
@@ -41,10 +41,12 @@ def address():
 
 @pytest.fixture(scope="session")
 def browser():
-    """Chromium, of the system."""
+    """Start Chromium."""
     path = os.environ.get("CHROMIUM") or shutil.which("chromium")
     if path is None:
-        pytest.fail("no chromium: apt-get install chromium, or set CHROMIUM")
+        pytest.fail(
+            "Chromium is missing: apt-get install chromium, or set CHROMIUM."
+        )
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=path, args=["--no-sandbox"]
@@ -54,10 +56,10 @@ def browser():
 
 
 class Visit:
-    """A page of a browser, and what went wrong on it."""
+    """A browser page that records errors."""
 
     def __init__(self, browser, address):
-        """Open a page that notes errors."""
+        """Open a page."""
         self.address = address
         self.errors = []
         self.page = browser.new_page(viewport={"width": 1280, "height": 900})
@@ -72,14 +74,14 @@ class Visit:
 
     def _request(self, request):
         if not request.url.startswith((self.address, "data:", "blob:")):
-            self.errors.append(f"asks another host: {request.url}")
+            self.errors.append(f"request to another host: {request.url}")
 
     def _response(self, response):
         if response.status >= 400:
             self.errors.append(f"{response.status}: {response.url}")
 
     def go(self, name):
-        """Load a page of the site, until all formulas are drawn."""
+        """Load a page of the site and wait for its formulas."""
         self.page.goto(f"{self.address}/{name}", wait_until="load")
         self.page.evaluate("window.MathJax?.startup?.promise")
         return self.page
@@ -87,7 +89,7 @@ class Visit:
 
 @pytest.fixture
 def visit(browser, address):
-    """A new page."""
+    """Open a new page."""
     visit = Visit(browser, address)
     yield visit
     visit.page.close()

@@ -1,4 +1,4 @@
-"""The interactive page's numbers are the package's."""
+"""The interactive page computes the same numbers as the package."""
 
 import json
 
@@ -26,7 +26,7 @@ def page(visit):
 
 
 def shown(page, root):
-    """Return the numbers below a drawing, as they were computed."""
+    """Return the numbers below a drawing, unrounded."""
     return json.loads(
         page.locator(f"{root} .readout").get_attribute("data-values")
     )
@@ -39,7 +39,7 @@ def proxy(t, epsilon):
 
 
 def settings():
-    """Sliders at their ends, and anywhere."""
+    """Yield positions of the sliders: extremes and random ones."""
     rng = np.random.default_rng(0)
     yield 0.7, (2.0, 0.0, 0.0)
     yield 0.7, (-0.8, 1.0, 0.0)
@@ -77,15 +77,15 @@ def test_a_key_moves_a_slider(page):
     assert after["epsilon"][0] == pytest.approx(before["epsilon"][0] + 0.25)
     expected = proxy([after["t"], 1 - after["t"]], after["epsilon"])
     np.testing.assert_allclose(after["q"], expected, **CLOSE)
-    # The dots are where the numbers say.
+    # The dots agree with the numbers.
     for kind, value in (("teacher", after["t"]), ("proxy", expected[0])):
         dot = page.locator(f"#ptloss-curves circle.{kind}")
         x = float(dot.get_attribute("cx"))
         assert x == pytest.approx(46 + 364 * value, abs=0.01)
 
 
-def test_rows_of_many_kinds(page):
-    """The page's own function on what no slider reaches."""
+def test_function_for_any_teacher(page):
+    """The page's function agrees where no slider reaches."""
     rng = np.random.default_rng(1)
     low = -1.0 / np.arange(1, 4)
     for classes in (2, 3, 5):
@@ -127,13 +127,13 @@ def test_the_teacher_is_dragged(page):
     found = shown(page, root)
     np.testing.assert_allclose(found["t"], target, atol=0.01)
     np.testing.assert_allclose(found["q"], per_class(found), **CLOSE)
-    # Let go, it stays.
+    # After the button is released, it stays.
     page.mouse.move(*at(210, 100))
     assert shown(page, root) == found
 
 
 def test_outside_of_the_triangle(page):
-    """Dragged beyond an edge, or pushed there by keys, it rules none out."""
+    """A teacher moved beyond an edge keeps all probabilities positive."""
     page.locator("#ptloss-triangle .handle").focus()
     for _ in range(40):
         page.keyboard.press("ArrowRight")

@@ -1,4 +1,4 @@
-"""Each executed page is a notebook too, of the same source."""
+"""Each executed page is also offered as a notebook with the same cells."""
 
 import re
 import sys
@@ -50,10 +50,7 @@ def test_notebook(name):
 
 @pytest.mark.slow
 def test_notebook_runs_as_a_reader_runs_it(tmp_path):
-    """After a first cell that is a magic, as the installing one is.
-
-    Of this one of all, as it makes a script of the cells that were run.
-    """
+    """Run a notebook with a harmless magic in place of the installation."""
     notebook = nbformat.read(SITE / "notebooks/tutorials/images.ipynb", 4)
     notebook.cells[0].source = "%pip --version"
     client = nbclient.NotebookClient(
@@ -66,7 +63,7 @@ def test_notebook_runs_as_a_reader_runs_it(tmp_path):
 
 
 def test_colab():
-    """Where the repository is known, pages link to it and cells install it."""
+    """If the repository is known, pages link to Colab and install from it."""
     line = notebooks.links("tutorials/serving", "owner/name")
     assert (
         "colab.research.google.com/github/owner/name/blob/gh-pages/"

@@ -28,7 +28,7 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import replicas
-from keras_ptloss._validation import as_floats, check_count, check_number, fail
+from keras_ptloss._validation import check_count, check_number, fail
 from keras_ptloss.losses.base import (
     TINY,
     TeacherLoss,
@@ -59,17 +59,14 @@ class FocalLoss(TeacherLoss):
     Args:
         gamma: the focusing parameter, at least 0.
         from_logits: whether `y_pred`, the student's output, holds logits.
-        reduction: as in `keras.losses.Loss`.
         name: name of the loss.
-        dtype: dtype of the result; the computation is in float32 or better.
+        **kwargs: `reduction` and `dtype` of `keras.losses.Loss`.
 
     Example:
         >>> import numpy as np
         >>> loss = FocalLoss(2.0)
-        >>> student = np.array([[0.75, 0.25]])
-        >>> round(float(loss(np.array([[1.0, 0.0]]), student)), 4)
-        0.018
-        >>> round(float(loss(np.array([[0.0, 1.0]]), student)), 4)
+        >>> teacher, student = np.array([[0.0, 1.0]]), np.array([[0.75, 0.25]])
+        >>> round(float(loss(teacher, student)), 4)
         0.7798
 
     Reference:
@@ -82,17 +79,15 @@ class FocalLoss(TeacherLoss):
         gamma: float,
         *,
         from_logits: bool = False,
-        reduction: str | None = "sum_over_batch_size",
         name: str | None = "focal_loss",
-        dtype: Any = None,
+        **kwargs: Any,
     ) -> None:
         refuse_variables(gamma=gamma)
         super().__init__(
             {"gamma": check_number("gamma", gamma, at_least=0.0)},
             from_logits=from_logits,
-            reduction=reduction,
             name=name,
-            dtype=dtype,
+            **kwargs,
         )
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
@@ -120,16 +115,13 @@ class LabelSmoothingLoss(TeacherLoss):
     Args:
         delta: share of the uniform distribution, from 0 (plain KL) to 1.
         from_logits: whether `y_pred`, the student's output, holds logits.
-        reduction: as in `keras.losses.Loss`.
         name: name of the loss.
-        dtype: dtype of the result; the computation is in float32 or better.
+        **kwargs: `reduction` and `dtype` of `keras.losses.Loss`.
 
     Example:
         >>> import numpy as np
         >>> loss = LabelSmoothingLoss(0.1)
         >>> teacher = np.array([[1.0, 0.0]])
-        >>> round(float(loss(teacher, np.array([[0.8, 0.2]]))), 4)
-        0.0939
         >>> round(float(loss(teacher, np.array([[0.95, 0.05]]))), 4)
         0.0
 
@@ -143,17 +135,15 @@ class LabelSmoothingLoss(TeacherLoss):
         delta: float,
         *,
         from_logits: bool = False,
-        reduction: str | None = "sum_over_batch_size",
         name: str | None = "label_smoothing_loss",
-        dtype: Any = None,
+        **kwargs: Any,
     ) -> None:
         refuse_variables(delta=delta)
         super().__init__(
             {"delta": _check_share("delta", delta)},
             from_logits=from_logits,
-            reduction=reduction,
             name=name,
-            dtype=dtype,
+            **kwargs,
         )
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
@@ -192,8 +182,6 @@ class Flooding(TeacherLoss):
         >>> kl, probs = PTLoss(0.0), np.array([[0.9, 0.1], [0.5, 0.5]])
         >>> float(Flooding(kl, 0.25)(probs, probs))
         0.5
-        >>> float(kl(probs, probs[::-1])) < 0.5
-        True
 
     Reference:
         Ishida et al. 2020, Do We Need Zero Training Loss After Achieving Zero
@@ -261,16 +249,13 @@ def focal_epsilon(gamma: int, order: int) -> np.ndarray:
         epsilon_m = -1/m                     for m <= gamma
         epsilon_m = 1/(m - gamma) - 1/m      for m > gamma
 
-    The series is cut at `order` and exact in the limit. The value of PTLoss
-    also contains the teacher's negative entropy, so only gradients coincide.
+    The series is cut at `order` and exact in the limit. Only gradients
+    coincide, as the value of PTLoss also contains the teacher's entropy.
 
     Args:
         gamma: the focusing parameter, an integer of at least 0.
         order: number of coefficients. The gradient's error falls as
             `(1-p)^order`.
-
-    Returns:
-        Coefficients shared by the classes.
 
     Example:
         >>> focal_epsilon(gamma=1, order=3).round(3)
@@ -319,8 +304,7 @@ def label_smoothing_epsilon(
 ) -> np.ndarray:
     """Return the coefficients of label smoothing (Eq. 27).
 
-    The target is `(1 - delta) t + delta / C` (Eq. 23 has `delta / 2`, for
-    `C = 2`):
+    The target is that of `LabelSmoothingLoss`:
 
         epsilon_{n,c,m} = delta (1 / (C t_{n,c}) - 1) / m
 
@@ -363,8 +347,7 @@ def _check_share(argument: str, value: Any) -> float:
 
 def _check_positive(teacher_probs: Any) -> np.ndarray:
     """Require `(N, C)` without zeros."""
-    expected = "of shape (examples, classes) and above 0 everywhere"
-    t = as_floats("teacher_probs", teacher_probs, expected)
+    t = np.asarray(teacher_probs, "float64")
     if t.ndim != 2 or not np.all(t > 0):
-        fail("teacher_probs", expected, teacher_probs)
+        fail("teacher_probs", "(examples, classes), all above 0", teacher_probs)
     return t

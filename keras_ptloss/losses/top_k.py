@@ -24,8 +24,6 @@ from keras_ptloss._validation import (
     SUM_TOLERANCE,
     check_choice,
     check_constant_epsilon,
-    check_count,
-    check_flag,
     check_number,
     fail,
     shapes_differ,
@@ -60,7 +58,7 @@ def top_k_pt_loss(
         y_true: ids and natural log-probabilities, `(..., k, 2)`.
         y_pred: the student's probabilities, `(..., C)`, or logits with
             `from_logits`.
-        epsilon: coefficients: a number (order 1), or `(M,)`.
+        epsilon: as in `TopKPTLoss`, like all that follow.
         tail: `"event"` or `"renormalize"`.
         teacher_temperature: a number above 0.
         from_logits: whether `y_pred` holds logits.
@@ -79,22 +77,17 @@ def top_k_pt_loss(
         >>> student = np.array([[0.25, 0.0, 0.6, 0.15]], "float32")
         >>> [round(float(v), 4) for v in top_k_pt_loss(y_true, student, 0.0)]
         [0.0227]
-
-    Reference:
-        Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), Eq. 7.
     """
-    check_flag("from_logits", from_logits)
     settings = _check_settings(epsilon, tail, teacher_temperature)
     student = read_student(y_pred, from_logits=from_logits)
     if not from_logits:
         student = ops.log(ops.maximum(student, TINY))
-    y_true = _read_targets(y_true, student, student.shape[-1])
-    leading = ops.shape(student)[:-1]
-    logits = ops.reshape(student, (-1, student.shape[-1]))
-    targets = ops.reshape(y_true, (-1, ops.shape(y_true)[-2], 2))
+    num_classes = student.shape[-1]
+    targets = _read_targets(y_true, student, num_classes)
+    logits = ops.reshape(student, (-1, num_classes))
     event_logits = _event_logits(logits, _ids(targets))
-    loss = _events_loss(targets, event_logits, student.shape[-1], **settings)
-    return ops.reshape(loss, leading)
+    loss = _events_loss(targets, event_logits, num_classes, **settings)
+    return ops.reshape(loss, ops.shape(student)[:-1])
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
@@ -122,7 +115,7 @@ class TopKPTLoss(TeacherLoss):
     of padding alone costs 0. Positions are divided by their sum.
 
     Classes drawn from the teacher at random are targets too: give each id once,
-    with the logarithm of its share of the draws, and `tail="event"`.
+    with the logarithm of its share of the draws.
 
     Args:
         epsilon: coefficients: a number (order 1), or `(M,)`.
@@ -219,9 +212,6 @@ def top_k_events(y_true: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
         Probabilities `(N, k + 1)`, the last one that of the rest; and labels,
         `(N,)`, -1 at positions that are left out or consist of padding.
 
-    Raises:
-        ValueError: if an argument is invalid.
-
     Example:
         >>> import numpy as np
         >>> y_true = [[[7, np.log(0.5)], [4, np.log(0.3)]]] * 2
@@ -231,14 +221,10 @@ def top_k_events(y_true: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     """
     y_true = np.asarray(y_true, "float64")
     labels = np.asarray(labels)
-    _check_targets(y_true, None, np.inf)
-    if labels.shape != y_true.shape[:-2] or labels.dtype.kind not in "iu":
-        fail(
-            "labels",
-            f"integers of shape {y_true.shape[:-2]}, one for each position of "
-            "y_true",
-            labels,
-        )
+    leading = y_true.shape[:-2]
+    _check_targets(y_true, leading, np.inf)
+    if labels.shape != leading or labels.dtype.kind not in "iu":
+        fail("labels", f"integers of shape {leading}, as y_true has", labels)
     y_true, labels = y_true.reshape(-1, *y_true.shape[-2:]), labels.reshape(-1)
     ids = y_true[..., 0]
     probs, _ = _events(y_true, np.inf, "event", 1.0, np)
@@ -278,33 +264,23 @@ def fused_top_k_pt_loss(
             `(C, H)`, as in an embedding. H and C must differ.
         epsilon: coefficients: a number (order 1), or `(M,)`.
         bias: the head's bias, `(C,)`, or None.
-        tail: `"event"` or `"renormalize"`.
-        teacher_temperature: a number above 0.
+        tail: as in `TopKPTLoss`.
+        teacher_temperature: as in `TopKPTLoss`.
         chunk: number of classes in a chunk.
 
     Returns:
         One loss per position, shape `(...)`, in nats. It has gradients with
         respect to `hidden`, `weights` and `bias`.
 
-    Raises:
-        ValueError: as `top_k_pt_loss`.
-
     Example:
         >>> import keras, numpy as np
-        >>> class Student(keras.Model):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.embed = keras.layers.Embedding(1000, 8)
-        ...         self.embed.build()
-        ...
-        ...     def call(self, x):
-        ...         return self.embed(x)  # hidden states
-        ...
-        ...     def compute_loss(self, x, y, y_pred, sample_weight, training):
-        ...         head = self.embed.embeddings  # (1000, 8)
+        >>> embed = keras.layers.Embedding(1000, 8)
+        >>> class Student(keras.Sequential):
+        ...     def compute_loss(self, x, y, y_pred, *args, **kwargs):
+        ...         head = embed.embeddings  # (1000, 8); y_pred is hidden
         ...         loss = fused_top_k_pt_loss(y, y_pred, head, 0.0)
         ...         return keras.ops.mean(loss)
-        >>> student = Student()
+        >>> student = Student([keras.Input((5,)), embed])
         >>> student.compile("adam")
         >>> y_true = np.tile(
         ...     [[7, np.log(0.6)], [42, np.log(0.3)]], (8, 5, 1, 1)
@@ -316,7 +292,6 @@ def fused_top_k_pt_loss(
         for cross-entropy.
     """
     settings = _check_settings(epsilon, tail, teacher_temperature)
-    check_count("chunk", chunk)
     hidden = ops.convert_to_tensor(hidden)
     weights = ops.convert_to_tensor(weights)
     size, shape = hidden.shape[-1], tuple(weights.shape)
@@ -330,15 +305,13 @@ def fused_top_k_pt_loss(
     num_classes = shape[0] if shape[1] == size else shape[1]
     if bias is None:
         bias = ops.zeros((num_classes,), weights.dtype)
-    y_true = _read_targets(y_true, hidden, num_classes)
-    targets = ops.reshape(y_true, (-1, ops.shape(y_true)[-2], 2))
+    targets = _read_targets(y_true, hidden, num_classes)
     event_logits = _head_event_logits(
         ops.reshape(hidden, (-1, size)),
         weights,
         ops.convert_to_tensor(bias),
         _ids(targets),
         min(chunk, num_classes),
-        y_true.dtype,
     )
     loss = _events_loss(targets, event_logits, num_classes, **settings)
     return ops.reshape(loss, ops.shape(hidden)[:-1])
@@ -347,6 +320,7 @@ def fused_top_k_pt_loss(
 def _check_settings(
     epsilon: Any, tail: Any, temperature: Any
 ) -> dict[str, Any]:
+    """Return the checked settings of a loss, by name."""
     values = check_constant_epsilon(epsilon)
     if values.ndim > 1:
         fail("epsilon", "shared by the classes: a number or (order,)", epsilon)
@@ -359,37 +333,35 @@ def _check_settings(
 
 
 def _read_targets(y_true: Tensor, student: Tensor, num_classes: int) -> Tensor:
-    """Return `y_true` in float32 or better, checked where it has values."""
+    """Return checked targets `(N, k, 2)` in float32 or better."""
     y_true = ops.convert_to_tensor(y_true)
+    _check_targets(y_true, student.shape[:-1], num_classes)
     wide = keras.backend.result_type(student.dtype, "float32")
-    seen = visible_values(y_true)
-    _check_targets(y_true if seen is None else seen, student, num_classes)
-    return ops.cast(y_true, wide)
+    y_true = ops.cast(y_true, wide)
+    return ops.reshape(y_true, (-1, ops.shape(y_true)[-2], 2))
 
 
-def _check_targets(y_true: Any, student: Any, num_classes: float) -> None:
-    """Raise a `ValueError` if the shape is wrong or visible values are."""
+def _check_targets(y_true: Any, leading: Any, num_classes: float) -> None:
+    """Raise a `ValueError` if the shape or visible values are wrong."""
     shape = tuple(y_true.shape)
-    leading = shape[:-2] if student is None else student.shape[:-1]
     if shapes_differ(shape, (*leading, None, 2)) or 0 in shape[-2:]:
-        beside = "" if student is None else f" beside {tuple(student.shape)}"
         raise ValueError(
             "`y_true` must have shape (..., k, 2), ids and log-probabilities "
             "for each position of the student: np.stack([ids, "
             "log_probabilities], axis=-1). Received: y_true of shape "
-            f"{shape}{beside}"
+            f"{shape} for positions of shape {tuple(leading)}"
         )
-    if not isinstance(y_true, np.ndarray):
+    seen = visible_values(y_true)
+    if seen is None:
         return
-    rows = y_true.astype("float64").reshape(-1, *shape[-2:])
+    rows = seen.astype("float64").reshape(-1, *shape[-2:])
     invalid = _invalid(rows, np) | (rows[..., 0] >= num_classes).any(axis=-1)
     if invalid.any():
         row = int(np.argmax(invalid))
-        below = "" if np.isinf(num_classes) else f" below {num_classes}"
         raise ValueError(
-            f"`y_true` must hold whole ids{below}, each only once in a "
-            "position, and natural logarithms of probabilities that sum to at "
-            f"most 1. Received: y_true with ids {rows[row, :, 0].tolist()} and "
+            f"`y_true` must hold whole ids below {num_classes}, each only once "
+            "in a position, and natural logarithms of probabilities that sum "
+            f"to at most 1. Received: ids {rows[row, :, 0].tolist()} with "
             f"values {rows[row, :, 1].tolist()} at position {row} "
             f"({invalid.sum()} of {len(rows)} positions are invalid)"
         )
@@ -398,8 +370,7 @@ def _check_targets(y_true: Any, student: Any, num_classes: float) -> None:
 def _invalid(y_true: Tensor, xp: Any) -> Tensor:
     """Return which positions `(N,)` of targets `(N, k, 2)` are invalid."""
     ids, values = y_true[..., 0], y_true[..., 1]
-    entry = ids >= REST
-    mass = xp.where(entry, xp.exp(xp.minimum(values, 1.0)), 0.0)
+    mass = xp.where(ids >= REST, xp.exp(xp.minimum(values, 1.0)), 0.0)
     ordered = xp.sort(ids, axis=-1)
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= REST)
     # Written so that NaN is invalid.
@@ -408,22 +379,19 @@ def _invalid(y_true: Tensor, xp: Any) -> Tensor:
     return ~(whole & small & ~xp.any(twice, axis=-1))
 
 
+def _ids(targets: Tensor) -> Tensor:
+    """Return the ids of targets `(N, k, 2)` as int32."""
+    return ops.cast(ops.round(targets[..., 0]), "int32")
+
+
 def _events(
     y_true: Tensor, num_classes: float, tail: str, temperature: float, xp: Any
 ) -> tuple[Tensor, Tensor]:
-    """Return the teacher's events.
+    """Return the teacher's probabilities of its events, by NumPy or `ops`.
 
-    Args:
-        y_true: ids and log-probabilities, `(N, k, 2)`.
-        num_classes: number of the student's classes.
-        tail: as in `TopKPTLoss`.
-        temperature: of the teacher.
-        xp: `numpy` or `keras.ops`.
-
-    Returns:
-        Probabilities, `(N, k + 1)`, the last one that of the rest; and which
-        of them are events. Padding is none, nor is a class that the student
-        does not have, whose probability belongs to the rest.
+    Both results are `(N, k + 1)`, the rest comes last: the probabilities, and
+    which of them are events. Padding is none, nor is a class that the student
+    does not have, whose probability belongs to the rest.
     """
     ids = y_true[..., 0]
     # Padding may have any value, NaN too.
@@ -449,7 +417,7 @@ def _events(
 
 
 def _events_loss(
-    y_true: Tensor,
+    targets: Tensor,
     event_logits: Tensor,
     num_classes: int,
     *,
@@ -457,18 +425,9 @@ def _events_loss(
     tail: str,
     teacher_temperature: float,
 ) -> Tensor:
-    """Return Eq. 7 on the events, `(N,)`.
-
-    Args:
-        y_true: ids and log-probabilities, `(N, k, 2)`.
-        event_logits: the student's, `(N, k + 1)`; the last one is L_r.
-        num_classes: number of the student's classes.
-        epsilon: coefficients, `(M,)`.
-        tail: as in `TopKPTLoss`.
-        teacher_temperature: a number above 0.
-    """
-    t, event = _events(y_true, num_classes, tail, teacher_temperature, ops)
-    invalid = ops.expand_dims(_invalid(y_true, ops), -1)
+    """Return Eq. 7 on the events, `(N,)`, with the student's event logits."""
+    t, event = _events(targets, num_classes, tail, teacher_temperature, ops)
+    invalid = ops.expand_dims(_invalid(targets, ops), -1)
     return pt_loss(
         ops.where(invalid, float("nan"), t),
         ops.where(event, event_logits, LOWEST),
@@ -477,32 +436,28 @@ def _events_loss(
     )
 
 
-def _ids(y_true: Tensor) -> Tensor:
-    """Return the ids of targets `(N, k, 2)` as int32."""
-    return ops.cast(ops.round(y_true[..., 0]), "int32")
+# Event logits, `(N, k + 1)`: the logits of k ids, then L_r. Their gradients are
+# written out, because autodiff takes twice the memory.
 
 
 def _split(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Separate the logits with an id from the others.
-
-    Args:
-        logits: `(N, size)`.
-        ids: int32, `(N, k)`; those that are no column of `logits` do not count.
+    """Separate the logits `(N, size)` with an id, `(N, k)`, from the others.
 
     Returns:
-        The logits of the ids, `(N, k)`, `LOWEST` where an id does not count;
-        the logits, `LOWEST` at the ids, `(N, size + 1)`; and where the ids are
-        in these, `(N k, 2)`.
+        The logits of the ids, `(N, k)`, `LOWEST` where an id is no column; the
+        logits, `LOWEST` at the ids, `(N, size + 1)`; and where the ids are in
+        these, `(N k, 2)`.
     """
     size = logits.shape[-1]
-    # Ids that do not count are put into one more column.
+    # Ids that are no column are put into one more column.
     columns = ops.where((ids >= 0) & (ids < size), ids, size)
-    nothing = ops.full_like(logits[:, :1], LOWEST)
+    # `ops.full_like` fails on PyTorch's device "meta" (Keras 3.15).
+    nothing = LOWEST * ops.ones_like(logits[:, :1])
     logits = ops.concatenate([logits, nothing], axis=-1)
     rows = ops.arange(ops.shape(ids)[0], dtype="int32")[:, None]
     places = ops.stack([ops.broadcast_to(rows, ops.shape(ids)), columns], -1)
     places = ops.reshape(places, (-1, 2))
-    removed = ops.full_like(places[:, 0], LOWEST, dtype=logits.dtype)
+    removed = LOWEST * ops.ones_like(places[:, 0], dtype=logits.dtype)
     others = ops.scatter_update(logits, places, removed)
     return ops.take_along_axis(logits, columns, axis=-1), others, places
 
@@ -514,17 +469,11 @@ def _logsumexp(x: Tensor) -> Tensor:
 def _by_logits(
     logits: Tensor, ids: Tensor, rest: Tensor, upstream: Tensor
 ) -> Tensor:
-    """Return the gradient of event logits with respect to logits.
+    """Return the gradient with respect to logits, of all classes or a chunk.
 
     With u the upstream gradient,
 
         d / d z_i = u_i,    d / d z_c = u_r exp(z_c - L_r) for the others.
-
-    Args:
-        logits: `(N, size)`, of all classes or of a chunk.
-        ids: int32, `(N, k)`, counted from the first of these classes.
-        rest: L_r of all classes, `(N, 1)`.
-        upstream: `(N, k + 1)`.
     """
     _, others, places = _split(logits, ids)
     gradient = upstream[:, -1:] * ops.exp(others - rest)
@@ -533,10 +482,7 @@ def _by_logits(
 
 
 def _event_logits(logits: Tensor, ids: Tensor) -> Tensor:
-    """Return the event logits `(N, k + 1)` of logits `(N, C)`.
-
-    The gradient is written out because autodiff takes twice the memory.
-    """
+    """Return the event logits of logits `(N, C)`."""
 
     @ops.custom_gradient
     def project(logits: Tensor) -> Any:
@@ -554,45 +500,37 @@ def _event_logits(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def _head_event_logits(
-    hidden: Tensor,
-    weights: Tensor,
-    bias: Tensor,
-    ids: Tensor,
-    chunk: int,
-    dtype: str,
+    hidden: Tensor, weights: Tensor, bias: Tensor, ids: Tensor, chunk: int
 ) -> Tensor:
-    """Return the event logits `(N, k + 1)` of a head, chunk by chunk.
+    """Return the event logits of a head's logits, chunk by chunk.
 
-    The gradient computes the logits once more.
-
-    Args:
-        hidden: `(N, H)`.
-        weights: `(H, C)` or `(C, H)`.
-        bias: `(C,)`.
-        ids: int32, `(N, k)`.
-        chunk: number of classes in a chunk.
-        dtype: dtype of the logits.
+    The gradient computes the logits once more. `hidden` is `(N, H)`, `weights`
+    `(H, C)` or `(C, H)`.
     """
+    dtype = keras.backend.result_type(hidden.dtype, "float32")
     axis = 0 if weights.shape[1] == hidden.shape[1] else 1  # of the classes
 
-    def part(weights: Tensor, bias: Tensor, first: Any, size: int) -> Any:
-        """Return the weights `(H, size)` and bias of a chunk."""
+    # JAX wants all tensors that have a gradient as arguments.
+    def part(
+        hidden: Tensor, weights: Tensor, bias: Tensor, first: Any, size: int
+    ) -> Any:
+        """Return the start and the weights `(H, size)` of a chunk, and z."""
         start, sizes = [0, 0], list(weights.shape)
         start[axis], sizes[axis] = first, size
         w = ops.slice(weights, start, sizes)
         w = ops.cast(ops.transpose(w) if axis == 0 else w, hidden.dtype)
-        return w, ops.cast(ops.slice(bias, (first,), (size,)), hidden.dtype)
+        b = ops.cast(ops.slice(bias, (first,), (size,)), hidden.dtype)
+        return start, w, ops.cast(ops.matmul(hidden, w) + b, dtype)
 
     @ops.custom_gradient
     def project(hidden: Tensor, weights: Tensor, bias: Tensor) -> Any:
         def forward(first: Any, size: int, given: Tensor, rest: Tensor) -> Any:
-            w, b = part(weights, bias, first, size)
-            logits = ops.cast(ops.matmul(hidden, w) + b, dtype)
+            *_, logits = part(hidden, weights, bias, first, size)
             found, others, _ = _split(logits, ids - first)
             rest = ops.logaddexp(rest, _logsumexp(others))
             return ops.maximum(given, found), rest
 
-        lowest = ops.full_like(ids, LOWEST, dtype=dtype)
+        lowest = LOWEST * ops.ones_like(ids, dtype=dtype)
         given, rest = _over_chunks(
             forward, bias.shape[0], chunk, lowest, lowest[:, :1]
         )
@@ -601,31 +539,20 @@ def _head_event_logits(
             if upstream is None:  # PyTorch passes it by keyword.
                 (upstream,) = args
 
-            def backward(
-                first: Any,
-                size: int,
-                by_hidden: Any,
-                by_weights: Any,
-                by_b: Any,
-            ) -> Any:
-                w, b = part(weights, bias, first, size)
-                logits = ops.cast(ops.matmul(hidden, w) + b, dtype)
-                by_logits = _by_logits(logits, ids - first, rest, upstream)
-                by_bias = ops.cast(ops.sum(by_logits, axis=0), bias.dtype)
-                by_logits = ops.cast(by_logits, hidden.dtype)
-                by_hidden = by_hidden + ops.cast(
-                    ops.matmul(by_logits, ops.transpose(w)), dtype
-                )
-                by_part = ops.matmul(ops.transpose(hidden), by_logits)
-                by_part = ops.transpose(by_part) if axis == 0 else by_part
-                start: list[Any] = [0, 0]
-                start[axis] = first
+            def backward(first: Any, size: int, *sums: Tensor) -> Any:
+                by_hidden, by_weights, by_bias = sums
+                start, w, logits = part(hidden, weights, bias, first, size)
+                by_z = _by_logits(logits, ids - first, rest, upstream)
+                by_b = ops.cast(ops.sum(by_z, axis=0), bias.dtype)
+                by_z = ops.cast(by_z, hidden.dtype)
+                by_h = ops.matmul(by_z, ops.transpose(w))
+                by_w = ops.matmul(ops.transpose(hidden), by_z)
+                by_w = ops.transpose(by_w) if axis == 0 else by_w
+                by_w = ops.cast(by_w, weights.dtype)
                 return (
-                    by_hidden,
-                    ops.slice_update(
-                        by_weights, start, ops.cast(by_part, weights.dtype)
-                    ),
-                    ops.slice_update(by_b, (first,), by_bias),
+                    by_hidden + ops.cast(by_h, dtype),
+                    ops.slice_update(by_weights, start, by_w),
+                    ops.slice_update(by_bias, (first,), by_b),
                 )
 
             by_hidden, by_weights, by_bias = _over_chunks(

@@ -44,13 +44,14 @@ class GradientSearch:
 
     Example:
         >>> import numpy as np
+        >>> from keras_ptloss import ProxyTeacherSearch
         >>> rng = np.random.default_rng(0)
         >>> truth = rng.dirichlet([1.0, 1.0, 1.0], size=300)
         >>> labels = np.array([rng.choice(3, p=row) for row in truth])
-        >>> teacher_probs = truth * [1.0, 0.2, 0.2]  # biased to class 0
+        >>> teacher_probs = truth * [1.0, 0.6, 0.6]  # biased to class 0
         >>> teacher_probs /= teacher_probs.sum(axis=1, keepdims=True)
-        >>> search = ProxyTeacherSearch(GradientSearch(order=2, per_class=True))
-        >>> result = search.search(teacher_probs, labels)
+        >>> search = ProxyTeacherSearch(GradientSearch(order=1, per_class=True))
+        >>> result = search.search(teacher_probs, labels, verbose=0)
         >>> result.score < result.baseline_score
         True
 

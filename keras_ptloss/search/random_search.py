@@ -35,14 +35,15 @@ class RandomSearch:
         per_class: whether each class has its own coefficients. Classes without
             a label then keep the teacher's probabilities, unless the labels are
             a random sample.
-        solver: `"newton"`, or `"fsolve"`, the paper's, which is slow.
+        solver: `"newton"`, or `"fsolve"`, the paper's slow solver.
 
     Raises:
         ValueError: if an argument has another form.
 
     Example:
+        >>> from keras_ptloss import ProxyTeacherSearch
         >>> search = ProxyTeacherSearch(RandomSearch(num_trials=10, order=2))
-        >>> result = search.search([[0.7, 0.3], [0.4, 0.6]], [0, 1])
+        >>> result = search.search([[0.7, 0.3], [0.4, 0.6]], [0, 1], verbose=0)
         >>> len(result.trials["score"])
         10
 

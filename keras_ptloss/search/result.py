@@ -1,7 +1,6 @@
 """What a search found."""
 
 import dataclasses
-import html
 import json
 import os
 import textwrap
@@ -90,9 +89,6 @@ class SearchResult:
 
         Returns:
             Probabilities, `(..., C)`, float64.
-
-        Raises:
-            ValueError: if `teacher_outputs` are not of this form.
         """
         return self.correction.correct(teacher_outputs)
 
@@ -118,18 +114,9 @@ class SearchResult:
         Returns:
             The axes.
         """
-        if ax is None:
-            import matplotlib.pyplot as plt
+        from keras_ptloss.plots import plot_classes
 
-            ax = plt.subplots(layout="constrained")[1]
-        position = np.arange(len(self.class_names))
-        for index, (name, shares) in enumerate(self.class_shares.items()):
-            ax.bar(position + 0.27 * (index - 1), shares, 0.27, label=name)
-        if len(position) <= 30:
-            ax.set_xticks(position, self.class_names)
-        ax.set(xlabel="class", ylabel="share")
-        ax.legend()
-        return ax
+        return plot_classes(self, ax=ax)
 
     def summary(self) -> None:
         """Print whether the correction helps, and what it does."""
@@ -158,10 +145,12 @@ class SearchResult:
             self.epsilon, precision=3, threshold=10, edgeitems=2
         ).replace("\n", "")
         temperature = np.array2string(np.asarray(self.temperature), precision=3)
-        lines += ["", f"epsilon {epsilon}, temperature {temperature}"]
-        if not self.correction.is_identity and self.correction.has_step_2:
-            lines[-1] += ", then a correction between classes"
-        lines[-1] += f"; {self.seconds:.1f} s"
+        step_2 = ", then a correction between classes"
+        lines += [
+            "",
+            f"epsilon {epsilon}, temperature {temperature}"
+            f"{step_2 * self.correction.has_step_2}; {self.seconds:.1f} s",
+        ]
         for note in self.notes:
             lines += textwrap.wrap(
                 f"Note: {note}", width=88, subsequent_indent="  "
@@ -175,31 +164,22 @@ class SearchResult:
         order = np.sort(np.argsort(-change, kind="stable")[:CLASSES_SHOWN])
         names = [textwrap.shorten(n, 24) or n[:24] for n in self.class_names]
         wide = max(5, *(len(names[c]) for c in order))
-        header = f"{'class':{wide}}  " + " ".join(
-            f"{name + ('' if name == 'labels' else mark):>10}"
-            for name in shares
-        )
-        lines = [header]
+        lines = [
+            f"{'class':{wide}}  {'labels':>10} {'teacher' + mark:>10} "
+            f"{'corrected' + mark:>10}"
+        ]
         for c in order:
             values = [f"{100 * share[c]:8.1f} %" for share in shares.values()]
-            lines.append(f"{names[c]:{wide}}  " + " ".join(values))
+            lines.append(f"{names[c]:{wide}}  {' '.join(values)}")
         if len(order) < len(names):
             lines.append(
                 f"(the {len(order)} of {len(names)} classes that change most)"
             )
         return lines
 
-    def _repr_html_(self) -> str:
-        """Return what a notebook shows."""
-        return f"<pre>{html.escape(repr(self))}</pre>"
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result to a JSON file."""
-        fields = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-        }
-        fields["correction"] = self.correction.get_config()
+        fields = {**vars(self), "correction": self.correction.get_config()}
         with open(path, "w", encoding="utf-8") as file:
             json.dump(fields, file, default=lambda value: value.tolist())
 
@@ -209,8 +189,8 @@ class SearchResult:
         with open(path, encoding="utf-8") as file:
             fields = json.load(file)
         fields["correction"] = Correction.from_config(fields["correction"])
-        for name in ("notes", "class_names"):
-            fields[name] = tuple(fields[name])
+        fields["notes"] = tuple(fields["notes"])
+        fields["class_names"] = tuple(fields["class_names"])
         fields["class_shares"] = {
             name: np.asarray(shares)
             for name, shares in fields["class_shares"].items()
@@ -232,10 +212,10 @@ def summarize(examples: Examples, found: Found) -> dict[str, Any]:
         t = examples.teacher_probs
         correction = dataclasses.replace(found.correction, from_logits=False)
         candidates[chosen] = correction.correct(t if len(t) > 1 else t[0])
+    corrected = candidates[chosen]
     scores = {
         n: _scores(probs, labels, weights) for n, probs in candidates.items()
     }
-    corrected = candidates[chosen]
     shares = np.bincount(labels, weights, examples.num_classes) / len(labels)
     return {
         "score": scores[chosen]["nll"],
@@ -254,23 +234,20 @@ def summarize(examples: Examples, found: Found) -> dict[str, Any]:
 
 def _baseline(examples: Examples) -> tuple[str, np.ndarray]:
     """Return the best teacher as it is, or else the shares of the labels."""
-    labels, classes = examples.labels, examples.num_classes
+    labels, weights = examples.labels, examples.sample_weight
     alike = {
-        f"teacher {k}": t
+        k: t
         for k, t in enumerate(examples.teacher_probs)
-        if t.shape[1] == classes
+        if t.shape[1] == examples.num_classes
     }
     if not alike:
-        counts = np.bincount(labels, examples.sample_weight, classes) + 1.0
+        counts = np.bincount(labels, weights, examples.num_classes) + 1.0
         shares = np.tile(counts / counts.sum(), (len(labels), 1))
         return "shares of the labels", shares
-    losses = {
-        name: np.average(_nll(t, labels), weights=examples.sample_weight)
-        for name, t in alike.items()
-    }
-    best = min(losses, key=lambda name: losses[name])
-    one = len(examples.teacher_probs) == 1
-    return "teacher" if one else f"{best}, the best", alike[best]
+    if len(examples.teacher_probs) == 1:
+        return "teacher", alike[0]
+    best = min(alike, key=lambda k: weights @ _nll(alike[k], labels))
+    return f"teacher {best}, the best", alike[best]
 
 
 def _nll(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -282,14 +259,15 @@ def _nll(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def _scores(
     probs: np.ndarray, labels: np.ndarray, weights: np.ndarray
 ) -> dict[str, float]:
+    """Return one row of the table; the weights have mean 1."""
     right = probs.argmax(axis=1) == labels
     confidence = probs.max(axis=1)
     bins = np.minimum((confidence * 15).astype(int), 14)
-    gaps = np.bincount(bins, weights * (right - confidence), minlength=15)
+    gaps = np.bincount(bins, weights * (right - confidence))
     return {
-        "nll": float(np.average(_nll(probs, labels), weights=weights)),
-        "accuracy": float(np.average(right, weights=weights)),
-        "ece": float(np.abs(gaps).sum() / weights.sum()),
+        "nll": float(np.mean(weights * _nll(probs, labels))),
+        "accuracy": float(np.mean(weights * right)),
+        "ece": float(np.abs(gaps).sum() / len(labels)),
     }
 
 
@@ -311,9 +289,9 @@ def _verdict(
         )
 
     def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-        mean = float(np.average(values, weights=weights))
-        error = np.sqrt(np.sum((weights * (values - mean)) ** 2)) / number
-        return mean, float(error)
+        mean = np.mean(weights * values)
+        error = np.linalg.norm(weights * (values - mean)) / number
+        return float(mean), float(error)
 
     where = f"Out of fold on your {number} labels"
     if not found.out_of_fold:
@@ -324,8 +302,9 @@ def _verdict(
     instead = f"instead of {100 * before:.1f} %"
     if after > before:
         return f"{where}, {accuracy} {instead}."
-    difference = _nll(corrected, labels) - _nll(baseline, labels)
-    change, error = mean_and_error(difference)
+    change, error = mean_and_error(
+        _nll(corrected, labels) - _nll(baseline, labels)
+    )
     return (
         f"{where}, the NLL is {abs(change):.3f} (± {error:.3f}) "
         f"{'lower' if change < 0.0 else 'higher'}, and {accuracy} "

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import keras
@@ -21,7 +21,7 @@ from keras_ptloss.search.random_search import RandomSearch
 from keras_ptloss.search.result import SearchResult, summarize
 from keras_ptloss.search.ridge import RidgeSearch
 
-METHODS: dict[str, Callable[[], SearchMethod]] = {
+METHODS = {
     "ridge": RidgeSearch,
     "random": RandomSearch,
     "gradient": GradientSearch,
@@ -104,13 +104,13 @@ class ProxyTeacherSearch:
                 sample_weight)`, which is read once.
             inputs: the labelled examples, as arrays, for Keras models.
             sample_weight: weights, `(N, ...)` or `(N,)`, if the labelled
-                examples are no random sample of the data. Examples of weight 0
-                are left out.
+                examples are not a random sample of the data. Examples of weight
+                0 are left out.
             from_logits: whether the teacher gives logits, a flag for all
                 teachers or one for each. None means probabilities, except for
                 stored outputs with an attribute `from_logits`.
             num_classes: the number of classes C of labels and student. It is
-                needed only if teachers have others.
+                needed only if a teacher has other classes.
             class_names: names of the classes, for the summary.
             ignore_class: a label of examples or positions to leave out, as in
                 `keras.losses.SparseCategoricalCrossentropy`. The teacher may
@@ -144,17 +144,19 @@ class ProxyTeacherSearch:
             random_sample=random_sample,
             seed=self.seed,
         )
-        names = _class_names(class_names, examples.num_classes)
+        number = examples.num_classes
+        names = tuple(
+            map(str, range(number) if class_names is None else class_names)
+        )
+        if len(names) != number or isinstance(class_names, str):
+            fail("class_names", f"a name for each of {number} classes", names)
         # The matrices are small: threads of BLAS cost more than they save.
         with threadpool_limits(limits=1, user_api="blas"):
             found = self.method.run(examples, progress)
-        correction = dataclasses.replace(
-            found.correction,
-            from_logits=flags if len(flags) > 1 else flags[0],
-        )
+        correction = dataclasses.replace(found.correction, from_logits=flags)
         notes = (
-            *_notes_on_teachers(examples, names),
-            *_notes_on_labels(examples, sample_weight is not None),
+            *_notes_on_permuted_classes(examples, names),
+            *_notes_on_balanced_labels(examples, sample_weight is not None),
             *_notes_on_kept_classes(examples, correction, names),
             *found.notes,
         )
@@ -171,17 +173,6 @@ class ProxyTeacherSearch:
         )
 
 
-def _class_names(
-    class_names: Sequence[str] | None, num_classes: int
-) -> tuple[str, ...]:
-    if class_names is None:
-        return tuple(map(str, range(num_classes)))
-    names = tuple(map(str, class_names))
-    if len(names) != num_classes or isinstance(class_names, str):
-        fail("class_names", f"a name for each of {num_classes} classes", names)
-    return names
-
-
 def _progress_bar(verbose: Any) -> Callable[[int, int], None]:
     """Return `progress(done, total)`, which draws Keras's progress bar."""
     if verbose not in ("auto", 0, 1):
@@ -192,13 +183,10 @@ def _progress_bar(verbose: Any) -> Callable[[int, int], None]:
 
     def progress(done: int, total: int) -> None:
         nonlocal bar, last
-        shown = verbose == 1 or (
-            verbose == "auto"
-            and time.perf_counter() - begin > 3.0
-            and keras.config.is_interactive_logging_enabled()
-        )
-        if shown and bar is None:
-            bar = keras.utils.Progbar(total, unit_name="trial")
+        slow = time.perf_counter() - begin > 3.0
+        logging = keras.config.is_interactive_logging_enabled()
+        if verbose == 1 or (verbose == "auto" and slow and logging):
+            bar = bar or keras.utils.Progbar(total, unit_name="trial")
         if bar is not None and done > last:
             bar.target = total  # a method may need fewer than it thought
             bar.update(done, finalize=done == total)
@@ -207,96 +195,93 @@ def _progress_bar(verbose: Any) -> Callable[[int, int], None]:
     return progress
 
 
-def _notes_on_teachers(
+def _notes_on_permuted_classes(
     examples: Examples, class_names: Sequence[str]
-) -> list[str]:
-    """Return notes on teachers whose classes seem permuted.
+) -> Iterator[str]:
+    """Give a note on each teacher whose classes seem permuted.
 
     The best permutation is the one that makes most of the answers right. It is
     reported if it makes 20 % more of them right than the identity; one of C
     classes can explain about C answers by chance.
     """
-    notes = []
-    labels, number = examples.labels, len(examples.labels)
+    classes, number = examples.num_classes, len(examples.labels)
     for k, t in enumerate(examples.teacher_probs):
-        if t.shape[1] != examples.num_classes:
+        if t.shape[1] != classes:
             continue
-        counts = np.zeros((t.shape[1],) * 2)
-        np.add.at(counts, (t.argmax(axis=1), labels), 1.0)
+        counts = np.zeros((classes, classes))
+        np.add.at(counts, (t.argmax(axis=1), examples.labels), 1.0)
         given, true = scipy.optimize.linear_sum_assignment(-counts)
         right = np.trace(counts) / number
         permuted = counts[given, true].sum() / number
-        gain = permuted - right - t.shape[1] / number
-        if gain <= 0.2 or permuted <= 0.5:
+        if permuted - right - classes / number <= 0.2 or permuted <= 0.5:
             continue
         moved = [
             f"{class_names[a]} is {class_names[b]}"
             for a, b in zip(given, true, strict=True)
             if a != b and counts[a, b]
         ]
-        shown = ", ".join(moved[:10]) + (", ..." if len(moved) > 10 else "")
-        teacher = (
-            "teacher" if len(examples.teacher_probs) == 1 else f"teacher {k}"
+        one = len(examples.teacher_probs) == 1
+        yield (
+            f"The classes of the {'teacher' if one else f'teacher {k}'} seem "
+            f"permuted: {100 * right:.0f} % of its answers are right, and "
+            f"{100 * permuted:.0f} % would be if its class {_first(moved)}. "
+            "Check the order of the classes."
         )
-        notes.append(
-            f"The classes of the {teacher} seem permuted: {100 * right:.0f} % "
-            f"of its answers are right, and {100 * permuted:.0f} % would be if "
-            f"its class {shown}. Check the order of the classes."
-        )
-    return notes
 
 
-def _notes_on_labels(examples: Examples, weighted: bool) -> list[str]:
-    """Return a note if the labels were drawn evenly by class, it seems.
+def _notes_on_balanced_labels(
+    examples: Examples, weighted: bool
+) -> Iterator[str]:
+    """Give a note if the labels were drawn evenly by class, it seems.
 
     That is, the label counts are more even than 95 % of random samples from an
     even population would be, while the teacher's mean probabilities differ from
     an even population's by more than chance.
     """
-    if weighted:
-        return []
     classes, number = examples.num_classes, len(examples.labels)
-    counts = np.bincount(examples.labels, minlength=classes)
     shares = [
         t.mean(axis=0) for t in examples.teacher_probs if t.shape[1] == classes
     ]
-    if not shares:
-        return []
+    if weighted or not shares:
+        return
+    counts = np.bincount(examples.labels, minlength=classes)
     expected = number / classes
     # Half a count more, because counts are integers.
     distance = np.sum((np.abs(counts - expected) + 0.5) ** 2) / expected
     of_teacher = np.sum((number * np.mean(shares, axis=0) - expected) ** 2)
     chi2 = scipy.stats.chi2(classes - 1)
-    if chi2.cdf(distance) > 0.05 or chi2.sf(of_teacher / expected) > 0.01:
-        return []
-    return [
-        f"The labels look balanced by class ({counts.min()} to {counts.max()} "
-        "per class), and the teacher expects uneven classes. If they are not a "
-        "random sample of the data, pass sample_weight: each example's weight "
-        "is the share of its class in the data, divided by its share in the "
-        "labels."
-    ]
+    if chi2.cdf(distance) <= 0.05 and chi2.sf(of_teacher / expected) <= 0.01:
+        yield (
+            f"The labels look balanced by class ({counts.min()} to "
+            f"{counts.max()} per class), and the teacher expects uneven "
+            "classes. If they are not a random sample of the data, pass "
+            "sample_weight: each example's weight is the share of its class in "
+            "the data, divided by its share in the labels."
+        )
 
 
 def _notes_on_kept_classes(
     examples: Examples, correction: Correction, class_names: Sequence[str]
-) -> list[str]:
-    """Return a note on the classes that keep the teacher's probabilities."""
+) -> Iterator[str]:
+    """Give a note on the classes that keep the teacher's probabilities."""
     kept = list(correction.kept_classes)
-    if not kept:
-        return []
-    shares = np.mean(
-        [
-            t[:, kept].sum(axis=1).mean()
-            for t in examples.teacher_probs
-            if t.shape[1] == examples.num_classes
-        ]
-    )
-    shown = ", ".join(class_names[c] for c in kept[:10])
-    shown += ", ..." if len(kept) > 10 else ""
-    return [
-        f"{len(kept)} of {examples.num_classes} classes have no label and keep "
-        f"the teacher's probabilities ({shown}; together {100 * shares:.1f} % "
-        "of the teacher's mean probabilities). If the labels are a random "
-        "sample of the data, pass random_sample=True."
-    ]
+    if kept:
+        share = np.mean(
+            [
+                t[:, kept].sum(axis=1).mean()
+                for t in examples.teacher_probs
+                if t.shape[1] == examples.num_classes
+            ]
+        )
+        yield (
+            f"{len(kept)} of {examples.num_classes} classes have no label and "
+            "keep the teacher's probabilities "
+            f"({_first([class_names[c] for c in kept])}; together "
+            f"{100 * share:.1f} % of the teacher's mean probabilities). If the "
+            "labels are a random sample of the data, pass random_sample=True."
+        )
+
+
+def _first(names: list[str]) -> str:
+    """Return the first ten names."""
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

@@ -101,7 +101,8 @@ def attach_several(
 def _check_count(found: Any, count: int, what: str) -> None:
     if len(found) != count:
         raise ValueError(
-            f"{what} must have one length. Received: {len(found)} and {count}"
+            f"{what} must have the same length. Received: {len(found)} and "
+            f"{count}"
         )
 
 

@@ -71,22 +71,24 @@ def _fingerprint(x: Tensor) -> np.ndarray:
         array = array.astype(array.dtype.newbyteorder("<"), copy=False)
         if mask is not None and array.shape == mask.shape:
             rows.append(
-                [
-                    row[real].tobytes()
-                    for row, real in zip(array, mask, strict=True)
-                ]
+                [row[m].tobytes() for row, m in zip(array, mask, strict=True)]
             )
-        else:
-            flat = np.ascontiguousarray(array).reshape(len(array), -1)
-            rows.append(list(flat.view("uint8")))
-    found = []
-    for parts in zip(*rows, strict=True):
-        digest = hashlib.blake2b(header, digest_size=8)
-        for part in parts:
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-        found.append(digest.digest())
-    return np.frombuffer(b"".join(found), "<u8")
+            continue
+        data = array.tobytes()
+        size = len(data) // max(len(array), 1)
+        starts = range(0, size * len(array), size) if size else [0] * len(array)
+        rows.append([data[low : low + size] for low in starts])
+    return np.frombuffer(
+        b"".join(
+            hashlib.blake2b(
+                header
+                + b"".join([len(p).to_bytes(8, "little") + p for p in parts]),
+                digest_size=8,
+            ).digest()
+            for parts in zip(*rows, strict=True)
+        ),
+        "<u8",
+    )
 
 
 def _text_bytes(row: Any) -> bytes:
@@ -185,7 +187,8 @@ def as_inputs(inputs: Any) -> Any:
     if len(lengths) != 1 or None in lengths:
         fail(
             "inputs",
-            "arrays of one length, a list of texts, or a data set of batches",
+            "arrays of the same length, a list of texts, or a data set of "
+            "batches",
             f"{type(inputs).__name__} of lengths {lengths}",
         )
     return arrays
@@ -299,35 +302,34 @@ def not_stored(
     that no teacher is paid for inputs of another store. Arrays must be in the
     order of the stored rows; a data set may be shuffled.
     """
-    left = collections.Counter(stored.tolist())
+    left: collections.Counter[int] = collections.Counter()
     start = 0
     if len(stored):
-        found = [fingerprint(x) for x, _ in batches(inputs, 1024)]
-        prints = np.concatenate(found) if found else stored[:0]
-        if np.array_equal(prints[: len(stored)], stored):
-            # Keeps the order also of examples that come twice.
-            pass
-        elif not is_stream(inputs):
-            differ = prints[: len(stored)] != stored[: len(prints)]
-            where = int(np.argmax(differ)) if differ.any() else len(prints)
-            raise other_inputs(path, f"differ from example {where} on")
-        elif left - collections.Counter(prints.tolist()):
+        prints = fingerprint(inputs)
+        if is_stream(inputs):
+            left.update(stored.tolist())
             gone = (left - collections.Counter(prints.tolist())).total()
-            raise other_inputs(path, f"lack {gone} of {len(stored)} examples")
-        if not is_stream(inputs):
-            start = len(stored)
-            left.clear()
+            if gone:
+                how = f"lack {gone} of {len(stored)} examples"
+                raise other_inputs(path, how)
+        else:
+            start, common = len(stored), min(len(prints), len(stored))
+            same = np.append(prints[:common] == stored[:common], False)
+            which = int(np.argmin(same))
+            if which < len(stored):
+                raise other_inputs(path, f"differ from example {which} on")
     for x, weight in batches(inputs, batch_size, start):
         prints = fingerprint(x)
+        if not left:
+            yield x, weight, prints
+            continue
         new = []
         for position, one in enumerate(prints.tolist()):
             if left[one] > 0:
                 left[one] -= 1
             else:
                 new.append(position)
-        if len(new) == len(prints):
-            yield x, weight, prints
-        elif new:
+        if new:
             weight = None if weight is None else take(weight, new)
             yield take(x, np.array(new)), weight, prints[new]
 

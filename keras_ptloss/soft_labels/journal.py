@@ -172,7 +172,7 @@ class StoreWriter:
                 error.errno,
                 f"{error.strerror}, writing soft labels to {self.path}. "
                 f"{self.num_rows} rows are stored: make room and run the same "
-                "call again to go on",
+                "call again to continue",
             ) from error
         self._end += len(record)
         self.num_rows += batch.num_rows
@@ -249,12 +249,18 @@ def read_info(path: Path) -> Info | None:
         return None
     try:
         found = json.loads(file.read_bytes())
-        if found["checksum"] != _checksum_of_info(found["store"]):
-            raise ValueError("its checksum differs")
         store = found["store"]
-        return Info(Layout(**store.pop("layout")), **store)
+        if found["checksum"] != _checksum_of_info(store):
+            raise damaged(file)
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(file) from error
+    try:
+        return Info(Layout(**store.pop("layout")), **store)
+    except TypeError as error:
+        raise ValueError(
+            f"The soft labels in {path} were written by another version of "
+            f"keras_ptloss, which this one cannot read: {error}."
+        ) from error
 
 
 def write_info(path: Path, info: Info) -> None:

@@ -41,8 +41,8 @@ def pyarrow() -> Any:
         import pyarrow as pa
     except ImportError as error:
         raise ImportError(
-            "SoftLabels keeps its rows in Arrow files, which needs pyarrow. "
-            "Run `pip install pyarrow`."
+            "SoftLabels stores its rows in Arrow files, which requires "
+            "pyarrow. Run `pip install pyarrow`."
         ) from error
     return pa
 
@@ -84,7 +84,7 @@ class Layout:
         names = tuple(self.class_names)
         object.__setattr__(self, "class_names", names)
         if len(set(names)) < len(names):
-            fail("class_names", "names that all differ", names)
+            fail("class_names", "unique names", names)
         if self.num_classes not in (None, len(names)):
             raise ValueError(
                 "`class_names` must name every class of the teacher, in its "
@@ -117,7 +117,7 @@ class Layout:
                 types["start"] = pa.int32()
                 entries = {n: pa.list_(kind) for n, kind in entries.items()}
             types |= entries
-        about = json.dumps(dataclasses.asdict(self))
+        about = json.dumps(vars(self))
         return pa.schema(list(types.items()), {"keras_ptloss": about})
 
     def encode(
@@ -253,9 +253,9 @@ def from_entries(
     top_ids, log_probs = np.asarray(top_ids), np.asarray(log_probs, "float64")
     if top_ids.shape != log_probs.shape or top_ids.ndim != 2:
         raise ValueError(
-            "`top_ids` and `log_probs` must have one shape, with k entries on "
-            f"the last axis. Received: top_ids of shape {top_ids.shape}, "
-            f"log_probs of shape {log_probs.shape}"
+            "`top_ids` and `log_probs` must have the same shape, with k "
+            "entries on the last axis. Received: shapes {top_ids.shape} and "
+            f"{log_probs.shape}"
         )
     known = top_ids >= 0
     largest = np.iinfo("int32").max if num_classes is None else num_classes - 1

@@ -70,8 +70,8 @@ class SoftLabels:
     there is no entry. Make a store with `SoftLabels.write`, from arrays with
     `from_array` or `from_top_k`, and read it again with `SoftLabels.open`.
 
-    Rows are found by the fingerprints of their inputs, or by your ids. Of
-    examples that are the same, the row stored first counts.
+    Rows are found by the fingerprints of their inputs, or by your ids. If two
+    examples are equal, the row that was stored first is used.
 
     Attributes:
         layout: kind of rows, dtype, number and names of classes, teacher.
@@ -123,7 +123,7 @@ class SoftLabels:
         fsync: bool = False,
         overwrite: bool = False,
     ) -> "SoftLabels":
-        """Ask a teacher about each input and store what it says.
+        """Ask a teacher about each input and store its outputs.
 
         The process may be killed at any moment. Run the same call again: it
         checks that the stored rows belong to these inputs and to this teacher,
@@ -131,41 +131,42 @@ class SoftLabels:
 
         Args:
             teacher: a Keras model, or a function from a batch of inputs to an
-                array `(batch, C)`. One column is a binary classifier's
-                probability (or logit) of the second of two classes. For token
-                sequences `(batch, time, C)`, with `top_k`. A teacher that gives
-                the likeliest classes only returns events `(batch, k + 1, 2)` or
-                `(batch, time, k + 1, 2)`, as above.
+                array `(batch, C)`. A binary classifier may return `(batch, 1)`,
+                the probability (or logit) of the second class. For token
+                sequences, the array is `(batch, time, C)`, and `top_k` is
+                needed. A teacher that knows only the likeliest classes returns
+                events `(batch, k + 1, 2)` or `(batch, time, k + 1, 2)`.
             inputs: arrays, a list of texts, lists of token ids, a pytree of
                 arrays, what gives single examples by number (a PyTorch
                 `Dataset`, a Grain data source), or what gives batches: a
                 `tf.data.Dataset`, a `keras.utils.PyDataset`, a PyTorch
-                `DataLoader`, a Grain data set. Of `(inputs, targets, sample
-                weights)`, targets are ignored, and positions of sequences whose
-                weight is 0 are not stored.
+                `DataLoader`, a Grain data set. If it gives `(inputs, targets,
+                sample_weight)`, the targets are ignored, and positions of
+                sequences whose weight is 0 are not stored.
             path: directory of the store.
-            batch_size: examples in a batch; data sets have their own.
-            from_logits: whether the teacher returns logits. Probabilities are
-                stored of either.
+            batch_size: batch size for arrays. Data sets keep their batches.
+            from_logits: whether the teacher returns logits. They are converted
+                to probabilities before they are stored.
             class_names: names of the classes, in the teacher's order.
             top_k: store only the k likeliest classes.
-            dtype: dtype of what is stored.
-            ids: your names of the examples, in their order. Rows can be found
-                by them as well as by their inputs.
-            teacher_name: by what to know the teacher again. By default it is a
-                hash of the model's configuration and weights, or the name of
-                the function.
-            verbose: 0 silent, 1 or "auto" a progress bar, 2 a line at the end.
-            fsync: whether each batch waits for the disk, so that a power cut
-                cannot lose it; else it may lose the last second.
-            overwrite: whether to delete a store that is there.
+            dtype: dtype of the stored numbers.
+            ids: your own names of the examples, in the same order. Rows can
+                then be found by ids as well as by inputs.
+            teacher_name: a name that identifies the teacher when you resume or
+                join. The default is a hash of the model's configuration and
+                weights, or the name of the function.
+            verbose: 0 prints nothing, 1 or "auto" shows a progress bar, 2
+                prints a line at the end.
+            fsync: whether to wait for the disk after each batch. Otherwise a
+                power cut may lose the last second.
+            overwrite: whether to replace an existing store.
 
         Returns:
             The store.
 
         Raises:
-            ValueError: if the inputs, the teacher or the arguments are not
-                those of the rows that are stored, or the teacher returns no
+            ValueError: if the inputs, the teacher or the arguments differ from
+                those of the stored rows, or if the outputs are not
                 probabilities.
             RuntimeError: if another process writes to the store, or the
                 teacher fails.
@@ -210,8 +211,8 @@ class SoftLabels:
                 except Exception as error:
                     raise RuntimeError(
                         f"The teacher failed on the examples from {first} on: "
-                        f"{error}. {first} rows are stored: run the same call "
-                        "again to go on."
+                        f"{error}. {first} rows are stored. Run the same call "
+                        "again to continue."
                     ) from error
                 found = columns(
                     outputs,
@@ -268,8 +269,8 @@ class SoftLabels:
             raise FileNotFoundError(f"There are no soft labels at {path}")
         if not info.complete:
             raise ValueError(
-                f"The soft labels at {path} are unfinished. Run the call of "
-                "`write` that began them again; it goes on where it ended."
+                f"The soft labels at {path} are unfinished. Run the same "
+                "call of `write` again; it continues where it stopped."
             )
         if class_names is not None:
             expected = {"class_names": tuple(class_names)}
@@ -294,9 +295,9 @@ class SoftLabels:
         teacher_name: str | None = None,
         overwrite: bool = False,
     ) -> "SoftLabels":
-        """Store outputs that you have, whole or not at all.
+        """Store outputs that you already have.
 
-        A killed call leaves no store behind; run it again.
+        A killed call leaves no store behind. Run it again.
 
         Args:
             values: probabilities or logits, `(N, C)`; events `(N, k + 1, 2)`
@@ -317,8 +318,8 @@ class SoftLabels:
             The store.
 
         Raises:
-            ValueError: if the values are no probabilities, the numbers of
-                values, inputs and ids differ, or another store is at `path`.
+            ValueError: if the values are not probabilities, if the numbers of
+                values, inputs and ids differ, or if `path` has another store.
 
         Example:
             >>> from keras_ptloss import SoftLabels
@@ -391,7 +392,7 @@ class SoftLabels:
             The store.
 
         Raises:
-            ValueError: if these are no log-probabilities, or as `from_array`.
+            ValueError: if these are not log-probabilities; and as `from_array`.
 
         Example:
             >>> import numpy as np
@@ -598,8 +599,8 @@ class SoftLabels:
         stored = self.fingerprints
         if stored is None:
             raise ValueError(
-                "These soft labels do not know their inputs: give `inputs` to "
-                "`from_array`, or find rows by `ids`."
+                "These soft labels were stored without inputs. Pass `inputs` "
+                "to `from_array`, or find rows by `ids`."
             )
         return np.unique(stored, return_index=True)
 
@@ -617,7 +618,7 @@ class SoftLabels:
             ids: or their ids.
 
         Returns:
-            `(n,)` integers. Of rows of the same example, the first one.
+            `(n,)` integers. If an example is stored twice, its first row.
 
         Raises:
             ValueError: if the row of an example is not stored.
@@ -626,13 +627,13 @@ class SoftLabels:
             return self.find_fingerprints(fingerprint(inputs))
         if self.ids is None:
             raise ValueError(
-                "These soft labels have no ids: give `ids` when you store them."
+                "These soft labels have no ids. Pass `ids` when you store them."
             )
         rows = self._by_id
         missing = [str(i) for i in ids if str(i) not in rows]
         if missing:
             raise ValueError(
-                "`ids` must be those of stored rows. Received: "
+                "`ids` must be ids of stored rows. Received: "
                 f"{missing[0]!r}, which is not stored ({len(missing)} of "
                 f"{len(ids)} are not)"
             )
@@ -671,16 +672,17 @@ class SoftLabels:
     ) -> Any:
         """Pair a data set with its stored rows, for `fit`.
 
-        Every example is found by its fingerprint, in any order. So attach to
-        the inputs as the teacher had them; augment or tokenise after it.
+        Examples may come in any order, since each is found by its fingerprint.
+        Attach to the same inputs that the teacher saw, and augment or tokenise
+        afterwards.
 
         Args:
             data: as in `write`, or other arrays or batches of the same
                 examples. Its own targets are replaced.
-            ids: find the rows of arrays by these ids instead.
-            allow_subset: whether some stored rows may be left over. This is
-                checked for arrays, and as far as the number of batches tells.
-            batch_size: examples in a batch of arrays; data sets have their own.
+            ids: find the rows by these ids instead, for arrays.
+            allow_subset: whether some stored examples may be missing from
+                `data`. For data sets, only the number of batches is checked.
+            batch_size: batch size for arrays. Data sets keep their batches.
             shuffle: whether to draw a new order in each epoch; arrays only.
             seed: seed of that order.
 
@@ -921,7 +923,7 @@ def _check_same(stored: Any, expected: dict[str, Any], path: Any) -> None:
         found = getattr(stored, name)
         if found != value:
             raise ValueError(
-                f"The soft labels at {path} were begun with another {name}, "
+                f"The soft labels at {path} were written with another {name}, "
                 f"{found!r}. Choose another path, or say overwrite=True. "
                 f"Received: {name}={value!r}"
             )

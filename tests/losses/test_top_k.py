@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import scipy.special
+from helpers import compiled, gradient_of, numerical_gradient, pt_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
@@ -18,15 +19,6 @@ from keras_ptloss.losses import (
 BACKEND = keras.backend.backend()
 CLASSES, K, ROWS, UNITS = 12, 3, 6, 5
 EPSILON = [0.5, -0.2, 0.3]
-log = np.log
-
-
-def pt_loss(t, p, epsilon):
-    """Eq. 7 in float64, with `0 log 0 = 0`."""
-    loss = scipy.special.rel_entr(t, p).sum(axis=-1)
-    for m, coefficient in enumerate(np.atleast_1d(epsilon), start=1):
-        loss = loss + coefficient * (t * (1.0 - p) ** m).sum(axis=-1)
-    return loss
 
 
 def reference(y_true, logits, epsilon, tail="event"):
@@ -50,7 +42,7 @@ def reference(y_true, logits, epsilon, tail="event"):
 def largest(teacher, k):
     """The k largest of rows `(N, C)`, as a loss's `y_true`."""
     ids = np.argsort(-teacher, axis=-1)[:, :k]
-    logs = log(np.take_along_axis(teacher, ids, axis=-1))
+    logs = np.log(np.take_along_axis(teacher, ids, axis=-1))
     return np.stack([ids, logs], axis=-1).astype("float32")
 
 
@@ -71,51 +63,19 @@ def draw_head(seed=0):
     return draw(seed)[0], hidden, weights, bias
 
 
-def gradient_of(function, *inputs, argument=0):
-    """Return the gradient of a sum with respect to one of the inputs."""
-    inputs = [ops.convert_to_tensor(x) for x in inputs]
-    if BACKEND == "jax":
-        import jax
-
-        gradient = jax.grad(lambda *x: ops.sum(function(*x)), argument)(*inputs)
-    elif BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        with tf.GradientTape() as tape:
-            tape.watch(inputs[argument])
-            total = ops.sum(function(*inputs))
-        gradient = tape.gradient(total, inputs[argument])
-    else:
-        x = inputs[argument].detach().requires_grad_()
-        inputs[argument] = x
-        ops.sum(function(*inputs)).backward()
-        gradient = x.grad
-    return ops.convert_to_numpy(ops.cast(gradient, "float32"))
+def with_rest(y_true):
+    """Add the logarithm of what is left of 1, as an entry -1."""
+    rest = np.log(1 - np.exp(y_true[..., 1].astype("float64")).sum(-1))
+    rest = np.stack([np.full(ROWS, -1.0), rest], axis=-1)[:, None]
+    return np.concatenate([y_true, rest], axis=1)
 
 
-def compiled(function):
-    """Compile a function of tensors as `fit` does."""
-    if BACKEND == "jax":
-        import jax
-
-        return jax.jit(function)
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        return tf.function(function, jit_compile=True)
-    return function
-
-
-def differences(function, x, step=1e-5):
-    """Return the gradient of a float64 function by central differences."""
-    x = np.array(x, "float64")
-    gradient = np.empty_like(x)
-    for index in np.ndindex(x.shape):
-        up, down = x.copy(), x.copy()
-        up[index] += step
-        down[index] -= step
-        gradient[index] = (function(up) - function(down)) / (2 * step)
-    return gradient
+@pytest.fixture(scope="module")
+def in_step():
+    """The loss of logits, compiled as in `fit`."""
+    if BACKEND == "torch":
+        pytest.skip("PyTorch does not compile")
+    return compiled(lambda y, z: top_k_pt_loss(y, z, 0.3, from_logits=True))
 
 
 # Values.
@@ -139,29 +99,6 @@ def test_is_eq_7_of_the_merged_distributions(seed, k, scale, epsilon, tail):
     )
 
 
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10**6), k=st.sampled_from([1, CLASSES - 1]))
-def test_lies_between_0_and_the_full_kl(seed, k):
-    y_true, logits, teacher = draw(seed, k)
-    value = ops.convert_to_numpy(
-        top_k_pt_loss(y_true, logits, 0.0, from_logits=True)
-    )
-    student = scipy.special.softmax(logits.astype("float64"), axis=-1)
-    full = pt_loss(teacher, student, 0.0)
-    assert (value >= -1e-6).all()
-    assert (value <= full + 1e-5).all()
-
-
-def test_of_all_classes_is_keras_kl():
-    y_true, logits, teacher = draw(k=CLASSES, scale=1.0)
-    student = scipy.special.softmax(logits, axis=-1)
-    np.testing.assert_allclose(
-        top_k_pt_loss(y_true, logits, 0.0, from_logits=True),
-        keras.losses.KLDivergence(reduction=None)(teacher, student),
-        rtol=1e-4,
-    )
-
-
 def test_probabilities_and_leading_axes():
     y_true, logits, _ = draw()
     student = scipy.special.softmax(logits, axis=-1)
@@ -170,15 +107,6 @@ def test_probabilities_and_leading_axes():
     )
     expected = reference(y_true, logits, EPSILON).reshape(2, 3)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-
-
-def test_minimum_is_the_merged_teacher():
-    y_true, _, teacher = draw(1)
-    logits = log(teacher).astype("float32")
-    gradient = gradient_of(
-        lambda z: top_k_pt_loss(y_true, z, 0.0, from_logits=True), logits
-    )
-    np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
@@ -191,7 +119,7 @@ def test_teacher_temperature(temperature, tail):
         t = np.concatenate([t, 1 - t.sum(-1, keepdims=True)], axis=-1)
     t = t ** (1 / temperature)
     t = t / t.sum(-1, keepdims=True)
-    scaled = np.stack([y_true[..., 0], log(t[:, :K])], axis=-1)
+    scaled = np.stack([y_true[..., 0], np.log(t[:, :K])], axis=-1)
     padding = np.full((ROWS, 2, 2), -2.0)
     value = top_k_pt_loss(
         np.concatenate([padding, y_true], axis=1),
@@ -228,13 +156,13 @@ def test_extreme_logits_and_half_precision():
 def test_a_tiny_rest_keeps_its_digits():
     """1 - 0.9999999999 is 0 in float32. Its logarithm is not."""
     t = np.array([0.7, 0.3 - 1e-10, np.exp(-23.0)])
-    y_true = np.stack([[4, 2, -1], log(t)], axis=-1)[None]
+    y_true = np.stack([[4, 2, -1], np.log(t)], axis=-1)[None]
     logits = np.zeros((1, CLASSES), "float32")
     logits[0, [4, 2]] = 60.0  # The other classes have 1e-25.
-    log_p = np.array([log(0.5), log(0.5), log(10) - log(2) - 60.0])
+    log_p = np.array([np.log(0.5), np.log(0.5), np.log(10) - np.log(2) - 60.0])
     np.testing.assert_allclose(
         top_k_pt_loss(y_true, logits, 0.0, from_logits=True),
-        [np.sum(t * (log(t) - log_p))],
+        [np.sum(t * (np.log(t) - log_p))],
         rtol=1e-5,
     )
 
@@ -245,10 +173,8 @@ def test_a_tiny_rest_keeps_its_digits():
 def test_explicit_rest_and_padding():
     """An entry -1 is the rest, lower ones are nothing, whatever they hold."""
     y_true, logits, _ = draw()
-    rest = log(1 - np.exp(y_true[..., 1].astype("float64")).sum(-1))
-    rest = np.stack([np.full(ROWS, -1.0), rest], axis=-1)[:, None]
     padding = np.tile([[[-2.0, np.nan], [-2.0, 5.0]]], (ROWS, 1, 1))
-    longer = np.concatenate([padding, rest, y_true], axis=1)
+    longer = np.concatenate([padding, with_rest(y_true)[:, ::-1]], axis=1)
     np.testing.assert_allclose(
         top_k_pt_loss(longer, logits, EPSILON, from_logits=True),
         reference(y_true, logits, EPSILON),
@@ -271,8 +197,8 @@ def test_zero_probabilities_and_rounded_sums():
     """A class of no mass is not in the rest; sums up to 1.01 are divided."""
     y_true = np.array(
         [
-            [[1, log(0.6)], [3, -np.inf]],
-            [[1, log(0.503)], [0, log(0.501)]],
+            [[1, np.log(0.6)], [3, -np.inf]],
+            [[1, np.log(0.503)], [0, np.log(0.501)]],
         ]
     )
     logits = np.array([[9.0, 1.0, -3.0, 2.0]] * 2, "float32")
@@ -294,70 +220,38 @@ def test_zero_probabilities_and_rounded_sums():
     )
 
 
-def test_draws_at_random_are_right_on_average():
-    """The mean gradient of drawn targets is that of the full KL."""
-    rng = np.random.default_rng(0)
-    teacher = rng.dirichlet(np.ones(CLASSES))
-    logits = rng.normal(size=(1, CLASSES)).astype("float32")
-    draws, times = 4000, 5
-    y_true = np.full((draws, times, 2), -2.0)
-    for row, count in zip(
-        y_true, rng.multinomial(times, teacher, size=draws), strict=True
-    ):
-        ids = np.flatnonzero(count)
-        row[: len(ids)] = np.stack([ids, log(count[ids] / times)], axis=-1)
-    gradient = gradient_of(
-        lambda z: top_k_pt_loss(y_true, z, 0.0, from_logits=True),
-        np.repeat(logits, draws, axis=0),
-    )
-    np.testing.assert_allclose(
-        gradient.mean(axis=0),
-        scipy.special.softmax(logits[0]) - teacher,
-        atol=0.02,
-    )
+INVALID = [
+    [[1, -0.5], [1, -2.0]],
+    [[-1, -0.5], [-1, -2.0]],
+    [[1.5, -0.5], [1, -2.0]],
+    [[0, 0.7], [1, 0.3]],
+    [[0, np.nan], [1, -0.3]],
+]
 
 
-@pytest.mark.parametrize(
-    "entries",
-    [
-        [[1, -0.5], [1, -2.0]],
-        [[-1, -0.5], [-1, -2.0]],
-        [[1.5, -0.5], [1, -2.0]],
-        [[0, 0.7], [1, 0.3]],
-        [[0, np.nan], [1, -0.3]],
-    ],
-)
-def test_invalid_targets(entries):
+def test_invalid_targets(in_step):
     """An error where values are seen; else NaN, at that position alone."""
-    good, logits = [[0, -0.5], [1, -2.0]], np.zeros((2, CLASSES), "float32")
-    y_true = np.array([good, entries], "float32")
-    with pytest.raises(
-        ValueError, match="`y_true` must hold whole ids below 1"
-    ):
-        top_k_pt_loss(y_true, logits, 0.0, from_logits=True)
-    if BACKEND != "torch":
-        loss = compiled(lambda y, z: top_k_pt_loss(y, z, 0.0, from_logits=True))
-        value = ops.convert_to_numpy(loss(y_true, logits))
-        assert np.isnan(value).tolist() == [False, True]
+    y_true = np.array([[[0, -0.5], [1, -2.0]], *INVALID], "float32")
+    logits = np.zeros((ROWS, CLASSES), "float32")
+    for row in y_true[1:]:
+        with pytest.raises(ValueError, match="must hold whole ids below 12"):
+            top_k_pt_loss(row[None], logits[:1], 0.0, from_logits=True)
+    value = ops.convert_to_numpy(in_step(y_true, logits))
+    assert np.isnan(value).tolist() == [False] + 5 * [True]
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch does not compile")
 @pytest.mark.parametrize("explicit", [False, True])
-def test_ids_beyond_the_vocabulary(explicit):
+def test_ids_beyond_the_vocabulary(explicit, in_step):
     """An error where ids are seen; else they belong to the rest."""
     y_true, logits, _ = draw()
     y_true[:, 0, 0] = CLASSES + 2
-    if explicit:
-        rest = log(1 - np.exp(y_true[..., 1].astype("float64")).sum(-1))
-        rest = np.stack([np.full(ROWS, -1.0), rest], axis=-1)[:, None]
-        longer = np.concatenate([y_true, rest], axis=1).astype("float32")
-    else:
-        longer = y_true
-    with pytest.raises(ValueError, match=r"`y_true`.*below 12.*\[14\.0,"):
+    longer = with_rest(y_true).astype("float32") if explicit else y_true
+    with pytest.raises(ValueError, match=r"`y_true`.*below 12.*14\.0"):
         top_k_pt_loss(longer, logits, 0.3, from_logits=True)
-    loss = compiled(lambda y, z: top_k_pt_loss(y, z, 0.3, from_logits=True))
     np.testing.assert_allclose(
-        loss(longer, logits), reference(y_true[:, 1:], logits, 0.3), rtol=1e-5
+        in_step(longer, logits),
+        reference(y_true[:, 1:], logits, 0.3),
+        rtol=1e-5,
     )
 
 
@@ -373,7 +267,7 @@ def test_gradient(tail):
         ),
         logits,
     )
-    expected = differences(
+    expected = numerical_gradient(
         lambda z: reference(y_true, z, EPSILON, tail).sum(), logits
     )
     np.testing.assert_allclose(gradient, expected, atol=1e-5)
@@ -401,8 +295,13 @@ def test_fused_is_the_plain_loss(chunk):
         EPSILON,
         chunk=chunk,
     )
-    expected = reference(y_true, hidden @ weights, EPSILON).reshape(2, 3)
-    np.testing.assert_allclose(tied, expected, rtol=1e-4)
+    expected = reference(y_true, hidden @ weights, EPSILON)
+    np.testing.assert_allclose(tied, expected.reshape(2, 3), rtol=1e-4)
+    for dtype in ("float16", "bfloat16"):
+        half = fused_top_k_pt_loss(
+            y_true, ops.cast(hidden, dtype), weights, EPSILON, chunk=chunk
+        )
+        np.testing.assert_allclose(half, expected, atol=0.2)
 
 
 @pytest.mark.parametrize("argument", [1, 2, 3])
@@ -414,7 +313,8 @@ def test_fused_gradient(argument, tied):
 
     def fused(y, h, w, b):
         w = ops.transpose(w) if tied else w
-        return factors * fused_top_k_pt_loss(y, h, w, EPSILON, bias=b, chunk=5)
+        loss = fused_top_k_pt_loss(y, h, w, EPSILON, bias=b, chunk=5)
+        return loss * ops.convert_to_tensor(factors)
 
     def exact(x):
         y, h, w, b = (*inputs[:argument], x, *inputs[argument + 1 :])
@@ -422,28 +322,10 @@ def test_fused_gradient(argument, tied):
 
     np.testing.assert_allclose(
         gradient_of(fused, *inputs, argument=argument),
-        differences(exact, inputs[argument]),
+        numerical_gradient(exact, inputs[argument]),
         atol=2e-4,
         rtol=1e-3,
     )
-
-
-def test_fused_half_precision():
-    """Hidden states of a mixed policy, weights in float32."""
-    y_true, hidden, weights, bias = draw_head(2)
-    for dtype in ("float16", "bfloat16"):
-        narrow = ops.cast(hidden, dtype)
-        gradient = gradient_of(
-            lambda w, h=narrow: fused_top_k_pt_loss(
-                y_true, h, w, EPSILON, bias=bias, chunk=5
-            ),
-            weights,
-        )
-        expected = differences(
-            lambda w: reference(y_true, hidden @ w + bias, EPSILON).sum(),
-            weights,
-        )
-        np.testing.assert_allclose(gradient, expected, atol=0.1)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="Only JAX tells the memory")
@@ -453,7 +335,7 @@ def test_fused_makes_no_array_of_positions_and_vocabulary():
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(512, UNITS)).astype("float32")
     weights = rng.normal(size=(UNITS, 4096)).astype("float32")
-    y_true = np.tile([[[7.0, log(0.6)], [42.0, log(0.3)]]], (512, 1, 1))
+    y_true = np.tile([[[7.0, np.log(0.6)], [42.0, np.log(0.3)]]], (512, 1, 1))
 
     def planned(function):
         gradient = jax.grad(lambda h, w: function(h, w).sum(), (0, 1))
@@ -536,6 +418,7 @@ def test_fit_with_weights_and_a_mask(sequences):
     )
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="Its eager steps raise an error")
 def test_fit_on_ids_beyond_the_vocabulary(sequences):
     """They belong to the rest, and no weight becomes NaN."""
     x, y_true, _ = sequences
@@ -576,10 +459,10 @@ def test_config_and_settings():
 
 def test_events_of_next_tokens():
     y_true = [
-        [[3, log(0.5)], [-1, log(0.2)], [5, log(0.3)]],
-        [[3, log(0.5)], [-2, np.nan], [5, log(0.3)]],
+        [[3, np.log(0.5)], [-1, np.log(0.2)], [5, np.log(0.3)]],
+        [[3, np.log(0.5)], [-2, np.nan], [5, np.log(0.3)]],
         [[-2, 0.0], [-2, 0.0], [-2, 0.0]],
-        [[3, log(0.5)], [2, log(0.1)], [5, log(0.3)]],
+        [[3, np.log(0.5)], [2, np.log(0.1)], [5, np.log(0.3)]],
     ]
     probs, events = top_k_events(y_true, np.array([5, 2, 5, -100]))
     expected = [
@@ -595,10 +478,7 @@ def test_events_of_next_tokens():
 def test_events_of_stored_labels():
     """The column of the rest, which stores have, is the last event."""
     y_true, _, teacher = draw()
-    y_true = y_true.astype("float64")
-    rest = log(1 - np.exp(y_true[..., 1]).sum(-1))
-    stored = np.stack([np.full(ROWS, -1.0), rest], axis=-1)[:, None]
-    stored = np.concatenate([y_true, stored], axis=1).reshape(2, 3, K + 1, 2)
+    stored = with_rest(y_true).reshape(2, 3, K + 1, 2)
     labels = teacher.argmax(-1).reshape(2, 3)
     probs, events = top_k_events(stored, labels)
     others = np.sort(teacher, axis=-1)[:, :-K].sum(-1)
@@ -625,23 +505,15 @@ def test_wrong_settings(arguments, match):
         TopKPTLoss(**({"epsilon": 0.0} | arguments))
 
 
-@pytest.mark.parametrize("shape", [(6, 12), (1, 3, 2), (6, 2, 3), (6, 0, 2)])
-def test_wrong_shapes(shape):
-    with pytest.raises(ValueError, match=r"`y_true` must have shape \(\.\.\.,"):
-        top_k_pt_loss(np.full(shape, -1.0), np.full((6, 4), 0.25), 0.0)
-
-
-@pytest.mark.parametrize("shape", [(4, 12), (UNITS, UNITS), (UNITS,)])
-def test_wrong_weights_of_a_head(shape):
+def test_wrong_shapes():
+    student = np.full((6, 4), 0.25)
+    for shape in [(6, 12), (1, 3, 2), (6, 2, 3), (6, 0, 2)]:
+        with pytest.raises(ValueError, match="`y_true` must have shape"):
+            top_k_pt_loss(np.full(shape, -1.0), student, 0.0)
     y_true, hidden, *_ = draw_head()
-    with pytest.raises(
-        ValueError, match=r"`weights` must be of shape \(5, C\)"
-    ):
-        fused_top_k_pt_loss(y_true, hidden, np.zeros(shape), 0.0)
-
-
-def test_wrong_labels_of_events():
-    y_true = draw()[0]
+    for shape in [(4, 12), (UNITS, UNITS), (UNITS,)]:
+        with pytest.raises(ValueError, match=r"`weights` .*shape \(5, C\)"):
+            fused_top_k_pt_loss(y_true, hidden, np.zeros(shape), 0.0)
     for labels in (np.zeros(3, int), np.zeros(ROWS)):
-        with pytest.raises(ValueError, match=r"`labels` must be integers of"):
+        with pytest.raises(ValueError, match="`labels` must be integers of"):
             top_k_events(y_true, labels)

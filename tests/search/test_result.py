@@ -249,25 +249,13 @@ class TestText:
         assert max(map(len, lines)) <= 120
         assert "(the 10 of 150 classes that change most)" in lines
 
-    def test_notebook(self, result):
-        page = result._repr_html_()
-        assert page.startswith("<pre>")
-        assert "&lt;- chosen" in page
-
     def test_plot(self, result):
         pytest.importorskip("matplotlib").use("agg")
         import matplotlib.pyplot as plt
 
         ax = result.plot()
-        names = [text.get_text() for text in ax.get_legend().get_texts()]
-        assert names == ["labels", "teacher", "corrected"]
         heights = [bar.get_height() for bar in ax.containers[2]]
         assert heights == pytest.approx(result.class_shares["corrected"])
-        assert [t.get_text() for t in ax.get_xticklabels()] == [
-            "cat",
-            "dog",
-            "owl",
-        ]
         assert result.plot(ax=ax) is ax
         plt.close("all")
 

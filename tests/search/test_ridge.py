@@ -238,7 +238,7 @@ def test_trials_and_scores():
 def test_calibrated_teachers_stay_as_they_are(number, classes, most):
     """Few labels of a calibrated teacher cost little."""
     excess = []
-    for draw_ in range(8):
+    for draw_ in range(6):
         probs, labels = calibrated(number, classes, seed=draw_)
         new, _ = calibrated(500, classes, seed=100 + draw_)
         q = search(probs, labels).correction.correct(new)
@@ -386,6 +386,15 @@ def test_the_best_of_several_teachers_is_a_candidate():
     assert found.out_of_fold["teacher 1"] == pytest.approx(probs)
     if found.chosen == "teacher 1":
         assert found.correction.correct([noise, probs]) == pytest.approx(probs)
+
+
+def test_a_useless_teacher_does_not_harm_a_good_one():
+    probs, labels = calibrated(1500, 3)
+    noise = np.random.default_rng(7).dirichlet([1.0] * 3, size=1500)
+    found = search([probs[:300], noise[:300]], labels[:300])
+    corrected = found.correction.correct([probs[300:], noise[300:]])
+    best = nll(probs[300:], labels[300:])
+    assert nll(corrected, labels[300:]) < best + 0.03
 
 
 def test_teacher_of_other_classes_alone():

@@ -98,7 +98,7 @@ class TestFormsOfOneTeacher:
             keras.ops.convert_to_tensor(probs),
         ):
             same(read(given, labels), probs, labels)
-        same(read(probs, labels[:, None]), probs, labels)
+        same(read(1.005 * probs, labels[:, None]), probs, labels)
         same(read(probs, labels.tolist()), probs, labels)
         assert read(probs, labels).num_classes == CLASSES
         assert read(probs, labels, seed=7).seed == 7
@@ -135,6 +135,8 @@ class TestFormsOfOneTeacher:
         same(read(model[0], labels, inputs=x), probs, labels)
         same(read(model[1], labels, inputs=x, from_logits=True), probs, labels)
         refused("pass from_logits=True", model[1], labels, inputs=x)
+        sparse = scipy.sparse.csr_matrix(x)
+        same(read(model[0], labels, inputs=sparse), probs, labels)
 
     def test_model_survives_a_mistake(self, data, model):
         """On JAX an interrupted run would leave it without its weights."""
@@ -148,23 +150,23 @@ class TestFormsOfOneTeacher:
                 read(model[0], **given)
             assert model[0].predict(x, verbose=0) == pytest.approx(probs)
 
-    def test_sparse_inputs(self, data, model):
-        x, probs, labels = data
-        sparse = scipy.sparse.csr_matrix(x)
-        same(read(model[0], labels, inputs=sparse), probs, labels)
-
     def test_data_sets(self, data, model):
+        """Of one teacher and of two, with and without weights."""
         x, probs, labels = data
-        batches = [(x[:16], labels[:16]), (x[16:], labels[16:])]
-        same(read(model[0], iter(batches)), probs, labels)
-        weighted = [(*batch, np.arange(len(batch[1]))) for batch in batches]
-        found = read(model[0], iter(weighted))
-        weights = np.concatenate([np.arange(16), np.arange(24)])
+        weights = np.arange(ROWS) % 24
         kept = weights > 0
+        arrays = (x, labels, weights)
+        batches = [[a[:16] for a in arrays], [a[16:] for a in arrays]]
+        found = read(model[0], iter(batches))
         same(found, probs[kept], labels[kept])
         assert found.sample_weight == pytest.approx(
             weights[kept] / weights[kept].mean()
         )
+        found = read(
+            [model[0], model[0]], iter([batch[:2] for batch in batches])
+        )
+        for one in found.teacher_probs:
+            assert one == pytest.approx(probs, abs=1e-6)
 
     def test_tf_data(self, data, model):
         """Shuffled: outputs and labels come from one pass."""
@@ -199,24 +201,19 @@ class TestFormsOfOneTeacher:
 
         same(read(model[0], Batches()), probs, labels)
 
-    def test_batches_padded_to_different_lengths(self, model):
+    def test_batches_padded_to_different_lengths(self):
         generator = np.random.default_rng(0)
-        batches = [
-            (
-                generator.normal(size=(2, length, 5)).astype("float32"),
-                generator.integers(CLASSES, size=(2, length)),
-            )
-            for length in (3, 4)
-        ]
+        x = [generator.normal(size=(2, length, 5)) for length in (3, 4)]
         inputs = keras.Input((None, 5))
         per_token = keras.Model(
             inputs, keras.layers.Dense(3, "softmax")(inputs)
         )
-        probs = [per_token.predict(x, verbose=0) for x, _ in batches]
+        probs = [per_token.predict(batch, verbose=0) for batch in x]
+        labels = [p.argmax(axis=-1) for p in probs]
         same(
-            read(per_token, iter(batches)),
+            read(per_token, zip(x, labels, strict=True)),
             np.concatenate([p.reshape(-1, 3) for p in probs]),
-            np.concatenate([y.ravel() for _, y in batches]),
+            np.concatenate([y.ravel() for y in labels]),
         )
 
     def test_dense_prediction(self, data):
@@ -242,10 +239,6 @@ class TestFormsOfOneTeacher:
         same(found, np.concatenate([1 - p, p], axis=1), labels)
         assert found.num_classes == 2
 
-    def test_rows_are_divided_by_their_sum(self, data):
-        _, probs, labels = data
-        same(read(1.005 * probs, labels), probs, labels)
-
 
 class TestSeveralTeachers:
     def test_of_all_kinds(self, data, model):
@@ -263,12 +256,6 @@ class TestSeveralTeachers:
         ):
             assert one == pytest.approx(expected, abs=1e-6)
         assert found.num_classes == CLASSES
-
-    def test_of_a_data_set(self, data, model):
-        x, probs, labels = data
-        found = read([model[0], model[0]], iter([(x, labels)]))
-        for one in found.teacher_probs:
-            assert one == pytest.approx(probs, abs=1e-6)
 
     def test_result_takes_a_list(self, data):
         _, probs, labels = data
@@ -297,21 +284,17 @@ class TestSeveralTeachers:
 
 class TestWeights:
     def test_have_mean_1(self, data):
+        """Rows of weight 0 may hold anything."""
         _, probs, labels = data
         weights = np.random.default_rng(0).uniform(1.0, 9.0, ROWS)
-        found = read(probs, labels, sample_weight=weights)
-        assert found.sample_weight == pytest.approx(weights / weights.mean())
-        assert read(probs, labels).sample_weight == pytest.approx(1.0)
-
-    def test_rows_of_weight_0_may_hold_anything(self, data):
-        _, probs, labels = data
-        weights = np.ones(ROWS)
         weights[:10] = 0.0
         outputs = probs.copy()
         outputs[:10] = np.nan
         found = read(outputs, labels, sample_weight=weights)
         same(found, probs[10:], labels[10:])
-        assert found.sample_weight == pytest.approx(np.ones(30))
+        expected = weights[10:] / weights[10:].mean()
+        assert found.sample_weight == pytest.approx(expected)
+        assert read(probs, labels).sample_weight == pytest.approx(1.0)
 
     def test_of_images(self, data):
         _, probs, labels = data
@@ -341,21 +324,15 @@ class TestWhatIsRefused:
         ("change", "match"),
         [
             (lambda y: y.astype(float), "integers.*dtype float64"),
-            (lambda y: y == 1, "integers.*dtype bool"),
             (lambda y: np.eye(CLASSES)[y], "integers.*one-hot"),
             (lambda y: np.eye(CLASSES, dtype=int)[y], "one class for each"),
             (lambda y: y + 1, r"must be in \[0, 3\)"),
             (lambda y: y[:-1], "one class for each output"),
             (lambda y: np.ma.masked_equal(y, 1), "must not be a masked array"),
-            (lambda y: np.array([], int), "not empty"),
-            (lambda y: y.astype(str), "must be integers"),
         ],
     )
     def test_labels(self, data, change, match):
         refused(match, data[1], change(data[2]))
-
-    def test_one_label(self, data):
-        refused("at least two examples", data[1][:1], data[2][:1])
 
     def test_teacher_outputs(self, data):
         _, probs, labels = data
@@ -365,7 +342,7 @@ class TestWhatIsRefused:
         with pytest.raises(ValueError, match="percentages: divide") as error:
             read(100.0 * probs, labels)
         assert "from_logits" not in str(error.value)
-        refused("must not contain NaN", np.full((4, 3), np.nan), [0, 1, 2, 0])
+        refused("at least two examples", probs[:1], labels[:1])
         refused(r"shape \(N, \.\.\., num_classes\)", probs[0], labels)
 
     def test_inputs(self, data, model):
@@ -401,12 +378,10 @@ class TestWhatIsRefused:
     def test_other_arguments(self, data, keywords, match):
         refused(match, data[1], data[2], **keywords)
 
-    @pytest.mark.parametrize("method", ["grid", RandomSearch, 3])
-    def test_method(self, method):
-        with pytest.raises(ValueError, match="`method` must be"):
-            ProxyTeacherSearch(method)
-
-    def test_seed(self):
+    def test_settings(self):
+        for method in ("grid", RandomSearch, 3):
+            with pytest.raises(ValueError, match="`method` must be"):
+                ProxyTeacherSearch(method)
         with pytest.raises(ValueError, match="`seed` must be an integer"):
             ProxyTeacherSearch(seed=-1)
 
@@ -557,13 +532,14 @@ def test_default_search_of_several_teachers():
 def test_classes_that_never_occur():
     """A teacher gives 40 % to ten classes that none of the labels has.
 
-    The labels are a random sample, and the search is told so.
+    If the search is told that the labels are a random sample, these classes
+    lose their mass. If not, they keep it.
     """
     rng = np.random.default_rng(0)
     count, seen = 4000, np.arange(20) < 10
     truth = np.zeros((count, 20))
     truth[:, seen] = rng.dirichlet([0.3] * 10, size=count)
-    labels = helpers.draw_labels(truth, 0)
+    labels = (truth.cumsum(axis=1) > rng.random((count, 1))).argmax(axis=1)
     elsewhere = np.zeros((count, 20))
     elsewhere[:, ~seen] = rng.dirichlet([0.2] * 10, size=count)
     teacher = 0.6 * np.maximum(truth, 1e-4) + 0.4 * elsewhere
@@ -576,7 +552,7 @@ def test_classes_that_never_occur():
     assert result.correction.kept_classes == ()
     q = result.correct(teacher[1000:])
     assert helpers.nll(q, labels[1000:]) < best + 0.05
-    with pytest.warns(UserWarning, match="have no label and keep"):
+    with pytest.warns(UserWarning, match="have no label"):
         kept = ProxyTeacherSearch().search(teacher[:1000], labels[:1000])
     np.testing.assert_allclose(
         kept.correct(teacher)[:, ~seen], teacher[:, ~seen], atol=1e-9

@@ -187,10 +187,10 @@ def test_an_endless_data_set_is_refused(make, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ((np.zeros(3), np.zeros(4)), "one length"),
+        ((np.zeros(3), np.zeros(4)), "same length"),
         (np.ma.masked_invalid([1.0, np.nan]), "mask"),
         ([[1, 2], [0.5]], "token ids"),
-        (3, "one length"),
+        (3, "same length"),
     ],
 )
 def test_what_holds_no_examples_is_refused(given, message):

@@ -1,5 +1,6 @@
 """What kills, damage, a full disk and a second writer do to a store."""
 
+import dataclasses
 import os
 import pathlib
 import resource
@@ -159,6 +160,16 @@ class TestDamage:
     @pytest.mark.nightly
     def test_a_thousand_flipped_bits_are_seen(self, store):
         self.check_bits(store, 1000)
+
+    def test_another_version(self, store, monkeypatch):
+        """Its description is whole, but has a field that is unknown here."""
+        whole = dataclasses.asdict
+        monkeypatch.setattr(
+            dataclasses, "asdict", lambda info: whole(info) | {"new": 1}
+        )
+        journal.write_info(store, journal.read_info(store))
+        with pytest.raises(ValueError, match="another version"):
+            SoftLabels.open(store)
 
     def test_a_cut_or_missing_file(self, store):
         file = next(store.glob("*.arrow"))

@@ -105,7 +105,7 @@ def test_texts_in_cells(table):
 
 def test_columns_of_one_name(tmp_path):
     (tmp_path / "a.csv").write_text("a,b,a\n0.5,0.5,0.5\n")
-    with pytest.raises(ValueError, match=r"\['a'\] come twice"):
+    with pytest.raises(ValueError, match=r"\['a'\] occur twice"):
         read_table(tmp_path / "a.csv", ["a", "b"])
 
 
