@@ -27,6 +27,19 @@ def log_teacher_probs(teacher_probs: Tensor, xp: Any = np) -> Tensor:
     return xp.log(xp.maximum(teacher_probs, MIN_PROBABILITY))
 
 
+def negative_log_likelihood(
+    probs: np.ndarray, labels: np.ndarray
+) -> np.ndarray:
+    """Return `-log max(q_y, 1e-7)` of each example, `(..., N)`.
+
+    Args:
+        probs: q, `(..., N, C)`.
+        labels: y, `(N,)`.
+    """
+    of_label = probs[..., np.arange(len(labels)), labels]
+    return -np.log(np.maximum(of_label, MIN_PROBABILITY))
+
+
 def perturbation(s: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
     """Return `P(s) = sum_m eps_m s^m` with `s = 1 - p` (Eq. 7)."""
     return s * _horner(s, coefficients)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_ptloss._math import negative_log_likelihood as nll
 from keras_ptloss.correction import Correction
 from keras_ptloss.losses.corrected_kl import CorrectedKLDivergence
 from keras_ptloss.search.method import Examples, Found
@@ -246,14 +247,8 @@ def _baseline(examples: Examples) -> tuple[str, np.ndarray]:
         return "shares of the labels", shares
     if len(examples.teacher_probs) == 1:
         return "teacher", alike[0]
-    best = min(alike, key=lambda k: weights @ _nll(alike[k], labels))
+    best = min(alike, key=lambda k: weights @ nll(alike[k], labels))
     return f"teacher {best}, the best", alike[best]
-
-
-def _nll(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the negative log-likelihood of each example."""
-    own = probs[np.arange(len(labels)), labels]
-    return -np.log(np.maximum(own, 1e-7))
 
 
 def _scores(
@@ -265,7 +260,7 @@ def _scores(
     bins = np.minimum((confidence * 15).astype(int), 14)
     gaps = np.bincount(bins, weights * (right - confidence))
     return {
-        "nll": float(np.mean(weights * _nll(probs, labels))),
+        "nll": float(np.mean(weights * nll(probs, labels))),
         "accuracy": float(np.mean(weights * right)),
         "ece": float(np.abs(gaps).sum() / len(labels)),
     }
@@ -303,7 +298,7 @@ def _verdict(
     if after > before:
         return f"{where}, {accuracy} {instead}."
     change, error = mean_and_error(
-        _nll(corrected, labels) - _nll(baseline, labels)
+        nll(corrected, labels) - nll(baseline, labels)
     )
     return (
         f"{where}, the NLL is {abs(change):.3f} (± {error:.3f}) "

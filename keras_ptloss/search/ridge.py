@@ -21,7 +21,11 @@ import scipy.linalg
 import scipy.optimize
 from scipy.special import log_softmax, softmax
 
-from keras_ptloss._math import log_teacher_probs, shared_proxy
+from keras_ptloss._math import (
+    log_teacher_probs,
+    negative_log_likelihood,
+    shared_proxy,
+)
 from keras_ptloss._validation import fail
 from keras_ptloss.correction import Correction
 from keras_ptloss.search.method import Examples, Found
@@ -453,9 +457,9 @@ def _losses(probs: np.ndarray, examples: Examples) -> np.ndarray:
         probs: `(N, C)`, or `(splits, N, C)` to take means over splits.
         examples: the labelled examples.
     """
-    own = probs[..., np.arange(len(examples.labels)), examples.labels]
-    nll = -np.log(np.maximum(own, 1e-7)).reshape(-1, len(examples.labels))
-    return examples.sample_weight * nll.mean(axis=0)
+    nll = negative_log_likelihood(probs, examples.labels)
+    splits = nll.reshape(-1, len(examples.labels))
+    return examples.sample_weight * splits.mean(axis=0)
 
 
 def _strongest(losses: np.ndarray) -> int:
