@@ -100,7 +100,7 @@ def check_epsilon(
         if not len(values.shape):
             values = ops.reshape(values, (1,))
     else:
-        values = as_floats("epsilon", epsilon, f"numbers of shape {forms}")
+        values = as_floats("epsilon", epsilon, f"numeric: {forms}")
         values = np.atleast_1d(values)
     seen = visible_values(values)
     if seen is not None and not np.all(np.isfinite(seen)):
@@ -212,9 +212,13 @@ def _refuse_invalid(
         return
     row = int(np.argmin(valid))
     shown = np.array2string(rows[row], precision=4, threshold=6)
+    if on_simplex(rows / 100.0).all():
+        advice = "These are percentages: divide them by 100"
+    else:
+        advice = f"If these are logits, {advice}"
     raise ValueError(
         f"`{argument}` must hold probabilities: non-negative rows that sum to "
-        f"1. If these are logits, {advice}. Received: {argument}[{row}]="
+        f"1. {advice}. Received: {argument}[{row}]="
         f"{shown}, which sums to {rows[row].sum():.4g} "
         f"({np.count_nonzero(~valid)} of {len(valid)} rows are invalid)"
     )

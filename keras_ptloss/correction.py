@@ -391,11 +391,6 @@ def as_probabilities(
                 f"from_logits=True, {argument}[0]={array[0]}"
             )
         return np.asarray(scipy.special.softmax(array, axis=-1))
-    if on_simplex(array / 100.0).all():
-        raise ValueError(
-            f"`{argument}` must hold probabilities, and these are percentages: "
-            f"divide them by 100. Received: {argument}[0]={array[0]}"
-        )
     check_probabilities(argument, array, advice)
     return np.asarray(array / array.sum(axis=-1, keepdims=True))
 

@@ -15,6 +15,7 @@ from keras_ptloss._validation import (
     check_number,
     check_probabilities,
     fail,
+    valid_probs,
 )
 
 
@@ -80,8 +81,8 @@ def test_epsilon(epsilon, shape):
         ([], r"be of shape .*none.*empty.*epsilon=\[\]"),
         (np.ones((3, 0)), "be of shape .*epsilon=array"),
         (np.ones((1, 3, 2)), "be of shape .*epsilon=array"),
-        ("big", "be numbers.*epsilon='big'"),
-        ([[1.0], [1.0, 2.0]], "be numbers.*epsilon="),
+        ("big", "be numeric.*epsilon='big'"),
+        ([[1.0], [1.0, 2.0]], "be numeric.*epsilon="),
         (np.ones((4, 2)), r"have shape \(3, None\).*shape \(4, 2\)"),
     ],
 )
@@ -176,3 +177,12 @@ def test_last_layer_of_another_form():
         model = keras.Sequential([keras.Input((3,)), layer])
         with pytest.raises(ValueError, match="`teacher` must.*" + message):
             check_head("teacher", model, None, "from_logits")
+
+
+@pytest.mark.parametrize("check", [check_probabilities, valid_probs])
+def test_percentages_are_not_called_logits(check):
+    """A softmax of percentages would be a wrong number without any sign."""
+    rows = np.array([[40.0, 60.0], [99.0, 1.0]])
+    with pytest.raises(ValueError, match="divide them by 100") as error:
+        check("teacher", ops.convert_to_tensor(rows), "apply a softmax")
+    assert "logits" not in str(error.value)
