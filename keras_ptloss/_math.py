@@ -89,6 +89,8 @@ def shared_proxy(
     for _ in range(16):
         q = t / (nu - epsilon * t)
         total = xp.sum(q, axis=-1, keepdims=True)
+        if xp is np and np.max(np.abs(total - 1.0), initial=0.0) < 1e-12:
+            break
         fall = xp.sum(q / (nu - epsilon * t), axis=-1, keepdims=True)
         nu = xp.minimum(nu + (total - 1.0) * total / fall, highest)
     q = t / (nu - epsilon * t)

@@ -37,8 +37,9 @@ class Found:
     Attributes:
         correction: the chosen correction.
         trials: everything that was tried, column by column.
-        out_of_fold: for each candidate by name, its probabilities `(N, C)` on
-            every row, fitted without that row. Empty for methods that do not
+        out_of_fold: for each candidate by name, its probabilities on every
+            row, fitted without that row, `(splits, N, C)`: once for each way to
+            split the rows into folds. Empty for methods that do not
             cross-validate.
         chosen: name of the chosen candidate.
         notes: what the user should know.

@@ -150,7 +150,8 @@ class SearchResult:
         lines += [
             "",
             f"epsilon {epsilon}, temperature {temperature}"
-            f"{step_2 * self.correction.has_step_2}; {self.seconds:.1f} s",
+            f"{step_2 * (self.correction.matrix is not None)}; "
+            f"{self.seconds:.1f} s",
         ]
         for note in self.notes:
             lines += textwrap.wrap(
@@ -203,7 +204,7 @@ def summarize(examples: Examples, found: Found) -> dict[str, Any]:
     """Return the fields of a `SearchResult` that come from the labels."""
     labels, weights = examples.labels, examples.sample_weight
     name, baseline = _baseline(examples)
-    candidates = {name: baseline}
+    candidates = {name: baseline[None]}
     for n, probs in found.out_of_fold.items():
         if not n.startswith("teacher"):
             candidates[n] = probs
@@ -212,7 +213,7 @@ def summarize(examples: Examples, found: Found) -> dict[str, Any]:
         chosen = "corrected"
         t = examples.teacher_probs
         correction = dataclasses.replace(found.correction, from_logits=False)
-        candidates[chosen] = correction.correct(t if len(t) > 1 else t[0])
+        candidates[chosen] = correction.correct(t if len(t) > 1 else t[0])[None]
     corrected = candidates[chosen]
     scores = {
         n: _scores(probs, labels, weights) for n, probs in candidates.items()
@@ -227,7 +228,7 @@ def summarize(examples: Examples, found: Found) -> dict[str, Any]:
         "class_shares": {
             "labels": shares,
             "teacher": np.average(baseline, axis=0, weights=weights),
-            "corrected": np.average(corrected, axis=0, weights=weights),
+            "corrected": np.average(corrected.mean(0), axis=0, weights=weights),
         },
         "verdict": _verdict(examples, found, name, baseline, corrected),
     }
@@ -254,15 +255,26 @@ def _baseline(examples: Examples) -> tuple[str, np.ndarray]:
 def _scores(
     probs: np.ndarray, labels: np.ndarray, weights: np.ndarray
 ) -> dict[str, float]:
-    """Return one row of the table; the weights have mean 1."""
-    right = probs.argmax(axis=1) == labels
-    confidence = probs.max(axis=1)
+    """Return one row of the table: means over the splits.
+
+    Args:
+        probs: `(splits, N, C)`.
+        labels: `(N,)`.
+        weights: `(N,)`, with mean 1.
+    """
+    right = probs.argmax(axis=-1) == labels
+    confidence = probs.max(axis=-1)
     bins = np.minimum((confidence * 15).astype(int), 14)
-    gaps = np.bincount(bins, weights * (right - confidence))
+    gaps = [
+        np.bincount(*of_split)
+        for of_split in zip(bins, weights * (right - confidence), strict=True)
+    ]
     return {
         "nll": float(np.mean(weights * nll(probs, labels))),
         "accuracy": float(np.mean(weights * right)),
-        "ece": float(np.abs(gaps).sum() / len(labels)),
+        "ece": float(
+            np.mean([np.abs(gap).sum() for gap in gaps]) / len(labels)
+        ),
     }
 
 
@@ -273,7 +285,15 @@ def _verdict(
     baseline: np.ndarray,
     corrected: np.ndarray,
 ) -> str:
-    """Return one sentence that says whether the correction helps."""
+    """Return one sentence that says whether the correction helps.
+
+    Args:
+        examples: the labelled examples.
+        found: what the method found.
+        name: of the baseline.
+        baseline: its probabilities, `(N, C)`.
+        corrected: those of the correction, `(splits, N, C)`.
+    """
     labels, weights = examples.labels, examples.sample_weight
     number = len(labels)
     if found.correction.is_identity or found.chosen.startswith("teacher"):
@@ -292,13 +312,14 @@ def _verdict(
     if not found.out_of_fold:
         where = f"On the {number} labels that were fitted"
     before, _ = mean_and_error(baseline.argmax(axis=1) == labels)
-    after, error = mean_and_error(corrected.argmax(axis=1) == labels)
+    right = corrected.argmax(axis=-1) == labels
+    after, error = mean_and_error(right.mean(axis=0))
     accuracy = f"{100 * after:.1f} % (± {100 * error:.1f}) are right"
     instead = f"instead of {100 * before:.1f} %"
     if after > before:
         return f"{where}, {accuracy} {instead}."
     change, error = mean_and_error(
-        nll(corrected, labels) - nll(baseline, labels)
+        nll(corrected, labels).mean(axis=0) - nll(baseline, labels)
     )
     return (
         f"{where}, the NLL is {abs(change):.3f} (± {error:.3f}) "

@@ -13,10 +13,9 @@ import scipy.stats
 from threadpoolctl import threadpool_limits
 
 from keras_ptloss._validation import check_choice, check_count, fail
-from keras_ptloss.correction import Correction
 from keras_ptloss.search.gradient_search import GradientSearch
 from keras_ptloss.search.labelled import read_labelled
-from keras_ptloss.search.method import Examples, SearchMethod
+from keras_ptloss.search.method import Examples, Found, SearchMethod
 from keras_ptloss.search.random_search import RandomSearch
 from keras_ptloss.search.result import SearchResult, summarize
 from keras_ptloss.search.ridge import RidgeSearch
@@ -157,7 +156,7 @@ class ProxyTeacherSearch:
         notes = (
             *_notes_on_permuted_classes(examples, names),
             *_notes_on_balanced_labels(examples, sample_weight is not None),
-            *_notes_on_kept_classes(examples, correction, names),
+            *_notes_on_absent_classes(examples, found, names),
             *found.notes,
         )
         for note in notes:
@@ -260,26 +259,34 @@ def _notes_on_balanced_labels(
         )
 
 
-def _notes_on_kept_classes(
-    examples: Examples, correction: Correction, class_names: Sequence[str]
+def _notes_on_absent_classes(
+    examples: Examples, found: Found, class_names: Sequence[str]
 ) -> Iterator[str]:
-    """Give a note on the classes that keep the teacher's probabilities."""
-    kept = list(correction.kept_classes)
-    if kept:
-        share = np.mean(
-            [
-                t[:, kept].sum(axis=1).mean()
-                for t in examples.teacher_probs
-                if t.shape[1] == examples.num_classes
-            ]
-        )
-        yield (
-            f"{len(kept)} of {examples.num_classes} classes have no label and "
-            "keep the teacher's probabilities "
-            f"({_first([class_names[c] for c in kept])}; together "
-            f"{100 * share:.1f} % of the teacher's mean probabilities). If the "
-            "labels are a random sample of the data, pass random_sample=True."
-        )
+    """Give a note on the classes that have no label."""
+    absent = np.setdiff1d(np.arange(examples.num_classes), examples.labels)
+    shares = [
+        t[:, absent].sum(axis=1).mean()
+        for t in examples.teacher_probs
+        if t.shape[1] == examples.num_classes
+    ]
+    if not len(absent) or not shares or examples.random_sample:
+        return
+    correction = found.correction
+    kept = (
+        correction.kept_classes
+        or correction.is_identity
+        or found.chosen.startswith("teacher")
+    )
+    effect = (
+        "keep the teacher's probabilities" if kept else "change all the same"
+    )
+    yield (
+        f"{len(absent)} of {examples.num_classes} classes have no label and "
+        f"{effect} ({_first([class_names[c] for c in absent])}; together "
+        f"{100 * np.mean(shares):.1f} % of the teacher's mean probabilities). "
+        "If the labels are a random sample of the data, pass "
+        "random_sample=True."
+    )
 
 
 def _first(names: list[str]) -> str:

@@ -212,10 +212,12 @@ def test_out_of_fold_probabilities_do_not_see_their_label():
     changed[other] = (labels[other] + 1) % 3
     two = search(probs, changed)
     name = "temperature and epsilon"
-    assert one.out_of_fold[name][other] == pytest.approx(
-        two.out_of_fold[name][other], abs=1e-3
+    assert one.out_of_fold[name][:, other] == pytest.approx(
+        two.out_of_fold[name][:, other], abs=1e-3
     )
-    assert np.all(np.abs(one.out_of_fold["corrected"].sum(axis=1) - 1.0) < 1e-9)
+    assert np.all(
+        np.abs(one.out_of_fold["corrected"].sum(axis=-1) - 1.0) < 1e-9
+    )
 
 
 def test_trials_and_scores():
@@ -290,6 +292,21 @@ def test_classes_without_labels_keep_the_teachers_probabilities():
     corrected = found.correction.correct(teacher)
     assert corrected[:, 4:] == pytest.approx(teacher[:, 4:])
     assert corrected.sum(axis=1) == pytest.approx(1.0)
+
+
+def test_step_1_keeps_classes_without_labels():
+    rng = np.random.default_rng(0)
+    truth = softmax(2.0 * rng.normal(size=(500, 4)), axis=1)
+    overconfident = truth**3 / np.sum(truth**3, axis=1, keepdims=True)
+    teacher = np.concatenate(
+        [0.9 * overconfident, np.full((500, 2), 0.05)], axis=1
+    )
+    found = search(teacher, draw(truth, 1))
+    assert found.chosen == "temperature and epsilon"
+    corrected = found.correction.correct(teacher)
+    assert corrected[:, 4:] == pytest.approx(teacher[:, 4:])
+    confidence = corrected.max(axis=1).mean()
+    assert confidence < teacher.max(axis=1).mean() - 0.05
 
 
 def test_classes_without_labels_in_a_random_sample_are_learned():
@@ -383,7 +400,7 @@ def test_the_best_of_several_teachers_is_a_candidate():
     probs, labels = calibrated(60, 3)
     noise = np.full_like(probs, 1 / 3)
     found = search([noise, probs], labels)
-    assert found.out_of_fold["teacher 1"] == pytest.approx(probs)
+    assert found.out_of_fold["teacher 1"][0] == pytest.approx(probs)
     if found.chosen == "teacher 1":
         assert found.correction.correct([noise, probs]) == pytest.approx(probs)
 

@@ -454,14 +454,19 @@ class TestNotes:
         teacher /= teacher.sum(axis=1, keepdims=True)
         labels = helpers.draw_labels(teacher[:, :3], 0)
         share = 100 * teacher[:, 3].mean()
-        (note,) = notes(
-            teacher,
-            labels,
-            {"kept_classes": (3,)},
-            class_names=["a", "b", "c", "rare"],
-        )
-        assert note.startswith("1 of 4 classes have no label")
-        assert f"(rare; together {share:.1f} %" in note
+        for correction, effect in (
+            ({"kept_classes": (3,)}, "keep the teacher's probabilities"),
+            ({}, "keep the teacher's probabilities"),
+            ({"epsilon": 0.5}, "change all the same"),
+        ):
+            (note,) = notes(
+                teacher,
+                labels,
+                correction,
+                class_names=["a", "b", "c", "rare"],
+            )
+            assert note.startswith(f"1 of 4 classes have no label and {effect}")
+            assert f"(rare; together {share:.1f} %" in note
 
 
 @pytest.mark.parametrize(
