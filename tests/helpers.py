@@ -1,7 +1,7 @@
 """NumPy references, written from the formulas of the paper, in float64.
 
-Deliberately plain: powers instead of Horner's rule, loops over the orders,
-one row at a time. Nothing here is imported from the package.
+They are deliberately plain: powers instead of Horner's rule, and loops over
+orders and rows. Nothing here is imported from the package.
 """
 
 import json
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import scipy.special
 
-# Losses, proxy teachers and Eq. 11 scores in float64, by an implementation that
-# was written apart from the package.
+# Losses, proxy teachers and Eq. 11 scores in float64, computed by an independent
+# implementation.
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden.json").read_text())
 
 
@@ -39,7 +39,7 @@ def per_class(epsilon, classes):
 
 
 def perturbation(p, epsilon):
-    """`sum_m eps_{c,m} (1 - p_c)^m`, one a class."""
+    """`sum_m eps_{c,m} (1 - p_c)^m` for each class."""
     epsilon = per_class(epsilon, p.shape[-1])
     total = np.zeros_like(p)
     for m in range(1, epsilon.shape[-1] + 1):
@@ -48,7 +48,7 @@ def perturbation(p, epsilon):
 
 
 def pt_loss(teacher, student, epsilon):
-    """Eq. 7 on probabilities, one value a row."""
+    """Eq. 7 on probabilities, one value per row."""
     teacher = np.asarray(teacher, "float64")
     student = np.asarray(student, "float64")
     kl = scipy.special.rel_entr(teacher, student).sum(axis=-1)
@@ -56,7 +56,7 @@ def pt_loss(teacher, student, epsilon):
 
 
 def pt_loss_of_logits(teacher, logits, epsilon):
-    """Eq. 7 on the student's logits, one value a row; finite at +-1e4."""
+    """Eq. 7 on the student's logits, one value per row; finite at +-1e4."""
     teacher = np.asarray(teacher, "float64")
     logits = np.asarray(logits, "float64")
     log_p = scipy.special.log_softmax(logits, axis=-1)
@@ -65,7 +65,7 @@ def pt_loss_of_logits(teacher, logits, epsilon):
 
 
 def fixed_point(teacher, q, epsilon):
-    """`w_c = t_c (1 + q_c h_c(q_c))` over its sum, one row a time."""
+    """`w_c = t_c (1 + q_c h_c(q_c))` divided by its sum."""
     epsilon = per_class(epsilon, q.shape[-1])
     out = np.empty_like(q)
     for n in range(len(q)):
@@ -151,7 +151,7 @@ def gradient_of(function, *inputs, argument=0):
 
 
 def compiled(function):
-    """Compile a function of tensors as the backend does; PyTorch does not."""
+    """Compile a function of tensors, except on PyTorch."""
     if keras.backend.backend() == "torch":
         return function
     if keras.backend.backend() == "jax":

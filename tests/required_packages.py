@@ -23,5 +23,5 @@ def import_or_fail(modname, minversion=None, reason=None, **kwargs):
             pytest.skip("PyTorch is tested in an environment of its own")
         raise RuntimeError(
             f"{reason or modname} is missing, and KERAS_PTLOSS_REQUIRE_ALL=1"
-            " lets no test be skipped for want of a package"
+            " turns a test that would be skipped into an error"
         ) from error
