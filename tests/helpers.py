@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import scipy.special
 
-# Losses, proxy teachers and Eq. 11 scores in float64, computed by an independent
-# implementation.
+# Losses, proxy teachers and Eq. 11 scores in float64, computed by an
+# independent implementation.
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden.json").read_text())
 
 

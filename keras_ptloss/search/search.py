@@ -115,8 +115,9 @@ class ProxyTeacherSearch:
                 `keras.losses.SparseCategoricalCrossentropy`. The teacher may
                 have anything there.
             random_sample: whether the labels are a random sample of the data,
-                so that a class without a label must be rare. By default such
-                classes keep the teacher's probabilities.
+                so that a class without a label must be rare. By default, only
+                temperature and epsilon change such classes; a correction
+                between classes keeps the teacher's probabilities of them.
             verbose: 1 shows a progress bar, 0 does not; "auto" shows it for
                 searches of more than about three seconds.
 
@@ -278,7 +279,9 @@ def _notes_on_absent_classes(
         or found.chosen.startswith("teacher")
     )
     effect = (
-        "keep the teacher's probabilities" if kept else "change all the same"
+        "keep the teacher's probabilities"
+        if kept
+        else "change in confidence alone"
     )
     yield (
         f"{len(absent)} of {examples.num_classes} classes have no label and "

@@ -294,21 +294,6 @@ def test_classes_without_labels_keep_the_teachers_probabilities():
     assert corrected.sum(axis=1) == pytest.approx(1.0)
 
 
-def test_step_1_keeps_classes_without_labels():
-    rng = np.random.default_rng(0)
-    truth = softmax(2.0 * rng.normal(size=(500, 4)), axis=1)
-    overconfident = truth**3 / np.sum(truth**3, axis=1, keepdims=True)
-    teacher = np.concatenate(
-        [0.9 * overconfident, np.full((500, 2), 0.05)], axis=1
-    )
-    found = search(teacher, draw(truth, 1))
-    assert found.chosen == "temperature and epsilon"
-    corrected = found.correction.correct(teacher)
-    assert corrected[:, 4:] == pytest.approx(teacher[:, 4:])
-    confidence = corrected.max(axis=1).mean()
-    assert confidence < teacher.max(axis=1).mean() - 0.05
-
-
 def test_classes_without_labels_in_a_random_sample_are_learned():
     teacher, labels, best = absent_classes(1000)
     found = search(teacher[:600], labels[:600], random_sample=True)

@@ -457,7 +457,7 @@ class TestNotes:
         for correction, effect in (
             ({"kept_classes": (3,)}, "keep the teacher's probabilities"),
             ({}, "keep the teacher's probabilities"),
-            ({"epsilon": 0.5}, "change all the same"),
+            ({"epsilon": 0.5}, "change in confidence alone"),
         ):
             (note,) = notes(
                 teacher,
