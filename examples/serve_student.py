@@ -1,10 +1,10 @@
-"""Export a student and ask TensorFlow Serving for its predictions.
+"""Export a student, and get predictions from TensorFlow Serving.
 
     pip install 'keras_ptloss[export]' scikit-learn
     python examples/serve_student.py           # needs a server, see below
     python examples/serve_student.py --quick   # calls the SavedModel directly
 
-Start the server in another terminal, in the same folder (one line):
+Start the server in another terminal, in the same folder, in one line:
 
     docker run -p 8500:8500 -e MODEL_NAME=digits
         -v "$PWD/served/digits:/models/digits" tensorflow/serving
