@@ -49,7 +49,6 @@ QUESTION = (
     "with one letter: A for files, B for network, C for numbers, D for code. "
     "Sentence: "
 )
-keras.utils.set_random_seed(0)
 rng = np.random.default_rng(0)
 
 # --- Data ---

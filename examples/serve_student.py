@@ -48,7 +48,7 @@ student.fit(images[:1500], labels[:1500], epochs=5 if QUICK else 30)
 # --- Export ---
 
 path = export_student(student, "served/digits", class_names=NAMES)
-print(f"Exported version {path}")
+print(f"Exported {path}")
 
 # --- Ask ---
 
