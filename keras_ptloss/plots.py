@@ -31,7 +31,7 @@ MAX_BARS = 30
 def plot_classes(result: Any, *, ax: Axes = None) -> Axes:
     """Plot how often each class occurs: labels, teacher, corrected teacher.
 
-    The teachers' shares are mean probabilities over the searched examples. They
+    The teachers' shares are mean probabilities over the labelled examples. They
     show which classes a teacher neglects, and what the correction changes.
 
     Args:
@@ -69,8 +69,8 @@ def plot_classes(result: Any, *, ax: Axes = None) -> Axes:
 def plot_search(result: Any, *, ax: Axes = None) -> Axes:
     """Plot the best score so far of a random search, by order (Figure 4).
 
-    The plot shows whether more trials or a higher order would still pay. A
-    trial of order 0, which is plain KL, is a dashed line.
+    The plot shows whether more trials or a higher order could still help. A
+    dashed line is a trial of order 0, which is plain KL.
 
     Args:
         result: what a `ProxyTeacherSearch(RandomSearch(...))` returned.

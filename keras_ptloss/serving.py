@@ -64,10 +64,10 @@ def export_student(
         label           int32, (batch, ...), the most probable class
         class_name      string, (batch, ...); SavedModel with `class_names`
 
-    Its inputs have the names of the model's `keras.Input`s, with `_` in place
-    of characters other than letters, digits and `_`. An input without a name
-    is called `inputs`; several are called `inputs_0`, `inputs_1`, ... The
-    batch may have any size, 0 included. A SavedModel has the signature
+    Its inputs have the names of the model's `keras.Input`s. Characters other
+    than letters, digits and `_` become `_`. An input without a name is called
+    `inputs`; several are called `inputs_0`, `inputs_1`, ... The batch may have
+    any size, including 0. A SavedModel has the signature
     `serving_default`, and `serve` for `keras.layers.TFSMLayer`.
 
     A SavedModel from JAX runs on CPU and CUDA. Its axes of free size must agree

@@ -41,7 +41,7 @@ class Found:
             every row, fitted without that row. Empty for methods that do not
             cross-validate.
         chosen: name of the chosen candidate.
-        notes: what the user should know.
+        notes: warnings for the user about the teacher, labels or result.
     """
 
     correction: Correction
@@ -53,7 +53,7 @@ class Found:
 
 @runtime_checkable
 class SearchMethod(Protocol):
-    """A way to search; it holds only its own arguments."""
+    """The interface of a search method, whose attributes are its settings."""
 
     name: str
 

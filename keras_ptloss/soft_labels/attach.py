@@ -1,4 +1,4 @@
-"""Data sets whose targets are stored rows, for `fit`."""
+"""Data sets that pair inputs with stored teacher outputs, for `fit`."""
 
 import math
 import sys

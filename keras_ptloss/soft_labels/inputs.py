@@ -1,4 +1,4 @@
-"""Inputs in batches, and the fingerprints by which stored rows are found."""
+"""Batches of inputs, and the fingerprints by which stored rows are found."""
 
 import collections
 import hashlib

@@ -1,9 +1,8 @@
 """Log-probabilities of tokens from the answers of language models.
 
 Each position of a text has the ids and log-probabilities of the k likeliest
-tokens, and the remaining probability as the rest. Servers write tokens as ids,
-as text or as raw pieces of a vocabulary; which of these a file has is decided
-once for the whole file.
+tokens; the remaining probability is the rest. Servers write tokens as ids, as
+text or as raw pieces of a vocabulary. A whole file is read in the same way.
 """
 
 import dataclasses
@@ -33,7 +32,7 @@ from keras_ptloss.soft_labels.soft_labels import SoftLabels
 
 REST, PADDING = -1, -2  # ids in the targets of `TopKPTLoss`
 
-# An answer ends its text, but for as many tokens that end the turn.
+# At most this many tokens, which end the turn, may follow an answer.
 _MAX_END_TOKENS = 2
 
 Key = tuple[str, bytes | None, int | None]
@@ -53,7 +52,7 @@ class TokenAnswers:
         rows: `(N,)`, the line of each text, counted from 0, or its place in
             `ids`.
         ids: The `custom_id` of each text, or None if the file has none.
-        failed: Reasons of the answers left out, by `custom_id` or line.
+        failed: Why answers were left out, by `custom_id` or line.
         unknown_mass: Mean probability of the listed tokens that the vocabulary
             does not have. It is part of the rest.
     """
@@ -164,7 +163,8 @@ def import_tokens(
 ) -> SoftLabels:
     """Store the likeliest tokens at each position of texts.
 
-    The store is written whole or not at all. Repeat a call that was killed.
+    The store appears only when it is complete. If the call is killed, run it
+    again.
 
     Args:
         files: As in `read_tokens`.
@@ -247,7 +247,7 @@ def _read_text(
 def _id_list(
     response: dict[str, Any], choice: dict[str, Any], name: str
 ) -> list[int] | None:
-    """Return a list of ids, which servers put in one of two places."""
+    """Return a list of ids, which is in one of two places in a response."""
     ids = field(response, name, list) or field(choice, name, list)
     if not all(type(one) is int for one in ids or ()):
         raise ValueError(f"`{name}` must be integers. Received: {ids!r}")
@@ -346,9 +346,9 @@ def _target(entries: dict[int, float], top_k: int) -> np.ndarray:
 
 
 def _start(own: list[int | None], sequence: np.ndarray) -> int:
-    """Return where an answer begins in its text, which it ends.
+    """Return where an answer begins in its text, of which it is the end.
 
-    Tokens that the vocabulary does not have may stand for any.
+    Tokens that are not in the vocabulary match any token.
     """
     said = np.array([-1 if one is None else one for one in own], int)
     if not (said >= 0).any():
