@@ -32,7 +32,7 @@ Tensor = Any
 @keras.saving.register_keras_serializable(package="keras_ptloss")
 @dataclasses.dataclass(frozen=True, eq=False)
 class Correction:
-    """How the outputs of one or more teachers are corrected.
+    """A function that corrects the outputs of one or more teachers.
 
     Step 1 corrects the confidence, step 2 moves probability between classes:
 
@@ -58,13 +58,14 @@ class Correction:
         bias: `(C,)`, or None for zeros.
         log_prob_weight: the weight of r in step 2 is 1 plus this.
         prob_weight: the weight of softmax(r) in step 2.
-        kept_classes: classes that keep the probability of the teacher as it is
-            (of several: of the softmax of their mean z). The other classes
-            share the rest.
-        teacher_classes: the number of classes of each teacher. It is needed
-            for several teachers only.
-        from_logits: whether `correct` is given logits, a flag for all teachers
-            or one for each. Losses and layers always take probabilities.
+        kept_classes: classes that keep the teacher's probability. With several
+            teachers, this is the probability in the softmax of their mean z.
+            The other classes share the rest.
+        teacher_classes: the number of classes of each teacher, needed for
+            several teachers only.
+        from_logits: whether the outputs given to `correct` are logits: one flag
+            for all teachers, or one for each. Losses and layers always take
+            probabilities.
 
     Raises:
         ValueError: if an argument has another form, or shapes disagree.

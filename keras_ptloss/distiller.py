@@ -208,7 +208,7 @@ class Distiller(keras.Model):
                 f"`{name}` of a Distiller cannot be changed. Build a new "
                 f"Distiller. Received: {name}={value!r}"
             )
-        if name == "teacher":  # Keras would track it, as a layer to train.
+        if name == "teacher":  # Keras would track it as a layer to train.
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)

@@ -455,8 +455,8 @@ def proxy_tensor(teacher_probs: Tensor, epsilon: Any) -> Tensor:
     """Return proxy teachers `(..., C)` of tensors, with exact derivatives.
 
     Args:
-        teacher_probs: `(..., C)`, rows that sum to one, or rows of zeros, which
-            stay.
+        teacher_probs: `(..., C)`, rows that sum to one. Rows of zeros are
+            returned unchanged.
         epsilon: `(M,)` or `(C, M)`, a NumPy array or a tensor.
     """
     t = ops.convert_to_tensor(teacher_probs)

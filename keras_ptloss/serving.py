@@ -326,7 +326,7 @@ def _write_saved_model(
             name: tf.TensorSpec((None,), tf.string, name=name)
             for name in strings
         }
-        if len(strings) == 1:  # TFSMLayer then also takes one tensor.
+        if len(strings) == 1:  # TFSMLayer can then take a single tensor.
             [taken] = taken.values()
 
     def convert(spec: Any, x: Any) -> Any:
@@ -452,7 +452,7 @@ def _trace_jax(student: keras.Model, signature: Any) -> Any:
                     jax2tf_kwargs={
                         "polymorphic_shapes": [shapes],
                         "polymorphic_constraints": constraints,
-                        # Students are trained on GPUs and served on CPUs.
+                        # Students may be trained on a GPU and served on a CPU.
                         "native_serialization_platforms": ("cpu", "cuda"),
                         "with_gradient": False,
                     },
@@ -573,7 +573,7 @@ def _temporary_folder(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     lock it for itself knows that no other export is running.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    prefix = ".exporting-"  # Servers skip folders whose name is no number.
+    prefix = ".exporting-"  # Servers skip folders whose name is not a number.
     lock = os.open(directory, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # Locked, or a disk without locks.

@@ -105,12 +105,12 @@ def distillation_targets(
             teachers, or one for each.
         num_classes: C. The default is the number of the first teacher's
             outputs.
-        class_names: names of the classes, for the summary.
-        random_sample: whether the labelled examples are a random sample. If
-            not, classes without any label keep the teacher's probabilities.
-        epochs: the highest number of epochs for a Keras labels-only model.
-        batch_size: the batch size for a Keras labels-only model.
-        seed: the seed of the random folds.
+        class_names: names for the reports.
+        random_sample: whether the labelled rows are a random sample. If not,
+            classes without any label keep the teacher's probabilities.
+        epochs: the most epochs that a Keras `build_model()` is trained for.
+        batch_size: of a Keras `build_model()`.
+        seed: of the folds.
         verbose: whether to show progress bars; "auto" shows them on terminals.
 
     Returns:
@@ -236,7 +236,7 @@ def _check_labels(labels: Any) -> np.ndarray:
 
 
 def _outputs(teacher: Any, x: Any, num_rows: int) -> np.ndarray:
-    """Return a teacher's outputs on all examples, `(N, C)`."""
+    """Return a teacher's outputs on all rows, `(N, C)`."""
     if isinstance(teacher, keras.Model):
         if x is None:
             raise ValueError(
@@ -312,9 +312,9 @@ class _LabelsOnly:
             x: inputs.
             labels: their classes.
             rows: indices of the rows to train on.
-            stop: the rows among these that decide when a Keras model stops and
-                that it does not learn from. None trains on all of them.
-            epochs: the number of epochs for a Keras model if `stop` is None.
+            stop: which of these decide when a Keras model stops; it does not
+                learn from them. None trains for `epochs` on all of them.
+            epochs: of a Keras model, without `stop`.
 
         Returns:
             The model, and its best epoch.

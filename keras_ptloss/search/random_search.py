@@ -38,7 +38,7 @@ class RandomSearch:
         solver: `"newton"`; or `"fsolve"`, the paper's solver, which is slow.
 
     Raises:
-        ValueError: if an argument has another form.
+        ValueError: if an argument is invalid.
 
     Example:
         >>> from keras_ptloss import ProxyTeacherSearch
@@ -156,8 +156,8 @@ def one_teacher(examples: Examples, name: str) -> np.ndarray:
     if len(shapes) != 1 or shapes[0][1] != examples.num_classes:
         counts = [shape[1] for shape in shapes]
         raise ValueError(
-            f'The search method "{name}" takes one teacher that has the '
-            'classes of the labels. Use method="ridge". Received: '
+            f'The search method "{name}" takes one teacher whose classes '
+            'are those of the labels. Use method="ridge". Received: '
             f"{len(shapes)} teacher(s) with {counts} classes, labels with "
             f"{examples.num_classes} classes"
         )

@@ -85,9 +85,9 @@ def read_answers(
             class is the last token of the answer.
         ids: The `custom_id` of each example; the answers come in this order. By
             default they come in the order of the lines.
-        missing: What to do about an answer without class probabilities, such
-            as that of a failed request. `"error"` raises an error, `"skip"`
-            leaves the answer out.
+        missing: `"error"` or `"skip"`: whether an answer without class
+            probabilities, as after a failed request, is an error or is left
+            out. It never becomes a uniform row.
 
     Returns:
         An `Answers` with `probabilities`, `other_mass`, `ids` and `failed`.
@@ -170,8 +170,8 @@ def import_answers(
             store then finds its rows by these ids.
         ids: As in `read_answers`.
         after: As in `read_answers`.
-        missing: As in `read_answers`. A warning gives the number of answers
-            that are left out.
+        missing: As in `read_answers`. What is left out is not stored, and a
+            warning counts it.
         **options: Passed to `SoftLabels.from_array`: `dtype`, `top_k`,
             `teacher_name` and `overwrite`.
 

@@ -41,8 +41,8 @@ def attach_several(
 ) -> Any:
     """Pair a data set with the stored probabilities of several teachers.
 
-    As `SoftLabels.attach`, with the teachers side by side, `(batch, C_1 + C_2 +
-    ...)`, which is what losses take as `y_true` of several teachers.
+    It is like `SoftLabels.attach`, with the teachers' probabilities side by
+    side, `(batch, C_1 + C_2 + ...)`, as losses for several teachers take them.
 
     Args:
         stores: one for each teacher. The order of their rows may differ.
@@ -107,7 +107,7 @@ def _check_count(found: Any, count: int, what: str) -> None:
 
 
 class _Pairs:
-    """Gives a batch its targets: the rows of one store, or of several."""
+    """Finds the stored rows of a batch, in one store or in several."""
 
     def __init__(self, stores: Sequence["SoftLabels"]) -> None:
         self.stores = list(stores)

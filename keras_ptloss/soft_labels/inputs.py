@@ -298,8 +298,8 @@ def not_stored(
 ) -> Iterator[tuple[Any, Any, np.ndarray]]:
     """Yield inputs, weights and fingerprints of what is not stored yet.
 
-    If something is stored, the inputs are first read once and compared, so
-    that no teacher is paid for inputs of another store. Arrays must be in the
+    If something is stored, the inputs are first read once and compared with it,
+    so that nobody pays a teacher for the wrong inputs. Arrays must be in the
     order of the stored rows; a data set may be shuffled.
     """
     left: collections.Counter[int] = collections.Counter()

@@ -101,8 +101,8 @@ def read_responses(
 
     Args:
         files: A path, or a list of paths.
-        read: Takes a response and its row. It raises `NoAnswer` where there is
-            none, and ValueError where the response cannot be read.
+        read: A function of a response and its row. It raises `NoAnswer` if
+            there is no answer, and ValueError if it cannot read the response.
         missing: "error" or "skip": what to do about a `NoAnswer`.
         ids: The `custom_id` of each example. If given, these are the rows, and
             the values come in their order.
