@@ -573,7 +573,7 @@ def _temporary_folder(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     lock it for itself knows that no other export is running.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    prefix = ".exporting-"  # Servers skip folders whose name is not a number.
+    prefix = ".exporting-"  # Servers skip folders that are not numbers.
     lock = os.open(directory, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # Locked, or a disk without locks.

@@ -91,8 +91,8 @@ class GradientSearch:
             unconverged = int(np.count_nonzero(~converged))
             evaluations += 1
             progress(evaluations, max(evaluations + 1, 20))
-            # Kept classes do not depend on epsilon. The likelihood of the others
-            # is conditional on the label being one of them.
+            # Kept classes do not depend on epsilon, so the likelihood of the
+            # others is conditional on the label being one of them.
             q_label = np.maximum(np.sum(q * one_hot, axis=1), 1e-7)
             total = np.maximum(q @ fitted, 1e-7)
             value = np.sum(weight * (np.log(total) - np.log(q_label)))
