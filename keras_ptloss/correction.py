@@ -518,7 +518,7 @@ class TeachersSideBySide(keras.layers.Layer):
         from_logits: bool | Sequence[bool] = False,
         **kwargs: Any,
     ) -> None:
-        # The inputs reach the teachers as they are, whatever the global policy.
+        # The teachers get the inputs unchanged, whatever the global policy.
         kwargs.setdefault("autocast", False)
         kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)

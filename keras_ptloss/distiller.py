@@ -41,7 +41,7 @@ FIXED |= {"teacher_metrics", "hard_label_loss"}
 
 
 class Targets(NamedTuple):
-    """What a training step compares the student with, in place of `y`."""
+    """The targets of a training step, which replace `y`."""
 
     labels: Any
     teacher_probs: Any
@@ -173,7 +173,7 @@ class Distiller(keras.Model):
         # reach the models unchanged; each casts them for itself.
         policy = {"dtype": student.dtype_policy, "autocast": False}
         super().__init__(**{"name": "distiller", **policy, **kwargs})
-        # What Keras would track, train and save if it saw it.
+        # Keras would track, train and save these if it saw them.
         self._hidden = types.SimpleNamespace(
             teachers=(),
             teacher_weights=None,

@@ -4,8 +4,8 @@
 student with the teacher, not with labels: `y_true` holds the teacher's
 probabilities, `(..., C)`, and a row of zeros is padding. `BrierScore` and
 `ExpectedCalibrationError` compare it with true labels: class indices, `(...)`
-or `(..., 1)`, or one-hot rows, `(..., C)`. A label that is no class is an error
-in an eager call, and gives NaN in a compiled function.
+or `(..., 1)`, or one-hot rows, `(..., C)`. A label that is not a class is an
+error in an eager call, and gives NaN in a compiled function.
 
 `y_pred` holds the student's outputs, `(..., C)`, or `(..., 1)` for the
 probability (or the logit) of the second of two classes. All metrics average

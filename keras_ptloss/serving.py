@@ -397,7 +397,7 @@ def _write_onnx_from_jax(
 def _symbolic_shape(spec: Any) -> list[int | str]:
     """Return a shape for JAX, with words for the free sizes.
 
-    Keras gives each free size a word of its own. JAX then cannot tell that
+    Keras gives each free size a different word. JAX then does not know that
     tokens and mask have the same length.
     """
     return [
@@ -568,9 +568,9 @@ def _versions(directory: pathlib.Path) -> list[int]:
 def _temporary_folder(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yield a new folder on the same disk, and delete it at the end.
 
-    What killed exports left is deleted first. Each export holds a shared lock
-    on `directory`, which the system frees when its process ends: whoever can
-    lock it for itself knows that no other export is running.
+    First, the folders of killed exports are deleted. Each export holds a shared
+    lock on `directory`, which the system releases when the process ends. An
+    exclusive lock therefore shows that no other export is running.
     """
     directory.mkdir(parents=True, exist_ok=True)
     prefix = ".exporting-"  # Servers skip folders that are not numbers.

@@ -1,4 +1,4 @@
-"""What the losses between a teacher and a student share."""
+"""The base class of the losses between a teacher and a student."""
 
 from typing import Any
 

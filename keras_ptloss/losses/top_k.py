@@ -449,7 +449,7 @@ def _split(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         these, `(N k, 2)`.
     """
     size = logits.shape[-1]
-    # Ids that are no column are put into one more column.
+    # Ids without a column are put into one more column.
     columns = ops.where((ids >= 0) & (ids < size), ids, size)
     # `ops.full_like` fails on PyTorch's device "meta" (Keras 3.15).
     nothing = LOWEST * ops.ones_like(logits[:, :1])
@@ -576,7 +576,7 @@ def _over_chunks(
     """Return what `step(first class, size, *carried)` makes of all chunks.
 
     This is a loop, because a compiler may run unrolled steps at the same time,
-    each with logits of its own.
+    each of which needs memory for its logits.
     """
     whole, left = divmod(num_classes, chunk)
     carried = ops.fori_loop(

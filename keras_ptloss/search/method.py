@@ -1,4 +1,4 @@
-"""What a search method is given, and what it returns."""
+"""The input and the output of a search method."""
 
 import dataclasses
 from typing import Any, Protocol, runtime_checkable
@@ -32,7 +32,7 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Found:
-    """What a search method found.
+    """The output of a search method.
 
     Attributes:
         correction: the chosen correction.

@@ -1,4 +1,4 @@
-"""What a search found."""
+"""The result of a search."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ CLASSES_SHOWN = 10
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SearchResult:
-    """What a search found: the correction, and how well it does.
+    """The result of a search: the correction, and how well it works.
 
     `print(result)` or `result.summary()` shows all of it in one table.
 

@@ -47,7 +47,7 @@ class ProxyTeacherSearch:
         seed: seed of folds and draws.
 
     Raises:
-        ValueError: if an argument has another form.
+        ValueError: if an argument is invalid.
 
     Example:
         >>> import numpy as np
@@ -125,7 +125,7 @@ class ProxyTeacherSearch:
             A `SearchResult`.
 
         Raises:
-            ValueError: if an argument has another form.
+            ValueError: if an argument is invalid.
 
         Warns:
             UserWarning: what may be wrong with the teacher or the labels. The

@@ -73,7 +73,7 @@ class Position(NamedTuple):
 
 @dataclasses.dataclass
 class Responses(Generic[T]):
-    """What was read from a file, one entry per answer.
+    """The answers in a file, one entry for each.
 
     Attributes:
         values: What `read` returned for each answer.

@@ -227,7 +227,7 @@ def _read_text(
         entries = _prompt_entries(listed, sequence)
     else:
         found = positions(choice)
-        # An empty token at the end stands for the end of the text.
+        # An empty token at the end means the end of the text.
         if found and not found[-1].token.text:
             del found[-1]
         if not found:
@@ -386,8 +386,8 @@ def _token_ids(keys: set[Key], tokenizer: Any) -> TokenIds:
     """Return the id of each token of a file; None if it has none.
 
     A server gives ids, or text and its bytes, or raw pieces of the vocabulary.
-    Pieces and text look alike for many tokens, so the reading that finds more
-    of the file's tokens holds for all of them.
+    Many tokens look the same as pieces and as text, so all tokens of a file are
+    read in the way that finds more of them.
     """
     # vLLM's `return_tokens_as_token_ids` writes the ids as text.
     by_id = {
@@ -406,7 +406,7 @@ def _token_ids(keys: set[Key], tokenizer: Any) -> TokenIds:
     pieces = vocabulary(tokenizer)
     by_bytes = bytes_to_ids(pieces)
     as_text = {
-        # A replacement character stands for bytes that are unknown.
+        # A replacement character means that the bytes are unknown.
         key: None
         if "\ufffd" in key[0] and key[1] in (None, key[0].encode())
         else by_bytes.get(key[0].encode() if key[1] is None else key[1])
@@ -452,7 +452,7 @@ def bytes_to_ids(pieces: Mapping[Any, int]) -> dict[bytes, int]:
 
     Byte-level BPE (GPT-2, Llama 3, Qwen) writes each byte as a character and a
     space as Ġ; SentencePiece (Llama 2, Gemma) writes a space as ▁ and bytes
-    that are no text as <0xE2>.
+    that are not text as <0xE2>.
     """
     texts = [piece for piece in pieces if isinstance(piece, str)]
     is_byte_level = sum("Ġ" in text for text in texts) > sum(
