@@ -229,8 +229,8 @@ def _check_labels(labels: Any) -> np.ndarray:
         )
     if not np.any(array >= 0):
         raise ValueError(
-            "`labels` must hold the class of at least some examples. Received: "
-            "labels that are all -1"
+            "`labels` must hold the class of at least some rows. Label some "
+            "rows first. Received: labels that are all -1"
         )
     return array.astype("int64")
 
