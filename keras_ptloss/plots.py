@@ -69,8 +69,8 @@ def plot_classes(result: Any, *, ax: Axes = None) -> Axes:
 def plot_search(result: Any, *, ax: Axes = None) -> Axes:
     """Plot the best score so far of a random search, by order (Figure 4).
 
-    The plot shows whether more trials or a higher order could still help. A
-    dashed line is a trial of order 0, which is plain KL.
+    The plot shows whether more trials or a higher order would still pay. A
+    trial of order 0, which is plain KL, is a dashed line.
 
     Args:
         result: what a `ProxyTeacherSearch(RandomSearch(...))` returned.

@@ -1,7 +1,6 @@
 """The methods that the paper compares PTLoss with, as losses.
 
-Some of them are combinations of other classes. With `t` the teacher's
-probabilities:
+Some need no class of their own. With `t` the teacher's probabilities:
 
 * KL divergence from the teacher: `PTLoss(0.0)`.
 * Temperature scaling: `PTLoss(0.0, teacher_temperature=tau)`.

@@ -2,8 +2,8 @@
 
 A file has one JSON object per line: a response of the chat or the completions
 endpoint as OpenAI, vLLM, SGLang or llama.cpp's server return it, or a line of a
-batch job's output, which holds such a response under `response.body`. Every
-other shape is an error, and so is whatever can be read in two ways.
+batch job's output, which holds such a response under `response.body`. What can
+be read in two ways is an error, and so is every other shape.
 """
 
 import dataclasses
@@ -73,13 +73,13 @@ class Position(NamedTuple):
 
 @dataclasses.dataclass
 class Responses(Generic[T]):
-    """The answers in a file, one entry for each.
+    """What was read from a file, one entry per answer.
 
     Attributes:
         values: What `read` returned for each answer.
-        rows: The line of each answer, counted from 0, or its index in `ids`.
-        ids: The `custom_id` of each answer; None if the file has none.
-        failed: Why answers were left out, by `custom_id` or line.
+        rows: The line of each, counted from 0, or its place in `ids`.
+        ids: The `custom_id` of each; None if the file has none.
+        failed: Reasons of the answers left out, by `custom_id` or line.
     """
 
     values: list[T]
@@ -96,13 +96,13 @@ def read_responses(
 ) -> Responses[T]:
     """Apply `read` to each response of the files.
 
-    A request that failed and was repeated may have two lines with the same
-    `custom_id`. The line with an answer counts.
+    A request that failed and was repeated may have two lines of one
+    `custom_id`; the answer counts.
 
     Args:
         files: A path, or a list of paths.
-        read: A function of a response and its row. It raises `NoAnswer` if
-            there is no answer, and ValueError if it cannot read the response.
+        read: Takes a response and its row. It raises `NoAnswer` where there is
+            none, and ValueError where the response cannot be read.
         missing: "error" or "skip": what to do about a `NoAnswer`.
         ids: The `custom_id` of each example. If given, these are the rows, and
             the values come in their order.
@@ -170,10 +170,10 @@ def _check_failed(
 def check_order(
     found: Any, argument: str, count: int, ids: Sequence[str] | None
 ) -> None:
-    """Check that the answers belong to the user's examples, in their order.
+    """Check that row i of what was found belongs to the user's example i.
 
     Args:
-        found: A `Responses`, or an object made from one.
+        found: A `Responses` or what was made of one.
         argument: Name of the argument that has the examples.
         count: Number of the examples.
         ids: As given to `read_responses`.
@@ -193,7 +193,7 @@ def check_order(
 
 
 def warn_of_failed(failed: dict[str | int, str], num_stored: int) -> None:
-    """Warn about answers that are left out."""
+    """Warn of answers that an import leaves out."""
     if failed:
         warnings.warn(
             f"{len(failed)} of {len(failed) + num_stored} answers cannot be"
@@ -242,7 +242,7 @@ def field(parent: Any, name: str, kind: type[T]) -> T | None:
 
 
 def unknown_shape(value: dict[str, Any], expected: str) -> ValueError:
-    """Return the error about a response of an unknown shape."""
+    """Return the error about a shape that is not read."""
     return ValueError(
         f"`{expected}` is missing. Only responses of OpenAI's chat and"
         ' completions endpoints are read. The page "Use other answers" shows'
@@ -252,7 +252,7 @@ def unknown_shape(value: dict[str, Any], expected: str) -> ValueError:
 
 
 def _response(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the response in a line; a batch job's line wraps it."""
+    """Return the response of a line, which a batch job wraps."""
     batch = field(record, "response", dict)
     body: dict[str, Any] | None = record
     if "choices" in record and batch is not None:
@@ -375,7 +375,7 @@ def _completion_positions(
 
 
 def _position(token: Token, listed: list[Token]) -> Position:
-    """Return a token with its alternatives, after a check that they agree."""
+    """Join a token and its alternatives, which must agree about it."""
     alternatives = tuple(dict.fromkeys(listed))
     same = [one.logprob for one in alternatives if _same(one, token)]
     if same and not any(_agree(one, token.logprob) for one in same):
@@ -400,7 +400,7 @@ def _same(one: Token, other: Token) -> bool:
 
 
 def _agree(one: float, other: float) -> bool:
-    # Below this, both are 0, which servers write in different ways.
+    # Below this both are 0, whatever a server writes for that.
     return max(one, other) < -30 or abs(one - other) < 0.01
 
 

@@ -85,7 +85,7 @@ def _read(file: Path, names: list[str]) -> Any:
     if file.suffix == ".csv":
         from pyarrow import csv
 
-        # If they were read as numbers, ids would lose their leading zeros.
+        # As numbers, ids would lose the zeros that they begin with.
         texts = {name: pa.string() for name in ID_COLUMNS}
         options = csv.ConvertOptions(column_types=texts | floats)
         return csv.read_csv(file, convert_options=options)
@@ -102,7 +102,7 @@ def _read(file: Path, names: list[str]) -> Any:
 
 
 def _probabilities(table: Any, file: Path, names: list[str]) -> np.ndarray:
-    """Check the columns of the classes, and return them, `(N, C)`."""
+    """Return the classes' columns `(N, C)`, after a check."""
     pa = pyarrow()
     columns = table.column_names
     where = f"Received: {file} with the columns {columns}"

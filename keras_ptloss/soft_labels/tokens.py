@@ -32,7 +32,7 @@ from keras_ptloss.soft_labels.soft_labels import SoftLabels
 
 REST, PADDING = -1, -2  # ids in the targets of `TopKPTLoss`
 
-# At most this many tokens, which end the turn, may follow an answer.
+# An answer ends its text, but for as many tokens that end the turn.
 _MAX_END_TOKENS = 2
 
 Key = tuple[str, bytes | None, int | None]
