@@ -117,7 +117,7 @@ def distillation_targets(
         `DistillationTargets`.
 
     Raises:
-        ValueError: if arguments do not fit together.
+        ValueError: if an argument is invalid, or if sizes do not match.
 
     Example:
         >>> import numpy as np

@@ -92,7 +92,7 @@ def _fingerprint(x: Tensor) -> np.ndarray:
 
 
 def _text_bytes(row: Any) -> bytes:
-    """Return the texts of an example, each with its length before it."""
+    """Return the texts of an example as bytes, each after its length."""
     encoded = b""
     for text in np.ravel(np.asarray(row, object)):
         if not isinstance(text, (str, bytes)):
@@ -103,7 +103,7 @@ def _text_bytes(row: Any) -> bytes:
 
 
 def padding_mask(x: Tensor) -> np.ndarray | None:
-    """Return the mask of a batch of token ids as bool, None without one."""
+    """Return the padding mask of a batch of token ids as bool, or None."""
     if isinstance(x, Mapping):
         for name, mask in MASKS.items():
             if name in x and mask in x:
