@@ -113,8 +113,8 @@ class ProxyTeacherSearch:
                 labels. It is needed only if a teacher's classes differ.
             class_names: names of the classes, for the summary.
             ignore_class: a label of examples or positions to leave out, as in
-                `keras.losses.SparseCategoricalCrossentropy`. The teacher may
-                have anything there.
+                `keras.losses.SparseCategoricalCrossentropy`. The teacher's
+                outputs there are ignored.
             random_sample: whether the labels are a random sample of the data,
                 so that a class without a label must be rare. By default such
                 classes keep the teacher's probabilities.
