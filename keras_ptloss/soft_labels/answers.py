@@ -263,7 +263,7 @@ def _check_word(
     spellings: dict[str, int],
     after: str | None,
 ) -> None:
-    """Check that a token of the answer is a class, and is a whole word."""
+    """Check that a token of the answer is a class, and the whole word is."""
     shown = text[start:stop].decode(errors="replace")
     before = text[:start].decode(errors="replace")
     following = text[stop:].decode(errors="replace")
