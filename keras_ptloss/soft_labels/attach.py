@@ -107,7 +107,7 @@ def _check_count(found: Any, count: int, what: str) -> None:
 
 
 class _Pairs:
-    """Finds the stored rows of a batch, in one store or in several."""
+    """Gives a batch its targets: the rows of one store, or of several."""
 
     def __init__(self, stores: Sequence["SoftLabels"]) -> None:
         self.stores = list(stores)
