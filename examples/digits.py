@@ -2,12 +2,12 @@
 
 The teacher has learned to confuse four pairs of handwritten digits: it takes
 most 4s for 9s, 3s for 8s, 1s for 7s and 5s for 6s. We have its probabilities
-on 750 images, and the true label of 50 of them.
+on 750 images, and the true labels of 50 of these images.
 
     python examples/digits.py
 
-takes less than a minute. It prints the students' test accuracies, and draws
-them to demo-output/digits.png. The images come with scikit-learn.
+The script takes less than a minute. It prints the students' test accuracies
+and plots them in demo-output/digits.png. The images come with scikit-learn.
 """
 
 import logging
@@ -42,7 +42,7 @@ def build_student(units=32):
 
 
 class Bar(keras.callbacks.Callback):
-    """One progress bar for all epochs."""
+    """Show one progress bar for all epochs."""
 
     def on_train_begin(self, logs=None):
         """Draw an empty bar."""
@@ -83,7 +83,7 @@ teacher_probs = teacher.predict(x[train], verbose=0)
 
 # Correct
 
-print("2. Correct it with 50 labels, and with a model of these labels alone")
+print("2. Correct it with 50 labels and a model trained on these labels alone")
 targets = keras_ptloss.distillation_targets(
     teacher_probs,
     labels,

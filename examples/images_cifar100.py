@@ -1,8 +1,8 @@
 """Distil a ResNet on CIFAR-100 with a live teacher and augmented images.
 
-A ResNet-56 teacher is trained on part of the images, with wrong labels among
-them. 1,000 labels correct it, and a ResNet-20 learns from the corrected
-teacher, which sees the same augmented images as the student.
+A ResNet-56 teacher is trained on part of the images, a third of them with wrong
+labels. We correct it with 1,000 true labels, and distil a ResNet-20 from the
+corrected teacher. Both see the same augmented images.
 
     pip install 'keras_ptloss[examples]'
     python examples/images_cifar100.py           # needs a GPU
@@ -32,7 +32,7 @@ keras.utils.set_random_seed(0)
 
 
 def residual_block(x, filters, strides):
-    """Add two convolutions and their shortcut."""
+    """Add two convolutions and a shortcut."""
     y = layers.Conv2D(filters, 3, strides, "same", use_bias=False)(x)
     y = layers.ReLU()(layers.BatchNormalization()(y))
     y = layers.Conv2D(filters, 3, 1, "same", use_bias=False)(y)
@@ -85,7 +85,7 @@ def augmented(indices):
 
 # --- Teacher ---
 
-print("Training the teacher; a third of its labels are those of the next class")
+print("Training the teacher; a third of its labels are wrong")
 rng = np.random.default_rng(1)
 wrong = rng.random(NUM_TEACHER) < 1 / 3
 noisy_labels = (true_labels[for_teacher] + wrong) % 100

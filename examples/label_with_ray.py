@@ -1,13 +1,13 @@
-"""Ask a teacher on many machines with Ray, then distil a student.
+"""Run a teacher on many machines with Ray, then distil a student.
 
-Each Ray task labels one part of the inputs into a store of its own. If a worker
-dies, Ray starts its task again, which goes on where the first one was killed.
-If everything dies, run the script again: no example is asked for twice.
+Each Ray task stores the teacher's outputs for one part of the inputs. If a
+worker dies, Ray starts its task again, and the task continues where it stopped.
+If everything dies, run the script again: it also continues where it stopped.
 
     pip install keras_ptloss pyarrow ray scikit-learn jax
     KERAS_BACKEND=jax python examples/label_with_ray.py ray-output
 
-To use a cluster, set RAY_ADDRESS (`auto` on one of its machines). The output
+To use a cluster, set RAY_ADDRESS, to `auto` on one of its machines. The output
 folder must be on a disk that all machines share.
 """
 
@@ -25,18 +25,18 @@ from sklearn.datasets import load_digits
 from keras_ptloss import PTLoss, SoftLabels
 
 NUM_PARTS = 8
-SECONDS_PER_BATCH = 0.1  # of a large teacher; this one is small
+SECONDS_PER_BATCH = 0.1  # Simulates a teacher that is large and slow.
 
 folder = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "ray-output")
 folder = folder.resolve()
 folder.mkdir(parents=True, exist_ok=True)
 
-## Data: scikit-learn's digits, which need no download
+## Data: scikit-learn's digits, which are part of the package
 
 images, labels = load_digits(return_X_y=True)
 images = (images / 16.0).astype("float32")
 
-## Teacher: a small network, saved where all workers can read it
+## Teacher: a small network, saved where all workers can load it
 
 teacher_file = folder / "teacher.keras"
 if not teacher_file.exists():
@@ -58,7 +58,7 @@ if not teacher_file.exists():
 
 @ray.remote(num_cpus=1, max_retries=-1)
 def label(number, part):
-    """Store what the teacher says of one part of the images."""
+    """Store the teacher's outputs for one part of the images."""
     model = keras.saving.load_model(teacher_file)
 
     def slow_teacher(batch):
@@ -89,7 +89,7 @@ soft_labels = SoftLabels.join(
 )
 print(f"{len(soft_labels)} of {len(images)} images are labelled")
 
-## Distil: each image finds its soft label, in any order
+## Distil: `attach` finds the soft label of each image, in any order
 
 keras.utils.set_random_seed(1)
 student = keras.Sequential(

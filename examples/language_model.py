@@ -1,19 +1,19 @@
 """Distil the answers of a language model into a small text classifier.
 
-Which part of Python's standard library does a sentence describe? A language
-model answers with a letter, and its server lists the likeliest letters. 100
-labels correct these probabilities, and a bag-of-words student learns from them.
+The task is to tell which part of Python's standard library a sentence is about.
+A language model answers with a letter, and its server lists the probabilities
+of the likeliest letters. We correct these with 100 labels and distil a student.
 
     pip install 'keras_ptloss[examples]'
     python examples/language_model.py
     python examples/language_model.py --quick   # fewer sentences
 
-The script writes requests.jsonl, in the form that OpenAI's batch API takes. To
-ask a model of your own, have this file answered and run the script again:
+The script writes requests.jsonl in the format of OpenAI's batch API. To use
+your own model, let it answer these requests and run the script again:
 
     vllm run-batch -i requests.jsonl -o answers.jsonl --model MODEL
 
-Without answers.jsonl, a simulated model answers, which prefers one topic.
+Without answers.jsonl, the script simulates a model that prefers one topic.
 """
 
 import json
@@ -49,7 +49,6 @@ QUESTION = (
     "with one letter: A for files, B for network, C for numbers, D for code. "
     "Sentence: "
 )
-keras.utils.set_random_seed(0)
 rng = np.random.default_rng(0)
 
 # --- Data ---
@@ -69,6 +68,7 @@ for topic, modules in enumerate(TOPICS.values()):
 order = rng.permutation(len(texts))
 texts, true_labels = np.array(texts)[order], np.array(true_labels)[order]
 train, test, other = np.array_split(np.arange(len(texts)), 3)
+
 # --- Ask ---
 
 print(f"Writing {len(train)} requests to requests.jsonl")
@@ -88,7 +88,7 @@ with open("requests.jsonl", "w") as file:
 # --- Without answers, simulate a model that prefers A to D ---
 
 if not ANSWERS.exists():
-    print("No answers.jsonl here: a simulated model answers")
+    print("There is no answers.jsonl, so a simulated model answers")
     ANSWERS = pathlib.Path("simulated.jsonl")
     model = make_pipeline(TfidfVectorizer(), LogisticRegression(C=10.0))
     model.fit(texts[other], true_labels[other])
@@ -112,7 +112,7 @@ if not ANSWERS.exists():
 ids = [str(number) for number in range(len(train))]
 teacher = read_answers(ANSWERS, list(LETTERS), ids=ids, missing="skip")
 print(f"Mean probability of other tokens: {teacher.other_mass.mean():.3f}")
-train = train[teacher.rows]  # without sentences whose answer is no letter
+train = train[teacher.rows]  # the sentences whose answer is a letter
 labels = np.full(len(train), -1)  # -1: the label is unknown
 labels[:NUM_LABELS] = true_labels[train][:NUM_LABELS]
 vectorizer = TfidfVectorizer(min_df=2, sublinear_tf=True).fit(texts[train])

@@ -1,10 +1,10 @@
-"""Export a student and ask TensorFlow Serving for its predictions.
+"""Export a student, and get predictions from TensorFlow Serving.
 
     pip install 'keras_ptloss[export]' scikit-learn
     python examples/serve_student.py           # needs a server, see below
     python examples/serve_student.py --quick   # calls the SavedModel directly
 
-Start the server in another terminal, in the same folder (one line):
+Start the server in another terminal, in the same folder, in one line:
 
     docker run -p 8500:8500 -e MODEL_NAME=digits
         -v "$PWD/served/digits:/models/digits" tensorflow/serving
@@ -48,7 +48,7 @@ student.fit(images[:1500], labels[:1500], epochs=5 if QUICK else 30)
 # --- Export ---
 
 path = export_student(student, "served/digits", class_names=NAMES)
-print(f"Exported version {path}")
+print(f"Exported {path}")
 
 # --- Ask ---
 

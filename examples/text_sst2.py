@@ -1,15 +1,14 @@
 """Distil a BERT classifier on SST-2 with stored probabilities and 300 labels.
 
-The teacher is a BERT-base model that was fine-tuned on few sentences. Its
-probabilities are stored once. 300 labels correct it, and BERT-tiny learns from
-the corrected probabilities.
+The teacher is a BERT-base model, fine-tuned on 1,000 sentences. We store its
+probabilities once, correct them with 300 labels, and train BERT-tiny on the
+corrected probabilities.
 
     pip install 'keras_ptloss[examples]'
     python examples/text_sst2.py           # needs a GPU
     python examples/text_sst2.py --quick   # few sentences, BERT-tiny as teacher
 
-Texts come from TensorFlow Datasets and models from KerasHub, which download
-them.
+TensorFlow Datasets downloads the texts, and KerasHub the models.
 """
 
 import sys
@@ -71,12 +70,12 @@ y_test = np.asarray(test["label"])
 print(f"Fine-tuning the teacher on {NUM_TEACHER} sentences")
 teacher = classifier(TEACHER)
 one_hot = keras.utils.to_categorical(true_labels, 2)
-# The sentences are in random order. KerasHub does not shuffle texts, and warns
-# if it is asked to.
+# The sentences are in random order already. KerasHub cannot shuffle texts, and
+# warns if shuffle is True.
 options = {"epochs": EPOCHS, "shuffle": False}
 teacher.fit(texts[for_teacher], one_hot[for_teacher], batch_size=16, **options)
 
-print("Storing its probabilities; run again to continue after an interruption")
+print("Storing its probabilities; after an interruption, run again")
 store = SoftLabels.write(
     teacher,
     x,

@@ -1,7 +1,7 @@
 """Knowledge distillation for Keras 3 that corrects a biased teacher.
 
-The names that most users need are here. The others are in the modules below,
-such as `keras_ptloss.losses.FocalLoss` or `keras_ptloss.metrics.BrierScore`.
+The names that most users need are here. Others are in the modules, such as
+`keras_ptloss.losses.FocalLoss` and `keras_ptloss.metrics.BrierScore`.
 """
 
 from keras_ptloss import (

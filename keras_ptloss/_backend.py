@@ -1,4 +1,4 @@
-"""What differs between backends, and what Keras has no public way for."""
+"""Differences between backends, and uses of Keras's private attributes."""
 
 import concurrent.futures
 import contextlib
@@ -34,9 +34,9 @@ def visible_values(x: Tensor) -> np.ndarray | None:
     else:
         import torch
 
-        # If code fails on "meta", Keras tries again with ones and without
-        # gradients. Ones are no probabilities, and there is no public sign.
-        # Neither a tensor on "meta" nor a compiled one can be asked.
+        # To infer shapes, Keras calls the code on "meta", and if that fails on
+        # tensors of ones, without gradients. Nothing public tells these from
+        # values. The first two tests come first, since such tensors have none.
         symbolic = (
             has_no_values(x)
             or torch.compiler.is_compiling()
@@ -46,19 +46,19 @@ def visible_values(x: Tensor) -> np.ndarray | None:
 
 
 def has_no_values(x: Tensor) -> bool:
-    """Return whether a tensor is on PyTorch's device "meta": a shape alone."""
+    """Return whether a tensor is on PyTorch's device "meta", without values."""
     return keras.backend.backend() == "torch" and bool(x.is_meta)
 
 
 def as_array(x: Any) -> np.ndarray:
     """Return numbers or a tensor of any backend as a NumPy array.
 
-    NumPy refuses PyTorch's tensors that are recorded for a gradient, or in
+    NumPy cannot convert PyTorch tensors that require a gradient or are
     bfloat16.
     """
     if isinstance(x, keras.Variable):
         x = keras.ops.convert_to_tensor(x)
-    if hasattr(x, "detach"):  # PyTorch's, whatever Keras's backend
+    if hasattr(x, "detach"):  # a PyTorch tensor, on any backend of Keras
         if str(x.dtype) == "torch.bfloat16":
             return x.float().numpy(force=True).astype("bfloat16")
         return x.numpy(force=True)
@@ -67,7 +67,7 @@ def as_array(x: Any) -> np.ndarray:
 
 
 def maximum(x: Tensor, least: Any) -> Tensor:
-    """Return the larger of a tensor and a number or tensor, in its dtype.
+    """Return the elementwise maximum, in the dtype of the first tensor.
 
     On PyTorch `keras.ops.maximum` of float64 gives float32 (Keras 3.15).
     """
@@ -77,14 +77,14 @@ def maximum(x: Tensor, least: Any) -> Tensor:
 
 
 def minimum(x: Tensor, most: Any) -> Tensor:
-    """Return the smaller of the two, like `maximum`."""
+    """Return the elementwise minimum; see `maximum`."""
     if keras.backend.backend() == "torch":
         return x.clamp(max=most)
     return keras.ops.minimum(x, most)
 
 
 def no_gradient() -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which PyTorch records nothing for a gradient."""
+    """Return a context in which PyTorch computes no gradients."""
     if keras.backend.backend() == "torch":
         import torch
 
@@ -117,7 +117,7 @@ def compiled_on_jax(
 def on_numpy(
     function: Callable[..., tuple[Tensor, ...]],
 ) -> Callable[..., tuple[np.ndarray, ...]]:
-    """Make a function of tensors one of NumPy arrays in float64.
+    """Make a function of tensors work on NumPy arrays in float64.
 
     XLA compiles it once for each set of shapes. PyTorch runs it as it is.
     """
@@ -149,9 +149,9 @@ def on_numpy(
 
 
 def replicas() -> int:
-    """Return by how many replicas a TensorFlow strategy splits the batch.
+    """Return among how many replicas a TensorFlow strategy splits the batch.
 
-    Keras divides compiled losses by it; a loss added beside them has to be.
+    Keras divides compiled losses by it. Other losses must do this themselves.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -163,9 +163,9 @@ def replicas() -> int:
 def outside_of_step(function: Callable[[], None]) -> None:
     """Call a function that creates variables while a step may be traced.
 
-    A compiled function of TensorFlow lets variables be created on its first
-    call only, `tf.init_scope` or not; a thread of its own is in no call. Under
-    a strategy Keras builds before it traces, and there is nothing to create.
+    TensorFlow allows new variables only in the first call of a compiled
+    function, even under `tf.init_scope`, but always in another thread. Under a
+    strategy, Keras has created the variables before it traces the step.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -179,11 +179,11 @@ def outside_of_step(function: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def weights_given_back(model: keras.Model) -> Iterator[None]:
-    """Give a model's weights back to it when a run of JAX is interrupted.
+    """Restore a model's weights if training on JAX is interrupted.
 
-    A run takes the values out of their variables. Keras puts them back at the
-    end of an epoch; an error or an interruption before that would leave
-    variables without a value.
+    On JAX, `fit` takes the values out of the variables, and Keras puts them
+    back at the end of an epoch. An error before that would leave variables
+    without values.
     """
     if keras.backend.backend() != "jax":
         yield
@@ -196,9 +196,9 @@ def weights_given_back(model: keras.Model) -> Iterator[None]:
         *(optimizer.variables if optimizer is not None else ()),
     ]
     model.jax_state_sync()
-    # `predict_on_batch` leaves a copy of the state. Keras would put it back
-    # after an error in the first step of the next run, when another model with
-    # the same layers may have given its arrays away.
+    # `predict_on_batch` leaves a copy of the state in the model. Keras would
+    # restore that copy after an error in the first step of the next run. By
+    # then, a model that shares the layers may have deleted its arrays.
     model._jax_state = None
     before = [(v, v.value) for v in variables if _has_value(v)]
     try:
@@ -207,18 +207,18 @@ def weights_given_back(model: keras.Model) -> Iterator[None]:
         model.jax_state_sync()
         for variable, value in before:
             if not _has_value(variable):
-                variable.assign(value)  # No step was made.
+                variable.assign(value)  # The error came before any step.
 
 
 def _has_value(variable: keras.Variable) -> bool:
     try:
         return variable.value is not None
-    except TypeError:  # Keras asks the initializer, which is gone.
+    except TypeError:  # Keras calls the initializer, which it has deleted.
         return False
 
 
 def supports_jit(model: keras.Model) -> bool:
-    """Return whether XLA can compile every layer, also layers inside layers."""
+    """Return whether XLA can compile every layer, including nested layers."""
     return all(layer.supports_jit for layer in model._flatten_layers())
 
 
@@ -228,8 +228,8 @@ def compute_dtypes(model: keras.Model) -> set[str]:
 
 
 def set_direction(metric: keras.metrics.Metric, better: str) -> None:
-    """Tell `mode="auto"` of Keras's callbacks whether "up" or "down" is better.
+    """Set whether "up" or "down" is better, for callbacks with `mode="auto"`.
 
-    They read this private attribute, and `EarlyStopping` refuses without it.
+    Keras's callbacks read this private attribute; `EarlyStopping` requires it.
     """
     metric._direction = better

@@ -1,8 +1,8 @@
 """The formulas that the losses, the proxy teacher and the search share.
 
 Symbols are the paper's: `t` teacher probabilities, `p` student probabilities,
-`q` proxy teacher, all of shape `(..., C)`. Functions that take `xp` serve NumPy
-arrays (`xp=numpy`) and tensors (`xp=keras.ops`) alike.
+`q` proxy teacher, all of shape `(..., C)`. Functions with an argument `xp` work
+on NumPy arrays (`xp=numpy`) and on tensors (`xp=keras.ops`).
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from keras import ops
 
 Tensor = Any
 
-# Teacher probabilities below this value carry no information that is worth
-# scaling: APIs and float16 files give zeros there.
+# Smaller teacher probabilities are raised to this value before they are scaled,
+# because APIs and float16 files often round them to zero.
 MIN_PROBABILITY = 1e-7
 
 
 def log_teacher_probs(teacher_probs: Tensor, xp: Any = np) -> Tensor:
     """Return `z = log max(t, 1e-7)`, the logits of a teacher's probabilities.
 
-    Everything that scales a teacher, by a temperature or a matrix, starts from
-    this `z`, so that a loss, a search and a correction agree.
+    All code that applies a temperature or a matrix to a teacher starts from
+    this `z`, so that losses, searches and corrections agree.
     """
     return xp.log(xp.maximum(teacher_probs, MIN_PROBABILITY))
 
@@ -98,10 +98,10 @@ def shared_proxy(
 
 
 def two_events(outputs: Tensor, *, from_logits: bool) -> Tensor:
-    """Return rows `(..., 2)` for a binary head's `(..., 1)`; others unchanged.
+    """Return two columns for a binary head's single one; else the input.
 
-    A model with one output gives `p`, or its logit `z`, of the second class.
-    As two classes that is `[1 - p, p]`, or `[0, z]`, whose softmax it is.
+    A binary head gives the probability `p` of the second class, or its logit
+    `z`. With two classes this is `[1 - p, p]`, or the logits `[0, z]`.
     """
     classes = outputs.shape[-1] if len(outputs.shape) else 0
     if classes != 1:

@@ -1,6 +1,6 @@
-"""Checks of arguments, with errors in one wording.
+"""Checks of arguments, whose errors all have the same form.
 
-An error names the argument, says what was expected and shows what came:
+An error names the argument, says what was expected and shows its value:
 ``ValueError: `order` must be an integer of at least 1. Received: order=0``.
 """
 
@@ -41,7 +41,7 @@ def check_choice(argument: str, value: Any, choices: Collection[str]) -> None:
 
 
 def check_flag(argument: str, value: Any) -> bool:
-    """Require True or False: a string would be True, whatever it says."""
+    """Require a bool, because Python takes any string for true."""
     if not isinstance(value, (bool, np.bool_)):
         fail(argument, "True or False", value)
     return bool(value)
@@ -90,7 +90,7 @@ def check_epsilon(
 
     Returns:
         A float64 NumPy array of rank 1 or more. Tensors and variables, which
-        may be differentiated, stay tensors.
+        may be differentiated, are returned as tensors.
     """
     forms = "a number, (order,) or (classes, order)" + (
         " or (examples, classes, order)" if max_rank == 3 else ""
@@ -140,7 +140,7 @@ def check_class_axis(argument: str, rows: Tensor) -> None:
 def check_classes(
     first_name: str, first: Tensor, second_name: str, second: Tensor
 ) -> None:
-    """Require two tensors `(..., C)` of the same shape, as far as is known."""
+    """Require two tensors `(..., C)` of the same shape, if it is known."""
     one, two = tuple(first.shape), tuple(second.shape)
     if not shapes_differ(one, two):
         return
@@ -154,14 +154,14 @@ def check_classes(
 
 
 def shapes_differ(one: Sequence[int | None], two: Sequence[int | None]) -> bool:
-    """Return whether two shapes differ; an unknown size, None, fits any."""
+    """Return whether two shapes differ; None, an unknown size, equals any."""
     return len(one) != len(two) or any(
         None not in (a, b) and a != b for a, b in zip(one, two, strict=True)
     )
 
 
 def on_simplex(rows: np.ndarray) -> np.ndarray:
-    """Return which rows `(N, C)` are probabilities, `(N,)`; NaN is not."""
+    """Return which rows of `(N, C)` are probabilities, `(N,)`."""
     near_one = np.abs(rows.sum(axis=-1) - 1) <= SUM_TOLERANCE
     return np.all(rows >= 0, axis=-1) & near_one
 
@@ -181,9 +181,10 @@ def check_probabilities(argument: str, rows: Tensor, advice: str) -> None:
 
 
 def valid_probs(argument: str, probs: Tensor, advice: str) -> Tensor:
-    """Return rows `(..., C)` divided by their sums; NaN for invalid rows.
+    """Return probabilities `(..., C)` divided by their sums over the classes.
 
-    A row of zeros stays. Where values can be seen, invalid rows are an error.
+    A row of zeros is returned unchanged. An invalid row is an error, or becomes
+    NaN in compiled functions, where values cannot be checked.
 
     Args:
         argument: name of the argument, for the error.
@@ -234,7 +235,7 @@ def check_class_indices(labels: np.ndarray) -> None:
 
 
 def check_label_range(labels: np.ndarray, classes: int, whose: str) -> None:
-    """Require class indices `(N,)` below C; `whose` classes, for the error."""
+    """Require class indices `(N,)` below C; the error says `whose` they are."""
     outside = (labels < 0) | (labels >= classes)
     if outside.any():
         index = int(np.argmax(outside))
@@ -247,7 +248,7 @@ def check_label_range(labels: np.ndarray, classes: int, whose: str) -> None:
 def as_rows(argument: str, value: Any) -> np.ndarray:
     """Return a list, an array or a tensor as an array.
 
-    bfloat16, which NumPy does not count among the floats, becomes float32.
+    NumPy has no bfloat16, so it becomes float32.
     """
     try:
         array = as_array(value)
@@ -275,7 +276,7 @@ def as_floats(argument: str, value: Any, expected: str) -> np.ndarray:
 
 
 def one_tensor(argument: str, outputs: Any) -> Any:
-    """Require the outputs of a model with one output: a tensor."""
+    """Require that a model has a single output, and return it."""
     if isinstance(outputs, (list, tuple, dict)):
         raise ValueError(
             f"`{argument}` must give one tensor, (..., classes); choose one by "
@@ -286,25 +287,25 @@ def one_tensor(argument: str, outputs: Any) -> Any:
 
 
 def last_layer(model: Any) -> tuple[str | None, int | None, bool | None]:
-    """Return what the last layer of a model shows.
+    """Return what is known about a model's outputs from its last layer.
 
     Returns:
         The name of its activation, if it is one of Keras's; the number of
-        outputs; and whether these are logits. Each is None if it does not show.
+        outputs; and whether these are logits. Each is None if it is unknown.
     """
     layer = model
     while isinstance(layer, keras.Model):
         if isinstance(layer, keras.Sequential):
             layer = layer.layers[-1] if layer.layers else None
         else:
-            # An output may also be of an operation, which is no layer.
+            # The output may also come from an operation, not a layer.
             names = list(getattr(layer, "output_names", []))
             layers = {each.name: each for each in layer.layers}
             layer = layers.get(names[0]) if len(names) == 1 else None
     columns = getattr(layer, "units", None)
     if columns is None and isinstance(model, keras.Model) and model.built:
         columns = getattr(model, "output_shape", [None])[-1]
-    # A layer such as Softmax or ReLU is an activation itself.
+    # Layers such as Softmax and ReLU have no attribute `activation`.
     activation = getattr(layer, "activation", None)
     name = getattr(activation, "__name__", type(layer).__name__.lower())
     if name == "linear":
@@ -318,10 +319,11 @@ def last_layer(model: Any) -> tuple[str | None, int | None, bool | None]:
 def check_head(
     argument: str, model: keras.Model, from_logits: bool | None, flag: str
 ) -> bool | None:
-    """Check a model's last layer; return whether it shows that it gives logits.
+    """Check a model's last layer; return whether the model gives logits.
 
-    Raises a `ValueError` if the outputs are no distribution over classes, or
-    not what `from_logits` says; `flag` is the name of that argument.
+    Returns None if the last layer does not tell. Raises a `ValueError` if the
+    outputs are not a distribution over classes, or if the layer contradicts
+    `from_logits`, whose name in the error is `flag`.
     """
     name, columns, shown = last_layer(model)
     received = f"Received: {argument}={model.name!r}, {flag}={from_logits}"

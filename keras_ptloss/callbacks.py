@@ -15,18 +15,19 @@ __all__ = ["FilteredTeacher"]
 class FilteredTeacher(keras.callbacks.Callback):
     """Average the teacher's probabilities over its training (Filter-KD).
 
-    The outputs of a network for one example swing during training. Their
-    average is often nearer to the truth than the last of them. Pass this
-    callback to the teacher's `fit`, and its `probabilities` to the student:
+    A network's output for an example fluctuates during training. The average is
+    often closer to the truth than the last output. Pass this callback to the
+    teacher's `fit`, then train the student on its `probabilities`. After each
+    epoch, the teacher predicts p_n for each example, in inference mode, and
 
         average_n <- (1 - rate) average_n + rate p_n
 
-    after every epoch, in inference mode. The average starts at the outputs of
-    the first epoch, as in the authors' code. Each `fit` starts again.
+    The average starts with the predictions after the first epoch, as in the
+    authors' code. Each call of `fit` starts a new average.
 
     Args:
-        x: the student's examples, in any form that `predict` takes, and always
-            in the same order.
+        x: the student's examples, in any form that `predict` takes, always in
+            the same order.
         rate: weight of an epoch's outputs, above 0 and at most 1.
         from_logits: whether the teacher gives logits.
         batch_size: as in `keras.Model.predict`.
@@ -71,11 +72,11 @@ class FilteredTeacher(keras.callbacks.Callback):
         self.probabilities: np.ndarray | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Forget an earlier training."""
+        """Start a new average."""
         self.probabilities = None
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Add the outputs of this epoch's weights to the average."""
+        """Add the predictions after this epoch to the average."""
         outputs = self.model.predict(
             self.x, batch_size=self.batch_size, verbose=0
         )

@@ -1,4 +1,4 @@
-"""The correction of a teacher: what a search finds, and its Keras layers."""
+"""The correction of a teacher, which a search finds, and its Keras layers."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ Tensor = Any
 @keras.saving.register_keras_serializable(package="keras_ptloss")
 @dataclasses.dataclass(frozen=True, eq=False)
 class Correction:
-    """How the outputs of one or more teachers are corrected.
+    """A function that corrects the outputs of one or more teachers.
 
     Step 1 corrects the confidence, step 2 moves probability between classes:
 
@@ -56,15 +56,16 @@ class Correction:
             If all are `inf`, r is uniform.
         matrix: `(C, C_1 + C_2 + ...)`, or None for zeros.
         bias: `(C,)`, or None for zeros.
-        log_prob_weight: the weight of r in step 2, beyond 1.
+        log_prob_weight: the weight of r in step 2 is 1 plus this.
         prob_weight: the weight of softmax(r) in step 2.
-        kept_classes: classes that keep the probability of the teacher as it is
-            (of several: of the softmax of their mean z). The other classes
-            share the rest.
-        teacher_classes: the number of classes of each teacher. It is needed
-            for several teachers only.
-        from_logits: whether `correct` is given logits, a flag for all teachers
-            or one for each. Losses and layers always take probabilities.
+        kept_classes: classes that keep the teacher's probability. With several
+            teachers, this is the probability in the softmax of their mean z.
+            The other classes share the rest.
+        teacher_classes: the number of classes of each teacher, needed for
+            several teachers only.
+        from_logits: whether the outputs given to `correct` are logits: one flag
+            for all teachers, or one for each. Losses and layers always take
+            probabilities.
 
     Raises:
         ValueError: if an argument has another form, or shapes disagree.
@@ -151,7 +152,7 @@ class Correction:
 
     @property
     def num_classes(self) -> int | None:
-        """The number of classes C, or None if every number is right."""
+        """The number of classes C, or None if any number of classes fits."""
         per_class = self.epsilon if self.epsilon.ndim == 2 else None
         for array in (self.bias, self.matrix, per_class):
             if array is not None:
@@ -172,7 +173,7 @@ class Correction:
 
     @property
     def has_step_2(self) -> bool:
-        """Whether there is more than a temperature and epsilon."""
+        """Whether the correction has more than a temperature and epsilon."""
         return bool(
             self.matrix is not None
             or self.bias is not None
@@ -183,7 +184,7 @@ class Correction:
 
     @property
     def is_identity(self) -> bool:
-        """Whether it returns the probabilities of one teacher unchanged."""
+        """Whether the correction returns one teacher unchanged."""
         return (
             self.temperature == 1.0
             and not self.epsilon.any()
@@ -237,7 +238,7 @@ class Correction:
         return _corrected(self, self.split(teacher_probs), ops)
 
     def split(self, side_by_side: Tensor) -> list[Tensor]:
-        """Return one array per teacher of outputs that stand side by side."""
+        """Split outputs that are side by side into one array per teacher."""
         width = side_by_side.shape[-1]
         counts = self.teacher_classes or (self.num_classes or width,)
         if width is not None and width != sum(counts):
@@ -517,7 +518,7 @@ class TeachersSideBySide(keras.layers.Layer):
         from_logits: bool | Sequence[bool] = False,
         **kwargs: Any,
     ) -> None:
-        # The inputs reach the teachers as they are, whatever the global policy.
+        # The teachers get the inputs unchanged, whatever the global policy.
         kwargs.setdefault("autocast", False)
         kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)

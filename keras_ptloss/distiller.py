@@ -41,7 +41,7 @@ FIXED |= {"teacher_metrics", "hard_label_loss"}
 
 
 class Targets(NamedTuple):
-    """What a step compares the student with. It replaces `y`."""
+    """The targets of a training step, which replace `y`."""
 
     labels: Any
     teacher_probs: Any
@@ -97,12 +97,12 @@ class Distiller(keras.Model):
     Args:
         student: the model to train. It must not have a `train_step` of its own.
         teacher: a built Keras model, or a list of them. The target is the
-            weighted mean of their probabilities; or, with the loss of a search
-            among several teachers, all of them side by side.
+            weighted mean of their probabilities. If the loss is from a search
+            with several teachers, it is all of them side by side.
         teacher_from_logits: whether the teacher gives logits; a list of flags
-            for several teachers. None reads it off the last layer: softmax or
-            one sigmoid output means probabilities, a dense layer without
-            activation means logits.
+            for several teachers. None infers it from the last layer: softmax or
+            a single sigmoid output means probabilities, and a dense layer
+            without activation means logits.
         teacher_weights: one non-negative number per teacher, for the mean. None
             weights all equally. A teacher of weight 0 is not run.
         student_inputs: the key of the student's inputs, if `x` is a dict and
@@ -173,7 +173,7 @@ class Distiller(keras.Model):
         # reach the models unchanged; each casts them for itself.
         policy = {"dtype": student.dtype_policy, "autocast": False}
         super().__init__(**{"name": "distiller", **policy, **kwargs})
-        # What Keras would track, train and save if it saw it.
+        # Keras would track, train and save these if it saw them.
         self._hidden = types.SimpleNamespace(
             teachers=(),
             teacher_weights=None,
@@ -208,13 +208,13 @@ class Distiller(keras.Model):
                 f"`{name}` of a Distiller cannot be changed. Build a new "
                 f"Distiller. Received: {name}={value!r}"
             )
-        if name == "teacher":  # Keras would track it, as a layer to train.
+        if name == "teacher":  # Keras would track it as a layer to train.
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        """Leave out the teacher: Keras saves every model that `dir` shows."""
+        """Leave out the teacher, because Keras saves every model in `dir`."""
         hidden = {"teacher", "teacher_metrics"}
         return [name for name in super().__dir__() if name not in hidden]
 

@@ -4,14 +4,14 @@
 student with the teacher, not with labels: `y_true` holds the teacher's
 probabilities, `(..., C)`, and a row of zeros is padding. `BrierScore` and
 `ExpectedCalibrationError` compare it with true labels: class indices, `(...)`
-or `(..., 1)`, or one-hot rows, `(..., C)`. A label that is no class is an error
-in an eager call, and gives NaN in a compiled function.
+or `(..., 1)`, or one-hot rows, `(..., C)`. A label that is not a class is an
+error in an eager call, and gives NaN in a compiled function.
 
-`y_pred` holds the student's outputs, `(..., C)`; `(..., 1)` is the probability
-(or the logit) of the second of two classes. All metrics average over every
-position of the leading axes. `sample_weight` is `(...)`, or one weight per
-example, `(N,)`. Positions of weight 0, or behind a Keras mask, may hold
-anything, NaN too.
+`y_pred` holds the student's outputs, `(..., C)`, or `(..., 1)` for the
+probability (or the logit) of the second of two classes. All metrics average
+over every position of the leading axes. `sample_weight` is `(...)`, or one
+weight per example, `(N,)`. Positions of weight 0, or hidden by a Keras mask,
+may hold anything, including NaN.
 """
 
 from typing import Any
@@ -103,8 +103,8 @@ class TeacherAgreement(TeacherMetric):
 
         agreement = mean_n [argmax_c t_{n,c} = argmax_c p_{n,c}]
 
-    A student can agree with its teacher and be wrong with it. Of tied classes
-    the first counts.
+    A student can agree with its teacher and both be wrong. If classes are tied,
+    the first one counts.
 
     Args:
         from_logits: whether the student's outputs are logits.
@@ -181,9 +181,9 @@ class KLToTeacher(TeacherMetric):
 
         KL = mean_n sum_c t_{n,c} (log t_{n,c} - log p_{n,c})
 
-    It is PTLoss without the perturbation: logged beside PTLoss, it shows how
-    far the student stays from the teacher on purpose. Probabilities of the
-    student count as at least `keras.config.epsilon()`.
+    It is PTLoss without the perturbation. Compared with PTLoss, it shows how
+    far the student is from the teacher on purpose. Student probabilities below
+    `keras.config.epsilon()` are raised to it.
 
     Args:
         from_logits: whether the student's outputs are logits.
@@ -219,9 +219,9 @@ class BrierScore(keras.metrics.Mean):
 
         Brier = mean_n sum_c (p_{n,c} - y_{n,c})^2
 
-    The true probabilities have the best score, so it judges accuracy and
-    calibration together. It is a sum over the classes: scores of two-class
-    problems that look at one class are half of it.
+    The true probabilities have the lowest score, so it measures accuracy and
+    calibration together. It is a sum over all classes. Other definitions for
+    two classes use one of them, and are half of this.
 
     Args:
         from_logits: whether the student's outputs are logits.

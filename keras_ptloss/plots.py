@@ -31,7 +31,7 @@ MAX_BARS = 30
 def plot_classes(result: Any, *, ax: Axes = None) -> Axes:
     """Plot how often each class occurs: labels, teacher, corrected teacher.
 
-    The teachers' shares are mean probabilities over the searched examples. They
+    The teachers' shares are mean probabilities over the labelled examples. They
     show which classes a teacher neglects, and what the correction changes.
 
     Args:

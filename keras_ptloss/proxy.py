@@ -1,4 +1,4 @@
-"""The proxy teacher: where a student that is trained with PTLoss ends (Eq. 8).
+"""The proxy teacher: what a student trained with PTLoss converges to (Eq. 8).
 
 For each example the proxy teacher `q` minimises PTLoss over the student. With
 `h` the slope of the perturbation, it is the solution of
@@ -52,7 +52,7 @@ FSOLVE_TOLERANCE = 1e-6
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ProxyTeacherResult:
-    """Proxy teachers, and how the solver did on each row.
+    """Proxy teachers, and whether the solver converged on each row.
 
     Attributes:
         probabilities: the proxy teachers, `(N, ..., C)`, float64.
@@ -91,7 +91,7 @@ def proxy_teacher(
     *,
     solver: Literal["newton", "fsolve"] = "newton",
 ) -> ProxyTeacherResult:
-    """Compute the distribution at which a student trained with PTLoss ends.
+    """Compute the distribution to which a student converges under PTLoss.
 
         q = argmin_q sum_c t_c (-log q_c + sum_m epsilon_{c,m} (1 - q_c)^m)
 
@@ -198,7 +198,7 @@ def newton(teacher_probs: Tensor, epsilon: Tensor) -> tuple[Tensor, ...]:
         ops.reshape(epsilon[..., m], (-1, *ones))
         for m in range(epsilon.shape[-1])
     ]
-    # The step at which a row is done squares its error.
+    # A row is done after a step this small, because the step squares its error.
     tolerance, rounding = (1e-8, 1e-14) if tiny < 1e-100 else (1e-3, 1e-5)
     # One step of the fixed-point map is a better start than the teacher.
     w, _ = _w_and_d(t, 1.0 - t, coefficients)
@@ -364,7 +364,7 @@ def _newton_step(
     log_nu = of_top(gap) + weight * (excess + of_others(share * gap / pull))
     log_nu = log_nu / (1.0 + weight * of_others(share / pull))
     change = (gap - log_nu) / pull
-    # gap - log_nu has no digits left in a class that has nearly everything.
+    # gap - log_nu loses all precision for a class with nearly all probability.
     change_of_top = -(excess + of_others(share * change)) / q
     return ops.where(top, change_of_top, change)
 
@@ -380,8 +380,8 @@ def _descend(
 ) -> Tensor:
     """Return points of lower loss than the teacher's, `(C, ...)`.
 
-    A damped Newton method on the simplex, whose Hessian is made positive. The
-    loss never rises.
+    This is a damped Newton method on the simplex with a modified, positive
+    Hessian. The loss never rises.
     """
 
     def unfinished(count: Tensor, *state: Tensor) -> Tensor:
@@ -396,7 +396,7 @@ def _descend(
         nu = ops.sum(q * w / d, axis=0, keepdims=True)
         nu = nu / ops.sum(q * share, axis=0, keepdims=True)
         rate = w / d - nu * share
-        # Each class keeps a twentieth of its probability at least.
+        # Each class keeps at least a twentieth of its probability.
         fall = maximum(ops.max(-rate, axis=0, keepdims=True), 0.95)
         trial = q * (1.0 + length * 0.95 / fall * rate)
         trial_loss = _loss(t, trial, coefficients)
@@ -455,8 +455,8 @@ def proxy_tensor(teacher_probs: Tensor, epsilon: Any) -> Tensor:
     """Return proxy teachers `(..., C)` of tensors, with exact derivatives.
 
     Args:
-        teacher_probs: `(..., C)`, rows that sum to one, or rows of zeros, which
-            stay.
+        teacher_probs: `(..., C)`, rows that sum to one. Rows of zeros are
+            returned unchanged.
         epsilon: `(M,)` or `(C, M)`, a NumPy array or a tensor.
     """
     t = ops.convert_to_tensor(teacher_probs)

@@ -64,10 +64,10 @@ def export_student(
         label           int32, (batch, ...), the most probable class
         class_name      string, (batch, ...); SavedModel with `class_names`
 
-    Its inputs have the names of the model's `keras.Input`s, with `_` in place
-    of characters other than letters, digits and `_`. An input without a name
-    is called `inputs`; several are called `inputs_0`, `inputs_1`, ... The
-    batch may have any size, 0 included. A SavedModel has the signature
+    Its inputs have the names of the model's `keras.Input`s. Characters other
+    than letters, digits and `_` become `_`. An input without a name is called
+    `inputs`; several are called `inputs_0`, `inputs_1`, ... The batch may have
+    any size, including 0. A SavedModel has the signature
     `serving_default`, and `serve` for `keras.layers.TFSMLayer`.
 
     A SavedModel from JAX runs on CPU and CUDA. Its axes of free size must agree
@@ -326,7 +326,7 @@ def _write_saved_model(
             name: tf.TensorSpec((None,), tf.string, name=name)
             for name in strings
         }
-        if len(strings) == 1:  # TFSMLayer then also takes one tensor.
+        if len(strings) == 1:  # TFSMLayer can then take a single tensor.
             [taken] = taken.values()
 
     def convert(spec: Any, x: Any) -> Any:
@@ -397,7 +397,7 @@ def _write_onnx_from_jax(
 def _symbolic_shape(spec: Any) -> list[int | str]:
     """Return a shape for JAX, with words for the free sizes.
 
-    Keras gives each free size a word of its own. JAX then cannot tell that
+    Keras gives each free size a different word. JAX then does not know that
     tokens and mask have the same length.
     """
     return [
@@ -452,7 +452,7 @@ def _trace_jax(student: keras.Model, signature: Any) -> Any:
                     jax2tf_kwargs={
                         "polymorphic_shapes": [shapes],
                         "polymorphic_constraints": constraints,
-                        # Students are trained on GPUs and served on CPUs.
+                        # Students may be trained on a GPU and served on a CPU.
                         "native_serialization_platforms": ("cpu", "cuda"),
                         "with_gradient": False,
                     },
@@ -568,12 +568,12 @@ def _versions(directory: pathlib.Path) -> list[int]:
 def _temporary_folder(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yield a new folder on the same disk, and delete it at the end.
 
-    What killed exports left is deleted first. Each export holds a shared lock
-    on `directory`, which the system frees when its process ends: whoever can
-    lock it for itself knows that no other export is running.
+    First, the folders of killed exports are deleted. Each export holds a shared
+    lock on `directory`, which the system releases when the process ends. An
+    exclusive lock therefore shows that no other export is running.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    prefix = ".exporting-"  # Servers skip folders whose name is no number.
+    prefix = ".exporting-"  # Servers skip folders that are not numbers.
     lock = os.open(directory, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # Locked, or a disk without locks.

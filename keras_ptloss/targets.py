@@ -1,4 +1,4 @@
-"""Training targets for a student, from a teacher and some labels."""
+"""Training targets for a student, made from a teacher and some labels."""
 
 import dataclasses
 import warnings
@@ -34,7 +34,7 @@ class DistillationTargets:
         chosen: the name of the candidate that made `values`.
         scores: the out-of-fold NLL of each candidate on the labelled rows.
         result: the search result of the chosen candidate.
-        model: the labels-only model, trained on all labelled rows, or None.
+        model: the labels-only model, trained on all labelled examples, or None.
     """
 
     values: np.ndarray
@@ -71,9 +71,10 @@ def distillation_targets(
 ) -> DistillationTargets:
     """Return a student's targets: the corrected teacher and the known labels.
 
-    The labels are used twice: they correct the teacher, and labelled rows get
-    their label as a one-hot target. With `build_model`, they are used a third
-    time: a model that is trained on the labelled rows alone joins the teacher.
+    The labels are used twice: they correct the teacher, and the targets of the
+    labelled examples are their one-hot labels. With `build_model`, they are
+    used a third time: a model that is trained on the labelled examples alone
+    becomes one more teacher.
 
     The candidates are the teacher as it is, the corrected teacher, the
     corrected labels-only model and a correction of both together. The one with
@@ -81,9 +82,10 @@ def distillation_targets(
     and corrections that were fitted without that row.
 
     The labels-only model is trained six times: once without each of five folds,
-    and once on all labelled rows. Keras models stop early on a fifth of their
-    fold's training rows; the last training takes the median number of epochs.
-    Call `keras.utils.set_random_seed` first to get the same weights each time.
+    and once on all labelled examples. In each fold, a Keras model stops early,
+    judged by a fifth of its training examples. The last training takes the
+    median number of epochs. Call `keras.utils.set_random_seed` first to get the
+    same weights each time.
 
     Args:
         teacher: the teacher's outputs on all rows, `(N, C)`, or a Keras model,
@@ -92,15 +94,15 @@ def distillation_targets(
         x: the inputs of all rows, for `build_model` and for a teacher that is a
             model: an array, a list of texts, a dict of arrays, or batches that
             come in the same order each time (`tf.data.Dataset`, `PyDataset`).
-            Only the labelled rows of a data set are kept in memory.
+            Only the labelled examples of a data set are kept in memory.
         build_model: a function that returns a new labels-only model. Either a
             Keras classifier with C outputs (or one output for two classes),
-            whose loss takes class indices or one-hot rows; a model that is not
-            compiled gets Adam and cross-entropy. Or a scikit-learn classifier
-            with `predict_proba`.
-        label_weight: the weight of labelled rows in `sample_weight`.
-        from_logits: whether the teacher's outputs are logits, one flag for all
-            teachers or one for each.
+            whose loss takes class indices or one-hot labels; a model that is
+            not compiled is trained with Adam and cross-entropy. Or a
+            scikit-learn classifier with `predict_proba`.
+        label_weight: the weight of labelled examples in `sample_weight`.
+        from_logits: whether the teacher's outputs are logits: one flag for all
+            teachers, or one for each.
         num_classes: C. The default is the number of the first teacher's
             outputs.
         class_names: names for the reports.
@@ -115,7 +117,7 @@ def distillation_targets(
         `DistillationTargets`.
 
     Raises:
-        ValueError: if arguments do not fit together.
+        ValueError: if an argument is invalid, or if sizes do not match.
 
     Example:
         >>> import numpy as np
@@ -257,13 +259,13 @@ def _outputs(teacher: Any, x: Any, num_rows: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _LabelsOnly:
-    """A model that learns from labelled rows alone.
+    """A model that learns from labelled examples alone.
 
     Attributes:
         build: returns a new Keras model or scikit-learn classifier.
         num_classes: C.
-        epochs: the most epochs for a Keras model.
-        batch_size: of a Keras model.
+        epochs: the highest number of epochs for a Keras model.
+        batch_size: the batch size for a Keras model.
     """
 
     build: Callable[[], Any]
@@ -360,7 +362,8 @@ class _LabelsOnly:
             outputs = _math.two_events(outputs, from_logits=logits)
             return scipy.special.softmax(outputs, axis=1) if logits else outputs
         seen = np.concatenate([model.predict_proba(b) for b in _batches(x)])
-        # Classes that a classifier has not seen get Laplace's share.
+        # Classes that a classifier has not seen get a small probability, as in
+        # Laplace's rule of succession.
         share = 1 / (num_rows + self.num_classes)
         probs = np.full((len(seen), self.num_classes), share)
         missing = self.num_classes - seen.shape[1]
@@ -369,7 +372,7 @@ class _LabelsOnly:
 
 
 def _folds(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return each row's fold, with each class spread over the folds."""
+    """Return each row's fold, with each class spread evenly over the folds."""
     folds = np.empty(len(labels), "int64")
     order = np.lexsort((rng.random(len(labels)), labels))
     folds[order] = np.arange(len(labels)) % FOLDS
@@ -411,7 +414,7 @@ def _check_inputs(x: Any) -> Any:
     if isinstance(x, list) and isinstance(x[0], str):
         return np.array(x, dtype=object)
     if x is not None and _is_data_set(x):
-        # A shuffled data set starts with another batch each time.
+        # A shuffled data set starts with a different batch each time.
         first, second = (next(_batches(x)) for _ in range(2))
         same = keras.tree.map_structure(np.array_equal, first, second)
         if not all(keras.tree.flatten(same)):
@@ -456,7 +459,7 @@ def _gather(x: Any, rows: np.ndarray, num_rows: int) -> Any:
         here = rows[(rows >= start) & (rows < start + size)] - start
         parts.append(_take(batch, here))
         start += size
-        if start > num_rows:  # An infinite data set ends here, too.
+        if start > num_rows:  # This also stops an infinite data set.
             break
     if start != num_rows:
         raise ValueError(

@@ -48,7 +48,6 @@ def test_notebook(name):
     assert f'notebooks/{name}.ipynb" download' in page
 
 
-@pytest.mark.slow
 def test_notebook_runs_as_a_reader_runs_it(tmp_path):
     """Run a notebook with a harmless magic in place of the installation."""
     notebook = nbformat.read(SITE / "notebooks/tutorials/images.ipynb", 4)

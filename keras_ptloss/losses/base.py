@@ -1,4 +1,4 @@
-"""What the losses between a teacher and a student share."""
+"""The base class of the losses between a teacher and a student."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ class TeacherLoss(keras.losses.Loss):
     The settings are fixed: a compiled training step would not see a change.
 
     Args:
-        settings: the arguments of the subclass; each becomes an attribute that
+        settings: the arguments of the subclass. Each becomes an attribute that
             cannot be set again, and an entry of the config.
         from_logits: whether `y_pred` holds logits.
         **kwargs: `reduction`, `name` and `dtype` of `keras.losses.Loss`.
@@ -82,7 +82,7 @@ class TeacherLoss(keras.losses.Loss):
             y_true: the teacher's probabilities, `(..., C)`.
             y_pred: the student's outputs, `(..., C)`.
             sample_weight: `(...)`, `(..., 1)`, or one weight per example,
-                `(N,)`, which holds at all its positions.
+                `(N,)`, for all positions of the example.
         """
         if not hasattr(y_pred, "shape"):
             y_pred = ops.convert_to_tensor(y_pred, dtype=self.dtype)
@@ -193,8 +193,8 @@ def log_student(student: Tensor, *, from_logits: bool) -> Tensor:
 class _Unmasked(keras.losses.Loss):
     """One at every position, which Keras sets to zero at masked positions.
 
-    An unreduced loss is the public way to a mask: JAX's tracers have no
-    attribute for it.
+    This is the public way to read the mask of a tensor: on JAX, traced tensors
+    have no attribute for it.
     """
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 class FocalLoss(TeacherLoss):
     """Focal loss with a teacher's probabilities in place of the label.
 
-    Classes to which the student already gives a high probability count less:
+    A class counts less if the student already gives it a high probability:
 
         loss = -sum_c t_c (1 - p_c)^gamma log p_c                 (Eq. 12)
 
@@ -165,8 +165,8 @@ class Flooding(TeacherLoss):
 
         loss = |L - level| + level
 
-    Below the level the gradient changes its sign. The mean is taken first,
-    after weights and masks; under a `tf.distribute` strategy it is the mean
+    Below the level, the gradient changes its sign. L is the mean after weights
+    and masks are applied; under a `tf.distribute` strategy it is the mean
     over a replica's part of the batch. Regularisation losses are added outside.
     `val_loss` is flooded too, so monitor a metric instead.
 

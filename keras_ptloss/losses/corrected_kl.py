@@ -24,9 +24,9 @@ class CorrectedKLDivergence(TeacherLoss):
         q    = correction(t)
         loss = sum_c q_c (log q_c - log p_c)
 
-    `PTLoss` has the same optimum for each example, where the correction is a
-    temperature and epsilon alone. A student that cannot fit each example ends
-    at better probabilities with this loss.
+    If the correction is a temperature and epsilon alone, `PTLoss` has the same
+    optimum for each example. If the student cannot fit each example, its
+    probabilities are better with this loss.
 
     Args:
         correction: a `Correction`, for example `SearchResult.correction`.

@@ -38,8 +38,8 @@ def pt_loss(
 ) -> Tensor:
     """Compute PTLoss, a perturbed KL divergence from teacher to student.
 
-    The series `-log p = sum_m (1 - p)^m / m` is perturbed: `epsilon_m` is added
-    to its leading coefficients `1 / m`.
+    `epsilon_m` is added to the leading coefficients `1 / m` of the series
+    `-log p = sum_m (1 - p)^m / m`.
 
         loss = sum_c t_c (log t_c - log p_c)
              + sum_c t_c sum_m epsilon_{c,m} (1 - p_c)^m           (Eq. 7)
@@ -64,8 +64,8 @@ def pt_loss(
 
     Raises:
         ValueError: if the shapes differ, if `epsilon` has another shape or is
-            not finite, or (in eager calls) if rows that should be probabilities
-            are not. In compiled functions the loss of such a row is NaN.
+            not finite, or (in eager calls) if a row is not a probability
+            distribution. In compiled functions the loss of such a row is NaN.
 
     Example:
         >>> import numpy as np

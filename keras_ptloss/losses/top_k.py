@@ -7,8 +7,8 @@ stands. With the student's logits z,
     log p_i = z_i - L,    log p_r = L_r - L,    L = log(sum_i exp z_i + exp L_r)
 
 where L_r is the log-sum-exp over the classes without a value. So L_r is the
-logit of the rest, and the loss is `pt_loss` on k + 1 logits. (The digits of
-`log(1 - sum_i p_i)` would be lost where the k classes have nearly all.)
+logit of the rest, and the loss is `pt_loss` on k + 1 logits. (Computing
+`log(1 - sum_i p_i)` would lose precision if the k classes have nearly all.)
 """
 
 from collections.abc import Callable
@@ -209,8 +209,8 @@ def top_k_events(y_true: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
             negative one are left out.
 
     Returns:
-        Probabilities `(N, k + 1)`, the last one that of the rest; and labels,
-        `(N,)`, -1 at positions that are left out or consist of padding.
+        Probabilities `(N, k + 1)`, with the rest in the last column; and labels
+        `(N,)`, which are -1 at positions that are left out or are padding.
 
     Example:
         >>> import numpy as np
@@ -449,7 +449,7 @@ def _split(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         these, `(N k, 2)`.
     """
     size = logits.shape[-1]
-    # Ids that are no column are put into one more column.
+    # Ids without a column are put into one more column.
     columns = ops.where((ids >= 0) & (ids < size), ids, size)
     # `ops.full_like` fails on PyTorch's device "meta" (Keras 3.15).
     nothing = LOWEST * ops.ones_like(logits[:, :1])
@@ -576,7 +576,7 @@ def _over_chunks(
     """Return what `step(first class, size, *carried)` makes of all chunks.
 
     This is a loop, because a compiler may run unrolled steps at the same time,
-    each with logits of its own.
+    each of which needs memory for its logits.
     """
     whole, left = divmod(num_classes, chunk)
     carried = ops.fori_loop(

@@ -1,4 +1,4 @@
-"""Fit PTLoss's own coefficients to labels along their exact derivative."""
+"""Fit the coefficients of PTLoss to labels, with their exact gradient."""
 
 import dataclasses
 from typing import Any
@@ -20,12 +20,12 @@ HIGHEST = 10.0
 class GradientSearch:
     """Minimise the negative log-likelihood of the labels over epsilon.
 
-    The probabilities are the proxy teacher's, whose derivative with respect to
-    epsilon is exact. SciPy's L-BFGS-B starts from the teacher, `epsilon = 0`,
-    and stays where the loss is convex, `-1/m <= epsilon_m <= 10`.
+    The likelihood is that of the proxy teacher's probabilities, whose gradient
+    with respect to epsilon is exact. SciPy's L-BFGS-B starts at `epsilon = 0`,
+    the teacher itself, with bounds `-1/m <= epsilon_m <= 10`.
 
-    There is no calibration and no cross-validation; the default search has
-    both. Use this one to find the best coefficients of a given form.
+    Unlike the default search, this one fits no temperature and does not
+    cross-validate. Use it to find the best coefficients of a given order.
 
     `trials` of the result has one entry in the columns `order`, `score`,
     `unconverged` (rows on which the solver did not converge) and `epsilon`.
@@ -33,14 +33,14 @@ class GradientSearch:
     Args:
         order: number of coefficients M.
         per_class: whether each class has its own coefficients. Only these can
-            move probability between classes, that is, repair a teacher which is
+            move probability between classes, and so correct a teacher that is
             biased towards a class. Classes without a label then keep the
             teacher's probabilities, unless the labels are a random sample.
         penalty: weight of the sum of squares of epsilon, per class if it is per
             class, at least 0.
 
     Raises:
-        ValueError: if an argument has another form.
+        ValueError: if an argument is invalid.
 
     Example:
         >>> import numpy as np
@@ -91,8 +91,8 @@ class GradientSearch:
             unconverged = int(np.count_nonzero(~converged))
             evaluations += 1
             progress(evaluations, max(evaluations + 1, 20))
-            # Kept classes are constants: the others are fitted given that the
-            # label is one of them.
+            # Kept classes do not depend on epsilon, so the likelihood of the
+            # others is conditional on the label being one of them.
             q_label = np.maximum(np.sum(q * one_hot, axis=1), 1e-7)
             total = np.maximum(q @ fitted, 1e-7)
             value = np.sum(weight * (np.log(total) - np.log(q_label)))

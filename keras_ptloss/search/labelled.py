@@ -116,7 +116,7 @@ def read_labelled(
 
 
 def _is_several(teacher: Any) -> bool:
-    """Whether it is a list of teachers, and not a list with one's rows."""
+    """Return whether it is a list of teachers, not one teacher's outputs."""
     return isinstance(teacher, (list, tuple)) and any(
         isinstance(one, keras.Model)
         or (hasattr(one, "__array__") and len(getattr(one, "shape", ())) > 1)
@@ -125,7 +125,7 @@ def _is_several(teacher: Any) -> bool:
 
 
 def _is_data_set(data: Any) -> bool:
-    """Whether `data` gives batches, and is not an array or a list."""
+    """Return whether `data` gives batches, unlike an array or a list."""
     array = hasattr(data, "__array__") or hasattr(data, "shape")
     sequence = isinstance(data, (str, bytes, list, tuple, dict))
     return isinstance(data, keras.utils.PyDataset) or (
@@ -158,7 +158,7 @@ def _outputs(teachers: list[Any], inputs: Any) -> list[np.ndarray]:
 def _predict_batches(
     teachers: list[Any], data: Any, sample_weight: Any
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """Go through a data set once, and call all teachers on each batch.
+    """Read a data set once, and call all teachers on each batch.
 
     Returns:
         The outputs `(N, C)` of each teacher, labels and weights, `(N,)`. Each
@@ -190,7 +190,7 @@ def _predict_batches(
 
 
 def _batches(data: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """Go once through batches of inputs, labels and weights or None."""
+    """Yield inputs, labels, and weights or None of each batch."""
     cardinality = getattr(data, "cardinality", None)
     if callable(cardinality) and int(cardinality()) == -1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a search method is given, and what it returns."""
+"""The input and the output of a search method."""
 
 import dataclasses
 from typing import Any, Protocol, runtime_checkable
@@ -32,7 +32,7 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Found:
-    """What a search method found.
+    """The output of a search method.
 
     Attributes:
         correction: the chosen correction.
@@ -42,7 +42,7 @@ class Found:
             split the rows into folds. Empty for methods that do not
             cross-validate.
         chosen: name of the chosen candidate.
-        notes: what the user should know.
+        notes: warnings for the user about the teacher, labels or result.
     """
 
     correction: Correction
@@ -54,7 +54,7 @@ class Found:
 
 @runtime_checkable
 class SearchMethod(Protocol):
-    """A way to search; it holds only its own arguments."""
+    """The interface of a search method, whose attributes are its settings."""
 
     name: str
 

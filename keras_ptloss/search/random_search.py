@@ -1,4 +1,4 @@
-"""The paper's Algorithm 1: draw epsilon at random and keep the best."""
+"""The paper's Algorithm 1: draw epsilon at random, and keep the best one."""
 
 import concurrent.futures
 import dataclasses
@@ -18,9 +18,9 @@ from keras_ptloss.search.method import Examples, Found
 class RandomSearch:
     """Draw coefficients at random and keep the best: the paper's Algorithm 1.
 
-    Each order gets `num_trials` draws from a uniform distribution. Eq. 11
-    scores the proxy teachers of a draw against the labels. The teacher itself,
-    `epsilon = 0`, is always one of the candidates.
+    For each order, `num_trials` epsilons are drawn from a uniform distribution.
+    Eq. 11 scores the proxy teachers of each draw against the labels. The
+    teacher itself, `epsilon = 0`, is always one of the candidates.
 
     `trials` of the result has one entry per draw in the columns `order`,
     `score`, `unconverged` (rows on which the solver did not converge),
@@ -35,10 +35,10 @@ class RandomSearch:
         per_class: whether each class has its own coefficients. Classes without
             a label then keep the teacher's probabilities, unless the labels are
             a random sample.
-        solver: `"newton"`, or `"fsolve"`, the paper's slow solver.
+        solver: `"newton"`; or `"fsolve"`, the paper's solver, which is slow.
 
     Raises:
-        ValueError: if an argument has another form.
+        ValueError: if an argument is invalid.
 
     Example:
         >>> from keras_ptloss import ProxyTeacherSearch
@@ -93,7 +93,7 @@ class RandomSearch:
 
         epsilons = self._draws(t.shape[1], examples.seed)
         scores, unconverged = [], []
-        # A compiled solve leaves Python's lock to the other threads.
+        # While it runs a compiled solver, a thread releases Python's lock.
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for value, missed in pool.map(trial, epsilons):
                 scores.append(value)
@@ -156,8 +156,8 @@ def one_teacher(examples: Examples, name: str) -> np.ndarray:
     if len(shapes) != 1 or shapes[0][1] != examples.num_classes:
         counts = [shape[1] for shape in shapes]
         raise ValueError(
-            f'The search method "{name}" takes one teacher that has the '
-            'classes of the labels. Use method="ridge". Received: '
+            f'The search method "{name}" takes one teacher whose classes '
+            'are those of the labels. Use method="ridge". Received: '
             f"{len(shapes)} teacher(s) with {counts} classes, labels with "
             f"{examples.num_classes} classes"
         )
@@ -165,7 +165,7 @@ def one_teacher(examples: Examples, name: str) -> np.ndarray:
 
 
 def kept_classes(examples: Examples) -> tuple[int, ...]:
-    """Return the classes whose probabilities should stay the teacher's."""
+    """Return the classes that should keep the teacher's probabilities."""
     if examples.random_sample:
         return ()
     counts = np.bincount(examples.labels, minlength=examples.num_classes)
@@ -175,7 +175,7 @@ def kept_classes(examples: Examples) -> tuple[int, ...]:
 def keep_classes(
     q: np.ndarray, t: np.ndarray, kept: tuple[int, ...]
 ) -> np.ndarray:
-    """Return `q` with the kept classes of `t`, and sum 1, `(N, C)`."""
+    """Return `q` with the kept classes as in `t`, summing to 1, `(N, C)`."""
     if not kept:
         return q
     q = q.copy()

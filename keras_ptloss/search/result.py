@@ -1,4 +1,4 @@
-"""What a search found."""
+"""The result of a search."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ CLASSES_SHOWN = 10
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SearchResult:
-    """What a search found: the correction, and how well it does.
+    """The result of a search: the correction, and how well it works.
 
     `print(result)` or `result.summary()` shows all of it in one table.
 
@@ -34,8 +34,8 @@ class SearchResult:
         baseline_score: NLL of the teacher as it is; of several teachers, of the
             best one that has the student's classes. If there is none, NLL of
             the shares of the classes among the labels.
-        scores: rows of the summary's table: for each name `nll`, `accuracy` and
-            `ece`, the expected calibration error in 15 bins.
+        scores: the rows of the summary's table by name, each with `nll`,
+            `accuracy` and `ece`, the expected calibration error in 15 bins.
         chosen: which row of `scores` is the correction.
         out_of_fold: whether scores and shares come from cross-validation, each
             example corrected without its own label. If not, they come from the
@@ -63,9 +63,9 @@ class SearchResult:
     def epsilon(self) -> np.ndarray:
         """The coefficients of PTLoss, `(M,)`, or `(C, M)` per class.
 
-        Of one teacher, `PTLoss(result.epsilon,
+        For one teacher, `PTLoss(result.epsilon,
         teacher_temperature=result.temperature)` is step 1 of the correction as
-        a loss. Of several teachers, epsilon is that of their combination
+        a loss. For several teachers, epsilon applies to their combination
         `softmax(sum_k z_k / temperature_k)`, with z_k the logarithms of the
         probabilities of teacher k.
         """
@@ -75,8 +75,8 @@ class SearchResult:
     def temperature(self) -> float | tuple[float, ...]:
         """The teacher's temperature; of several teachers, one for each.
 
-        K teachers with temperature K are combined to their geometric mean. A
-        teacher with temperature `inf` takes no part in step 1.
+        K teachers that all have temperature K are combined to their geometric
+        mean. A teacher with temperature `inf` is not used in step 1.
         """
         return self.correction.temperature
 

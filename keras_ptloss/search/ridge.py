@@ -1,4 +1,4 @@
-"""The default search: temperature and epsilon, then a ridge between classes.
+"""The default search: temperature and epsilon, then a ridge regression.
 
     z_k    = log max(t_k, 1e-7)                            of teacher k
     r      = log proxy(softmax(sum_k z_k / temperature_k), epsilon)     step 1
@@ -37,14 +37,14 @@ EPSILON_BOUNDS = (-5.0, 4.0)
 # From strong to weak: each fit starts where the one before ended.
 PENALTIES = tuple(10.0 ** (power / 2.0) for power in range(6, -5, -1))
 
-# The search takes the strongest penalty within so many standard errors of the
-# best: with few labels, the best itself is often too weak. At 1.25 errors fewer
-# real teachers with 50 labels got much worse than at 1, at a mean NLL that is
+# The search takes the strongest penalty within this many standard errors of the
+# best, because the best is often too weak if there are few labels. With 50
+# labels, 1.25 made fewer real teachers much worse than 1 did; the mean NLL was
 # .003 higher.
 ERRORS_ALLOWED = 1.25
 
-# A teacher with more classes than this enters step 2 by as many directions of
-# its z, those that vary most. The matrix then has low rank.
+# If a teacher has more classes than this, step 2 uses only this many directions
+# of its z, those with the largest variance. The matrix then has low rank.
 MAX_FEATURES = 200
 
 STEP_1, BOTH_STEPS = "temperature and epsilon", "corrected"
@@ -52,16 +52,16 @@ STEP_1, BOTH_STEPS = "temperature and epsilon", "corrected"
 
 @dataclasses.dataclass(frozen=True)
 class RidgeSearch:
-    """Correct the teacher's confidence, then what it confuses between classes.
+    """Correct the teacher's confidence, then its confusions between classes.
 
-    Of the teacher as it is, step 1, and both steps, the search takes the one
-    with the lowest negative log-likelihood on held-out folds. The penalty of
-    step 2 is the strongest one that is hardly worse than the best. `trials` has
-    a row for each candidate and penalty, with its `score`.
+    The candidates are the teacher as it is, step 1, and both steps. The search
+    takes the one with the lowest negative log-likelihood on held-out folds. The
+    penalty of step 2 is the strongest one within 1.25 standard errors of the
+    best. `trials` has a row for each candidate and penalty, with its `score`.
 
     Args:
         steps: 1 stops after temperature and epsilon, so that `PTLoss` alone
-            can use the result. 2 also corrects single classes.
+            can use the result. 2 also corrects confusions between classes.
 
     Raises:
         ValueError: if `steps` is neither 1 nor 2.
@@ -132,8 +132,8 @@ class RidgeSearch:
         scores = {n: _losses(q, examples).mean() for n, q in candidates.items()}
         trials = [(name, np.nan, np.nan, scores[name]) for name in scores]
 
-        # If the labels are a random sample, the classes' shares among them are
-        # evidence, and biases with hardly any penalty are an alternative.
+        # If the labels are a random sample, the shares of the classes are
+        # evidence. The search then also tries a weak penalty of the biases.
         ratios = (1.0, 1e-3) if examples.random_sample else (1.0,)
         for ratio in ratios if self.steps == 2 else ():
             path: list[np.ndarray] = []
@@ -147,7 +147,7 @@ class RidgeSearch:
                 trials.append((BOTH_STEPS, penalty, ratio * penalty, means[-1]))
                 progress(len(trials), len(scores) + 2 * len(PENALTIES))
                 if len(means) > 2 and min(means[-2:]) > min(means[:-2]):
-                    break  # The last two penalties were too weak.
+                    break  # The last two penalties were worse, so too weak.
             best = _strongest(np.array(losses))
             if means[best] < scores.get(BOTH_STEPS, np.inf):
                 on_all.fit_step_2(PENALTIES[best], ratio * PENALTIES[best])
@@ -215,11 +215,11 @@ class _Fit:
         self.parameters = np.zeros(len(self.learned) * x.shape[1] + 2)
 
     def fit_step_2(self, penalty: float, bias_penalty: float) -> None:
-        """Fit step 2, from where its last fit ended.
+        """Fit step 2, starting from the parameters of its last fit.
 
         Args:
             penalty: the L2 penalty of all parameters but the biases.
-            bias_penalty: that of the biases, the last column of W.
+            bias_penalty: the L2 penalty of the biases, the last column of W.
         """
         penalties = np.full(len(self.parameters), penalty)
         penalties[:-2].reshape(len(self.learned), -1)[:, -1] = bias_penalty
@@ -271,7 +271,8 @@ def step_1(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return `t = softmax(sum_k s_k z_k)` and its proxy `q = u t`.
 
-    With the multiplier nu of the proxy, `u_c = 1 / (nu - epsilon t_c)`.
+    Here `u_c = 1 / (nu - epsilon t_c)`, with nu the multiplier of the proxy
+    teacher, as in `shared_proxy`.
 
     Args:
         z: of each of K teachers, `(N, C)`.
@@ -305,8 +306,8 @@ def fit_step_1(
         z: of each teacher, `(N, C)`.
         labels: `(N,)`, indices of `learned`.
         weight: of each example, `(N,)`.
-        learned: classes that have labels. The probabilities of the others are
-            left out of the likelihood: no label could confirm them.
+        learned: the classes that have labels. The likelihood is conditional on
+            these, because nothing is known about the others.
         start: where to start.
     """
     return scipy.optimize.minimize(
@@ -434,10 +435,10 @@ def _nll(
 def _folds(examples: Examples) -> list[np.ndarray]:
     """Return splits into folds, each as the fold of every example, `(N,)`.
 
-    There are 5 folds, or 10 of fewer than 300 examples. Fewer than 200 are
-    split two to four times: a score on so few depends on the split. Folds are
-    not stratified: biases that are learned from few labels would look better
-    than they are if all folds had the same shares of the classes.
+    There are 5 folds, or 10 for fewer than 300 examples. Fewer than 200
+    examples are split two to four times, because their score depends on the
+    split. The folds are not stratified: if all folds had the same shares of the
+    classes, biases that are fitted to few labels would look too good.
     """
     number = len(examples.labels)
     count = 5 if number >= 300 else min(10, number)
@@ -468,10 +469,10 @@ def _losses(probs: np.ndarray, examples: Examples) -> np.ndarray:
 
 
 def _strongest(losses: np.ndarray) -> int:
-    """Return the first row whose mean is hardly above the lowest mean.
+    """Return the first row whose mean is close to the lowest mean.
 
-    Hardly means `ERRORS_ALLOWED` standard errors of the difference, as in
-    Breiman et al. (1984).
+    Close means within `ERRORS_ALLOWED` standard errors of the difference, as
+    in Breiman et al. (1984).
 
     Args:
         losses: `(penalties, N)`, strong penalties first.

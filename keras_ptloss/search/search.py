@@ -31,10 +31,10 @@ class ProxyTeacherSearch:
     """Find the correction of a teacher on a few labelled examples.
 
     The search compares the teacher's probabilities with the labels of some 15
-    to 1,000 examples, and finds what to change: first the confidence, by a
-    temperature and the paper's epsilon, then the probabilities of confused or
-    neglected classes. If nothing improves the teacher on held-out labels, it
-    stays as it is. The data that a student is distilled on need no labels.
+    to 1,000 examples. It corrects first the confidence, by a temperature and
+    the paper's epsilon, then confusions and biases between classes. If nothing
+    improves the teacher on held-out labels, it stays as it is. The data that a
+    student is distilled on need no labels.
 
     The teacher must not have been trained on the labelled examples: a teacher
     looks better on its own training data than on new data.
@@ -46,7 +46,7 @@ class ProxyTeacherSearch:
         seed: seed of folds and draws.
 
     Raises:
-        ValueError: if an argument has another form.
+        ValueError: if an argument is invalid.
 
     Example:
         >>> import numpy as np
@@ -108,12 +108,12 @@ class ProxyTeacherSearch:
             from_logits: whether the teacher gives logits, a flag for all
                 teachers or one for each. None means probabilities, except for
                 stored outputs with an attribute `from_logits`.
-            num_classes: the number of classes C of labels and student. It is
-                needed only if a teacher has other classes.
+            num_classes: the number of classes C of the student, and so of the
+                labels. It is needed only if a teacher's classes differ.
             class_names: names of the classes, for the summary.
             ignore_class: a label of examples or positions to leave out, as in
-                `keras.losses.SparseCategoricalCrossentropy`. The teacher may
-                have anything there.
+                `keras.losses.SparseCategoricalCrossentropy`. The teacher's
+                outputs there are ignored.
             random_sample: whether the labels are a random sample of the data,
                 so that a class without a label must be rare. By default, only
                 temperature and epsilon change such classes; a correction
@@ -125,7 +125,7 @@ class ProxyTeacherSearch:
             A `SearchResult`.
 
         Raises:
-            ValueError: if an argument has another form.
+            ValueError: if an argument is invalid.
 
         Warns:
             UserWarning: what may be wrong with the teacher or the labels. The
@@ -198,7 +198,7 @@ def _progress_bar(verbose: Any) -> Callable[[int, int], None]:
 def _notes_on_permuted_classes(
     examples: Examples, class_names: Sequence[str]
 ) -> Iterator[str]:
-    """Give a note on each teacher whose classes seem permuted.
+    """Yield a note on each teacher whose classes seem to be permuted.
 
     The best permutation is the one that makes most of the answers right. It is
     reported if it makes 20 % more of them right than the identity; one of C
@@ -232,11 +232,11 @@ def _notes_on_permuted_classes(
 def _notes_on_balanced_labels(
     examples: Examples, weighted: bool
 ) -> Iterator[str]:
-    """Give a note if the labels were drawn evenly by class, it seems.
+    """Yield a note if the labels seem to have been balanced by class.
 
-    That is, the label counts are more even than 95 % of random samples from an
-    even population would be, while the teacher's mean probabilities differ from
-    an even population's by more than chance.
+    They do if the counts of the labels are more even than in 95 % of random
+    samples from balanced data, although the teacher's mean probabilities are
+    more uneven than chance explains.
     """
     classes, number = examples.num_classes, len(examples.labels)
     shares = [
@@ -246,7 +246,7 @@ def _notes_on_balanced_labels(
         return
     counts = np.bincount(examples.labels, minlength=classes)
     expected = number / classes
-    # Half a count more, because counts are integers.
+    # One half is added, because counts are integers.
     distance = np.sum((np.abs(counts - expected) + 0.5) ** 2) / expected
     of_teacher = np.sum((number * np.mean(shares, axis=0) - expected) ** 2)
     chi2 = scipy.stats.chi2(classes - 1)

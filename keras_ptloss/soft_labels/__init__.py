@@ -1,4 +1,4 @@
-"""Stored teacher outputs: written once, then read for every student."""
+"""Teacher outputs that are stored once and read for every student."""
 
 from keras_ptloss.soft_labels.answers import (
     Answers,

@@ -1,7 +1,7 @@
 """Class probabilities from the answers of language models.
 
 The model names a class by one token, and the server lists the likeliest tokens
-in its place. The page "Answers of a language model" states what is read; what
+at this position. The page "Check a file of answers" states the rules. Whatever
 can be read in two ways is an error.
 """
 
@@ -44,12 +44,12 @@ class Answers:
 
     Attributes:
         probabilities: `(N, num_classes)` float64; every row sums to 1.
-        other_mass: `(N,)`, the probability of tokens that are no class. Where
-            it is large, the row says little about the classes.
+        other_mass: `(N,)`, the probability of all tokens that are not a class.
+            If it is large, the answer says little about the classes.
         rows: `(N,)`, the line of each answer, counted from 0, or its place in
             `ids`.
         ids: The `custom_id` of each answer, or None if the file has none.
-        failed: Reasons of the answers left out, by `custom_id` or line.
+        failed: Why answers were left out, by `custom_id` or line.
     """
 
     probabilities: np.ndarray
@@ -70,16 +70,16 @@ def read_answers(
     """Read the class probabilities of each answer in a file.
 
     The class is one token of the answer: the last one that has text, or the
-    first one after the text `after`. The alternatives that the server lists
-    for this token give the probabilities. A class that is not listed gets the
-    smaller of the least listed probability and an equal part of what the listed
-    tokens leave.
+    first one after the text `after`. The probabilities are those of the
+    alternatives that the server lists for this token. A class that is not
+    listed gets the smaller of two numbers: the lowest listed probability, and
+    an equal part of the probability that no listed token has.
 
     Args:
         files: A file with one JSON response per line, or a list of files.
-        class_names: The name of each class, as the model writes it. A
-            dictionary from each name to its spellings is allowed:
-            `{"no": ["no", "No"], "yes": ["yes", "Yes"]}`.
+        class_names: The name of each class, as the model writes it. If a class
+            has several spellings, a dictionary from each name to a list of
+            them: `{"no": ["no", "No"], "yes": ["yes", "Yes"]}`.
         after: The class is the first token after this text, which must occur
             once in the answer; `""` is the start of the answer. By default the
             class is the last token of the answer.
@@ -158,15 +158,16 @@ def import_answers(
 ) -> SoftLabels:
     """Store the class probabilities of the answers in a file.
 
-    The store is written whole or not at all. Repeat a call that was killed.
+    The store appears only when it is complete. If the call is killed, run it
+    again.
 
     Args:
         files: As in `read_answers`.
         path: Directory of the new store; None keeps it in memory.
         class_names: As in `read_answers`.
         inputs: The examples that the answers are about, in the order of the
-            lines, or of `ids`. Not needed where the lines have a `custom_id`,
-            by which the store finds them then.
+            lines, or of `ids`. Not needed if the lines have a `custom_id`; the
+            store then finds its rows by these ids.
         ids: As in `read_answers`.
         after: As in `read_answers`.
         missing: As in `read_answers`. What is left out is not stored, and a
@@ -205,7 +206,7 @@ def import_answers(
 
 
 def _spellings(class_names: ClassNames) -> dict[str, int]:
-    """Map each text that stands for a class to the number of the class."""
+    """Return a dictionary from each spelling of a class to its index."""
     if isinstance(class_names, Mapping):
         texts = list(class_names.values())
     else:
@@ -291,7 +292,7 @@ def _check_word(
 
 
 def _tail(shown: Any) -> str:
-    """Return the end of a text or a list, for a message."""
+    """Return the last part of a text or a list, for an error message."""
     return repr(shown) if len(shown) <= 40 else f"... {shown[-40:]!r}"
 
 
@@ -317,9 +318,9 @@ def _answer_text(choice: dict[str, Any], found: list[Position]) -> bytes:
 def _spans(found: list[Position], text: bytes) -> dict[int, tuple[int, int]]:
     """Return where each token with text stands in the answer.
 
-    The tokens may have more than the answer: the reasoning before it and the
-    end of the turn after it. Only the last tokens that spell the answer count.
-    Servers differ in the spaces, so these are not compared.
+    The tokens may include the reasoning before the answer and the end of the
+    turn after it. Only the last tokens that spell the answer count. Spaces are
+    not compared, because servers differ in them.
     """
     pieces = [_visible(_bytes(position.token)) for position in found]
     ends = np.cumsum([len(piece) for piece in pieces], dtype=int).tolist()
@@ -418,7 +419,7 @@ def _listed_masses(
 def _class_probabilities(
     listed: dict[int, float], position: Position, num_classes: int
 ) -> tuple[np.ndarray, float]:
-    """Return the distribution over the classes, and the mass of the others."""
+    """Return the classes' probabilities, and the mass of all other tokens."""
     least = min(token.probability for token in position.alternatives)
     left = max(1.0 - sum(token.probability for token in position.entries), 0.0)
     absent = max(num_classes - len(listed), 1)

@@ -1,4 +1,4 @@
-"""Data sets whose targets are stored rows, for `fit`."""
+"""Data sets that pair inputs with stored teacher outputs, for `fit`."""
 
 import math
 import sys
@@ -41,8 +41,8 @@ def attach_several(
 ) -> Any:
     """Pair a data set with the stored probabilities of several teachers.
 
-    As `SoftLabels.attach`, with the teachers side by side, `(batch, C_1 + C_2 +
-    ...)`, which is what losses take as `y_true` of several teachers.
+    It is like `SoftLabels.attach`, with the teachers' probabilities side by
+    side, `(batch, C_1 + C_2 + ...)`, as losses for several teachers take them.
 
     Args:
         stores: one for each teacher. The order of their rows may differ.

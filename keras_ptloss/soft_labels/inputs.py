@@ -1,4 +1,4 @@
-"""Inputs in batches, and the fingerprints by which stored rows are found."""
+"""Batches of inputs, and the fingerprints by which stored rows are found."""
 
 import collections
 import hashlib
@@ -92,7 +92,7 @@ def _fingerprint(x: Tensor) -> np.ndarray:
 
 
 def _text_bytes(row: Any) -> bytes:
-    """Return the texts of an example, each with its length before it."""
+    """Return the texts of an example as bytes, each after its length."""
     encoded = b""
     for text in np.ravel(np.asarray(row, object)):
         if not isinstance(text, (str, bytes)):
@@ -103,7 +103,7 @@ def _text_bytes(row: Any) -> bytes:
 
 
 def padding_mask(x: Tensor) -> np.ndarray | None:
-    """Return the mask of a batch of token ids as bool, None without one."""
+    """Return the padding mask of a batch of token ids as bool, or None."""
     if isinstance(x, Mapping):
         for name, mask in MASKS.items():
             if name in x and mask in x:
@@ -298,8 +298,8 @@ def not_stored(
 ) -> Iterator[tuple[Any, Any, np.ndarray]]:
     """Yield inputs, weights and fingerprints of what is not stored yet.
 
-    If something is stored, the inputs are first read once and compared, so
-    that no teacher is paid for inputs of another store. Arrays must be in the
+    If something is stored, the inputs are first read once and compared with it,
+    so that nobody pays a teacher for the wrong inputs. Arrays must be in the
     order of the stored rows; a data set may be shuffled.
     """
     left: collections.Counter[int] = collections.Counter()

@@ -9,8 +9,8 @@ A store is a directory:
 
 Each append adds a record to the journal: length and CRC-32 of the Arrow bytes,
 then these bytes. A full journal becomes an Arrow file, which has a temporary
-name until it is on the disk. A process may be killed at any moment: the next
-one cuts off a record that is not whole and goes on from there.
+name until it is on the disk. If a process is killed, the next one cuts off an
+incomplete record and continues from there.
 """
 
 import contextlib

@@ -49,7 +49,7 @@ def pyarrow() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What the rows of a store are.
+    """What kind of rows a store has.
 
     Args:
         kind: kind of rows, see above.

@@ -1,4 +1,4 @@
-"""Responses of OpenAI-compatible servers: from a file to tokens.
+"""Read the tokens in files of responses of OpenAI-compatible servers.
 
 A file has one JSON object per line: a response of the chat or the completions
 endpoint as OpenAI, vLLM, SGLang or llama.cpp's server return it, or a line of a
@@ -26,7 +26,7 @@ _JSON = {dict: "object", list: "array", str: "string", int: "integer"}
 
 
 class NoAnswer(Exception):
-    """A response holds no answer to read; the message is the reason."""
+    """The reason why a response has no answer that can be read."""
 
 
 class Token(NamedTuple):
@@ -245,8 +245,8 @@ def unknown_shape(value: dict[str, Any], expected: str) -> ValueError:
     """Return the error about a shape that is not read."""
     return ValueError(
         f"`{expected}` is missing. Only responses of OpenAI's chat and"
-        ' completions endpoints are read; the page "Other answers" shows how to'
-        " build an array from others. Received: the fields"
+        ' completions endpoints are read. The page "Use other answers" shows'
+        " how to build an array from others. Received: the fields"
         f" {', '.join(map(repr, value)) or '(none)'}"
     )
 

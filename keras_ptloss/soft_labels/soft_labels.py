@@ -1,4 +1,4 @@
-"""Stored teacher outputs: written once, then read for every student."""
+"""Teacher outputs that are stored once and read for every student."""
 
 import dataclasses
 import functools
@@ -123,11 +123,11 @@ class SoftLabels:
         fsync: bool = False,
         overwrite: bool = False,
     ) -> "SoftLabels":
-        """Ask a teacher about each input and store its outputs.
+        """Run a teacher on all inputs and store its outputs.
 
-        The process may be killed at any moment. Run the same call again: it
-        checks that the stored rows belong to these inputs and to this teacher,
-        and asks only about the others.
+        If the process is killed, run the same call again. It checks that the
+        stored rows belong to these inputs and this teacher, and runs the
+        teacher only on the other inputs.
 
         Args:
             teacher: a Keras model, or a function from a batch of inputs to an
@@ -150,7 +150,7 @@ class SoftLabels:
             class_names: names of the classes, in the teacher's order.
             top_k: store only the k likeliest classes.
             dtype: dtype of the stored numbers.
-            ids: your own names of the examples, in the same order. Rows can
+            ids: your own name for each example, in the same order. Rows can
                 then be found by ids as well as by inputs.
             teacher_name: a name that identifies the teacher when you resume or
                 join. The default is a hash of the model's configuration and
@@ -252,8 +252,8 @@ class SoftLabels:
         Args:
             path: its directory.
             verify: whether to compare the files with their checksums, which
-                reads them once. Without it, a damaged file can give wrong
-                numbers or end the process.
+                reads them once. Without this check, a damaged file can give
+                wrong numbers or crash the process.
             class_names: the classes that you expect, in their order.
 
         Returns:
@@ -297,7 +297,8 @@ class SoftLabels:
     ) -> "SoftLabels":
         """Store outputs that you already have.
 
-        A killed call leaves no store behind. Run it again.
+        The store appears only when it is complete. If the call is killed, run
+        it again.
 
         Args:
             values: probabilities or logits, `(N, C)`; events `(N, k + 1, 2)`
@@ -672,9 +673,9 @@ class SoftLabels:
     ) -> Any:
         """Pair a data set with its stored rows, for `fit`.
 
-        Examples may come in any order, since each is found by its fingerprint.
-        Attach to the same inputs that the teacher saw, and augment or tokenise
-        afterwards.
+        Examples may come in any order, because each is found by its
+        fingerprint. Attach to the same inputs that the teacher saw, and augment
+        or tokenize afterwards.
 
         Args:
             data: as in `write`, or other arrays or batches of the same

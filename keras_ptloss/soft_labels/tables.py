@@ -1,4 +1,4 @@
-"""Probabilities in CSV, JSON lines and Parquet, a column for each class."""
+"""Read probabilities from CSV, JSON lines and Parquet files."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -31,9 +31,9 @@ def read_table(
 ) -> Table:
     r"""Read probabilities from tables with one column for each class.
 
-    Every class must have a column of exactly its name, without an empty cell.
-    Other columns are ignored, since the probabilities of the classes must sum
-    to one within 1 % in each row.
+    Every class must have a column with exactly its name and no empty cell. In
+    each row, the probabilities of the classes must sum to one within 1 %. Other
+    columns are ignored.
 
     Args:
         files: one file or several, `.csv`, `.jsonl` or `.parquet`. JSON lines
@@ -45,8 +45,8 @@ def read_table(
         `custom_id` if there is one, else `id`, else None.
 
     Raises:
-        ValueError: if a class has no column or a cell is empty; or if rows do
-            not sum to one, which is so if other columns hold probabilities too.
+        ValueError: if a class has no column, if a cell is empty, or if a row
+            does not sum to one, as when a class is missing in `class_names`.
 
     Example:
         >>> import pathlib

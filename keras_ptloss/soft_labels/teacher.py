@@ -31,7 +31,7 @@ Tensor = Any
 
 
 def teacher_identity(teacher: Any) -> str:
-    """Return by what a store knows its teacher, unless it is given a name.
+    """Return the name by which a store identifies a teacher by default.
 
     Of a Keras model, that is a hash of its configuration and weights; of a
     function, its name.

@@ -1,9 +1,8 @@
 """Log-probabilities of tokens from the answers of language models.
 
 Each position of a text has the ids and log-probabilities of the k likeliest
-tokens, and the remaining probability as the rest. Servers write tokens as ids,
-as text or as raw pieces of a vocabulary; which of these a file has is decided
-once for the whole file.
+tokens; the remaining probability is the rest. Servers write tokens as ids, as
+text or as raw pieces of a vocabulary. A whole file is read in the same way.
 """
 
 import dataclasses
@@ -53,7 +52,7 @@ class TokenAnswers:
         rows: `(N,)`, the line of each text, counted from 0, or its place in
             `ids`.
         ids: The `custom_id` of each text, or None if the file has none.
-        failed: Reasons of the answers left out, by `custom_id` or line.
+        failed: Why answers were left out, by `custom_id` or line.
         unknown_mass: Mean probability of the listed tokens that the vocabulary
             does not have. It is part of the rest.
     """
@@ -164,7 +163,8 @@ def import_tokens(
 ) -> SoftLabels:
     """Store the likeliest tokens at each position of texts.
 
-    The store is written whole or not at all. Repeat a call that was killed.
+    The store appears only when it is complete. If the call is killed, run it
+    again.
 
     Args:
         files: As in `read_tokens`.
@@ -227,7 +227,7 @@ def _read_text(
         entries = _prompt_entries(listed, sequence)
     else:
         found = positions(choice)
-        # An empty token at the end stands for the end of the text.
+        # An empty token at the end means the end of the text.
         if found and not found[-1].token.text:
             del found[-1]
         if not found:
@@ -247,7 +247,7 @@ def _read_text(
 def _id_list(
     response: dict[str, Any], choice: dict[str, Any], name: str
 ) -> list[int] | None:
-    """Return a list of ids, which servers put in one of two places."""
+    """Return a list of ids, which is in one of two places in a response."""
     ids = field(response, name, list) or field(choice, name, list)
     if not all(type(one) is int for one in ids or ()):
         raise ValueError(f"`{name}` must be integers. Received: {ids!r}")
@@ -346,9 +346,9 @@ def _target(entries: dict[int, float], top_k: int) -> np.ndarray:
 
 
 def _start(own: list[int | None], sequence: np.ndarray) -> int:
-    """Return where an answer begins in its text, which it ends.
+    """Return where an answer begins in its text, of which it is the end.
 
-    Tokens that the vocabulary does not have may stand for any.
+    Tokens that are not in the vocabulary match any token.
     """
     said = np.array([-1 if one is None else one for one in own], int)
     if not (said >= 0).any():
@@ -386,8 +386,8 @@ def _token_ids(keys: set[Key], tokenizer: Any) -> TokenIds:
     """Return the id of each token of a file; None if it has none.
 
     A server gives ids, or text and its bytes, or raw pieces of the vocabulary.
-    Pieces and text look alike for many tokens, so the reading that finds more
-    of the file's tokens holds for all of them.
+    Many tokens look the same as pieces and as text, so all tokens of a file are
+    read in the way that finds more of them.
     """
     # vLLM's `return_tokens_as_token_ids` writes the ids as text.
     by_id = {
@@ -406,7 +406,7 @@ def _token_ids(keys: set[Key], tokenizer: Any) -> TokenIds:
     pieces = vocabulary(tokenizer)
     by_bytes = bytes_to_ids(pieces)
     as_text = {
-        # A replacement character stands for bytes that are unknown.
+        # A replacement character means that the bytes are unknown.
         key: None
         if "\ufffd" in key[0] and key[1] in (None, key[0].encode())
         else by_bytes.get(key[0].encode() if key[1] is None else key[1])
@@ -452,7 +452,7 @@ def bytes_to_ids(pieces: Mapping[Any, int]) -> dict[bytes, int]:
 
     Byte-level BPE (GPT-2, Llama 3, Qwen) writes each byte as a character and a
     space as Ġ; SentencePiece (Llama 2, Gemma) writes a space as ▁ and bytes
-    that are no text as <0xE2>.
+    that are not text as <0xE2>.
     """
     texts = [piece for piece in pieces if isinstance(piece, str)]
     is_byte_level = sum("Ġ" in text for text in texts) > sum(
