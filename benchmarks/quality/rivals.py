@@ -60,6 +60,37 @@ def _inverse_temperature(z, labels):
     return np.exp(found.x)
 
 
+def students(teacher_probs, labels, labels_only):
+    """Yield `(method, targets, loss)` of students; loss None is cross-entropy.
+
+    Labelled rows have their true label as target.
+
+    Args:
+        teacher_probs: `(N, C)`.
+        labels: `(N,)`, -1 where unknown.
+        labels_only: probabilities `(N, C)` of a model of the labels alone.
+    """
+    known = labels >= 0
+    few, true = teacher_probs[known], labels[known]
+    onehot = np.eye(teacher_probs.shape[1])
+
+    def with_labels(targets):
+        return np.where(known[:, None], onehot[labels], targets)
+
+    matrix = structured_matrix_scaling(few, true, teacher_probs)
+    yield "matrix", with_labels(matrix), None
+    yield "pseudo", with_labels(onehot[labels_only.argmax(axis=1)]), None
+    # Li et al. 2017 (https://arxiv.org/abs/1703.02391).
+    yield "mixture", with_labels((teacher_probs + labels_only) / 2), None
+    hard = with_labels(onehot[teacher_probs.argmax(axis=1)])
+    yield "generalized", hard, generalized_cross_entropy
+    yield "symmetric", hard, symmetric_cross_entropy
+    of_teacher = teacher_probs * ~known[:, None]
+    of_labels = onehot[labels] * known[:, None]
+    both = np.concatenate([of_teacher, of_labels], axis=1)
+    yield "forward", both, forward_correction(few, true)
+
+
 # --- Losses that expect wrong labels -----------------------------------------
 #
 # `loss(targets, probs)` is one value per row; both are (N, C).
