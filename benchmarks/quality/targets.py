@@ -62,8 +62,6 @@ RIVAL_LABELS = {
     "digits": (100,),
     "trec": (100, 600),
     "banking77": (100, 1000),
-    "sst2": (100,),
-    "cifar10, 33 % right": (100, 1000),
 }
 
 # The third table: what the package's default costs if the labels are random.
@@ -237,13 +235,12 @@ def sst2(folder):
         )
         return list(texts), np.array(labels, "int64")
 
-    texts, labels = read("train", 2000)
-    test_texts, test_labels = read("test", None)
+    texts, labels = read("train", 1500)
+    test_texts, test_labels = read("test", 1000)
     preset = str(folder / "bert_tiny")
     preprocess = keras_hub.models.BertTextClassifierPreprocessor.from_preset(
-        preset, sequence_length=32
+        preset, sequence_length=24
     )
-
     bert = keras_hub.models.BertBackbone.from_preset(preset)
 
     def build():
@@ -318,8 +315,8 @@ def cifar10(folder, teacher):
 
     def build():
         inputs = keras.Input((16, 16, 3))
-        x = layers.Conv2D(16, 3, padding="same")(inputs)
-        for width, stride in ((16, 1), (32, 2), (64, 2)):
+        x = layers.Conv2D(8, 3, padding="same")(inputs)
+        for width, stride in ((8, 1), (16, 2), (32, 2)):
             shortcut = layers.Conv2D(width, 1, stride)(x)
             for step in (stride, 1):
                 x = layers.Activation("relu")(layers.BatchNormalization()(x))
@@ -331,9 +328,9 @@ def cifar10(folder, teacher):
         model.compile(keras.optimizers.Adam(3e-3), "categorical_crossentropy")
         return model
 
-    rows = np.random.default_rng(0).permutation(50_000)[:8000]
+    rows = np.random.default_rng(0).permutation(50_000)[:4000]
     x, labels = read("train", rows)
-    test_x, test_labels = read("test", np.arange(4000))
+    test_x, test_labels = read("test", np.arange(2000))
     file = np.load(folder / "cifar10" / "teachers_train.npz")
     return types.SimpleNamespace(
         x=x,
@@ -344,8 +341,8 @@ def cifar10(folder, teacher):
         fit=fit_keras,
         build=build,
         build_model=build,
-        epochs=6,
-        batch_size=128,
+        epochs=8,
+        batch_size=64,
         own_epochs=30,
     )
 
