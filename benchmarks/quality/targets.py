@@ -456,22 +456,6 @@ def run(task, count, seed, wanted, save):
 
 # --- Report ------------------------------------------------------------------
 
-TEXT = """\
-# Students of `distillation_targets`
-
-`KERAS_BACKEND=jax python -m benchmarks.quality.targets`
-
-{}
-
-## Rivals
-
-{}
-
-## Default
-
-{}
-"""
-
 
 def cell(name, count, method):
     """Return the task and the number of labels under which a run is stored.
@@ -543,12 +527,13 @@ def table(cells, methods, task_labels, compared):
 
 
 def report(path):
-    """Return the tables of a CSV file as Markdown."""
+    """Return `targets.md` beside this script with the tables of a CSV file."""
     cells = read(path)
     rivals_1 = ("kl", "temperature", "alone", "corrected")
     rivals_2 = [m for m in RIVALS if m != "targets_model"]
     task_labels = {name: counts for name, (counts, _) in TASKS.items()}
-    return TEXT.format(
+    text = pathlib.Path(__file__).with_suffix(".md").read_text()
+    return text.format(
         table(cells, METHODS, task_labels, rivals_1),
         table(cells, RIVALS, RIVAL_LABELS, rivals_2),
         table(cells, DEFAULTS, DEFAULT_LABELS, ["default_model"]),
