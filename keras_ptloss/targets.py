@@ -10,7 +10,8 @@ import numpy as np
 import scipy.special
 
 from keras_ptloss import _math
-from keras_ptloss.search import ProxyTeacherSearch, SearchResult
+from keras_ptloss.search import ProxyTeacherSearch, RidgeSearch, SearchResult
+from keras_ptloss.search.method import Examples, Found
 
 __all__ = ["DistillationTargets", "distillation_targets"]
 
@@ -31,7 +32,9 @@ class DistillationTargets:
             Labelled rows are one-hot.
         sample_weight: `(N,)`, float32: `label_weight` for labelled rows, 1 for
             the others.
-        chosen: the name of the candidate that made `values`.
+        chosen: the name of the candidate with the lowest score.
+        averaged: the names of the candidates that made `values`: the chosen one
+            and those that are level with it.
         scores: the out-of-fold NLL of each candidate on the labelled rows.
         result: the search result of the chosen candidate.
         model: the labels-only model, trained on all labelled examples, or None.
@@ -40,6 +43,7 @@ class DistillationTargets:
     values: np.ndarray
     sample_weight: np.ndarray
     chosen: str
+    averaged: tuple[str, ...]
     scores: dict[str, float]
     result: SearchResult
     model: Any = None
@@ -49,7 +53,8 @@ class DistillationTargets:
         width = max(map(len, self.scores)) + 2
         print(f"{'candidate':{width}}NLL out of fold")
         for name, score in self.scores.items():
-            mark = "  <- chosen" if name == self.chosen else ""
+            mark = "  <- level with it" if name in self.averaged else ""
+            mark = "  <- chosen" if name == self.chosen else mark
             print(f"{name:{width}}{score:15.4f}{mark}")
 
 
@@ -79,7 +84,9 @@ def distillation_targets(
     The candidates are the teacher as it is, the corrected teacher, the
     corrected labels-only model and a correction of both together. The one with
     the lowest NLL on the labelled rows wins. Each row's NLL comes from models
-    and corrections that were fitted without that row.
+    and corrections that were fitted without that row. Corrections whose NLL is
+    within one standard error of the lowest are level with it: the targets are
+    their geometric mean.
 
     The labels-only model is trained six times: once without each of five folds,
     and once on all labelled examples. In each fold, a Keras model stops early,
@@ -147,8 +154,9 @@ def distillation_targets(
     outputs = [_outputs(one, x, len(labels)) for one in teachers]
     num_classes = num_classes or max(outputs[0].shape[1], 2)
 
-    def search(outputs: list[np.ndarray], from_logits: Any) -> SearchResult:
-        return ProxyTeacherSearch(seed=seed).search(
+    def search(outputs: list[np.ndarray], from_logits: Any) -> _Candidate:
+        method = _RidgeSearch()
+        result = ProxyTeacherSearch(method, seed=seed).search(
             _one_or_list([array[labelled] for array in outputs]),
             known,
             from_logits=from_logits,
@@ -157,12 +165,15 @@ def distillation_targets(
             random_sample=random_sample,
             verbose=verbose,
         )
+        return _Candidate(result, method.losses, outputs)
 
     corrected = search(outputs, from_logits)
-    # For each candidate: its score, the search's result, outputs on all rows.
-    candidates = {
-        TEACHER: (corrected.baseline_score, corrected, outputs),
-        CORRECTED: (corrected.score, corrected, outputs),
+    # The search has decided between the teacher as it is and its correction.
+    as_it_is = corrected.result.chosen.startswith("teacher")
+    candidates = {TEACHER if as_it_is else CORRECTED: corrected}
+    scores = {
+        TEACHER: corrected.result.baseline_score,
+        CORRECTED: corrected.result.score,
     }
     model = None
     if build_model is not None:
@@ -180,7 +191,7 @@ def distillation_targets(
         out_of_fold, model = labels_only.cross_fit(few, known, seed, verbose)
         own = labels_only.predict(model, x, len(known))
         own[labelled] = out_of_fold
-        given = corrected.correction.from_logits
+        given = corrected.result.correction.from_logits
         flags = list(given) if isinstance(given, tuple) else [given]
         if not random_sample:
             missing = np.setdiff1d(np.arange(num_classes), known)
@@ -188,25 +199,83 @@ def distillation_targets(
         with warnings.catch_warnings():
             # The first search has already warned about the labels.
             warnings.simplefilter("ignore")
-            alone = search([own], False)
-            both = search([*outputs, own], [*flags, False])
-        candidates[LABELS_ONLY] = (alone.score, alone, [own])
-        candidates[BOTH] = (both.score, both, [*outputs, own])
+            candidates[LABELS_ONLY] = search([own], False)
+            candidates[BOTH] = search([*outputs, own], [*flags, False])
+        for name in (LABELS_ONLY, BOTH):
+            scores[name] = candidates[name].result.score
 
-    scores = {name: entry[0] for name, entry in candidates.items()}
-    chosen = min(scores, key=scores.__getitem__)
-    _, result, outputs = candidates[chosen]
-    values = result.correct(_one_or_list(outputs))
+    chosen = min(candidates, key=lambda name: candidates[name].result.score)
+    averaged = tuple(
+        name
+        for name, candidate in candidates.items()
+        if _is_level(candidate.losses, candidates[chosen].losses)
+    )
+    values = _geometric_mean([candidates[name].correct() for name in averaged])
     values[labelled] = np.eye(num_classes)[known]
     weight = np.where(labels >= 0, label_weight, 1.0)
     return DistillationTargets(
         values.astype("float32"),
         weight.astype("float32"),
         chosen,
+        averaged,
         scores,
-        result,
+        candidates[chosen].result,
         model,
     )
+
+
+# --- Candidates --------------------------------------------------------------
+
+
+class _RidgeSearch:
+    """The default search, which keeps the losses of what it chose.
+
+    Attributes:
+        losses: the out-of-fold NLL of each example, `(N,)`.
+    """
+
+    name = RidgeSearch.name
+
+    def run(self, examples: Examples, progress: Any) -> Found:
+        """Search on the examples."""
+        found = RidgeSearch().run(examples, progress)
+        self.losses = _math.negative_log_likelihood(
+            found.out_of_fold[found.chosen], examples.labels
+        )
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    """What a search found for some teachers.
+
+    Attributes:
+        result: the search's result.
+        losses: the out-of-fold NLL of each labelled row.
+        outputs: the teachers' outputs on all rows.
+    """
+
+    result: SearchResult
+    losses: np.ndarray
+    outputs: list[np.ndarray]
+
+    def correct(self) -> np.ndarray:
+        """Return the corrected probabilities of all rows, `(N, C)`."""
+        return self.result.correct(_one_or_list(self.outputs))
+
+
+def _is_level(losses: np.ndarray, lowest: np.ndarray) -> bool:
+    """Return whether losses are within a standard error of the lowest."""
+    excess = losses - lowest
+    return excess.mean() <= excess.std() / np.sqrt(len(excess))
+
+
+def _geometric_mean(candidates: list[np.ndarray]) -> np.ndarray:
+    """Return the geometric mean of probabilities, normalized."""
+    if len(candidates) == 1:
+        return candidates[0]
+    z = [_math.log_teacher_probs(probs) for probs in candidates]
+    return scipy.special.softmax(np.mean(z, axis=0), axis=1)
 
 
 def _one_or_list(arrays: list[np.ndarray]) -> Any:

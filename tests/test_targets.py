@@ -14,6 +14,8 @@ from keras_ptloss.targets import (
     CORRECTED,
     LABELS_ONLY,
     TEACHER,
+    _geometric_mean,
+    _is_level,
     _LabelsOnly,
 )
 
@@ -64,6 +66,7 @@ def test_without_a_model(task):
         targets.sample_weight, np.where(known, 3.0, 1.0)
     )
     assert list(targets.scores) == [TEACHER, CORRECTED]
+    assert targets.averaged == (targets.chosen,) == (CORRECTED,)
     assert targets.scores[CORRECTED] == targets.result.score
     assert targets.values.dtype == targets.sample_weight.dtype == "float32"
 
@@ -101,6 +104,41 @@ def test_a_model_that_learns_nothing_does_not_count(task):
     assert targets.scores[LABELS_ONLY] > 0.9 * np.log(NUM_CLASSES)
     assert targets.scores[BOTH] > 0.95 * targets.scores[CORRECTED]
     assert accuracy(targets, task) > accuracy(alone, task) - 0.05
+
+
+def test_level_means_within_a_standard_error():
+    # A mean excess of 0.05 with the standard error 0.07, then 0.04.
+    excess = 0.05 + 0.7 * np.tile([-1.0, 1.0], 200)
+    lowest = np.linspace(0, 1, 400)
+    assert _is_level(lowest[:100] + excess[:100], lowest[:100])
+    assert not _is_level(lowest + excess, lowest)
+    assert _is_level(lowest, lowest)
+
+
+def test_level_candidates_are_averaged(task, monkeypatch):
+    given = []
+
+    def mean(candidates):
+        given.extend(candidates)
+        return _geometric_mean(candidates)
+
+    monkeypatch.setattr("keras_ptloss.targets._geometric_mean", mean)
+    monkeypatch.setattr("keras_ptloss.targets._is_level", lambda a, b: True)
+    targets = distillation_targets(
+        task["teacher"],
+        task["labels"],
+        x=task["x"],
+        build_model=LogisticRegression,
+    )
+    assert targets.averaged == (CORRECTED, LABELS_ONLY, BOTH)
+    product = np.prod(np.maximum(given, 1e-7), axis=0) ** (1 / 3)
+    geometric_mean = product / product.sum(axis=1, keepdims=True)
+    unknown = task["labels"] < 0
+    np.testing.assert_allclose(
+        targets.values[unknown],
+        geometric_mean[unknown],
+        rtol=1e-4,
+    )
 
 
 @pytest.mark.parametrize(

