@@ -10,8 +10,7 @@ import numpy as np
 import scipy.special
 
 from keras_ptloss import _math
-from keras_ptloss.search import ProxyTeacherSearch, RidgeSearch, SearchResult
-from keras_ptloss.search.method import Examples, Found
+from keras_ptloss.search import ProxyTeacherSearch, SearchResult
 
 __all__ = ["DistillationTargets", "distillation_targets"]
 
@@ -155,8 +154,7 @@ def distillation_targets(
     num_classes = num_classes or max(outputs[0].shape[1], 2)
 
     def search(outputs: list[np.ndarray], from_logits: Any) -> _Candidate:
-        method = _RidgeSearch()
-        result = ProxyTeacherSearch(method, seed=seed).search(
+        result = ProxyTeacherSearch(seed=seed).search(
             _one_or_list([array[labelled] for array in outputs]),
             known,
             from_logits=from_logits,
@@ -165,7 +163,7 @@ def distillation_targets(
             random_sample=random_sample,
             verbose=verbose,
         )
-        return _Candidate(result, method.losses, outputs)
+        return _Candidate(result, outputs)
 
     corrected = search(outputs, from_logits)
     # The search has decided between the teacher as it is and its correction.
@@ -208,7 +206,7 @@ def distillation_targets(
     averaged = tuple(
         name
         for name, candidate in candidates.items()
-        if _is_level(candidate.losses, candidates[chosen].losses)
+        if _is_level(candidate.result.losses, candidates[chosen].result.losses)
     )
     values = _geometric_mean([candidates[name].correct() for name in averaged])
     values[labelled] = np.eye(num_classes)[known]
@@ -227,36 +225,16 @@ def distillation_targets(
 # --- Candidates --------------------------------------------------------------
 
 
-class _RidgeSearch:
-    """The default search, which keeps the losses of what it chose.
-
-    Attributes:
-        losses: the out-of-fold NLL of each example, `(N,)`.
-    """
-
-    name = RidgeSearch.name
-
-    def run(self, examples: Examples, progress: Any) -> Found:
-        """Search on the examples."""
-        found = RidgeSearch().run(examples, progress)
-        self.losses = _math.negative_log_likelihood(
-            found.out_of_fold[found.chosen], examples.labels
-        )
-        return found
-
-
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
     """What a search found for some teachers.
 
     Attributes:
         result: the search's result.
-        losses: the out-of-fold NLL of each labelled row.
         outputs: the teachers' outputs on all rows.
     """
 
     result: SearchResult
-    losses: np.ndarray
     outputs: list[np.ndarray]
 
     def correct(self) -> np.ndarray:

@@ -53,6 +53,7 @@ class SearchResult:
     seconds: float
     score: float
     baseline_score: float
+    losses: np.ndarray
     scores: dict[str, dict[str, float]]
     chosen: str
     out_of_fold: bool
@@ -191,6 +192,7 @@ class SearchResult:
         with open(path, encoding="utf-8") as file:
             fields = json.load(file)
         fields["correction"] = Correction.from_config(fields["correction"])
+        fields["losses"] = np.asarray(fields["losses"])
         fields["notes"] = tuple(fields["notes"])
         fields["class_names"] = tuple(fields["class_names"])
         fields["class_shares"] = {
@@ -222,6 +224,7 @@ def summarize(examples: Examples, found: Found) -> dict[str, Any]:
     return {
         "score": scores[chosen]["nll"],
         "baseline_score": scores[name]["nll"],
+        "losses": nll(corrected, labels).mean(axis=0),
         "scores": scores,
         "chosen": chosen,
         "out_of_fold": bool(found.out_of_fold),

@@ -101,6 +101,8 @@ class TestNumbers:
             assert row["ece"] == pytest.approx(np.mean(eces))
         assert result.score == result.scores["corrected"]["nll"]
         assert result.baseline_score == result.scores["teacher"]["nll"]
+        q = probs["corrected"][:, np.arange(ROWS), labels]
+        assert result.losses == pytest.approx(-np.log(q).mean(axis=0))
         assert result.out_of_fold
         shares = result.class_shares
         counts = np.bincount(labels) / ROWS
