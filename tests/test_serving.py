@@ -109,8 +109,9 @@ def small():
 
 
 def export(student, directory, **arguments):
-    arguments = {"from_logits": True, "verbose": False} | arguments
-    return export_student(student, directory, **arguments)
+    return export_student(
+        student, directory, **({"from_logits": True} | arguments)
+    )
 
 
 def batch(kind, size):
@@ -355,7 +356,7 @@ def die(student, signature, path, *args):
 
 serving._write_saved_model = die
 student = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-serving.export_student(student, sys.argv[1], from_logits=True, verbose=False)
+serving.export_student(student, sys.argv[1], from_logits=True)
 """
 
 
