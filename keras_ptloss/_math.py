@@ -101,8 +101,7 @@ def two_events(outputs: Tensor, *, from_logits: bool) -> Tensor:
     A model with one output gives `p`, or its logit `z`, of the second class.
     As two classes that is `[1 - p, p]`, or `[0, z]`, whose softmax it is.
     """
-    classes = outputs.shape[-1] if len(outputs.shape) else 0
-    if classes != 1:
+    if outputs.shape[-1] != 1:
         return outputs
     xp = np if isinstance(outputs, np.ndarray) else ops
     first = xp.zeros_like(outputs) if from_logits else 1.0 - outputs

@@ -30,11 +30,10 @@ from keras_ptloss._validation import (
 )
 from keras_ptloss.losses.base import (
     TINY,
-    expand_weights,
     log_student,
+    position_weights,
     read_student,
     read_teacher,
-    unmasked,
 )
 
 Tensor = Any
@@ -81,11 +80,9 @@ class TeacherMetric(keras.metrics.Mean):
         self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
     ) -> None:
         """Add a batch of teacher probabilities and student outputs."""
-        weight = position_weights(y_pred, sample_weight)
-        student = read_student(
-            where_weighted(y_pred, weight), from_logits=self.from_logits
-        )
-        teacher = read_teacher(where_weighted(y_true, weight), student)
+        y_pred, weight = _read_weighted(y_pred, sample_weight)
+        student = read_student(y_pred, from_logits=self.from_logits)
+        teacher = read_teacher(_where_weighted(y_true, weight), student)
         padding = ops.all(ops.equal(teacher, 0.0), axis=-1)
         weight = ops.where(padding, 0.0, weight)
         super().update_state(
@@ -108,8 +105,7 @@ class TeacherAgreement(TeacherMetric):
 
     Args:
         from_logits: whether the student's outputs are logits.
-        name: name of the metric.
-        dtype: dtype of the result.
+        name, dtype: as in `keras.metrics.Metric`.
 
     Example:
         >>> import numpy as np
@@ -149,8 +145,7 @@ class TotalVariationDistance(TeacherMetric):
 
     Args:
         from_logits: whether the student's outputs are logits.
-        name: name of the metric.
-        dtype: dtype of the result.
+        name, dtype: as in `keras.metrics.Metric`.
 
     Example:
         >>> import numpy as np
@@ -187,8 +182,7 @@ class KLToTeacher(TeacherMetric):
 
     Args:
         from_logits: whether the student's outputs are logits.
-        name: name of the metric.
-        dtype: dtype of the result.
+        name, dtype: as in `keras.metrics.Metric`.
 
     Example:
         >>> import numpy as np
@@ -213,8 +207,75 @@ class KLToTeacher(TeacherMetric):
         return ops.sum(teacher * (log_t - log_p), axis=-1)
 
 
+class LabelMetric(keras.metrics.Metric):
+    """Base class of the metrics that compare the student with true labels.
+
+    A subclass implements `values`. With weights w, the metric is
+
+        sum_b |sum_n w_n value_{n,b}| / sum_n w_n
+    """
+
+    default_name: str
+    num_bins = 1
+
+    def __init__(
+        self,
+        *,
+        from_logits: bool = False,
+        ignore_class: int | None = None,
+        name: str | None = None,
+        dtype: Any = "float32",
+    ) -> None:
+        super().__init__(name=name or self.default_name, dtype=dtype)
+        set_direction(self, "down")
+        self.from_logits = check_flag("from_logits", from_logits)
+        self.ignore_class = check_ignore_class(ignore_class)
+        self.sums = self.add_weight(
+            shape=(self.num_bins,), initializer="zeros", name="sums"
+        )
+        self.count = self.add_weight(
+            shape=(), initializer="zeros", name="count"
+        )
+
+    def values(self, labels: Tensor, student: Tensor) -> Tensor:
+        """Return the values of each position, `(..., num_bins)`.
+
+        Args:
+            labels: one-hot, `(..., C)`.
+            student: probabilities, `(..., C)`.
+        """
+        raise NotImplementedError
+
+    def update_state(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
+    ) -> None:
+        """Add a batch: true labels and the student's outputs."""
+        y_pred, weight = _read_weighted(y_pred, sample_weight)
+        student = ops.cast(y_pred, "float32")
+        student = read_student(student, from_logits=self.from_logits)
+        if self.from_logits:
+            student = ops.softmax(student, axis=-1)
+        labels, weight = _one_hot(y_true, student, weight, self.ignore_class)
+        values = weight[..., None] * self.values(labels, student)
+        sums = ops.sum(ops.reshape(values, (-1, self.num_bins)), axis=0)
+        self.sums.assign_add(ops.cast(sums, self.dtype))
+        self.count.assign_add(ops.cast(ops.sum(weight), self.dtype))
+
+    def result(self) -> Tensor:
+        """Return the metric, a scalar; 0 before the first example."""
+        return ops.divide_no_nan(ops.sum(ops.abs(self.sums)), self.count)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments that build the same metric again."""
+        return {
+            **super().get_config(),
+            "from_logits": self.from_logits,
+            "ignore_class": self.ignore_class,
+        }
+
+
 @keras.saving.register_keras_serializable(package="keras_ptloss")
-class BrierScore(keras.metrics.Mean):
+class BrierScore(LabelMetric):
     """Squared distance between the student and the true labels, from 0 to 2.
 
         Brier = mean_n sum_c (p_{n,c} - y_{n,c})^2
@@ -227,8 +288,7 @@ class BrierScore(keras.metrics.Mean):
         from_logits: whether the student's outputs are logits.
         ignore_class: a class index whose positions do not count, such as -100
             or 255, as in `keras.losses.SparseCategoricalCrossentropy`.
-        name: name of the metric.
-        dtype: dtype of the result.
+        name, dtype: as in `keras.metrics.Metric`.
 
     Example:
         >>> import numpy as np
@@ -244,40 +304,15 @@ class BrierScore(keras.metrics.Mean):
         Probability, Monthly Weather Review 78(1).
     """
 
-    def __init__(
-        self,
-        *,
-        from_logits: bool = False,
-        ignore_class: int | None = None,
-        name: str = "brier_score",
-        dtype: Any = "float32",
-    ) -> None:
-        super().__init__(name=name, dtype=dtype)
-        set_direction(self, "down")
-        self.from_logits = check_flag("from_logits", from_logits)
-        self.ignore_class = check_ignore_class(ignore_class)
+    default_name = "brier_score"
 
-    def update_state(
-        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
-    ) -> None:
-        """Add a batch: true labels and the student's outputs."""
-        labels, student, weight = read_labelled(
-            y_true, y_pred, sample_weight, self.from_logits, self.ignore_class
-        )
-        values = ops.sum(ops.square(student - labels), axis=-1)
-        super().update_state(values, sample_weight=weight)
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the arguments that build the same metric again."""
-        return {
-            **super().get_config(),
-            "from_logits": self.from_logits,
-            "ignore_class": self.ignore_class,
-        }
+    def values(self, labels: Tensor, student: Tensor) -> Tensor:
+        """Return the squared distance."""
+        return ops.sum(ops.square(student - labels), axis=-1, keepdims=True)
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
-class ExpectedCalibrationError(keras.metrics.Metric):
+class ExpectedCalibrationError(LabelMetric):
     """Distance of the student's confidence from its accuracy on true labels.
 
     A student that says 0.9 should be right 9 times in 10. Examples are sorted
@@ -291,11 +326,8 @@ class ExpectedCalibrationError(keras.metrics.Metric):
 
     Args:
         num_bins: number of bins.
-        from_logits: whether the student's outputs are logits.
-        ignore_class: a class index whose positions do not count, such as -100
-            or 255, as in `keras.losses.SparseCategoricalCrossentropy`.
-        name: name of the metric.
-        dtype: dtype of the result.
+        **kwargs: `from_logits`, `ignore_class`, `name` and `dtype`, as in
+            `BrierScore`.
 
     Example:
         >>> import numpy as np
@@ -311,97 +343,51 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         (https://arxiv.org/abs/1706.04599).
     """
 
-    def __init__(
-        self,
-        *,
-        num_bins: int = 15,
-        from_logits: bool = False,
-        ignore_class: int | None = None,
-        name: str = "expected_calibration_error",
-        dtype: Any = "float32",
-    ) -> None:
-        super().__init__(name=name, dtype=dtype)
-        set_direction(self, "down")
-        self.num_bins = check_count("num_bins", num_bins)
-        self.from_logits = check_flag("from_logits", from_logits)
-        self.ignore_class = check_ignore_class(ignore_class)
-        # |B| (accuracy - confidence) is all that the formula needs of a bin.
-        self.gaps = self.add_weight(
-            shape=(self.num_bins,), initializer="zeros", name="gaps"
-        )
-        self.count = self.add_weight(
-            shape=(), initializer="zeros", name="count"
-        )
+    default_name = "expected_calibration_error"
 
-    def update_state(
-        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
-    ) -> None:
-        """Add a batch: true labels and the student's outputs."""
-        labels, student, weight = read_labelled(
-            y_true, y_pred, sample_weight, self.from_logits, self.ignore_class
-        )
+    def __init__(self, *, num_bins: int = 15, **kwargs: Any) -> None:
+        self.num_bins = check_count("num_bins", num_bins)
+        super().__init__(**kwargs)
+
+    def values(self, labels: Tensor, student: Tensor) -> Tensor:
+        """Return accuracy minus confidence, in the bin of the confidence."""
         confidence = ops.max(student, axis=-1)
         right = ops.equal(ops.argmax(student, -1), ops.argmax(labels, -1))
-        gaps = weight * (ops.cast(right, confidence.dtype) - confidence)
+        gap = ops.cast(right, confidence.dtype) - confidence
         bins = ops.ceil(confidence * self.num_bins) - 1
         bins = ops.cast(ops.clip(bins, 0, self.num_bins - 1), "int32")
-        gaps = gaps[..., None] * ops.one_hot(
-            bins, self.num_bins, dtype=gaps.dtype
-        )
-        gaps = ops.sum(ops.reshape(gaps, (-1, self.num_bins)), axis=0)
-        self.gaps.assign_add(ops.cast(gaps, self.dtype))
-        self.count.assign_add(ops.cast(ops.sum(weight), self.dtype))
-
-    def result(self) -> Tensor:
-        """Return the error, a scalar; 0 before the first example."""
-        return ops.divide_no_nan(ops.sum(ops.abs(self.gaps)), self.count)
+        return gap[..., None] * ops.one_hot(bins, self.num_bins)
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that build the same metric again."""
-        return {
-            **super().get_config(),
-            "num_bins": self.num_bins,
-            "from_logits": self.from_logits,
-            "ignore_class": self.ignore_class,
-        }
+        return {**super().get_config(), "num_bins": self.num_bins}
 
 
-def position_weights(y_pred: Tensor, sample_weight: Tensor) -> Tensor:
-    """Return the weight of each position, `(...)`: 0 where a mask hides it."""
+def _read_weighted(
+    y_pred: Tensor, sample_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `y_pred` with zeros where the weight is 0, and the weights."""
     y_pred = ops.convert_to_tensor(y_pred)
-    weight = unmasked(y_pred)
-    weight = ops.ones_like(y_pred[..., 0]) if weight is None else weight
-    weight = ops.cast(weight, "float32")
-    if sample_weight is None:
-        return weight
-    sample_weight = ops.cast(ops.convert_to_tensor(sample_weight), "float32")
-    return weight * expand_weights(sample_weight, len(weight.shape))
+    weight = position_weights(y_pred, sample_weight)
+    if weight is None:
+        return y_pred, ops.ones_like(y_pred[..., 0], dtype="float32")
+    return _where_weighted(y_pred, weight), weight
 
 
-def where_weighted(rows: Tensor, weight: Tensor) -> Tensor:
+def _where_weighted(rows: Tensor, weight: Tensor) -> Tensor:
     """Return rows `(..., C)`, with zeros in those of weight 0."""
     rows = ops.convert_to_tensor(rows)
     seen = ops.not_equal(ops.expand_dims(weight, -1), 0.0)
     return ops.where(seen, rows, ops.zeros_like(rows))
 
 
-def read_labelled(
-    y_true: Tensor,
-    y_pred: Tensor,
-    sample_weight: Tensor,
-    from_logits: bool,
-    ignore_class: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return one-hot labels, the student's probabilities, and weights.
+def _one_hot(
+    y_true: Tensor, student: Tensor, weight: Tensor, ignore_class: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return labels `(..., C)` and weights `(...)`, in float32.
 
-    The labels and probabilities are `(..., C)`, the weights `(...)`, all in
-    float32. The weight of a label that is no class is NaN.
+    The weight of a label that is no class is NaN.
     """
-    weight = position_weights(y_pred, sample_weight)
-    student = ops.cast(where_weighted(y_pred, weight), "float32")
-    student = read_student(student, from_logits=from_logits)
-    if from_logits:
-        student = ops.softmax(student, axis=-1)
     num_classes = student.shape[-1]
     labels = ops.convert_to_tensor(y_true)
     if labels.shape[-1] == 1 and len(labels.shape) == len(student.shape):
@@ -414,7 +400,7 @@ def read_labelled(
         indices = ops.where(valid, indices, -1)  # PyTorch refuses others.
         labels = ops.one_hot(indices, num_classes, dtype="float32")
     check_classes("y_true", labels, "y_pred", student)
-    labels = ops.cast(where_weighted(labels, weight), "float32")
+    labels = ops.cast(_where_weighted(labels, weight), "float32")
     labels = valid_probs("y_true", labels, "give class indices instead")
     # An index outside of [0, C) is a row of zeros.
     wrong = ops.all(ops.equal(labels, 0.0), axis=-1) & ops.not_equal(weight, 0)
@@ -426,4 +412,4 @@ def read_labelled(
             "where the weight is 0 or `ignore_class` says so",
             ops.convert_to_numpy(y_true)[values][0].tolist(),
         )
-    return labels, student, ops.where(wrong, float("nan"), weight)
+    return labels, ops.where(wrong, float("nan"), weight)

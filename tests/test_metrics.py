@@ -317,5 +317,5 @@ def test_calibration_bins_hold_their_upper_edge():
     metric = ExpectedCalibrationError(num_bins=4)
     student = np.array([[0.5, 0.5], [0.75, 0.25], [1.0, 0.0]], "float32")
     metric.update_state(np.array([1, 1, 1]), student)
-    gaps = keras.ops.convert_to_numpy(metric.gaps.value)
+    gaps = keras.ops.convert_to_numpy(metric.sums.value)
     np.testing.assert_allclose(gaps, [0, -0.5, -0.75, -1])

@@ -412,19 +412,16 @@ def test_binary_head_is_two_classes(from_logits):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="about graphs")
-@pytest.mark.parametrize("columns", [1, 4])
-def test_sizes_that_a_graph_does_not_know(columns):
+def test_sizes_that_a_graph_does_not_know():
     import tensorflow as tf
 
     teacher, logits = rows()
-    if columns == 1:
-        teacher, logits = teacher[:, :1], logits[:, :1]
     loss = PTLoss(EPSILON, from_logits=True)
     graph = tf.function(
         loss,
         input_signature=[
             tf.TensorSpec((None, None)),
-            tf.TensorSpec((None, columns)),
+            tf.TensorSpec((None, 4)),
         ],
     )
     expected = loss(teacher, logits)
@@ -451,7 +448,7 @@ class TestSettings:
     )
     def test_variable_is_refused(self, arguments):
         made = {name: make() for name, make in arguments.items()}
-        with pytest.raises(ValueError, match="fixed when it is built"):
+        with pytest.raises(ValueError, match="no effect"):
             PTLoss(**{"epsilon": 0.5, **made})
 
     @pytest.mark.parametrize(
