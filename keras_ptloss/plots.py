@@ -1,4 +1,4 @@
-"""Plots of a search and of calibration, with Matplotlib.
+"""Plots of what a search found and of calibration, with Matplotlib.
 
 Each function draws on the Matplotlib axes `ax`, or on those of a new figure if
 `ax` is None, and returns the axes.
@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_ptloss._validation import as_probabilities
 
-__all__ = ["plot_classes", "plot_reliability", "plot_search"]
+__all__ = ["plot_classes", "plot_reliability"]
 
 Axes = Any  # matplotlib.axes.Axes
 
@@ -53,50 +53,6 @@ def plot_classes(result: Any, *, ax: Axes = None) -> Axes:
     ax.set(xlabel="class", ylabel="share")
     # Above the axes, where it hides no bar.
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=3, fontsize=8)
-    return ax
-
-
-def plot_search(result: Any, *, ax: Axes = None) -> Axes:
-    """Plot the best score so far of a random search, by order (Figure 4).
-
-    The plot shows whether more trials or a higher order would still pay. A
-    trial of order 0, which is plain KL, is a dashed line.
-
-    Args:
-        result: what a `ProxyTeacherSearch(RandomSearch(...))` returned.
-        ax: Matplotlib axes, or None for a new figure.
-
-    Example:
-        >>> from keras_ptloss import ProxyTeacherSearch
-        >>> from keras_ptloss.plots import plot_search
-        >>> from keras_ptloss.search import RandomSearch
-        >>> search = ProxyTeacherSearch(RandomSearch(num_trials=10, order=2))
-        >>> teacher_probs = [[0.7, 0.3], [0.4, 0.6], [0.8, 0.2]]
-        >>> result = search.search(teacher_probs, [0, 1, 1], verbose=0)
-        >>> ax = plot_search(result)
-
-    Reference:
-        Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), Algorithm 1 and
-        Figure 4.
-    """
-    if "best_of_order" not in result.trials:
-        raise ValueError(
-            "`result` must come from a search with RandomSearch. Received: "
-            f"trials with columns {list(result.trials)}"
-        )
-    ax = _axes(ax)
-    orders = np.asarray(result.trials["order"])
-    scores = np.asarray(result.trials["score"])
-    for order in np.unique(orders):
-        best = np.minimum.accumulate(scores[orders == order])
-        if order == 0:
-            ax.axhline(best[-1], linestyle="--", color="gray", label="plain KL")
-            continue
-        trials = np.arange(1, len(best) + 1)
-        ax.plot(trials, best, drawstyle="steps-post", label=f"order {order}")
-    ax.set(xlabel="trials", ylabel="best score so far")
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend()
     return ax
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from keras_ptloss.metrics import ExpectedCalibrationError
-from keras_ptloss.plots import plot_classes, plot_reliability, plot_search
+from keras_ptloss.plots import plot_classes, plot_reliability
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
@@ -68,31 +68,6 @@ def test_reliability_at_the_edge_of_a_bin(ax):
     [bar] = ax.patches
     filled = np.flatnonzero(keras.ops.convert_to_numpy(metric.sums))
     assert round(bar.get_x() * 5) == filled[0]
-
-
-def test_search(ax):
-    """The best score so far, by order; order 0 is plain KL."""
-    result = searched(("a", "b"))
-    result.trials = {
-        "order": [0, 1, 1, 1, 2, 2, 2],
-        "score": [0.5, 0.9, 0.4, 0.6, 0.3, 0.7, 0.2],
-        "best_of_order": [True, False, True, False, False, False, True],
-    }
-    plot_search(result, ax=ax)
-    drawn = lines(ax)
-    np.testing.assert_array_equal(
-        drawn["order 1"], [[1, 0.9], [2, 0.4], [3, 0.4]]
-    )
-    np.testing.assert_array_equal(
-        drawn["order 2"], [[1, 0.3], [2, 0.3], [3, 0.2]]
-    )
-    assert np.all(drawn["plain KL"][:, 1] == 0.5)
-    assert all(tick == round(tick) for tick in ax.get_xticks())
-
-
-def test_search_of_another_method(ax):
-    with pytest.raises(ValueError, match="`result` must.*RandomSearch"):
-        plot_search(searched(("a", "b")), ax=ax)
 
 
 @pytest.mark.parametrize(
