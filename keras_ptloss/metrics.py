@@ -24,7 +24,6 @@ from keras_ptloss._validation import (
     check_classes,
     check_count,
     check_flag,
-    check_ignore_class,
     fail,
     valid_probs,
 )
@@ -47,14 +46,20 @@ __all__ = [
 ]
 
 
-class TeacherMetric(keras.metrics.Mean):
-    """Base class of the metrics that compare the student with the teacher.
+class StudentMetric(keras.metrics.Metric):
+    """Base class of all metrics: a mean over the positions of the student.
 
-    A subclass implements `values`.
+    A subclass implements `read_truth` and `values`. With weights w, the metric
+    is
+
+        sum_b |sum_n w_n value_{n,b}| / sum_n w_n
+
+    where only the calibration error has more than one bin b.
     """
 
     default_name: str
     better = "down"
+    num_bins = 1
 
     def __init__(
         self,
@@ -66,12 +71,24 @@ class TeacherMetric(keras.metrics.Mean):
         super().__init__(name=name or self.default_name, dtype=dtype)
         set_direction(self, self.better)
         self.from_logits = check_flag("from_logits", from_logits)
+        self.sums = self.add_weight(
+            shape=(self.num_bins,), initializer="zeros", name="sums"
+        )
+        self.count = self.add_weight(
+            shape=(), initializer="zeros", name="count"
+        )
 
-    def values(self, teacher: Tensor, student: Tensor) -> Tensor:
-        """Return one value per position, `(...)`.
+    def read_truth(
+        self, y_true: Tensor, student: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the student is compared with, `(..., C)`, and weights."""
+        raise NotImplementedError
+
+    def values(self, truth: Tensor, student: Tensor) -> Tensor:
+        """Return the values of each position, `(...)` or `(..., num_bins)`.
 
         Args:
-            teacher: probabilities, `(..., C)`.
+            truth: probabilities, `(..., C)`.
             student: logits with `from_logits`, else probabilities, `(..., C)`.
         """
         raise NotImplementedError
@@ -79,19 +96,76 @@ class TeacherMetric(keras.metrics.Mean):
     def update_state(
         self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
     ) -> None:
-        """Add a batch of teacher probabilities and student outputs."""
-        y_pred, weight = _read_weighted(y_pred, sample_weight)
-        student = read_student(y_pred, from_logits=self.from_logits)
-        teacher = read_teacher(_where_weighted(y_true, weight), student)
-        padding = ops.all(ops.equal(teacher, 0.0), axis=-1)
-        weight = ops.where(padding, 0.0, weight)
-        super().update_state(
-            self.values(teacher, student), sample_weight=weight
-        )
+        """Add a batch: the truth and the student's outputs."""
+        y_pred = ops.convert_to_tensor(y_pred)
+        weight = position_weights(y_pred, sample_weight)
+        if weight is None:
+            weight = ops.ones_like(y_pred[..., 0], dtype="float32")
+        student = ops.cast(_where_weighted(y_pred, weight), "float32")
+        student = read_student(student, from_logits=self.from_logits)
+        truth, weight = self.read_truth(y_true, student, weight)
+        values = ops.reshape(self.values(truth, student), (-1, self.num_bins))
+        sums = ops.sum(ops.reshape(weight, (-1, 1)) * values, axis=0)
+        self.sums.assign_add(ops.cast(sums, self.dtype))
+        self.count.assign_add(ops.cast(ops.sum(weight), self.dtype))
+
+    def result(self) -> Tensor:
+        """Return the metric, a scalar; 0 before the first example."""
+        return ops.divide_no_nan(ops.sum(ops.abs(self.sums)), self.count)
+
+    def probs(self, student: Tensor) -> Tensor:
+        """Return the student's probabilities."""
+        return ops.softmax(student, axis=-1) if self.from_logits else student
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that build the same metric again."""
         return {**super().get_config(), "from_logits": self.from_logits}
+
+
+class TeacherMetric(StudentMetric):
+    """Base class of the metrics that compare the student with the teacher."""
+
+    def read_truth(
+        self, y_true: Tensor, student: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the teacher's probabilities, and 0 as weights of padding."""
+        teacher = read_teacher(_where_weighted(y_true, weight), student)
+        padding = ops.all(ops.equal(teacher, 0.0), axis=-1)
+        return teacher, ops.where(padding, 0.0, weight)
+
+
+class LabelMetric(StudentMetric):
+    """Base class of the metrics that compare the student with true labels."""
+
+    def read_truth(
+        self, y_true: Tensor, student: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return one-hot labels, and NaN as weights of labels of no class."""
+        num_classes = student.shape[-1]
+        labels = ops.convert_to_tensor(y_true)
+        if labels.shape[-1] == 1 and len(labels.shape) == len(student.shape):
+            labels = ops.squeeze(labels, axis=-1)
+        if len(labels.shape) == len(weight.shape):
+            indices = ops.cast(labels, "int32")
+            valid = (indices >= 0) & (indices < num_classes)
+            indices = ops.where(valid, indices, -1)  # PyTorch refuses others.
+            labels = ops.one_hot(indices, num_classes, dtype="float32")
+        check_classes("y_true", labels, "y_pred", student)
+        labels = ops.cast(_where_weighted(labels, weight), "float32")
+        labels = valid_probs("y_true", labels, "give class indices instead")
+        # An index outside of [0, C) is a row of zeros.
+        wrong = ops.all(ops.equal(labels, 0.0), axis=-1) & ops.not_equal(
+            weight, 0
+        )
+        values = visible_values(wrong)
+        if values is not None and values.any():
+            fail(
+                "y_true",
+                f"class indices in [0, {num_classes}), or one-hot rows, except "
+                "where the weight is 0",
+                ops.convert_to_numpy(y_true)[values][0].tolist(),
+            )
+        return labels, ops.where(wrong, float("nan"), weight)
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
@@ -125,12 +199,12 @@ class TeacherAgreement(TeacherMetric):
     default_name = "teacher_agreement"
     better = "up"
 
-    def values(self, teacher: Tensor, student: Tensor) -> Tensor:
+    def values(self, truth: Tensor, student: Tensor) -> Tensor:
         """Return 1 where both name the same class, else 0."""
         # NaN where a row is invalid, else 0.
-        valid = 0.0 * (ops.max(teacher, -1) + ops.max(student, -1))
-        same = ops.equal(ops.argmax(teacher, -1), ops.argmax(student, -1))
-        return ops.cast(same, teacher.dtype) + valid
+        valid = 0.0 * (ops.max(truth, -1) + ops.max(student, -1))
+        same = ops.equal(ops.argmax(truth, -1), ops.argmax(student, -1))
+        return ops.cast(same, "float32") + valid
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
@@ -163,11 +237,9 @@ class TotalVariationDistance(TeacherMetric):
 
     default_name = "total_variation_distance"
 
-    def values(self, teacher: Tensor, student: Tensor) -> Tensor:
+    def values(self, truth: Tensor, student: Tensor) -> Tensor:
         """Return half the L1 distance."""
-        if self.from_logits:
-            student = ops.softmax(student, axis=-1)
-        return 0.5 * ops.sum(ops.abs(teacher - student), axis=-1)
+        return 0.5 * ops.sum(ops.abs(truth - self.probs(student)), axis=-1)
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
@@ -200,78 +272,11 @@ class KLToTeacher(TeacherMetric):
 
     default_name = "kl_to_teacher"
 
-    def values(self, teacher: Tensor, student: Tensor) -> Tensor:
+    def values(self, truth: Tensor, student: Tensor) -> Tensor:
         """Return the divergence."""
-        log_t = ops.log(ops.maximum(teacher, TINY))
+        log_t = ops.log(ops.maximum(truth, TINY))
         log_p = log_student(student, from_logits=self.from_logits)
-        return ops.sum(teacher * (log_t - log_p), axis=-1)
-
-
-class LabelMetric(keras.metrics.Metric):
-    """Base class of the metrics that compare the student with true labels.
-
-    A subclass implements `values`. With weights w, the metric is
-
-        sum_b |sum_n w_n value_{n,b}| / sum_n w_n
-    """
-
-    default_name: str
-    num_bins = 1
-
-    def __init__(
-        self,
-        *,
-        from_logits: bool = False,
-        ignore_class: int | None = None,
-        name: str | None = None,
-        dtype: Any = "float32",
-    ) -> None:
-        super().__init__(name=name or self.default_name, dtype=dtype)
-        set_direction(self, "down")
-        self.from_logits = check_flag("from_logits", from_logits)
-        self.ignore_class = check_ignore_class(ignore_class)
-        self.sums = self.add_weight(
-            shape=(self.num_bins,), initializer="zeros", name="sums"
-        )
-        self.count = self.add_weight(
-            shape=(), initializer="zeros", name="count"
-        )
-
-    def values(self, labels: Tensor, student: Tensor) -> Tensor:
-        """Return the values of each position, `(..., num_bins)`.
-
-        Args:
-            labels: one-hot, `(..., C)`.
-            student: probabilities, `(..., C)`.
-        """
-        raise NotImplementedError
-
-    def update_state(
-        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
-    ) -> None:
-        """Add a batch: true labels and the student's outputs."""
-        y_pred, weight = _read_weighted(y_pred, sample_weight)
-        student = ops.cast(y_pred, "float32")
-        student = read_student(student, from_logits=self.from_logits)
-        if self.from_logits:
-            student = ops.softmax(student, axis=-1)
-        labels, weight = _one_hot(y_true, student, weight, self.ignore_class)
-        values = weight[..., None] * self.values(labels, student)
-        sums = ops.sum(ops.reshape(values, (-1, self.num_bins)), axis=0)
-        self.sums.assign_add(ops.cast(sums, self.dtype))
-        self.count.assign_add(ops.cast(ops.sum(weight), self.dtype))
-
-    def result(self) -> Tensor:
-        """Return the metric, a scalar; 0 before the first example."""
-        return ops.divide_no_nan(ops.sum(ops.abs(self.sums)), self.count)
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the arguments that build the same metric again."""
-        return {
-            **super().get_config(),
-            "from_logits": self.from_logits,
-            "ignore_class": self.ignore_class,
-        }
+        return ops.sum(truth * (log_t - log_p), axis=-1)
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
@@ -286,8 +291,6 @@ class BrierScore(LabelMetric):
 
     Args:
         from_logits: whether the student's outputs are logits.
-        ignore_class: a class index whose positions do not count, such as -100
-            or 255, as in `keras.losses.SparseCategoricalCrossentropy`.
         name, dtype: as in `keras.metrics.Metric`.
 
     Example:
@@ -306,9 +309,9 @@ class BrierScore(LabelMetric):
 
     default_name = "brier_score"
 
-    def values(self, labels: Tensor, student: Tensor) -> Tensor:
+    def values(self, truth: Tensor, student: Tensor) -> Tensor:
         """Return the squared distance."""
-        return ops.sum(ops.square(student - labels), axis=-1, keepdims=True)
+        return ops.sum(ops.square(self.probs(student) - truth), axis=-1)
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
@@ -326,7 +329,7 @@ class ExpectedCalibrationError(LabelMetric):
 
     Args:
         num_bins: number of bins.
-        **kwargs: `from_logits`, `ignore_class`, `name` and `dtype`, as in
+        **kwargs: `from_logits`, `name` and `dtype`, as in
             `BrierScore`.
 
     Example:
@@ -349,10 +352,10 @@ class ExpectedCalibrationError(LabelMetric):
         self.num_bins = check_count("num_bins", num_bins)
         super().__init__(**kwargs)
 
-    def values(self, labels: Tensor, student: Tensor) -> Tensor:
+    def values(self, truth: Tensor, student: Tensor) -> Tensor:
         """Return accuracy minus confidence, in the bin of the confidence."""
-        confidence = ops.max(student, axis=-1)
-        right = ops.equal(ops.argmax(student, -1), ops.argmax(labels, -1))
+        confidence = ops.max(self.probs(student), axis=-1)
+        right = ops.equal(ops.argmax(student, -1), ops.argmax(truth, -1))
         gap = ops.cast(right, confidence.dtype) - confidence
         bins = ops.ceil(confidence * self.num_bins) - 1
         bins = ops.cast(ops.clip(bins, 0, self.num_bins - 1), "int32")
@@ -363,53 +366,8 @@ class ExpectedCalibrationError(LabelMetric):
         return {**super().get_config(), "num_bins": self.num_bins}
 
 
-def _read_weighted(
-    y_pred: Tensor, sample_weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return `y_pred` with zeros where the weight is 0, and the weights."""
-    y_pred = ops.convert_to_tensor(y_pred)
-    weight = position_weights(y_pred, sample_weight)
-    if weight is None:
-        return y_pred, ops.ones_like(y_pred[..., 0], dtype="float32")
-    return _where_weighted(y_pred, weight), weight
-
-
 def _where_weighted(rows: Tensor, weight: Tensor) -> Tensor:
     """Return rows `(..., C)`, with zeros in those of weight 0."""
     rows = ops.convert_to_tensor(rows)
     seen = ops.not_equal(ops.expand_dims(weight, -1), 0.0)
     return ops.where(seen, rows, ops.zeros_like(rows))
-
-
-def _one_hot(
-    y_true: Tensor, student: Tensor, weight: Tensor, ignore_class: int | None
-) -> tuple[Tensor, Tensor]:
-    """Return labels `(..., C)` and weights `(...)`, in float32.
-
-    The weight of a label that is no class is NaN.
-    """
-    num_classes = student.shape[-1]
-    labels = ops.convert_to_tensor(y_true)
-    if labels.shape[-1] == 1 and len(labels.shape) == len(student.shape):
-        labels = ops.squeeze(labels, axis=-1)
-    if len(labels.shape) == len(weight.shape):
-        indices = ops.cast(labels, "int32")
-        if ignore_class is not None:
-            weight = ops.where(ops.equal(indices, ignore_class), 0.0, weight)
-        valid = (indices >= 0) & (indices < num_classes)
-        indices = ops.where(valid, indices, -1)  # PyTorch refuses others.
-        labels = ops.one_hot(indices, num_classes, dtype="float32")
-    check_classes("y_true", labels, "y_pred", student)
-    labels = ops.cast(_where_weighted(labels, weight), "float32")
-    labels = valid_probs("y_true", labels, "give class indices instead")
-    # An index outside of [0, C) is a row of zeros.
-    wrong = ops.all(ops.equal(labels, 0.0), axis=-1) & ops.not_equal(weight, 0)
-    values = visible_values(wrong)
-    if values is not None and values.any():
-        fail(
-            "y_true",
-            f"class indices in [0, {num_classes}), or one-hot rows, except "
-            "where the weight is 0 or `ignore_class` says so",
-            ops.convert_to_numpy(y_true)[values][0].tolist(),
-        )
-    return labels, ops.where(wrong, float("nan"), weight)

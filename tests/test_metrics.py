@@ -189,8 +189,6 @@ def test_compiled_and_saved(student, tmp_path):
 @every_metric
 def test_config(metric):
     settings = {"name": "mine", "dtype": "bfloat16", "from_logits": True}
-    if metric in OF_LABELS:
-        settings["ignore_class"] = -100
     if metric is ExpectedCalibrationError:
         settings["num_bins"] = 7
     stored = keras.saving.serialize_keras_object(metric(**settings))
@@ -242,19 +240,6 @@ def test_label_forms_are_told_by_shape(metric, shape):
         assert value(metric(from_logits=True), (form, logits)) == pytest.approx(
             expected, abs=1e-6
         )
-
-
-@every_label_metric
-@pytest.mark.parametrize("ignore_class", [-100, 255])
-def test_ignore_class(metric, ignore_class):
-    labels, logits = data(metric)
-    expected = reference(metric, labels[2:], softmax(logits[2:]))
-    labels[:2], logits[:2] = ignore_class, np.nan
-    logits = np.nan_to_num(logits)
-    measured = metric(from_logits=True, ignore_class=ignore_class)
-    assert value(measured, (labels, logits)) == pytest.approx(
-        expected, abs=1e-6
-    )
 
 
 @pytest.fixture(scope="module")
