@@ -106,3 +106,9 @@ def two_events(outputs: Tensor, *, from_logits: bool) -> Tensor:
     xp = np if isinstance(outputs, np.ndarray) else ops
     first = xp.zeros_like(outputs) if from_logits else 1.0 - outputs
     return xp.concatenate([first, outputs], axis=-1)
+
+
+def model_probs(outputs: Tensor, *, from_logits: bool) -> Tensor:
+    """Return what a model gives as probabilities `(..., C)`, in float32."""
+    outputs = two_events(ops.cast(outputs, "float32"), from_logits=from_logits)
+    return ops.softmax(outputs, axis=-1) if from_logits else outputs

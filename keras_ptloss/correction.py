@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import as_array
-from keras_ptloss._math import log_teacher_probs, two_events
+from keras_ptloss._math import log_teacher_probs, model_probs, two_events
 from keras_ptloss._validation import (
     as_floats,
     as_probabilities,
@@ -458,11 +458,10 @@ class TeachersSideBySide(keras.layers.Layer):
 
     def call(self, inputs: Any) -> Tensor:
         """Return the teachers' probabilities side by side."""
-        parts = []
-        for model, flag in zip(self.teachers, self.from_logits, strict=True):
-            outputs = ops.cast(model(inputs, training=False), "float32")
-            outputs = two_events(outputs, from_logits=flag)
-            parts.append(ops.softmax(outputs, axis=-1) if flag else outputs)
+        parts = [
+            model_probs(model(inputs, training=False), from_logits=flag)
+            for model, flag in zip(self.teachers, self.from_logits, strict=True)
+        ]
         return ops.concatenate(parts, axis=-1)
 
     def get_config(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from keras_ptloss._backend import (
     supports_jit,
     weights_given_back,
 )
-from keras_ptloss._math import two_events
+from keras_ptloss._math import model_probs
 from keras_ptloss._validation import (
     check_classes,
     check_head,
@@ -434,10 +434,7 @@ class Distiller(keras.Model):
             fail(flag, expected, None)
         with no_gradient():
             outputs = one_tensor("teacher", teacher(x, training=False))
-            outputs = ops.cast(outputs, "float32")
-            probs = two_events(outputs, from_logits=from_logits)
-            if from_logits:
-                probs = ops.softmax(probs, axis=-1)
+            probs = model_probs(outputs, from_logits=from_logits)
         return ops.stop_gradient(probs)
 
     def compute_loss(

@@ -20,7 +20,7 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import compute_dtypes
-from keras_ptloss._math import two_events
+from keras_ptloss._math import model_probs, two_events
 from keras_ptloss._validation import (
     check_count,
     check_head,
@@ -265,20 +265,15 @@ def _example_probabilities(
             f"Received: from_logits={from_logits} with model={model.name!r}, "
             f"which gives {shown}"
         )
-    return ops.convert_to_numpy(_probabilities(outputs, from_logits))
-
-
-def _probabilities(outputs: Tensor, from_logits: bool) -> Tensor:
-    """Return float32 probabilities of two or more classes."""
-    outputs = two_events(ops.cast(outputs, "float32"), from_logits=from_logits)
-    return ops.softmax(outputs) if from_logits else outputs
+    probs = model_probs(outputs, from_logits=from_logits)
+    return ops.convert_to_numpy(probs)
 
 
 def _serving_model(model: Any, inputs: Any, from_logits: bool) -> keras.Model:
     """Return the model that gives a dict of probabilities and label."""
     # Without training=False, random layers would augment each request.
     [outputs] = keras.tree.flatten(model(inputs, training=False))
-    probs = _probabilities(outputs, from_logits)
+    probs = model_probs(outputs, from_logits=from_logits)
     # `ops.argmax` uses operations that LiteRT and ONNX Runtime lack, and
     # `ops.top_k` from JAX one that TensorFlow 2.21 lacks.
     classes = np.arange(probs.shape[-1], dtype="int32")

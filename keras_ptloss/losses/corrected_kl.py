@@ -1,5 +1,6 @@
 """KL from the corrected teacher to the student."""
 
+import math
 from typing import Any
 
 import keras
@@ -59,14 +60,13 @@ class CorrectedKLDivergence(TeacherLoss):
         y_true = ops.convert_to_tensor(y_true)
         wide = keras.backend.result_type(y_true.dtype, "float32")
         y_true = two_events(ops.cast(y_true, wide), from_logits=False)
+        parts = [
+            valid_probs("y_true", t, "apply a softmax to them first")
+            for t in self.correction.split(y_true)
+        ]
         # The sum of a row is 1, 0 if it is padding, or NaN if it is invalid.
-        total, probs = 1.0, []
-        for t in self.correction.split(y_true):
-            t = valid_probs("y_true", t, "apply a softmax to them first")
-            row = ops.sum(t, axis=-1, keepdims=True)
-            probs.append(ops.where(row > 0.0, t, 1.0 / (t.shape[-1] or 1)))
-            total = total * row
-        q = total * self.correction.apply(ops.concatenate(probs, axis=-1))
+        total = math.prod(ops.sum(t, -1, keepdims=True) for t in parts)
+        q = total * self.correction.apply(ops.concatenate(parts, axis=-1))
         return pt_loss(
             ops.stop_gradient(q), y_pred, 0.0, from_logits=self.from_logits
         )

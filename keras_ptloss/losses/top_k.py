@@ -440,10 +440,6 @@ def _split(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ops.take_along_axis(logits, columns, axis=-1), others, places
 
 
-def _logsumexp(x: Tensor) -> Tensor:
-    return ops.logsumexp(x, axis=-1, keepdims=True)
-
-
 def _by_logits(
     logits: Tensor, ids: Tensor, rest: Tensor, upstream: Tensor
 ) -> Tensor:
@@ -465,7 +461,7 @@ def _event_logits(logits: Tensor, ids: Tensor) -> Tensor:
     @custom_gradient
     def project(logits: Tensor) -> Any:
         given, others, _ = _split(logits, ids)
-        rest = _logsumexp(others)
+        rest = ops.logsumexp(others, axis=-1, keepdims=True)
 
         def gradient(upstream: Tensor) -> Tensor:
             return _by_logits(logits, ids, rest, upstream)
@@ -497,8 +493,8 @@ def _head_event_logits(
         def forward(first: Any, size: int, given: Tensor, rest: Tensor) -> Any:
             _, logits = compute(first, size)
             found, others, _ = _split(logits, ids - first)
-            rest = ops.logaddexp(rest, _logsumexp(others))
-            return ops.maximum(given, found), rest
+            more = ops.logsumexp(others, axis=-1, keepdims=True)
+            return ops.maximum(given, found), ops.logaddexp(rest, more)
 
         lowest = LOWEST * ops.ones_like(ids, dtype=wide)
         given, rest = _over_chunks(
