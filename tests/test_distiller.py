@@ -656,8 +656,7 @@ def both(weight):
     return distiller, 0.9 * nll(probs(student)).mean() + 0.1 * soft
 
 
-@pytest.mark.parametrize("call", ["fit", "test_on_batch"])
-@pytest.mark.parametrize("before", [0.0, 0.1])
+@pytest.mark.parametrize("call, before", [("fit", 0.1), ("test_on_batch", 0.0)])
 def test_hard_label_weight(call, before):
     distiller, expected = both(before)
     run(distiller, call, X, Y)
@@ -675,8 +674,9 @@ def test_hard_label_weight_needs_no_new_step_between_0_and_1():
     assert distiller.train_function is step
 
 
-@pytest.mark.parametrize("setting", ["teacher", "teacher_weights"])
-@pytest.mark.parametrize("when", ["epoch", "batch"])
+@pytest.mark.parametrize(
+    "setting, when", [("teacher", "epoch"), ("teacher_weights", "batch")]
+)
 def test_settings_change_in_a_callback(setting, when):
     teachers = [network(seed=2), network(seed=3)]
     student = network()

@@ -1,12 +1,10 @@
 """The methods that the paper compares PTLoss with, as losses.
 
-Some need no class of their own. With `t` the teacher's probabilities:
+Some need no class of their own. The page "Which loss, which function?" lists
+KL, temperature scaling and a mix with hard labels. The others are:
 
-* KL divergence from the teacher: `PTLoss(0.0)`.
-* Temperature scaling: `PTLoss(0.0, teacher_temperature=tau)`.
-* A mix with hard labels: `Distiller(..., hard_label_loss=loss,
-  hard_label_weight=w)`.
-* One-hot labels (OHT): `keras.utils.to_categorical(labels)` in place of `t`.
+* One-hot labels (OHT): `keras.utils.to_categorical(labels)` in place of the
+  teacher's probabilities.
 * Early-stopped teacher (ESKD, Cho and Hariharan 2019): fit the teacher with
   `keras.callbacks.EarlyStopping(..., restore_best_weights=True)`.
 * Teacher-free self-distillation (Tf-KD_self, Yuan et al. 2020): fit a student

@@ -149,11 +149,13 @@ class TopKPTLoss(TeacherLoss):
         tail: Tail = "event",
         teacher_temperature: float = 1.0,
         from_logits: bool = False,
+        name: str | None = "top_k_pt_loss",
         **kwargs: Any,
     ) -> None:
         super().__init__(
             _check_settings(epsilon, tail, teacher_temperature),
             from_logits=from_logits,
+            name=name,
             **kwargs,
         )
         if self.dtype not in ("float32", "float64"):
