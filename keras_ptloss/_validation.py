@@ -91,7 +91,7 @@ def check_number(
     array = as_floats(argument, value, "a number")
     inside = np.isfinite(array) & (array >= at_least) & (array <= at_most)
     if array.ndim or not inside or array <= above:
-        bounds = {"above": above, "at least": at_least, "at most": at_most}
+        bounds = {"above": above, "of at least": at_least, "at most": at_most}
         texts = [f"{k} {v:g}" for k, v in bounds.items() if np.isfinite(v)]
         fail(argument, f"a finite number {' and '.join(texts)}".strip(), value)
     return float(array)

@@ -113,6 +113,9 @@ class TopKPTLoss(TeacherLoss):
     lower ids are padding, for positions with fewer than k classes. A position
     of padding alone costs 0.
 
+    Classes drawn from the teacher at random are targets too: give each id once,
+    with the logarithm of its share of the draws.
+
     Args:
         epsilon: coefficients: a number (order 1), or `(M,)`.
         tail: `"event"`, as above; or `"renormalize"`, which divides teacher and
