@@ -219,13 +219,17 @@ class Correction:
 
         Args:
             teacher_probs: probabilities, `(..., C)`, float32 or better; of
-                several teachers side by side, `(..., C_1 + C_2 + ...)`.
+                several teachers side by side, `(..., C_1 + C_2 + ...)`. Rows
+                that are not probabilities are an error in an eager call, and
+                NaN in a compiled function.
 
         Returns:
             Probabilities, `(..., C)`, in the dtype of `teacher_probs`.
         """
-        teacher_probs = two_events(teacher_probs, from_logits=False)
-        return _corrected(self, self.split(teacher_probs), ops)
+        name, advice = "teacher_probs", "apply a softmax to them first"
+        parts = self.split(two_events(teacher_probs, from_logits=False))
+        valid = [valid_probs(name, part, advice) for part in parts]
+        return _corrected(self, valid, ops)
 
     def split(self, side_by_side: Tensor) -> list[Tensor]:
         """Return one array per teacher of outputs that stand side by side."""
@@ -400,10 +404,7 @@ class CorrectedTeacher(keras.layers.Layer):
         """Return the corrected probabilities."""
         parts = inputs if isinstance(inputs, (list, tuple)) else [inputs]
         parts = [two_events(part, from_logits=False) for part in parts]
-        advice = "add a keras.layers.Softmax()"
-        parts = self.correction.split(ops.concatenate(parts, axis=-1))
-        valid = [valid_probs("inputs", part, advice) for part in parts]
-        return self.correction.apply(ops.concatenate(valid, axis=-1))
+        return self.correction.apply(ops.concatenate(parts, axis=-1))
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that build the same layer again."""

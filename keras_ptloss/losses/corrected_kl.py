@@ -1,13 +1,12 @@
 """KL from the corrected teacher to the student."""
 
-import math
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_ptloss._math import two_events
-from keras_ptloss._validation import fail, valid_probs
+from keras_ptloss._validation import fail
 from keras_ptloss.correction import Correction
 from keras_ptloss.losses.base import TeacherLoss
 from keras_ptloss.losses.pt_loss import pt_loss
@@ -60,13 +59,7 @@ class CorrectedKLDivergence(TeacherLoss):
         y_true = ops.convert_to_tensor(y_true)
         wide = keras.backend.result_type(y_true.dtype, "float32")
         y_true = two_events(ops.cast(y_true, wide), from_logits=False)
-        parts = [
-            valid_probs("y_true", t, "apply a softmax to them first")
-            for t in self.correction.split(y_true)
-        ]
-        # The sum of a row is 1, 0 if it is padding, or NaN if it is invalid.
-        total = math.prod(ops.sum(t, -1, keepdims=True) for t in parts)
-        q = total * self.correction.apply(ops.concatenate(parts, axis=-1))
-        return pt_loss(
-            ops.stop_gradient(q), y_pred, 0.0, from_logits=self.from_logits
-        )
+        padding = ops.all(ops.equal(y_true, 0.0), axis=-1, keepdims=True)
+        q = ops.stop_gradient(self.correction.apply(y_true))
+        q = ops.where(padding, 0.0, q)
+        return pt_loss(q, y_pred, 0.0, from_logits=self.from_logits)
