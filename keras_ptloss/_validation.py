@@ -328,8 +328,7 @@ def one_flag_each(
     if not isinstance(flags, (list, tuple)):
         flags = (flags,) * teachers
     if len(flags) != teachers:
-        expected = f"one flag, or one for each of {teachers} teachers"
-        fail(argument, expected, from_logits)
+        fail(argument, "one flag, or one for each teacher", from_logits)
     return tuple(
         flag if flag is None else check_flag(argument, flag) for flag in flags
     )

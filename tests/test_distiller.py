@@ -880,7 +880,7 @@ def test_teacher_metrics_among_those_of_labels():
 @pytest.mark.parametrize("name", ["teacher_weights", "teacher_from_logits"])
 def test_lists_of_another_length(name):
     distiller = distil(network(), network(seed=1), **{name: [True, True]})
-    with pytest.raises(ValueError, match=f"`{name}`.*each of 1 teachers"):
+    with pytest.raises(ValueError, match=f"`{name}`.* one for each"):
         distiller.fit(X, verbose=0)
 
 
