@@ -83,6 +83,26 @@ def minimum(x: Tensor, most: Any) -> Tensor:
     return keras.ops.minimum(x, most)
 
 
+def custom_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Do what `keras.ops.custom_gradient` does; PyTorch differs in a keyword.
+
+    Args:
+        function: returns its value and a function from the upstream gradient to
+            the gradients with respect to its arguments.
+    """
+
+    @keras.ops.custom_gradient
+    def run(*tensors: Tensor) -> Any:
+        value, gradient = function(*tensors)
+
+        def by_position(*args: Tensor, upstream: Tensor = None) -> Any:
+            return gradient(*args) if args else gradient(upstream)
+
+        return value, by_position
+
+    return run
+
+
 def no_gradient() -> contextlib.AbstractContextManager[Any]:
     """Return a context in which PyTorch computes no gradients."""
     if keras.backend.backend() == "torch":
@@ -92,10 +112,8 @@ def no_gradient() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def compiled_on_jax(
-    function: Callable[..., Any], *, settings: list[str]
-) -> Callable[..., Any]:
-    """Compile a function of tensors on JAX; `settings` are its static keywords.
+def compiled_on_jax(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function of tensors on JAX; other backends run it as it is.
 
     Outside of a compiled function, JAX would compile its loops at each call.
     """
@@ -104,12 +122,12 @@ def compiled_on_jax(
     def compiled() -> Callable[..., Any]:
         import jax
 
-        return jax.jit(function, static_argnames=settings)
+        return jax.jit(function)
 
     @functools.wraps(function)
-    def run(*tensors: Tensor, **values: Any) -> Any:
+    def run(*tensors: Tensor) -> Any:
         jax_runs = keras.backend.backend() == "jax"
-        return (compiled() if jax_runs else function)(*tensors, **values)
+        return (compiled() if jax_runs else function)(*tensors)
 
     return run
 
@@ -124,26 +142,25 @@ def on_numpy(
 
     @functools.cache
     def compiled() -> Callable[..., Any]:
-        if keras.backend.backend() == "jax":
-            import jax
-
-            return jax.jit(function)
         if keras.backend.backend() == "tensorflow":
             import tensorflow as tf
 
             return tf.function(function, jit_compile=True, autograph=False)
-        return function
+        return compiled_on_jax(function)
 
     @functools.wraps(function)
     def run(*arrays: Any) -> tuple[np.ndarray, ...]:
-        tensors = [np.asarray(array, "float64") for array in arrays]
+        wide = contextlib.nullcontext()
         if keras.backend.backend() == "jax":
             import jax
 
-            with jax.enable_x64(True):
-                return tuple(map(as_array, compiled()(*tensors)))
-        tensors = [keras.ops.convert_to_tensor(array) for array in tensors]
-        return tuple(map(as_array, compiled()(*tensors)))
+            wide = jax.enable_x64(True)
+        with wide:
+            tensors = [
+                keras.ops.convert_to_tensor(array, "float64")
+                for array in arrays
+            ]
+            return tuple(map(as_array, compiled()(*tensors)))
 
     return run
 

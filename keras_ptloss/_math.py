@@ -103,9 +103,14 @@ def two_events(outputs: Tensor, *, from_logits: bool) -> Tensor:
     A binary head gives the probability `p` of the second class, or its logit
     `z`. With two classes this is `[1 - p, p]`, or the logits `[0, z]`.
     """
-    classes = outputs.shape[-1] if len(outputs.shape) else 0
-    if classes != 1:
+    if outputs.shape[-1] != 1:
         return outputs
     xp = np if isinstance(outputs, np.ndarray) else ops
     first = xp.zeros_like(outputs) if from_logits else 1.0 - outputs
     return xp.concatenate([first, outputs], axis=-1)
+
+
+def model_probs(outputs: Tensor, *, from_logits: bool) -> Tensor:
+    """Return what a model gives as probabilities `(..., C)`, in float32."""
+    outputs = two_events(ops.cast(outputs, "float32"), from_logits=from_logits)
+    return ops.softmax(outputs, axis=-1) if from_logits else outputs

@@ -9,9 +9,11 @@ from typing import Any, NoReturn
 
 import keras
 import numpy as np
+import scipy.special
 from keras import ops
 
 from keras_ptloss._backend import as_array, visible_values
+from keras_ptloss._math import two_events
 
 Tensor = Any
 
@@ -65,11 +67,33 @@ def check_ignore_class(ignore_class: Any) -> int | None:
     return int(ignore_class)
 
 
-def check_number(argument: str, value: Any, *, at_least: float) -> float:
-    """Require a finite number of at least `at_least`, and return it."""
+def refuse_variable(argument: str, value: Any) -> None:
+    """Raise a `ValueError` for a `keras.Variable` as a setting."""
+    if isinstance(value, keras.Variable):
+        fail(
+            argument,
+            "a number or an array. It is compiled into the training step, so "
+            "a variable that changes later has no effect",
+            value,
+        )
+
+
+def check_number(
+    argument: str,
+    value: Any,
+    *,
+    at_least: float = -np.inf,
+    above: float = -np.inf,
+    at_most: float = np.inf,
+) -> float:
+    """Require a finite number within the bounds, and return it."""
+    refuse_variable(argument, value)
     array = as_floats(argument, value, "a number")
-    if array.ndim or not np.isfinite(array) or array < at_least:
-        fail(argument, f"a finite number of at least {at_least}", value)
+    inside = np.isfinite(array) & (array >= at_least) & (array <= at_most)
+    if array.ndim or not inside or array <= above:
+        bounds = {"above": above, "of at least": at_least, "at most": at_most}
+        texts = [f"{k} {v:g}" for k, v in bounds.items() if np.isfinite(v)]
+        fail(argument, f"a finite number {' and '.join(texts)}".strip(), value)
     return float(array)
 
 
@@ -128,15 +152,6 @@ def check_constant_epsilon(
 # Arrays and tensors.
 
 
-def check_class_axis(argument: str, rows: Tensor) -> None:
-    """Require a tensor with a class axis, `(..., C)`."""
-    if len(rows.shape) == 0:
-        raise ValueError(
-            f"`{argument}` must have a class axis, (..., classes). Received: "
-            f"{argument} of shape {tuple(rows.shape)}"
-        )
-
-
 def check_classes(
     first_name: str, first: Tensor, second_name: str, second: Tensor
 ) -> None:
@@ -166,20 +181,6 @@ def on_simplex(rows: np.ndarray) -> np.ndarray:
     return np.all(rows >= 0, axis=-1) & near_one
 
 
-def check_probabilities(argument: str, rows: Tensor, advice: str) -> None:
-    """Require probabilities `(..., C)`, where their values can be seen.
-
-    Args:
-        argument: name of the argument.
-        rows: `(..., C)`.
-        advice: what to do if these are logits.
-    """
-    values = visible_values(rows)
-    if values is not None:
-        values = values.astype("float64").reshape(-1, values.shape[-1])
-        _refuse_invalid(argument, values, on_simplex(values), advice)
-
-
 def valid_probs(argument: str, probs: Tensor, advice: str) -> Tensor:
     """Return probabilities `(..., C)` divided by their sums over the classes.
 
@@ -197,10 +198,8 @@ def valid_probs(argument: str, probs: Tensor, advice: str) -> Tensor:
     padding = (lowest == 0.0) & (total == 0.0)
     seen = visible_values(probs)
     if seen is not None:
-        good = ops.convert_to_numpy(valid | padding).reshape(-1)
-        _refuse_invalid(
-            argument, seen.reshape(-1, seen.shape[-1]), good, advice
-        )
+        good = ops.convert_to_numpy(valid | padding)
+        _refuse_invalid(argument, seen, good, advice)
     divisor = ops.where(valid, total, ops.where(padding, 1.0, float("nan")))
     return probs / divisor
 
@@ -211,6 +210,7 @@ def _refuse_invalid(
     """Raise a `ValueError` with the first invalid row, if there is one."""
     if valid.all():
         return
+    rows, valid = rows.reshape(-1, rows.shape[-1]), valid.reshape(-1)
     row = int(np.argmin(valid))
     shown = np.array2string(rows[row], precision=4, threshold=6)
     if on_simplex(rows / 100.0).all():
@@ -272,7 +272,67 @@ def as_floats(argument: str, value: Any, expected: str) -> np.ndarray:
     fail(argument, expected, value)
 
 
+def as_probabilities(
+    argument: str, outputs: Any, from_logits: bool, advice: str
+) -> np.ndarray:
+    """Return one teacher's outputs as probabilities `(..., C)`, float64.
+
+    Errors name the `argument`, and give `advice` on logits that were passed as
+    probabilities.
+    """
+    refuse_masked(argument, outputs)
+    expected = "numbers of shape (..., num_classes), not empty"
+    array = as_floats(argument, outputs, expected)
+    if not array.ndim or not array.size:
+        fail(argument, expected, outputs)
+    array = two_events(array, from_logits=from_logits)
+    missing = np.isnan(array).any(axis=-1)
+    if missing.any():
+        raise ValueError(
+            f"`{argument}` must not contain NaN: leave out the examples "
+            "without an answer, of all teachers and the labels. Received: NaN "
+            f"in {np.count_nonzero(missing)} of {missing.size} rows, the first "
+            f"at index {int(np.argmax(missing))}"
+        )
+    if from_logits:
+        if np.isinf(array).any():
+            fail(argument, "finite logits", array)
+        if array.size > array.shape[-1] and on_simplex(array).all():
+            raise ValueError(
+                f"`from_logits` must be False for probabilities: all rows of "
+                f"`{argument}` are non-negative and sum to 1. Received: "
+                f"from_logits=True, {argument}[0]={array[0]}"
+            )
+        return np.asarray(scipy.special.softmax(array, axis=-1))
+    _refuse_invalid(argument, array, on_simplex(array), advice)
+    return np.asarray(array / array.sum(axis=-1, keepdims=True))
+
+
+def refuse_masked(argument: str, values: Any) -> None:
+    """Raise a `ValueError` for a masked array: NumPy would drop its mask."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise ValueError(
+            f"`{argument}` must not be a masked array: leave the masked rows "
+            "out, of labels and teacher outputs alike. Received: a masked "
+            f"array of shape {values.shape}"
+        )
+
+
 # Models.
+
+
+def one_flag_each(
+    from_logits: Any, teachers: int, argument: str = "from_logits"
+) -> tuple[Any, ...]:
+    """Return for each teacher True, False or, where it may be, None."""
+    flags = from_logits
+    if not isinstance(flags, (list, tuple)):
+        flags = (flags,) * teachers
+    if len(flags) != teachers:
+        fail(argument, "one flag, or one for each teacher", from_logits)
+    return tuple(
+        flag if flag is None else check_flag(argument, flag) for flag in flags
+    )
 
 
 def one_tensor(argument: str, outputs: Any) -> Any:

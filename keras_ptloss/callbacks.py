@@ -4,10 +4,12 @@ from typing import Any
 
 import keras
 import numpy as np
-import scipy.special
 
-from keras_ptloss._math import two_events
-from keras_ptloss._validation import check_flag, check_probabilities, fail
+from keras_ptloss._validation import (
+    as_probabilities,
+    check_flag,
+    check_number,
+)
 
 __all__ = ["FilteredTeacher"]
 
@@ -63,10 +65,8 @@ class FilteredTeacher(keras.callbacks.Callback):
         batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        if not 0.0 < rate <= 1.0:
-            fail("rate", "above 0 and at most 1", rate)
         self.x = x
-        self.rate = rate
+        self.rate = check_number("rate", rate, above=0.0, at_most=1.0)
         self.from_logits = check_flag("from_logits", from_logits)
         self.batch_size = batch_size
         self.probabilities: np.ndarray | None = None
@@ -80,12 +80,9 @@ class FilteredTeacher(keras.callbacks.Callback):
         outputs = self.model.predict(
             self.x, batch_size=self.batch_size, verbose=0
         )
-        outputs = np.asarray(outputs, "float32")
-        outputs = two_events(outputs, from_logits=self.from_logits)
-        if self.from_logits:
-            outputs = scipy.special.softmax(outputs, axis=-1)
-        else:
-            check_probabilities("outputs", outputs, "set from_logits=True")
+        probs = as_probabilities(
+            "outputs", outputs, self.from_logits, "set from_logits=True"
+        ).astype("float32")
         if self.probabilities is None:
-            self.probabilities = outputs
-        self.probabilities += self.rate * (outputs - self.probabilities)
+            self.probabilities = probs
+        self.probabilities += self.rate * (probs - self.probabilities)

@@ -8,18 +8,16 @@ from typing import Any
 
 import keras
 import numpy as np
-import scipy.special
 from keras import ops
 
 from keras_ptloss._backend import as_array
-from keras_ptloss._math import log_teacher_probs, two_events
+from keras_ptloss._math import log_teacher_probs, model_probs, two_events
 from keras_ptloss._validation import (
     as_floats,
+    as_probabilities,
     check_constant_epsilon,
-    check_flag,
-    check_probabilities,
     fail,
-    on_simplex,
+    one_flag_each,
     valid_probs,
 )
 from keras_ptloss.proxy import proxy_teacher, proxy_tensor
@@ -43,10 +41,9 @@ class Correction:
                  + matrix @ [z_1, z_2, ...] + bias                  step 2
         q      = softmax(logits)
 
-    The proxy is the paper's proxy teacher (Eq. 8), so step 1 alone, of one
-    teacher, is `PTLoss(epsilon, teacher_temperature=temperature)`. Without step
-    2 and with `temperature=1` the teacher is used as it is, exact zeros
-    included.
+    The proxy is the paper's proxy teacher (Eq. 8), so step 1 of one teacher is
+    the optimum of `PTLoss(epsilon, teacher_temperature=temperature)`. Without
+    step 2 and with `temperature=1`, exact zeros stay zeros.
 
     Args:
         epsilon: coefficients of PTLoss: a number (order 1), `(M,)` shared by
@@ -66,9 +63,6 @@ class Correction:
         from_logits: whether the outputs given to `correct` are logits: one flag
             for all teachers, or one for each. Losses and layers always take
             probabilities.
-
-    Raises:
-        ValueError: if an argument has another form, or shapes disagree.
 
     Example:
         >>> import numpy as np
@@ -202,9 +196,6 @@ class Correction:
 
         Returns:
             Probabilities, `(..., C)`, float64.
-
-        Raises:
-            ValueError: if `teacher_outputs` are not of this form.
         """
         flags = _tuple(self.from_logits)
         outputs = teacher_outputs
@@ -229,13 +220,17 @@ class Correction:
 
         Args:
             teacher_probs: probabilities, `(..., C)`, float32 or better; of
-                several teachers side by side, `(..., C_1 + C_2 + ...)`.
+                several teachers side by side, `(..., C_1 + C_2 + ...)`. Rows
+                that are not probabilities are an error in an eager call, and
+                NaN in a compiled function.
 
         Returns:
             Probabilities, `(..., C)`, in the dtype of `teacher_probs`.
         """
-        teacher_probs = two_events(teacher_probs, from_logits=False)
-        return _corrected(self, self.split(teacher_probs), ops)
+        name, advice = "teacher_probs", "apply a softmax to them first"
+        parts = self.split(two_events(teacher_probs, from_logits=False))
+        valid = [valid_probs(name, part, advice) for part in parts]
+        return _corrected(self, valid, ops)
 
     def split(self, side_by_side: Tensor) -> list[Tensor]:
         """Split outputs that are side by side into one array per teacher."""
@@ -360,65 +355,6 @@ def _log_proxy(log_t: Tensor, correction: Correction, xp: Any) -> Tensor:
     return _log_softmax(log_t - xp.log(nu - epsilon * t), xp)
 
 
-def as_probabilities(
-    argument: str, outputs: Any, from_logits: bool, advice: str
-) -> np.ndarray:
-    """Return one teacher's outputs as probabilities `(..., C)`, float64.
-
-    Errors name the `argument`, and give `advice` on logits that were passed as
-    probabilities.
-    """
-    refuse_masked(argument, outputs)
-    expected = "numbers of shape (..., num_classes), not empty"
-    array = as_floats(argument, outputs, expected)
-    if not array.ndim or not array.size:
-        fail(argument, expected, outputs)
-    array = two_events(array, from_logits=from_logits)
-    missing = np.isnan(array).any(axis=-1)
-    if missing.any():
-        raise ValueError(
-            f"`{argument}` must not contain NaN: leave out the examples "
-            "without an answer, of all teachers and the labels. Received: NaN "
-            f"in {np.count_nonzero(missing)} of {missing.size} rows, the first "
-            f"at index {int(np.argmax(missing))}"
-        )
-    if from_logits:
-        if np.isinf(array).any():
-            fail(argument, "finite logits", array)
-        if array.size > array.shape[-1] and on_simplex(array).all():
-            raise ValueError(
-                f"`from_logits` must be False for probabilities: all rows of "
-                f"`{argument}` are non-negative and sum to 1. Received: "
-                f"from_logits=True, {argument}[0]={array[0]}"
-            )
-        return np.asarray(scipy.special.softmax(array, axis=-1))
-    check_probabilities(argument, array, advice)
-    return np.asarray(array / array.sum(axis=-1, keepdims=True))
-
-
-def refuse_masked(argument: str, values: Any) -> None:
-    """Raise a `ValueError` for a masked array: NumPy would drop its mask."""
-    if isinstance(values, np.ma.MaskedArray):
-        raise ValueError(
-            f"`{argument}` must not be a masked array: leave the masked rows "
-            "out, of labels and teacher outputs alike. Received: a masked "
-            f"array of shape {values.shape}"
-        )
-
-
-def one_flag_each(from_logits: Any, teachers: int) -> tuple[Any, ...]:
-    """Return for each teacher True, False or, where it may be, None."""
-    flags = from_logits
-    if not isinstance(flags, (list, tuple)):
-        flags = (flags,) * teachers
-    if len(flags) != teachers:
-        fail("from_logits", "one flag, or one for each teacher", from_logits)
-    return tuple(
-        flag if flag is None else check_flag("from_logits", flag)
-        for flag in flags
-    )
-
-
 def _finite(argument: str, values: Any, *, ndim: int) -> np.ndarray | None:
     """Return a float64 copy of finite numbers, or None."""
     if values is None:
@@ -469,21 +405,18 @@ class CorrectedTeacher(keras.layers.Layer):
         """Return the corrected probabilities."""
         parts = inputs if isinstance(inputs, (list, tuple)) else [inputs]
         parts = [two_events(part, from_logits=False) for part in parts]
-        advice = "add a keras.layers.Softmax()"
-        parts = self.correction.split(ops.concatenate(parts, axis=-1))
-        valid = [valid_probs("inputs", part, advice) for part in parts]
-        return self.correction.apply(ops.concatenate(valid, axis=-1))
+        return self.correction.apply(ops.concatenate(parts, axis=-1))
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that build the same layer again."""
-        correction = keras.saving.serialize_keras_object(self.correction)
-        return {**super().get_config(), "correction": correction}
+        return keras.saving.serialize_keras_object(
+            {**super().get_config(), "correction": self.correction}
+        )
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "CorrectedTeacher":
         """Build the layer from what `get_config` returned."""
-        correction = keras.saving.deserialize_keras_object(config["correction"])
-        return cls(**{**config, "correction": correction})
+        return cls(**keras.saving.deserialize_keras_object(config))
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
@@ -527,25 +460,20 @@ class TeachersSideBySide(keras.layers.Layer):
 
     def call(self, inputs: Any) -> Tensor:
         """Return the teachers' probabilities side by side."""
-        parts = []
-        for model, flag in zip(self.teachers, self.from_logits, strict=True):
-            outputs = ops.cast(model(inputs, training=False), "float32")
-            outputs = two_events(outputs, from_logits=flag)
-            parts.append(ops.softmax(outputs, axis=-1) if flag else outputs)
+        parts = [
+            model_probs(model(inputs, training=False), from_logits=flag)
+            for model, flag in zip(self.teachers, self.from_logits, strict=True)
+        ]
         return ops.concatenate(parts, axis=-1)
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that build the same layer again."""
-        serialize = keras.saving.serialize_keras_object
-        return {
-            **super().get_config(),
-            "teachers": [serialize(model) for model in self.teachers],
-            "from_logits": self.from_logits,
-        }
+        settings = {"teachers": self.teachers, "from_logits": self.from_logits}
+        return keras.saving.serialize_keras_object(
+            {**super().get_config(), **settings}
+        )
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "TeachersSideBySide":
         """Build the layer from what `get_config` returned."""
-        load = keras.saving.deserialize_keras_object
-        teachers = [load(model) for model in config["teachers"]]
-        return cls(**{**config, "teachers": teachers})
+        return cls(**keras.saving.deserialize_keras_object(config))

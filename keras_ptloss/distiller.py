@@ -17,27 +17,34 @@ from keras_ptloss._backend import (
     supports_jit,
     weights_given_back,
 )
-from keras_ptloss._math import two_events
+from keras_ptloss._math import model_probs
 from keras_ptloss._validation import (
     check_classes,
     check_head,
     check_number,
     fail,
     last_layer,
+    one_flag_each,
     one_tensor,
+    refuse_variable,
 )
-from keras_ptloss.losses.base import expand_weights
-from keras_ptloss.metrics import (
-    TeacherAgreement,
-    TeacherMetric,
-)
+from keras_ptloss.losses.base import position_weights
+from keras_ptloss.metrics import TeacherAgreement, TeacherMetric
 
 Tensor = Any
 
 __all__ = ["Distiller"]
 
-FIXED = {"student", "student_inputs", "teacher_inputs", "teacher_from_logits"}
-FIXED |= {"teacher_metrics", "hard_label_loss"}
+# The arguments that are saved. Only the last two can be set again.
+FIXED = (
+    "student",
+    "teacher_from_logits",
+    "student_inputs",
+    "teacher_inputs",
+    "hard_label_loss",
+    "teacher_metrics",
+)
+SETTINGS = (*FIXED, "teacher_weights", "hard_label_weight")
 
 
 class Targets(NamedTuple):
@@ -78,21 +85,13 @@ class Distiller(keras.Model):
     masks, regularisers, callbacks, `tf.data` and distribution over devices.
 
     `fit` takes `x`, or `(x, y)` with true labels `y` for the compiled metrics
-    and for `hard_label_loss`. `teacher_metrics` compare the student with the
-    teacher and need no labels. A metric of labels is not reported for data
+    and for `hard_label_loss`. A metric of labels is not reported for data
     without labels.
 
-    The teacher never changes, and it is not saved. Set it again after loading:
-
-        distiller = keras.saving.load_model("distiller.keras")
-        distiller.teacher = teacher
-
-    `teacher`, `teacher_weights` and `hard_label_weight` can be set at any time,
-    also in a callback, and hold from the next step on. The other arguments are
-    fixed.
-
-    If the teacher is slow or behind an API, store its outputs and fit the
-    student on them. That needs no distiller.
+    The teacher never changes, and it is not saved: set `distiller.teacher`
+    again after loading. `teacher`, `teacher_weights` and `hard_label_weight`
+    can be set at any time, also in a callback, and hold from the next step on.
+    The other arguments are fixed.
 
     Args:
         student: the model to train. It must not have a `train_step` of its own.
@@ -112,14 +111,13 @@ class Distiller(keras.Model):
         hard_label_weight: its weight w, from 0 to 1. The total loss is
             `w * hard_label_loss + (1 - w) * loss`.
         teacher_metrics: Keras metrics whose `y_true` is the teacher's
-            probabilities; None means `[TeacherAgreement()]`. If the loss
-            corrects the teacher, they get the corrected probabilities.
+            probabilities, as the loss corrects them. They need no labels. None
+            means `[TeacherAgreement()]`.
         **kwargs: arguments of `keras.Model`.
 
     Raises:
-        ValueError: if an argument has another form; in the first step, if the
-            last layer of a model contradicts the arguments, or if the models do
-            not fit the loss.
+        ValueError: in the first step, if the last layer of a model contradicts
+            the arguments, or if the models do not fit the loss.
 
     Example:
         >>> import keras, numpy as np
@@ -188,12 +186,9 @@ class Distiller(keras.Model):
         self.student_inputs = student_inputs
         self.teacher_inputs = teacher_inputs
         self.hard_label_loss = hard_label_loss
-        if (hard_label_loss is None) != (hard_label_weight is None):
-            fail(
-                "hard_label_weight",
-                "given together with `hard_label_loss`, a keras.losses.Loss",
-                hard_label_weight,
-            )
+        if hard_label_loss is not None and hard_label_weight is None:
+            expected = "given together with `hard_label_loss`"
+            fail("hard_label_weight", expected, hard_label_weight)
         if hard_label_weight is not None:
             self.hard_label_weight = hard_label_weight
         self.teacher_weights = teacher_weights
@@ -246,7 +241,7 @@ class Distiller(keras.Model):
                     "then load its weights. Received: teacher="
                     f"{model.name!r}, which has no weights yet"
                 )
-        self._change(teachers=tuple(models))
+        self._change("teachers", tuple(models))
         # Keras asks it for jit_compile="auto", and does not see the teacher.
         self.supports_jit = all(map(supports_jit, models))
 
@@ -261,7 +256,7 @@ class Distiller(keras.Model):
             weights = tuple(float(weight) for weight in weights)
             if not 0.0 < sum(weights) < np.inf or min(weights) < 0.0:
                 fail("teacher_weights", "numbers >= 0, not all 0", weights)
-        self._change(teacher_weights=weights)
+        self._change("teacher_weights", weights)
 
     @property
     def hard_label_weight(self) -> float:
@@ -270,29 +265,23 @@ class Distiller(keras.Model):
 
     @hard_label_weight.setter
     def hard_label_weight(self, weight: float) -> None:
-        if isinstance(weight, keras.Variable):
-            advice = "a number. Set distiller.hard_label_weight to change it"
-            fail("hard_label_weight", advice, weight)
-        weight = check_number("hard_label_weight", weight, at_least=0.0)
-        if weight > 1.0 or (weight and self.hard_label_loss is None):
-            expected = "from 0 to 1, and 0 without a `hard_label_loss`"
-            fail("hard_label_weight", expected, weight)
-        self._change(hard_label_weight=weight)
+        name = "hard_label_weight"
+        weight = check_number(name, weight, at_least=0.0, at_most=1.0)
+        if weight and self.hard_label_loss is None:
+            fail(name, "0 without a `hard_label_loss`", weight)
+        # At 0 and 1 the step is another one. Between, the weight is a variable.
+        low, high = sorted((weight, self.hard_label_weight))
+        self._change(name, weight, new_step=low == 0.0 or high == 1.0)
         self._hidden.weight_variable.assign(weight)
 
-    def _change(self, **setting: Any) -> None:
+    def _change(self, name: str, value: Any, *, new_step: bool = True) -> None:
         """Change a setting, also between two steps of a running `fit`."""
         if keras.config.backend() == "jax":
             self.jax_state_sync()
-        (old,) = (getattr(self._hidden, name) for name in setting)
-        (new,) = setting.values()
-        vars(self._hidden).update(setting)
-        # A weight between 0 and 1 is a variable of the compiled step.
-        if isinstance(new, float) and 0.0 < old < 1.0 and 0.0 < new < 1.0:
-            return
-        if self.train_function is not None:
+        setattr(self._hidden, name, value)
+        if new_step and self.train_function is not None:
             self.make_train_function(force=True)
-        if self.test_function is not None:
+        if new_step and self.test_function is not None:
             self.make_test_function(force=True)
 
     @property
@@ -326,8 +315,7 @@ class Distiller(keras.Model):
         if others:
             fail("loss", "one, because the student has one output", others)
         (loss_weights,) = keras.tree.flatten(loss_weights)
-        if isinstance(loss_weights, keras.Variable):
-            fail("loss_weights", "a number, which cannot change", loss_weights)
+        refuse_variable("loss_weights", loss_weights)
         of_labels = keras.tree.flatten([metrics, weighted_metrics])
         if any(isinstance(metric, TeacherMetric) for metric in of_labels):
             fail(
@@ -393,26 +381,23 @@ class Distiller(keras.Model):
         if self.hard_label_weight and labels is None:
             fail("y", "labels, because `hard_label_weight` is above 0", None)
         models = self._hidden.teachers
-        if not models and self.hard_label_weight == 1.0:
-            return Targets(labels, None)
         if not models:
+            if self.hard_label_weight == 1.0:
+                return Targets(labels, None)
             expected = "a model. A loaded distiller has none: set "
             fail("teacher", expected + "distiller.teacher = model", None)
         counts = getattr(self.loss, "teacher_classes", None) or ()
-        several = len(counts) > 1  # side by side
-        weights = list(self.teacher_weights or [1.0] * len(models))
-        if several and self.teacher_weights:
+        side_by_side = len(counts) > 1
+        weights = self.teacher_weights or (1.0,) * len(models)
+        if side_by_side and self.teacher_weights:
             expected = "None with a loss that weights the teachers itself"
             fail("teacher_weights", expected, weights)
-        flags: Any = self.teacher_from_logits
-        if not isinstance(flags, (list, tuple)):
-            flags = [flags] * len(models)
-        for name, values in {
-            "teacher_weights": weights,
-            "teacher_from_logits": flags,
-        }.items():
-            if len(values) != len(models):
-                fail(name, f"one for each of {len(models)} teachers", values)
+        if len(weights) != len(models):
+            expected = f"one for each of {len(models)} teachers"
+            fail("teacher_weights", expected, weights)
+        flags = one_flag_each(
+            self.teacher_from_logits, len(models), "teacher_from_logits"
+        )
         if self.teacher_inputs is not None:
             x = x[self.teacher_inputs]
         probs = [
@@ -420,7 +405,7 @@ class Distiller(keras.Model):
             for model, flag, weight in zip(models, flags, weights, strict=True)
             if weight
         ]
-        if not several:
+        if not side_by_side:
             return Targets(labels, sum(weight * p for weight, p in probs))
         received = tuple(p.shape[-1] for _, p in probs)
         if received != tuple(counts):
@@ -449,10 +434,7 @@ class Distiller(keras.Model):
             fail(flag, expected, None)
         with no_gradient():
             outputs = one_tensor("teacher", teacher(x, training=False))
-            outputs = ops.cast(outputs, "float32")
-            probs = two_events(outputs, from_logits=from_logits)
-            if from_logits:
-                probs = ops.softmax(probs, axis=-1)
+            probs = model_probs(outputs, from_logits=from_logits)
         return ops.stop_gradient(probs)
 
     def compute_loss(
@@ -472,7 +454,7 @@ class Distiller(keras.Model):
         flags = {getattr(part, "from_logits", None) for part in parts}
         for flag in flags - {None} or flags:
             check_head("student", self.student, flag, "from_logits")
-        sample_weight = _per_position(sample_weight, y_pred)
+        sample_weight = position_weights(y_pred, sample_weight)
         weight: Any = self.hard_label_weight
         hard = own = 0.0
         if weight:
@@ -504,13 +486,16 @@ class Distiller(keras.Model):
     ) -> dict[str, Any]:
         """Update and return the metrics that the batch has data for."""
         y = y if isinstance(y, Targets) else Targets(y, None)
-        sample_weight = _per_position(sample_weight, y_pred)
+        sample_weight = position_weights(y_pred, sample_weight)
         of_teacher, seen = self._hidden.compiled_metrics, []
         for metric in self.metrics:
             if metric is of_teacher:
                 if y.teacher_probs is None:
                     continue
-                probs = _corrected(self.loss, y.teacher_probs)
+                probs = y.teacher_probs
+                correction = getattr(self.loss, "correction", None)
+                if correction is not None:
+                    probs = correction.apply(probs)
                 metric.update_state(probs, y_pred, sample_weight)
             elif metric.name == "compile_metrics":
                 if y.labels is None:
@@ -530,52 +515,21 @@ class Distiller(keras.Model):
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that build the distiller without a teacher."""
-        serialize = keras.saving.serialize_keras_object
-        metrics, weights = self.teacher_metrics, self.teacher_weights
-        weight = self.hard_label_weight
-        return {
-            **super().get_config(),
-            "student": serialize(self.student),
-            "teacher_from_logits": self.teacher_from_logits,
-            "teacher_weights": weights and list(weights),
-            "student_inputs": self.student_inputs,
-            "teacher_inputs": self.teacher_inputs,
-            "hard_label_loss": serialize(self.hard_label_loss),
-            "hard_label_weight": weight if self.hard_label_loss else None,
-            "teacher_metrics": metrics and [serialize(m) for m in metrics],
-        }
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        return keras.saving.serialize_keras_object(
+            {**super().get_config(), **settings}
+        )
 
     @classmethod
     def from_config(
         cls, config: dict[str, Any], custom_objects: Any = None
     ) -> "Distiller":
         """Build a distiller without a teacher: set `distiller.teacher`."""
-        config = dict(config)
-        for key in ("student", "hard_label_loss", "teacher_metrics"):
-            config[key] = keras.saving.deserialize_keras_object(
-                config[key], custom_objects=custom_objects
+        return cls(
+            **keras.saving.deserialize_keras_object(
+                config, custom_objects=custom_objects
             )
-        return cls(**config)
-
-
-def _corrected(loss: Any, teacher_probs: Tensor) -> Tensor:
-    """Return the teacher as the loss corrects it, if it does."""
-    inner = getattr(loss, "loss", loss)  # of Flooding
-    correction = getattr(inner, "correction", None)
-    if correction is None:
-        return teacher_probs
-    return correction.apply(teacher_probs)
-
-
-def _per_position(sample_weight: Tensor, y_pred: Tensor) -> Tensor:
-    """Return one weight per position of `y_pred`, `(...)`, or None.
-
-    Keras would take weights of examples `(N,)` for weights of tokens.
-    """
-    if sample_weight is None or len(y_pred.shape) < 3:
-        return sample_weight
-    weight = expand_weights(sample_weight, len(y_pred.shape) - 1)
-    return weight * ops.ones_like(y_pred[..., 0], dtype=weight.dtype)
+        )
 
 
 def _compiled(metrics: Sequence[keras.metrics.Metric]) -> Any:

@@ -24,17 +24,15 @@ from keras_ptloss._validation import (
     check_classes,
     check_count,
     check_flag,
-    check_ignore_class,
     fail,
     valid_probs,
 )
 from keras_ptloss.losses.base import (
     TINY,
-    expand_weights,
     log_student,
+    position_weights,
     read_student,
     read_teacher,
-    unmasked,
 )
 
 Tensor = Any
@@ -48,14 +46,20 @@ __all__ = [
 ]
 
 
-class TeacherMetric(keras.metrics.Mean):
-    """Base class of the metrics that compare the student with the teacher.
+class StudentMetric(keras.metrics.Metric):
+    """Base class of all metrics: a mean over the positions of the student.
 
-    A subclass implements `values`.
+    A subclass implements `read_truth` and `values`. With weights w, the metric
+    is
+
+        sum_b |sum_n w_n value_{n,b}| / sum_n w_n
+
+    where only the calibration error has more than one bin b.
     """
 
     default_name: str
     better = "down"
+    num_bins = 1
 
     def __init__(
         self,
@@ -67,12 +71,24 @@ class TeacherMetric(keras.metrics.Mean):
         super().__init__(name=name or self.default_name, dtype=dtype)
         set_direction(self, self.better)
         self.from_logits = check_flag("from_logits", from_logits)
+        self.sums = self.add_weight(
+            shape=(self.num_bins,), initializer="zeros", name="sums"
+        )
+        self.count = self.add_weight(
+            shape=(), initializer="zeros", name="count"
+        )
 
-    def values(self, teacher: Tensor, student: Tensor) -> Tensor:
-        """Return one value per position, `(...)`.
+    def read_truth(
+        self, y_true: Tensor, student: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the student is compared with, `(..., C)`, and weights."""
+        raise NotImplementedError
+
+    def values(self, truth: Tensor, student: Tensor) -> Tensor:
+        """Return the values of each position, `(...)` or `(..., num_bins)`.
 
         Args:
-            teacher: probabilities, `(..., C)`.
+            truth: probabilities, `(..., C)`.
             student: logits with `from_logits`, else probabilities, `(..., C)`.
         """
         raise NotImplementedError
@@ -80,21 +96,76 @@ class TeacherMetric(keras.metrics.Mean):
     def update_state(
         self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
     ) -> None:
-        """Add a batch of teacher probabilities and student outputs."""
+        """Add a batch: the truth and the student's outputs."""
+        y_pred = ops.convert_to_tensor(y_pred)
         weight = position_weights(y_pred, sample_weight)
-        student = read_student(
-            where_weighted(y_pred, weight), from_logits=self.from_logits
-        )
-        teacher = read_teacher(where_weighted(y_true, weight), student)
-        padding = ops.all(ops.equal(teacher, 0.0), axis=-1)
-        weight = ops.where(padding, 0.0, weight)
-        super().update_state(
-            self.values(teacher, student), sample_weight=weight
-        )
+        if weight is None:
+            weight = ops.ones_like(y_pred[..., 0], dtype="float32")
+        student = ops.cast(_where_weighted(y_pred, weight), "float32")
+        student = read_student(student, from_logits=self.from_logits)
+        truth, weight = self.read_truth(y_true, student, weight)
+        values = ops.reshape(self.values(truth, student), (-1, self.num_bins))
+        sums = ops.sum(ops.reshape(weight, (-1, 1)) * values, axis=0)
+        self.sums.assign_add(ops.cast(sums, self.dtype))
+        self.count.assign_add(ops.cast(ops.sum(weight), self.dtype))
+
+    def result(self) -> Tensor:
+        """Return the metric, a scalar; 0 before the first example."""
+        return ops.divide_no_nan(ops.sum(ops.abs(self.sums)), self.count)
+
+    def probs(self, student: Tensor) -> Tensor:
+        """Return the student's probabilities."""
+        return ops.softmax(student, axis=-1) if self.from_logits else student
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that build the same metric again."""
         return {**super().get_config(), "from_logits": self.from_logits}
+
+
+class TeacherMetric(StudentMetric):
+    """Base class of the metrics that compare the student with the teacher."""
+
+    def read_truth(
+        self, y_true: Tensor, student: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the teacher's probabilities, and 0 as weights of padding."""
+        teacher = read_teacher(_where_weighted(y_true, weight), student)
+        padding = ops.all(ops.equal(teacher, 0.0), axis=-1)
+        return teacher, ops.where(padding, 0.0, weight)
+
+
+class LabelMetric(StudentMetric):
+    """Base class of the metrics that compare the student with true labels."""
+
+    def read_truth(
+        self, y_true: Tensor, student: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return one-hot labels, and NaN as weights of labels of no class."""
+        num_classes = student.shape[-1]
+        labels = ops.convert_to_tensor(y_true)
+        if labels.shape[-1] == 1 and len(labels.shape) == len(student.shape):
+            labels = ops.squeeze(labels, axis=-1)
+        if len(labels.shape) == len(weight.shape):
+            indices = ops.cast(labels, "int32")
+            valid = (indices >= 0) & (indices < num_classes)
+            indices = ops.where(valid, indices, -1)  # PyTorch refuses others.
+            labels = ops.one_hot(indices, num_classes, dtype="float32")
+        check_classes("y_true", labels, "y_pred", student)
+        labels = ops.cast(_where_weighted(labels, weight), "float32")
+        labels = valid_probs("y_true", labels, "give class indices instead")
+        # An index outside of [0, C) is a row of zeros.
+        wrong = ops.all(ops.equal(labels, 0.0), axis=-1) & ops.not_equal(
+            weight, 0
+        )
+        values = visible_values(wrong)
+        if values is not None and values.any():
+            fail(
+                "y_true",
+                f"class indices in [0, {num_classes}), or one-hot rows, except "
+                "where the weight is 0",
+                ops.convert_to_numpy(y_true)[values][0].tolist(),
+            )
+        return labels, ops.where(wrong, float("nan"), weight)
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
@@ -108,8 +179,7 @@ class TeacherAgreement(TeacherMetric):
 
     Args:
         from_logits: whether the student's outputs are logits.
-        name: name of the metric.
-        dtype: dtype of the result.
+        name, dtype: as in `keras.metrics.Metric`.
 
     Example:
         >>> import numpy as np
@@ -129,12 +199,12 @@ class TeacherAgreement(TeacherMetric):
     default_name = "teacher_agreement"
     better = "up"
 
-    def values(self, teacher: Tensor, student: Tensor) -> Tensor:
+    def values(self, truth: Tensor, student: Tensor) -> Tensor:
         """Return 1 where both name the same class, else 0."""
         # NaN where a row is invalid, else 0.
-        valid = 0.0 * (ops.max(teacher, -1) + ops.max(student, -1))
-        same = ops.equal(ops.argmax(teacher, -1), ops.argmax(student, -1))
-        return ops.cast(same, teacher.dtype) + valid
+        valid = 0.0 * (ops.max(truth, -1) + ops.max(student, -1))
+        same = ops.equal(ops.argmax(truth, -1), ops.argmax(student, -1))
+        return ops.cast(same, "float32") + valid
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
@@ -149,8 +219,7 @@ class TotalVariationDistance(TeacherMetric):
 
     Args:
         from_logits: whether the student's outputs are logits.
-        name: name of the metric.
-        dtype: dtype of the result.
+        name, dtype: as in `keras.metrics.Metric`.
 
     Example:
         >>> import numpy as np
@@ -168,11 +237,9 @@ class TotalVariationDistance(TeacherMetric):
 
     default_name = "total_variation_distance"
 
-    def values(self, teacher: Tensor, student: Tensor) -> Tensor:
+    def values(self, truth: Tensor, student: Tensor) -> Tensor:
         """Return half the L1 distance."""
-        if self.from_logits:
-            student = ops.softmax(student, axis=-1)
-        return 0.5 * ops.sum(ops.abs(teacher - student), axis=-1)
+        return 0.5 * ops.sum(ops.abs(truth - self.probs(student)), axis=-1)
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
@@ -187,8 +254,7 @@ class KLToTeacher(TeacherMetric):
 
     Args:
         from_logits: whether the student's outputs are logits.
-        name: name of the metric.
-        dtype: dtype of the result.
+        name, dtype: as in `keras.metrics.Metric`.
 
     Example:
         >>> import numpy as np
@@ -206,15 +272,15 @@ class KLToTeacher(TeacherMetric):
 
     default_name = "kl_to_teacher"
 
-    def values(self, teacher: Tensor, student: Tensor) -> Tensor:
+    def values(self, truth: Tensor, student: Tensor) -> Tensor:
         """Return the divergence."""
-        log_t = ops.log(ops.maximum(teacher, TINY))
+        log_t = ops.log(ops.maximum(truth, TINY))
         log_p = log_student(student, from_logits=self.from_logits)
-        return ops.sum(teacher * (log_t - log_p), axis=-1)
+        return ops.sum(truth * (log_t - log_p), axis=-1)
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
-class BrierScore(keras.metrics.Mean):
+class BrierScore(LabelMetric):
     """Squared distance between the student and the true labels, from 0 to 2.
 
         Brier = mean_n sum_c (p_{n,c} - y_{n,c})^2
@@ -225,10 +291,7 @@ class BrierScore(keras.metrics.Mean):
 
     Args:
         from_logits: whether the student's outputs are logits.
-        ignore_class: a class index whose positions do not count, such as -100
-            or 255, as in `keras.losses.SparseCategoricalCrossentropy`.
-        name: name of the metric.
-        dtype: dtype of the result.
+        name, dtype: as in `keras.metrics.Metric`.
 
     Example:
         >>> import numpy as np
@@ -244,40 +307,15 @@ class BrierScore(keras.metrics.Mean):
         Probability, Monthly Weather Review 78(1).
     """
 
-    def __init__(
-        self,
-        *,
-        from_logits: bool = False,
-        ignore_class: int | None = None,
-        name: str = "brier_score",
-        dtype: Any = "float32",
-    ) -> None:
-        super().__init__(name=name, dtype=dtype)
-        set_direction(self, "down")
-        self.from_logits = check_flag("from_logits", from_logits)
-        self.ignore_class = check_ignore_class(ignore_class)
+    default_name = "brier_score"
 
-    def update_state(
-        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
-    ) -> None:
-        """Add a batch: true labels and the student's outputs."""
-        labels, student, weight = read_labelled(
-            y_true, y_pred, sample_weight, self.from_logits, self.ignore_class
-        )
-        values = ops.sum(ops.square(student - labels), axis=-1)
-        super().update_state(values, sample_weight=weight)
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the arguments that build the same metric again."""
-        return {
-            **super().get_config(),
-            "from_logits": self.from_logits,
-            "ignore_class": self.ignore_class,
-        }
+    def values(self, truth: Tensor, student: Tensor) -> Tensor:
+        """Return the squared distance."""
+        return ops.sum(ops.square(self.probs(student) - truth), axis=-1)
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
-class ExpectedCalibrationError(keras.metrics.Metric):
+class ExpectedCalibrationError(LabelMetric):
     """Distance of the student's confidence from its accuracy on true labels.
 
     A student that says 0.9 should be right 9 times in 10. Examples are sorted
@@ -291,11 +329,8 @@ class ExpectedCalibrationError(keras.metrics.Metric):
 
     Args:
         num_bins: number of bins.
-        from_logits: whether the student's outputs are logits.
-        ignore_class: a class index whose positions do not count, such as -100
-            or 255, as in `keras.losses.SparseCategoricalCrossentropy`.
-        name: name of the metric.
-        dtype: dtype of the result.
+        **kwargs: `from_logits`, `name` and `dtype`, as in
+            `BrierScore`.
 
     Example:
         >>> import numpy as np
@@ -311,119 +346,28 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         (https://arxiv.org/abs/1706.04599).
     """
 
-    def __init__(
-        self,
-        *,
-        num_bins: int = 15,
-        from_logits: bool = False,
-        ignore_class: int | None = None,
-        name: str = "expected_calibration_error",
-        dtype: Any = "float32",
-    ) -> None:
-        super().__init__(name=name, dtype=dtype)
-        set_direction(self, "down")
-        self.num_bins = check_count("num_bins", num_bins)
-        self.from_logits = check_flag("from_logits", from_logits)
-        self.ignore_class = check_ignore_class(ignore_class)
-        # |B| (accuracy - confidence) is all that the formula needs of a bin.
-        self.gaps = self.add_weight(
-            shape=(self.num_bins,), initializer="zeros", name="gaps"
-        )
-        self.count = self.add_weight(
-            shape=(), initializer="zeros", name="count"
-        )
+    default_name = "expected_calibration_error"
 
-    def update_state(
-        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
-    ) -> None:
-        """Add a batch: true labels and the student's outputs."""
-        labels, student, weight = read_labelled(
-            y_true, y_pred, sample_weight, self.from_logits, self.ignore_class
-        )
-        confidence = ops.max(student, axis=-1)
-        right = ops.equal(ops.argmax(student, -1), ops.argmax(labels, -1))
-        gaps = weight * (ops.cast(right, confidence.dtype) - confidence)
+    def __init__(self, *, num_bins: int = 15, **kwargs: Any) -> None:
+        self.num_bins = check_count("num_bins", num_bins)
+        super().__init__(**kwargs)
+
+    def values(self, truth: Tensor, student: Tensor) -> Tensor:
+        """Return accuracy minus confidence, in the bin of the confidence."""
+        confidence = ops.max(self.probs(student), axis=-1)
+        right = ops.equal(ops.argmax(student, -1), ops.argmax(truth, -1))
+        gap = ops.cast(right, confidence.dtype) - confidence
         bins = ops.ceil(confidence * self.num_bins) - 1
         bins = ops.cast(ops.clip(bins, 0, self.num_bins - 1), "int32")
-        gaps = gaps[..., None] * ops.one_hot(
-            bins, self.num_bins, dtype=gaps.dtype
-        )
-        gaps = ops.sum(ops.reshape(gaps, (-1, self.num_bins)), axis=0)
-        self.gaps.assign_add(ops.cast(gaps, self.dtype))
-        self.count.assign_add(ops.cast(ops.sum(weight), self.dtype))
-
-    def result(self) -> Tensor:
-        """Return the error, a scalar; 0 before the first example."""
-        return ops.divide_no_nan(ops.sum(ops.abs(self.gaps)), self.count)
+        return gap[..., None] * ops.one_hot(bins, self.num_bins)
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that build the same metric again."""
-        return {
-            **super().get_config(),
-            "num_bins": self.num_bins,
-            "from_logits": self.from_logits,
-            "ignore_class": self.ignore_class,
-        }
+        return {**super().get_config(), "num_bins": self.num_bins}
 
 
-def position_weights(y_pred: Tensor, sample_weight: Tensor) -> Tensor:
-    """Return the weight of each position, `(...)`: 0 where a mask hides it."""
-    y_pred = ops.convert_to_tensor(y_pred)
-    weight = unmasked(y_pred)
-    weight = ops.ones_like(y_pred[..., 0]) if weight is None else weight
-    weight = ops.cast(weight, "float32")
-    if sample_weight is None:
-        return weight
-    sample_weight = ops.cast(ops.convert_to_tensor(sample_weight), "float32")
-    return weight * expand_weights(sample_weight, len(weight.shape))
-
-
-def where_weighted(rows: Tensor, weight: Tensor) -> Tensor:
+def _where_weighted(rows: Tensor, weight: Tensor) -> Tensor:
     """Return rows `(..., C)`, with zeros in those of weight 0."""
     rows = ops.convert_to_tensor(rows)
     seen = ops.not_equal(ops.expand_dims(weight, -1), 0.0)
     return ops.where(seen, rows, ops.zeros_like(rows))
-
-
-def read_labelled(
-    y_true: Tensor,
-    y_pred: Tensor,
-    sample_weight: Tensor,
-    from_logits: bool,
-    ignore_class: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return one-hot labels, the student's probabilities, and weights.
-
-    The labels and probabilities are `(..., C)`, the weights `(...)`, all in
-    float32. The weight of a label that is no class is NaN.
-    """
-    weight = position_weights(y_pred, sample_weight)
-    student = ops.cast(where_weighted(y_pred, weight), "float32")
-    student = read_student(student, from_logits=from_logits)
-    if from_logits:
-        student = ops.softmax(student, axis=-1)
-    num_classes = student.shape[-1]
-    labels = ops.convert_to_tensor(y_true)
-    if labels.shape[-1] == 1 and len(labels.shape) == len(student.shape):
-        labels = ops.squeeze(labels, axis=-1)
-    if len(labels.shape) == len(weight.shape):
-        indices = ops.cast(labels, "int32")
-        if ignore_class is not None:
-            weight = ops.where(ops.equal(indices, ignore_class), 0.0, weight)
-        valid = (indices >= 0) & (indices < num_classes)
-        indices = ops.where(valid, indices, -1)  # PyTorch refuses others.
-        labels = ops.one_hot(indices, num_classes, dtype="float32")
-    check_classes("y_true", labels, "y_pred", student)
-    labels = ops.cast(where_weighted(labels, weight), "float32")
-    labels = valid_probs("y_true", labels, "give class indices instead")
-    # An index outside of [0, C) is a row of zeros.
-    wrong = ops.all(ops.equal(labels, 0.0), axis=-1) & ops.not_equal(weight, 0)
-    values = visible_values(wrong)
-    if values is not None and values.any():
-        fail(
-            "y_true",
-            f"class indices in [0, {num_classes}), or one-hot rows, except "
-            "where the weight is 0 or `ignore_class` says so",
-            ops.convert_to_numpy(y_true)[values][0].tolist(),
-        )
-    return labels, student, ops.where(wrong, float("nan"), weight)

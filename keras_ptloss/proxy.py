@@ -19,7 +19,6 @@ import scipy.special
 from keras import ops
 
 from keras_ptloss._backend import (
-    as_array,
     compiled_on_jax,
     has_no_values,
     maximum,
@@ -34,9 +33,9 @@ from keras_ptloss._math import (
     two_events,
 )
 from keras_ptloss._validation import (
+    as_probabilities,
     check_choice,
     check_constant_epsilon,
-    check_probabilities,
     fail,
     valid_probs,
 )
@@ -70,19 +69,15 @@ class ProxyTeacherResult:
 
     def __str__(self) -> str:
         """Return one line: did it converge, and what to do if it did not."""
-        missed = int(np.count_nonzero(~self.converged))
-        rows = self.converged.size
-        if not missed:
-            return f"{rows} proxy teachers by {self.solver}, all converged"
-        advice = (
-            'use solver="newton"'
-            if self.solver == "fsolve"
-            else "keep epsilon_m >= -1/m, where the loss is convex"
-        )
-        return (
-            f"{rows} proxy teachers by {self.solver}, {missed} did not "
-            f"converge: {advice}"
-        )
+        text = f"{self.converged.size} proxy teachers by {self.solver}"
+        if self.converged.all():
+            return f"{text}, all converged"
+        advice = {
+            "fsolve": 'use solver="newton"',
+            "newton": "keep epsilon_m >= -1/m, where the loss is convex",
+        }
+        missed = np.count_nonzero(~self.converged)
+        return f"{text}, {missed} did not converge: {advice[self.solver]}"
 
 
 def proxy_teacher(
@@ -112,9 +107,6 @@ def proxy_teacher(
     Returns:
         A `ProxyTeacherResult`.
 
-    Raises:
-        ValueError: if an argument has another form.
-
     Example:
         >>> result = proxy_teacher([[0.7, 0.2, 0.1]], [2.0, 0.5])
         >>> result.probabilities.round(3)
@@ -126,13 +118,10 @@ def proxy_teacher(
         Zhang et al. 2023 (https://arxiv.org/abs/2305.05010), §4.2.
     """
     check_choice("solver", solver, ("newton", "fsolve"))
-    t = as_array(teacher_probs)
-    if t.ndim < 2 or 0 in t.shape:
-        expected = "of shape (examples, ..., classes), without an empty axis"
-        fail("teacher_probs", expected, teacher_probs)
-    t = two_events(t.astype("float64"), from_logits=False)
-    check_probabilities("teacher_probs", t, "apply a softmax to them first")
-    t = t / t.sum(axis=-1, keepdims=True)
+    name, advice = "teacher_probs", "apply a softmax to them first"
+    t = as_probabilities(name, teacher_probs, False, advice)
+    if t.ndim < 2:
+        fail(name, "of shape (examples, ..., classes)", teacher_probs)
     epsilon = check_constant_epsilon(epsilon, classes=t.shape[-1])
     rows = t.reshape(-1, t.shape[-1])
     solve = _solve_fsolve if solver == "fsolve" else solve_rows
@@ -203,8 +192,7 @@ def newton(teacher_probs: Tensor, epsilon: Tensor) -> tuple[Tensor, ...]:
     # One step of the fixed-point map is a better start than the teacher.
     w, _ = _w_and_d(t, 1.0 - t, coefficients)
     start = maximum(w, 1e-3) * t
-    active = ops.ones_like(t[:1]) > 0
-    q, residual, steps = _newton_loop(t, start, coefficients, active, tolerance)
+    q, residual, steps = _newton_loop(t, start, coefficients, tolerance)
 
     highest = _loss(t, t, coefficients)
     highest = highest + rounding * (1.0 + ops.abs(highest))
@@ -216,13 +204,11 @@ def newton(teacher_probs: Tensor, epsilon: Tensor) -> tuple[Tensor, ...]:
     done = good(q, residual)
 
     def restart() -> tuple[Tensor, ...]:
-        low = _descend(t, coefficients, ~done)
-        again, residual, more = _newton_loop(
-            t, low, coefficients, ~done, tolerance
-        )
+        low = _descend(t, coefficients)
+        again, residual, more = _newton_loop(t, low, coefficients, tolerance)
         better = good(again, residual)
         best = ops.where(done, q, ops.where(better, again, low))
-        return best, done | better, steps + more
+        return best, done | better, ops.where(done, steps, steps + more)
 
     # Outside the convex region Newton's method may fail, or end at a maximum.
     # There the loss is lowered step by step, and the method starts again.
@@ -234,6 +220,7 @@ def newton(teacher_probs: Tensor, epsilon: Tensor) -> tuple[Tensor, ...]:
 
 
 _newton_on_numpy = on_numpy(newton)
+_newton_on_tensors = compiled_on_jax(newton)
 
 
 def _tiny(x: Tensor) -> float:
@@ -283,10 +270,9 @@ def _newton_loop(
     t: Tensor,
     start: Tensor,
     coefficients: Sequence[Tensor],
-    active: Tensor,
     tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run Newton's method in `u = logit(q)` on the active rows.
+    """Run Newton's method in `u = logit(q)`.
 
     Returns:
         `q`, `(C, ...)`, the last step's largest change of `u`, `(1, ...)`, and
@@ -315,8 +301,7 @@ def _newton_loop(
             steps + ops.cast(going, "int32"),
         )
 
-    infinite = ops.full_like(u[:1], float("inf"))
-    residual = ops.where(active, infinite, 0.0)
+    residual = ops.full_like(u[:1], float("inf"))
     steps = ops.zeros_like(residual, dtype="int32")
     _, u, residual, steps = ops.while_loop(
         unfinished, step, (0, u, residual, steps)
@@ -375,9 +360,7 @@ def _largest(x: Tensor) -> Tensor:
     return ops.one_hot(index, x.shape[0], axis=0, dtype="bool")
 
 
-def _descend(
-    t: Tensor, coefficients: Sequence[Tensor], active: Tensor
-) -> Tensor:
+def _descend(t: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
     """Return points of lower loss than the teacher's, `(C, ...)`.
 
     This is a damped Newton method on the simplex with a modified, positive
@@ -407,13 +390,12 @@ def _descend(
             ops.where(lower, trial, q),
             ops.where(lower, trial_loss, loss),
             ops.where(lower, minimum(2.0 * length, 1.0), 0.5 * length),
-            ops.where(active, residual, 0.0),
+            residual,
         )
 
     q = t / ops.sum(t, axis=0, keepdims=True)
     loss = _loss(t, q, coefficients)
-    residual = ops.cast(active, q.dtype)
-    state = (0, q, loss, ops.ones_like(loss), residual)
+    state = (0, q, loss, ops.ones_like(loss), ops.ones_like(loss))
     return ops.while_loop(unfinished, step, state)[1]
 
 
@@ -463,10 +445,7 @@ def proxy_tensor(teacher_probs: Tensor, epsilon: Any) -> Tensor:
     if has_no_values(t):
         return t
     closed_form = _has_closed_form(epsilon)
-    return _proxy_tensor(t, ops.cast(epsilon, t.dtype), closed_form=closed_form)
-
-
-def _solve_tensor(t: Tensor, epsilon: Tensor, *, closed_form: bool) -> Tensor:
+    epsilon = ops.cast(epsilon, t.dtype)
     fixed_t, fixed_epsilon = ops.stop_gradient(t), ops.stop_gradient(epsilon)
     if closed_form:
         # A row of zeros has no multiplier.
@@ -474,7 +453,7 @@ def _solve_tensor(t: Tensor, epsilon: Tensor, *, closed_form: bool) -> Tensor:
         full = ops.where(total > 0, fixed_t, ops.ones_like(fixed_t))
         q = shared_proxy(full, fixed_epsilon[0], ops) * total
     else:
-        q, _, _ = newton(fixed_t, fixed_epsilon)
+        q, _, _ = _newton_on_tensors(fixed_t, fixed_epsilon)
     q = ops.stop_gradient(q)
     # One Newton step from q: its value is zero, its derivative that of q.
     orders = range(epsilon.shape[-1])
@@ -487,9 +466,6 @@ def _solve_tensor(t: Tensor, epsilon: Tensor, *, closed_form: bool) -> Tensor:
     mean = mean / ops.where(total > 0, total, 1.0)
     step = (f - mean) * inverse
     return q + (step - ops.stop_gradient(step))
-
-
-_proxy_tensor = compiled_on_jax(_solve_tensor, settings=["closed_form"])
 
 
 # ---- The paper's solver.
@@ -565,12 +541,9 @@ class ProxyTeacher(keras.layers.Layer):
     """Turn a teacher's probabilities into its proxy teacher's.
 
     `keras.Sequential([teacher, ProxyTeacher(epsilon)])` is the proxy teacher as
-    a model. Distilling from it with KL divergence has the same optimum as
-    distilling from `teacher` with `PTLoss(epsilon)`.
-
-    `epsilon` is a weight of the layer. `fit` trains it on labels by its exact
-    derivative, unless `trainable=False`. Training keeps `epsilon_m >= -1/m`,
-    where the loss is convex.
+    a model. `epsilon` is a weight of the layer. `fit` trains it on labels by
+    its exact derivative, unless `trainable=False`, and keeps `epsilon_m >=
+    -1/m`, where the loss is convex.
 
     Args:
         epsilon: starting coefficients: a number (order 1), `(M,)` shared by the
@@ -578,13 +551,9 @@ class ProxyTeacher(keras.layers.Layer):
         **kwargs: `name`, `trainable` and others of `keras.layers.Layer`. The
             dtype is float32 unless it is given.
 
-    Input shape: `(..., C)`, probabilities, or `(..., 1)` for the probability of
-    the second of two classes. Output shape: `(..., C)`, with C = 2 for one
-    column.
-
-    Raises:
-        ValueError: if `epsilon` has another form, or (in eager calls) if the
-            inputs are not probabilities.
+    Input: probabilities, `(..., C)`, or `(..., 1)` for the probability of the
+    second of two classes. Output: `(..., C)`. Rows that are not probabilities
+    raise a ValueError, or become NaN in compiled functions.
 
     Example:
         >>> import numpy as np

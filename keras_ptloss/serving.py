@@ -20,10 +20,11 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import compute_dtypes
-from keras_ptloss._math import two_events
+from keras_ptloss._math import model_probs, two_events
 from keras_ptloss._validation import (
     check_count,
     check_head,
+    fail,
     on_simplex,
 )
 
@@ -48,15 +49,13 @@ def export_student(
     from_logits: bool = False,
     preprocessor: Callable[..., Any] | None = None,
     format: Literal["tf_saved_model", "litert", "onnx"] = "tf_saved_model",
-    verbose: bool = True,
 ) -> pathlib.Path:
     """Write a trained student as the next version of a served model.
 
     The layout is that of TensorFlow Serving: `directory` is the model and
     `directory/1`, `directory/2`, ... are its versions. A new version appears
-    complete or not at all, so a server may watch the folder. Each export is
-    loaded once, and its answers are compared with the model's, before it
-    appears. What a killed export leaves is deleted by the next one.
+    complete or not at all, so a server may watch the folder. Before it appears,
+    it is loaded once, and its answers are compared with the model's.
 
     A version answers with
 
@@ -71,8 +70,7 @@ def export_student(
     `serving_default`, and `serve` for `keras.layers.TFSMLayer`.
 
     A SavedModel from JAX runs on CPU and CUDA. Its axes of free size must agree
-    among the inputs (as tokens and their mask do), and it refuses sizes that
-    the student cannot take. LiteRT is written from TensorFlow only.
+    among the inputs, as tokens and their mask do.
 
     Args:
         model: the student, a Functional or Sequential model with one output
@@ -90,17 +88,15 @@ def export_student(
             or, on TensorFlow, a Keras layer. Each required argument becomes an
             input `(batch,)` of strings with that name. Lookup tables must be
             attributes of a `tf.Module` or a layer.
-        format: `"tf_saved_model"`, or `"litert"` or `"onnx"` for one file,
-            `model.tflite` or `model.onnx`.
-        verbose: whether to print what is exported, and where.
+        format: `"tf_saved_model"`, or `"litert"` (from TensorFlow only) or
+            `"onnx"` for one file, `model.tflite` or `model.onnx`.
 
     Returns:
         The folder of the version, `directory/<version>`.
 
     Raises:
-        ValueError: if an argument is invalid; if the version exists; if the
-            backend or the format does not support the student (bfloat16 only
-            exists in a SavedModel); or if `from_logits` contradicts the model.
+        ValueError: if the version exists; if the backend or the format does not
+            support the student; or if `from_logits` contradicts the model.
         ImportError: if a package that the format needs is missing:
             `pip install "keras_ptloss[export]"`.
 
@@ -115,7 +111,6 @@ def export_student(
         ...         directory,
         ...         from_logits=True,
         ...         class_names=["cat", "dog"],
-        ...         verbose=False,
         ...     )
         ...     path.name, (path / "saved_model.pb").exists()
         ('1', True)
@@ -134,17 +129,12 @@ def export_student(
             f"{backend} backend"
         )
     if preprocessor is not None and format != "tf_saved_model":
-        raise ValueError(
-            "`preprocessor` must be None except in a SavedModel. Received: "
-            f"preprocessor={preprocessor!r} with format={format!r}"
-        )
+        fail("preprocessor", "None except in a SavedModel", preprocessor)
     inputs, num_classes = _inputs_and_classes(model)
     names = None if class_names is None else list(class_names)
     if names is not None and not (len(names) == len(set(names)) == num_classes):
-        raise ValueError(
-            f"`class_names` must be {num_classes} different strings, one for "
-            f"each class. Received: class_names={class_names!r}"
-        )
+        expected = f"{num_classes} different strings, one for each class"
+        fail("class_names", expected, class_names)
     directory = pathlib.Path(directory)
     if version is not None and check_count("version", version) in (
         _versions(directory)
@@ -168,8 +158,6 @@ def export_student(
     probs = _example_probabilities(model, signature, example, from_logits)
     student = _serving_model(model, inputs, from_logits)
 
-    if verbose:
-        print(f"Exporting {model.name!r} to {directory} as {format}")
     with _temporary_folder(directory) as written:
         path = written / file_name
         if format == "tf_saved_model":
@@ -277,20 +265,15 @@ def _example_probabilities(
             f"Received: from_logits={from_logits} with model={model.name!r}, "
             f"which gives {shown}"
         )
-    return ops.convert_to_numpy(_probabilities(outputs, from_logits))
-
-
-def _probabilities(outputs: Tensor, from_logits: bool) -> Tensor:
-    """Return float32 probabilities of two or more classes."""
-    outputs = two_events(ops.cast(outputs, "float32"), from_logits=from_logits)
-    return ops.softmax(outputs) if from_logits else outputs
+    probs = model_probs(outputs, from_logits=from_logits)
+    return ops.convert_to_numpy(probs)
 
 
 def _serving_model(model: Any, inputs: Any, from_logits: bool) -> keras.Model:
     """Return the model that gives a dict of probabilities and label."""
     # Without training=False, random layers would augment each request.
     [outputs] = keras.tree.flatten(model(inputs, training=False))
-    probs = _probabilities(outputs, from_logits)
+    probs = model_probs(outputs, from_logits=from_logits)
     # `ops.argmax` uses operations that LiteRT and ONNX Runtime lack, and
     # `ops.top_k` from JAX one that TensorFlow 2.21 lacks.
     classes = np.arange(probs.shape[-1], dtype="int32")

@@ -337,7 +337,7 @@ def test_layer_on_logits():
     """Eagerly an error, and NaN in a compiled function."""
     layer = CorrectedTeacher(Correction(0.5))
     logits = np.array([[2.0, -1.0, 0.0], [0.2, 0.3, 0.5]], "float32")
-    with pytest.raises(ValueError, match="probabilities.*layers.Softmax"):
+    with pytest.raises(ValueError, match="probabilities.*apply a softmax"):
         layer(logits)
     if keras.backend.backend() == "torch":
         return  # Keras compiles no step on PyTorch unless asked.

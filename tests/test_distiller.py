@@ -26,7 +26,6 @@ X = RNG.normal(size=(16, 4)).astype("float32")
 Y = RNG.integers(0, 3, size=16)
 RUN = {"batch_size": 8, "verbose": 0}
 FIT = {**RUN, "shuffle": False}
-CALLS = ["fit", "evaluate", "train_on_batch", "test_on_batch"]
 
 
 def network(classes=3, activation=None, *, seed=0, regularizer=None):
@@ -657,8 +656,7 @@ def both(weight):
     return distiller, 0.9 * nll(probs(student)).mean() + 0.1 * soft
 
 
-@pytest.mark.parametrize("call", ["fit", "test_on_batch"])
-@pytest.mark.parametrize("before", [0.0, 0.1])
+@pytest.mark.parametrize("call, before", [("fit", 0.1), ("test_on_batch", 0.0)])
 def test_hard_label_weight(call, before):
     distiller, expected = both(before)
     run(distiller, call, X, Y)
@@ -676,33 +674,26 @@ def test_hard_label_weight_needs_no_new_step_between_0_and_1():
     assert distiller.train_function is step
 
 
-def second_teacher(distiller):
-    distiller.teacher = network(seed=3)
-
-
-def second_weight(distiller):
-    distiller.teacher_weights = [0.0, 1.0]
-
-
-@pytest.mark.parametrize("change", [second_teacher, second_weight])
-@pytest.mark.parametrize("when", ["epoch", "batch"])
-def test_settings_change_in_a_callback(change, when):
+@pytest.mark.parametrize(
+    "setting, when", [("teacher", "epoch"), ("teacher_weights", "batch")]
+)
+def test_settings_change_in_a_callback(setting, when):
     teachers = [network(seed=2), network(seed=3)]
     student = network()
-    if change is second_teacher:
-        distiller = distil(student, teachers[0], optimizer=still(), graph=True)
-    else:
-        distiller = distil(student, teachers, optimizer=still(), graph=True)
-        distiller.teacher_weights = [1.0, 0.0]
+    before, after = teachers
+    if setting == "teacher_weights":
+        before, after = [1.0, 0.0], [0.0, 1.0]
+    distiller = distil(student, teachers, optimizer=still(), graph=True)
+    setattr(distiller, setting, before)
 
     class Change(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
             if epoch == 1 and when == "epoch":
-                change(self.model)
+                setattr(self.model, setting, after)
 
         def on_train_batch_end(self, batch, logs=None):
             if batch == 1 and when == "batch":
-                change(self.model)
+                setattr(self.model, setting, after)
 
     losses = distiller.fit(X, epochs=2, callbacks=[Change()], **FIT)
     first, second = (
@@ -712,21 +703,18 @@ def test_settings_change_in_a_callback(change, when):
     assert np.all(np.isfinite(outputs(teachers[0])))
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("student", network()),
-        ("student_inputs", "a"),
-        ("teacher_inputs", "a"),
-        ("teacher_from_logits", True),
-        ("teacher_metrics", []),
-        ("hard_label_loss", hard_loss()),
-    ],
-)
-def test_settings_that_are_fixed(name, value):
+def test_settings_that_are_fixed():
     distiller = distil(network(), network(seed=1))
-    with pytest.raises(AttributeError, match=f"`{name}` of a Distiller"):
-        setattr(distiller, name, value)
+    for name in (
+        "student",
+        "student_inputs",
+        "teacher_inputs",
+        "teacher_from_logits",
+        "teacher_metrics",
+        "hard_label_loss",
+    ):
+        with pytest.raises(AttributeError, match=f"`{name}` of a Distiller"):
+            setattr(distiller, name, True)
 
 
 def test_variables_as_settings():
@@ -834,12 +822,12 @@ def test_an_error_in_the_first_step_gives_the_weights_back():
 # ---- Errors. ----
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_sample_weights_without_labels(call):
+def test_sample_weights_without_labels():
     """Keras drops them."""
     distiller = distil(network(), network(seed=1))
-    with pytest.raises(ValueError, match="`sample_weight` must come with `y`"):
-        getattr(distiller, call)(X, sample_weight=np.ones(16))
+    for call in ("fit", "evaluate", "train_on_batch", "test_on_batch"):
+        with pytest.raises(ValueError, match="`sample_weight` must come with"):
+            getattr(distiller, call)(X, sample_weight=np.ones(16))
 
 
 @pytest.mark.parametrize(
@@ -854,7 +842,7 @@ def test_sample_weights_without_labels(call):
         ({"hard_label_loss": hard_loss()}, "`hard_label_weight`.*together"),
         (
             {"hard_label_loss": hard_loss(), "hard_label_weight": 1.5},
-            "`hard_label_weight` must be from 0 to 1",
+            "`hard_label_weight` must be .*at most 1",
         ),
     ],
 )
@@ -892,7 +880,7 @@ def test_teacher_metrics_among_those_of_labels():
 @pytest.mark.parametrize("name", ["teacher_weights", "teacher_from_logits"])
 def test_lists_of_another_length(name):
     distiller = distil(network(), network(seed=1), **{name: [True, True]})
-    with pytest.raises(ValueError, match=f"`{name}`.*each of 1 teachers"):
+    with pytest.raises(ValueError, match=f"`{name}`.* one for each"):
         distiller.fit(X, verbose=0)
 
 

@@ -17,6 +17,7 @@ import scipy.special
 from keras import layers
 
 from keras_ptloss import export_student, serving
+from keras_ptloss._math import model_probs
 
 tf = pytest.importorskip("tensorflow")
 
@@ -109,8 +110,9 @@ def small():
 
 
 def export(student, directory, **arguments):
-    arguments = {"from_logits": True, "verbose": False} | arguments
-    return export_student(student, directory, **arguments)
+    return export_student(
+        student, directory, **({"from_logits": True} | arguments)
+    )
 
 
 def batch(kind, size):
@@ -355,7 +357,7 @@ def die(student, signature, path, *args):
 
 serving._write_saved_model = die
 student = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-serving.export_student(student, sys.argv[1], from_logits=True, verbose=False)
+serving.export_student(student, sys.argv[1], from_logits=True)
 """
 
 
@@ -503,7 +505,7 @@ def test_bfloat16_needs_a_saved_model(format, policy, tmp_path):
 def test_an_export_with_other_answers_is_reported(small, tmp_path, monkeypatch):
     def other(model, inputs, from_logits):
         outputs = -1.0 * model(inputs)
-        probs = serving._probabilities(outputs, from_logits)
+        probs = model_probs(outputs, from_logits=from_logits)
         label = keras.ops.argmax(outputs, axis=-1)
         return keras.Model(inputs, {"probabilities": probs, "label": label})
 

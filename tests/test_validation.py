@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 from keras_ptloss._validation import (
+    as_probabilities,
     check_choice,
     check_classes,
     check_count,
@@ -13,7 +14,6 @@ from keras_ptloss._validation import (
     check_flag,
     check_head,
     check_number,
-    check_probabilities,
     fail,
     valid_probs,
 )
@@ -120,30 +120,31 @@ def test_classes():
         [0.25, 0.75],
         np.full((2, 3, 4), 0.25),
         [[0.504, 0.5]],  # rounding of low precision
-        np.ones((0, 3)),
     ],
 )
 def test_probabilities(rows):
-    rows = ops.convert_to_tensor(rows)
-    check_probabilities("y_true", rows, "say logits=True")
+    probs = as_probabilities("t", rows, False, "pass from_logits=True")
+    np.testing.assert_allclose(probs, rows, rtol=5e-3)
+    np.testing.assert_allclose(probs.sum(axis=-1), 1.0, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ([[0.5, 0.5], [1.5, -0.5]], r"y_true\[1\]=\[ 1\.5 -0\.5\]"),
-        ([[np.nan, 1.0]], r"y_true\[0\]=\[nan  1\.\]"),
-        ([[np.inf, 0.0]], r"y_true\[0\]=\[inf  0\.\]"),
+        ([[0.5, 0.5], [1.5, -0.5]], r"say logits=True.*t\[1\]=\[ 1\.5 -0\.5\]"),
+        ([[np.inf, 0.0]], r"t\[0\]=\[inf  0\.\]"),
         ([[0.4, 0.5]], r"sums to 0\.9 \(1 of 1 rows are invalid\)"),
-        ([[[0.5, 0.5]], [[1.0, 1.0]]], r"y_true\[1\]=.*1 of 2 rows"),
+        ([[[0.5, 0.5]], [[1.0, 1.0]]], r"t\[1\]=.*1 of 2 rows"),
+        # A softmax of percentages would be a wrong number without any sign.
+        ([[40.0, 60.0], [99.0, 1.0]], "percentages: divide them by 100"),
     ],
 )
 def test_no_probabilities(rows, message):
-    message = "`y_true` must hold probabilities.*say logits=True.*" + message
+    message = "`t` must hold probabilities.*" + message
     with pytest.raises(ValueError, match=message):
-        check_probabilities(
-            "y_true", ops.convert_to_tensor(rows), "say logits=True"
-        )
+        as_probabilities("t", rows, False, "say logits=True")
+    with pytest.raises(ValueError, match=message):
+        valid_probs("t", ops.convert_to_tensor(rows), "say logits=True")
 
 
 @pytest.mark.parametrize(
@@ -177,12 +178,3 @@ def test_last_layer_of_another_form():
         model = keras.Sequential([keras.Input((3,)), layer])
         with pytest.raises(ValueError, match="`teacher` must.*" + message):
             check_head("teacher", model, None, "from_logits")
-
-
-@pytest.mark.parametrize("check", [check_probabilities, valid_probs])
-def test_percentages_are_not_called_logits(check):
-    """A softmax of percentages would be a wrong number without any sign."""
-    rows = np.array([[40.0, 60.0], [99.0, 1.0]])
-    with pytest.raises(ValueError, match="divide them by 100") as error:
-        check("teacher", ops.convert_to_tensor(rows), "apply a softmax")
-    assert "logits" not in str(error.value)

@@ -8,10 +8,10 @@ from keras import ops
 
 from keras_ptloss._math import two_events
 from keras_ptloss._validation import (
-    check_class_axis,
     check_classes,
+    check_constant_epsilon,
     check_flag,
-    fail,
+    refuse_variable,
     shapes_differ,
     valid_probs,
 )
@@ -39,20 +39,28 @@ class TeacherLoss(keras.losses.Loss):
         settings: the arguments of the subclass. Each becomes an attribute that
             cannot be set again, and an entry of the config.
         from_logits: whether `y_pred` holds logits.
-        **kwargs: `reduction`, `name` and `dtype` of `keras.losses.Loss`.
+        **kwargs: `reduction`, `name` and `dtype` of `keras.losses.Loss`. The
+            computation is in float32 or better; `dtype` is that of the result.
     """
 
+    # Number of classes of each teacher that `y_true` has side by side. None
+    # means one teacher with the classes of the student.
+    teacher_classes: tuple[int, ...] | None = None
     # Replaces the rows of `y_true` that have weight 0 or are masked.
     padding: float = 0.0
 
     def __init__(
-        self, settings: dict[str, Any], *, from_logits: bool, **kwargs: Any
+        self,
+        settings: dict[str, Any],
+        *,
+        from_logits: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        settings["from_logits"] = check_flag("from_logits", from_logits)
         for name, value in settings.items():
             setattr(self, name, value)
-        self.from_logits = check_flag("from_logits", from_logits)
-        self._settings = (*settings, "from_logits")
+        self._settings = tuple(settings)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute that is not one of the settings."""
@@ -65,14 +73,6 @@ class TeacherLoss(keras.losses.Loss):
             )
         super().__setattr__(name, value)
 
-    @property
-    def teacher_classes(self) -> tuple[int, ...] | None:
-        """Number of classes of each teacher that `y_true` has side by side.
-
-        None means one teacher with the classes of the student.
-        """
-        return None
-
     def __call__(
         self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
     ) -> Tensor:
@@ -84,61 +84,45 @@ class TeacherLoss(keras.losses.Loss):
             sample_weight: `(...)`, `(..., 1)`, or one weight per example,
                 `(N,)`, for all positions of the example.
         """
-        if not hasattr(y_pred, "shape"):
-            y_pred = ops.convert_to_tensor(y_pred, dtype=self.dtype)
-        for weight in (unmasked(y_pred), sample_weight):
-            if weight is not None:
-                y_true = ops.convert_to_tensor(y_true, dtype=self.dtype)
-                y_true = self._replace_unweighted(y_true, y_pred, weight)
-        if sample_weight is not None and len(y_pred.shape) > 2:
-            # Keras aligns axes from the last one on: weights (N,) would be
-            # taken for the positions' weights.
-            sample_weight = expand_weights(
-                ops.convert_to_tensor(sample_weight, dtype=self.dtype),
-                len(y_pred.shape) - 1,
-            ) * ops.ones_like(y_pred[..., 0], dtype=self.dtype)
-        return super().__call__(y_true, y_pred, sample_weight)
-
-    def _replace_unweighted(
-        self, y_true: Tensor, y_pred: Tensor, weight: Tensor
-    ) -> Tensor:
-        """Return `y_true` with `padding` in the rows of weight 0."""
-        leading = y_pred.shape[:-1]
-        if shapes_differ(y_true.shape[: len(leading)], leading):
-            raise ValueError(
-                "`y_true` must have one row for each row of `y_pred`. "
-                f"Received: y_true of shape {tuple(y_true.shape)}, y_pred of "
-                f"shape {tuple(y_pred.shape)}"
+        y_pred = ops.convert_to_tensor(y_pred)
+        weight = position_weights(y_pred, sample_weight)
+        if weight is not None:
+            y_true = ops.convert_to_tensor(y_true, dtype=self.dtype)
+            # Without this, `ops.where` would repeat a single row.
+            if shapes_differ(y_true.shape[: len(weight.shape)], weight.shape):
+                raise ValueError(
+                    "`y_true` must have one row for each row of `y_pred`. "
+                    f"Received: y_true of shape {tuple(y_true.shape)}, y_pred "
+                    f"of shape {tuple(y_pred.shape)}"
+                )
+            counts = ops.not_equal(weight, 0.0)
+            while len(counts.shape) < len(y_true.shape):
+                counts = ops.expand_dims(counts, -1)
+            y_true = ops.where(
+                counts, y_true, ops.cast(self.padding, y_true.dtype)
             )
-        weight = expand_weights(ops.convert_to_tensor(weight), len(leading))
-        for _ in range(len(y_true.shape) - len(leading)):
-            weight = ops.expand_dims(weight, -1)
-        padding = ops.cast(self.padding, y_true.dtype)
-        return ops.where(ops.not_equal(weight, 0), y_true, padding)
+        return super().__call__(y_true, y_pred, weight)
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that build the same loss again."""
         settings = {name: getattr(self, name) for name in self._settings}
-        return {
-            **super().get_config(),
-            **{
-                name: value.tolist() if isinstance(value, np.ndarray) else value
-                for name, value in settings.items()
-            },
-            "dtype": self.dtype,  # Keras leaves it out.
-        }
+        settings["dtype"] = self.dtype  # Keras leaves it out.
+        return keras.saving.serialize_keras_object(
+            {**super().get_config(), **settings}
+        )
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "TeacherLoss":
+        """Build the loss from what `get_config` returned."""
+        return cls(**keras.saving.deserialize_keras_object(config))
 
 
-def refuse_variables(**settings: Any) -> None:
-    """Raise a `ValueError` if a loss's setting is a `keras.Variable`."""
-    for name, value in settings.items():
-        if isinstance(value, keras.Variable):
-            fail(
-                name,
-                "a number or an array. The settings of a loss are fixed when "
-                "it is built, so a variable that changes later has no effect",
-                value,
-            )
+def fixed_epsilon(epsilon: Any) -> np.ndarray:
+    """Return the coefficients of a loss, which cannot be changed."""
+    refuse_variable("epsilon", epsilon)
+    values = check_constant_epsilon(epsilon)
+    values.setflags(write=False)
+    return values
 
 
 def read_student(y_pred: Tensor, *, from_logits: bool) -> Tensor:
@@ -148,7 +132,6 @@ def read_student(y_pred: Tensor, *, from_logits: bool) -> Tensor:
     divided by their sum.
     """
     y_pred = ops.convert_to_tensor(y_pred)
-    check_class_axis("y_pred", y_pred)
     wide = keras.backend.result_type(y_pred.dtype, "float32")
     y_pred = two_events(ops.cast(y_pred, wide), from_logits=from_logits)
     if from_logits:
@@ -169,15 +152,6 @@ def read_teacher(y_true: Tensor, student: Tensor) -> Tensor:
             can be seen.
     """
     y_true = ops.cast(ops.convert_to_tensor(y_true), student.dtype)
-    check_class_axis("y_true", y_true)
-    if y_true.shape[-1] is None and student.shape[-1] is not None:
-        # A graph may know the number of columns only when it runs. A wrong
-        # number fails then.
-        first = 1.0 - y_true[..., :1]
-        several = ops.cast(ops.shape(y_true)[-1] > 1, "int32")
-        shape = (*ops.shape(y_true)[:-1], student.shape[-1])
-        y_true = ops.concatenate([first, y_true], axis=-1)[..., several:]
-        y_true = ops.reshape(y_true, shape)
     y_true = two_events(y_true, from_logits=False)
     check_classes("y_true", y_true, "y_pred", student)
     return valid_probs("y_true", y_true, "apply a softmax to them first")
@@ -190,8 +164,30 @@ def log_student(student: Tensor, *, from_logits: bool) -> Tensor:
     return ops.log(ops.maximum(student, keras.config.epsilon()))
 
 
-class _Unmasked(keras.losses.Loss):
-    """One at every position, which Keras sets to zero at masked positions.
+def position_weights(y_pred: Tensor, sample_weight: Tensor) -> Tensor | None:
+    """Return the weight of each position, `(...)`: 0 where a mask hides it.
+
+    Returns None if there are neither weights nor a mask.
+
+    Args:
+        y_pred: a tensor `(..., C)`.
+        sample_weight: `(...)` or `(..., 1)`; or one weight per example, `(N,)`,
+            which Keras would take for the weights of the last axis.
+    """
+    if sample_weight is not None:
+        rank = len(y_pred.shape) - 1
+        sample_weight = ops.convert_to_tensor(sample_weight, "float32")
+        if sample_weight.shape[rank:] == (1,):
+            sample_weight = ops.squeeze(sample_weight, axis=-1)
+        while len(sample_weight.shape) < rank:
+            sample_weight = ops.expand_dims(sample_weight, axis=-1)
+    loss = _Ones("ones", reduction=None, dtype="float32")
+    weight = loss(y_pred, y_pred, sample_weight)
+    return None if weight is loss.ones else weight
+
+
+class _Ones(keras.losses.Loss):
+    """One at each position. Keras multiplies it by the weight and the mask.
 
     This is the public way to read the mask of a tensor: on JAX, traced tensors
     have no attribute for it.
@@ -201,31 +197,3 @@ class _Unmasked(keras.losses.Loss):
         """Return ones, `(...)`."""
         self.ones = ops.ones_like(y_pred[..., 0])
         return self.ones
-
-
-def unmasked(y_pred: Tensor) -> Tensor | None:
-    """Return 1 for each position of `y_pred`, 0 for masked ones, `(...)`.
-
-    Returns None if there is no mask.
-    """
-    if not ops.is_tensor(y_pred) or not y_pred.shape:
-        return None
-    dtype = keras.backend.standardize_dtype(y_pred.dtype)
-    loss = _Unmasked("unmasked", reduction=None, dtype=dtype)
-    values = loss(y_pred, y_pred)
-    return None if values is loss.ones else values
-
-
-def expand_weights(weight: Tensor, rank: int) -> Tensor:
-    """Return weights of `rank` axes, with axes of size 1 added at the end.
-
-    Args:
-        weight: one weight per position, `(...)` or `(..., 1)`, or per example,
-            `(N,)`.
-        rank: number of axes of the positions `(...)`.
-    """
-    if len(weight.shape) == rank + 1 and weight.shape[-1] == 1:
-        weight = ops.squeeze(weight, axis=-1)
-    for _ in range(rank - len(weight.shape)):
-        weight = ops.expand_dims(weight, axis=-1)
-    return weight

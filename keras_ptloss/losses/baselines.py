@@ -1,20 +1,16 @@
 """The methods that the paper compares PTLoss with, as losses.
 
-Some need no class of their own. With `t` the teacher's probabilities:
+Some need no class of their own. The page "Which loss, which function?" lists
+KL, temperature scaling and a mix with hard labels. The others are:
 
-* KL divergence from the teacher: `PTLoss(0.0)`.
-* Temperature scaling: `PTLoss(0.0, teacher_temperature=tau)`.
-* A mix with hard labels: `Distiller(..., hard_label_loss=loss,
-  hard_label_weight=w)`.
-* One-hot labels (OHT): `keras.utils.to_categorical(labels)` in place of `t`;
-  `PTLoss(0.0)` is then `keras.losses.CategoricalCrossentropy`.
+* One-hot labels (OHT): `keras.utils.to_categorical(labels)` in place of the
+  teacher's probabilities.
 * Early-stopped teacher (ESKD, Cho and Hariharan 2019): fit the teacher with
-  `keras.callbacks.EarlyStopping("val_accuracy", patience=epochs,
-  restore_best_weights=True)`, which restores the weights of its best epoch.
+  `keras.callbacks.EarlyStopping(..., restore_best_weights=True)`.
 * Teacher-free self-distillation (Tf-KD_self, Yuan et al. 2020): fit a student
-  on labels, then distil it into `keras.models.clone_model(student)`, a copy
-  with new weights, by a `Distiller` with `hard_label_weight`. Here the
-  temperature applies to the teacher alone; Yuan et al. soften both.
+  on labels, then distil it into `keras.models.clone_model(student)` with a mix
+  of hard labels. Yuan et al. soften teacher and student; `teacher_temperature`
+  softens the teacher alone.
 * FilterKD: the `FilteredTeacher` callback.
 
 The functions at the end return the coefficients that turn PTLoss into focal
@@ -35,7 +31,6 @@ from keras_ptloss.losses.base import (
     log_student,
     read_student,
     read_teacher,
-    refuse_variables,
 )
 from keras_ptloss.losses.pt_loss import pt_loss
 
@@ -53,14 +48,12 @@ class FocalLoss(TeacherLoss):
         loss = -sum_c t_c (1 - p_c)^gamma log p_c                 (Eq. 12)
 
     It is a cross-entropy: `gamma = 0` is the KL divergence plus the teacher's
-    entropy, which does not depend on the student. Its gradient is that of
-    PTLoss with `focal_epsilon(gamma, order)` in the limit of the order.
+    entropy, which does not depend on the student.
 
     Args:
         gamma: the focusing parameter, at least 0.
-        from_logits: whether `y_pred`, the student's output, holds logits.
-        name: name of the loss.
-        **kwargs: `reduction` and `dtype` of `keras.losses.Loss`.
+        **kwargs: `from_logits`, `reduction`, `name` and `dtype`, as in
+            `PTLoss`.
 
     Example:
         >>> import numpy as np
@@ -74,21 +67,9 @@ class FocalLoss(TeacherLoss):
         (https://arxiv.org/abs/1708.02002).
     """
 
-    def __init__(
-        self,
-        gamma: float,
-        *,
-        from_logits: bool = False,
-        name: str | None = "focal_loss",
-        **kwargs: Any,
-    ) -> None:
-        refuse_variables(gamma=gamma)
-        super().__init__(
-            {"gamma": check_number("gamma", gamma, at_least=0.0)},
-            from_logits=from_logits,
-            name=name,
-            **kwargs,
-        )
+    def __init__(self, gamma: float, **kwargs: Any) -> None:
+        gamma = check_number("gamma", gamma, at_least=0.0)
+        super().__init__({"gamma": gamma}, **kwargs)
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Return one loss per example, `(...)`."""
@@ -97,8 +78,7 @@ class FocalLoss(TeacherLoss):
         log_p = log_student(student, from_logits=self.from_logits)
         # The power has no finite slope at 0 for gamma below 1.
         one_minus_p = ops.maximum(-ops.expm1(log_p), TINY)
-        loss = -ops.sum(t * ops.power(one_minus_p, self.gamma) * log_p, axis=-1)
-        return ops.cast(loss, self.dtype)
+        return -ops.sum(t * ops.power(one_minus_p, self.gamma) * log_p, axis=-1)
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
@@ -108,15 +88,12 @@ class LabelSmoothingLoss(TeacherLoss):
         loss = KL(t' || p),    t' = (1 - delta) t + delta / C     (Eq. 23)
 
     It lowers the confidence of all rows alike and never changes the teacher's
-    ranking of the classes. Eq. 23 writes `delta / 2`, for `C = 2`. The gradient
-    is that of `keras.losses.CategoricalCrossentropy(label_smoothing=delta)`,
-    and of PTLoss with `label_smoothing_epsilon` in the limit of its order.
+    ranking of the classes. Eq. 23 writes `delta / 2`, for `C = 2`.
 
     Args:
         delta: share of the uniform distribution, from 0 (plain KL) to 1.
-        from_logits: whether `y_pred`, the student's output, holds logits.
-        name: name of the loss.
-        **kwargs: `reduction` and `dtype` of `keras.losses.Loss`.
+        **kwargs: `from_logits`, `reduction`, `name` and `dtype`, as in
+            `PTLoss`.
 
     Example:
         >>> import numpy as np
@@ -130,31 +107,18 @@ class LabelSmoothingLoss(TeacherLoss):
         Vision (https://arxiv.org/abs/1512.00567).
     """
 
-    def __init__(
-        self,
-        delta: float,
-        *,
-        from_logits: bool = False,
-        name: str | None = "label_smoothing_loss",
-        **kwargs: Any,
-    ) -> None:
-        refuse_variables(delta=delta)
-        super().__init__(
-            {"delta": _check_share("delta", delta)},
-            from_logits=from_logits,
-            name=name,
-            **kwargs,
-        )
+    def __init__(self, delta: float, **kwargs: Any) -> None:
+        delta = check_number("delta", delta, at_least=0.0, at_most=1.0)
+        super().__init__({"delta": delta}, **kwargs)
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Return one loss per example, `(...)`."""
         student = read_student(y_pred, from_logits=self.from_logits)
         t = read_teacher(y_true, student)
-        # The sum keeps rows of padding at zero.
+        # The mean is 1 / C, and 0 for rows of padding.
         uniform = ops.mean(t, axis=-1, keepdims=True)
         smoothed = (1.0 - self.delta) * t + self.delta * uniform
-        loss = pt_loss(smoothed, student, 0.0, from_logits=self.from_logits)
-        return ops.cast(loss, self.dtype)
+        return pt_loss(smoothed, student, 0.0, from_logits=self.from_logits)
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
@@ -193,7 +157,7 @@ class Flooding(TeacherLoss):
         loss: keras.losses.Loss,
         level: float,
         *,
-        name: str | None = "flooding",
+        name: str | None = None,
     ) -> None:
         if not isinstance(loss, keras.losses.Loss):
             fail("loss", "a keras.losses.Loss", loss)
@@ -203,7 +167,6 @@ class Flooding(TeacherLoss):
                 f"of {', '.join(map(repr, MEANS))}. Received: loss "
                 f"{loss.name!r} with reduction={loss.reduction!r}"
             )
-        refuse_variables(level=level)
         super().__init__(
             {"loss": loss, "level": check_number("level", level, at_least=0.0)},
             from_logits=getattr(loss, "from_logits", False),
@@ -211,11 +174,9 @@ class Flooding(TeacherLoss):
             name=name,
             dtype=loss.dtype,
         )
-
-    @property
-    def teacher_classes(self) -> tuple[int, ...] | None:
-        """Number of classes of each teacher, as the flooded loss has it."""
-        return getattr(self.loss, "teacher_classes", None)
+        # What a Distiller asks its loss.
+        self.teacher_classes = getattr(loss, "teacher_classes", None)
+        self.correction = getattr(loss, "correction", None)
 
     def __call__(
         self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
@@ -228,17 +189,8 @@ class Flooding(TeacherLoss):
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that build the same loss again."""
-        return {
-            "loss": keras.saving.serialize_keras_object(self.loss),
-            "level": self.level,
-            "name": self.name,
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "Flooding":
-        """Build the loss from what `get_config` returned."""
-        loss = keras.saving.deserialize_keras_object(config["loss"])
-        return cls(**{**config, "loss": loss})
+        config = super().get_config()
+        return {name: config[name] for name in ("loss", "level", "name")}
 
 
 def focal_epsilon(gamma: int, order: int) -> np.ndarray:
@@ -276,7 +228,7 @@ def temperature_epsilon(
 
         epsilon_{n,c,m} = (t'_{n,c} / t_{n,c} - 1) / m
 
-    The series is cut at `order` and exact in the limit; see `focal_epsilon`.
+    The series is cut at `order`; see `focal_epsilon`.
 
     Args:
         teacher_probs: `(N, C)`, all above 0.
@@ -292,8 +244,7 @@ def temperature_epsilon(
                 [ 0.667,  0.333]]])
     """
     t = _check_positive(teacher_probs)
-    if check_number("temperature", temperature, at_least=0.0) == 0.0:
-        fail("temperature", "above 0", temperature)
+    temperature = check_number("temperature", temperature, above=0.0)
     softened = t ** (1.0 / temperature)
     softened /= softened.sum(axis=-1, keepdims=True)
     return _epsilon_of_target(t, softened, order)
@@ -308,7 +259,7 @@ def label_smoothing_epsilon(
 
         epsilon_{n,c,m} = delta (1 / (C t_{n,c}) - 1) / m
 
-    The series is cut at `order` and exact in the limit; see `focal_epsilon`.
+    The series is cut at `order`; see `focal_epsilon`.
 
     Args:
         teacher_probs: `(N, C)`, all above 0.
@@ -324,7 +275,7 @@ def label_smoothing_epsilon(
                 [ 0.15  ,  0.075 ]]])
     """
     t = _check_positive(teacher_probs)
-    delta = _check_share("delta", delta)
+    delta = check_number("delta", delta, at_least=0.0, at_most=1.0)
     smoothed = (1.0 - delta) * t + delta / t.shape[-1]
     return _epsilon_of_target(t, smoothed, order)
 
@@ -335,14 +286,6 @@ def _epsilon_of_target(
     """Return coefficients with which `t` acts as `target`, `(N, C, order)`."""
     m = np.arange(1, check_count("order", order) + 1)
     return (target / t - 1.0)[..., None] / m
-
-
-def _check_share(argument: str, value: Any) -> float:
-    """Require a number from 0 to 1."""
-    share = check_number(argument, value, at_least=0.0)
-    if share > 1.0:
-        fail(argument, "at most 1", value)
-    return share
 
 
 def _check_positive(teacher_probs: Any) -> np.ndarray:

@@ -7,22 +7,20 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_ptloss._backend import custom_gradient
 from keras_ptloss._math import log_teacher_probs, perturbation, slope
 from keras_ptloss._validation import (
-    check_constant_epsilon,
     check_epsilon,
     check_flag,
     check_number,
-    fail,
 )
 from keras_ptloss.losses.base import (
-    LOWEST,
     TINY,
     TeacherLoss,
+    fixed_epsilon,
     log_student,
     read_student,
     read_teacher,
-    refuse_variables,
 )
 
 Tensor = Any
@@ -80,7 +78,9 @@ def pt_loss(
         (https://arxiv.org/abs/2305.05010).
     """
     check_flag("from_logits", from_logits)
-    temperature = _check_temperature(teacher_temperature)
+    temperature = check_number(
+        "teacher_temperature", teacher_temperature, above=0.0
+    )
     student = read_student(y_pred, from_logits=from_logits)
     t = read_teacher(y_true, student)
     if temperature != 1.0:
@@ -133,14 +133,12 @@ def _from_logits(
         d loss / d logits = p sum_c w_c - w.
     """
 
-    @ops.custom_gradient
+    @custom_gradient
     def loss(t: Tensor, logits: Tensor) -> Any:
-        log_p = ops.maximum(ops.log_softmax(logits, axis=-1), LOWEST)
+        log_p = log_student(logits, from_logits=True)
         p = ops.exp(log_p)
 
-        def gradient(*args: Tensor, upstream: Tensor = None) -> Any:
-            if upstream is None:  # PyTorch passes it by keyword.
-                (upstream,) = args
+        def gradient(upstream: Tensor) -> tuple[Tensor, Tensor]:
             upstream = ops.expand_dims(upstream, -1)
             w = t
             if coefficients:
@@ -155,27 +153,14 @@ def _from_logits(
     return loss(t, logits)
 
 
-def _check_temperature(temperature: Any) -> float:
-    """Require one number above 0."""
-    value = check_number("teacher_temperature", temperature, at_least=0.0)
-    if value == 0.0:
-        fail("teacher_temperature", "above 0", temperature)
-    return value
-
-
 @keras.saving.register_keras_serializable(package="keras_ptloss")
 class PTLoss(TeacherLoss):
-    """Perturbed distillation loss: a KL divergence with a perturbed series.
+    """Perturbed distillation loss: `pt_loss` (Eq. 7) as a Keras loss.
 
-    Use it as any Keras loss, with the teacher's probabilities as `y_true`:
-
-        loss = sum_c t_c (log t_c - log p_c)
-             + sum_c t_c sum_m epsilon_{c,m} (1 - p_c)^m           (Eq. 7)
-
+    Use it as any Keras loss, with the teacher's probabilities as `y_true`.
     `epsilon = 0` is `keras.losses.KLDivergence`. `ProxyTeacherSearch` finds
-    coefficients that make the student better. The loss is convex in `p` while
-    `epsilon_m >= -1 / m` for every m. See `pt_loss` for the same loss as a
-    function.
+    coefficients that make the student better. The loss is convex in the
+    student's probabilities while `epsilon_m >= -1 / m` for every m.
 
     Args:
         epsilon: coefficients: a number (order 1), `(M,)` shared by the classes,
@@ -187,9 +172,6 @@ class PTLoss(TeacherLoss):
         name: name of the loss.
         dtype: dtype of the result; the computation is in float32 or better.
 
-    Raises:
-        ValueError: if an argument has another form. When called: see `pt_loss`.
-
     Example:
         >>> import keras, numpy as np
         >>> student = keras.Sequential([keras.layers.Dense(3)])
@@ -197,10 +179,6 @@ class PTLoss(TeacherLoss):
         >>> x = np.ones((8, 4), "float32")
         >>> teacher_probs = np.full((8, 3), 1 / 3, "float32")
         >>> history = student.fit(x, teacher_probs, verbose=0)
-
-    Reference:
-        Zhang et al. 2023, Do Not Blindly Imitate the Teacher
-        (https://arxiv.org/abs/2305.05010), Eq. 7.
     """
 
     def __init__(
@@ -213,15 +191,12 @@ class PTLoss(TeacherLoss):
         name: str | None = "pt_loss",
         dtype: Any = None,
     ) -> None:
-        refuse_variables(
-            epsilon=epsilon, teacher_temperature=teacher_temperature
-        )
-        epsilon = check_constant_epsilon(epsilon)
-        epsilon.setflags(write=False)
         super().__init__(
             {
-                "epsilon": epsilon,
-                "teacher_temperature": _check_temperature(teacher_temperature),
+                "epsilon": fixed_epsilon(epsilon),
+                "teacher_temperature": check_number(
+                    "teacher_temperature", teacher_temperature, above=0.0
+                ),
             },
             from_logits=from_logits,
             reduction=reduction,
@@ -231,11 +206,10 @@ class PTLoss(TeacherLoss):
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Return one loss per example, `(...)`."""
-        loss = pt_loss(
+        return pt_loss(
             y_true,
             y_pred,
             self.epsilon,
             teacher_temperature=self.teacher_temperature,
             from_logits=self.from_logits,
         )
-        return ops.cast(loss, self.dtype)

@@ -18,12 +18,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ptloss._backend import visible_values
+from keras_ptloss._backend import custom_gradient, visible_values
 from keras_ptloss._math import log_teacher_probs
 from keras_ptloss._validation import (
     SUM_TOLERANCE,
     check_choice,
-    check_constant_epsilon,
     check_number,
     fail,
     shapes_differ,
@@ -32,8 +31,8 @@ from keras_ptloss.losses.base import (
     LOWEST,
     TINY,
     TeacherLoss,
+    fixed_epsilon,
     read_student,
-    refuse_variables,
 )
 from keras_ptloss.losses.pt_loss import pt_loss
 
@@ -59,17 +58,17 @@ def top_k_pt_loss(
         y_pred: the student's probabilities, `(..., C)`, or logits with
             `from_logits`.
         epsilon: as in `TopKPTLoss`, like all that follow.
-        tail: `"event"` or `"renormalize"`.
-        teacher_temperature: a number above 0.
-        from_logits: whether `y_pred` holds logits.
+        tail: as in `TopKPTLoss`.
+        teacher_temperature: as in `TopKPTLoss`.
+        from_logits: as in `TopKPTLoss`.
 
     Returns:
         One loss per position, shape `(...)`, in nats.
 
     Raises:
-        ValueError: if an argument is invalid, or (in eager calls) if `y_true`
-            is. In compiled functions the loss of an invalid position is NaN,
-            and ids that the student does not have belong to the rest.
+        ValueError: in eager calls, if `y_true` is invalid. In compiled
+            functions the loss of an invalid position is NaN, and ids that the
+            student does not have belong to the rest.
 
     Example:
         >>> import numpy as np
@@ -112,7 +111,7 @@ class TopKPTLoss(TeacherLoss):
     An entry with id -1 is the log-probability of all other classes. Without
     one, the other classes have what the k classes leave of 1. Entries with
     lower ids are padding, for positions with fewer than k classes. A position
-    of padding alone costs 0. Positions are divided by their sum.
+    of padding alone costs 0.
 
     Classes drawn from the teacher at random are targets too: give each id once,
     with the logarithm of its share of the draws.
@@ -126,13 +125,9 @@ class TopKPTLoss(TeacherLoss):
             `softmax(log(max(t_e, 1e-7)) / teacher_temperature)`, unless it
             is 1.
         from_logits: whether `y_pred`, the student's output, holds logits.
-        reduction: as in `keras.losses.Loss`. `"mean_with_sample_weight"` leaves
-            positions of weight 0 out of the mean.
-        name: name of the loss.
-        dtype: `"float32"` or `"float64"`. Smaller types cannot hold ids.
-
-    Raises:
-        ValueError: if an argument is invalid. When called: see `top_k_pt_loss`.
+        **kwargs: `reduction`, `name` and `dtype`, as in `PTLoss`. The reduction
+            `"mean_with_sample_weight"` leaves positions of weight 0 out of the
+            mean. `dtype` is float32 or float64; smaller types cannot hold ids.
 
     Example:
         >>> import keras, numpy as np
@@ -157,26 +152,21 @@ class TopKPTLoss(TeacherLoss):
         tail: Tail = "event",
         teacher_temperature: float = 1.0,
         from_logits: bool = False,
-        reduction: str | None = "sum_over_batch_size",
         name: str | None = "top_k_pt_loss",
-        dtype: Any = None,
+        **kwargs: Any,
     ) -> None:
-        refuse_variables(
-            epsilon=epsilon, teacher_temperature=teacher_temperature
-        )
         super().__init__(
             _check_settings(epsilon, tail, teacher_temperature),
             from_logits=from_logits,
-            reduction=reduction,
             name=name,
-            dtype=dtype,
+            **kwargs,
         )
         if self.dtype not in ("float32", "float64"):
             fail("dtype", "'float32' or 'float64', which hold ids", self.dtype)
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Return one loss per position, `(...)`."""
-        loss = top_k_pt_loss(
+        return top_k_pt_loss(
             y_true,
             y_pred,
             self.epsilon,
@@ -184,27 +174,19 @@ class TopKPTLoss(TeacherLoss):
             teacher_temperature=self.teacher_temperature,
             from_logits=self.from_logits,
         )
-        return ops.cast(loss, self.dtype)
 
 
 def top_k_events(y_true: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the k + 1 events of a teacher as probabilities and labels.
 
-    The labels of a text are its next tokens, so that a search for a language
-    model needs no other labels. The k tokens and the rest are k + 1 classes,
-    and the label tells which of them came. Only a temperature and a shared
-    epsilon can be used by the top-k losses, so stop after the first step:
-
-        probs, events = top_k_events(y_true, next_tokens)
-        search = ProxyTeacherSearch(RidgeSearch(steps=1))
-        result = search.search(probs, events, ignore_class=-1)
-        loss = TopKPTLoss(
-            result.epsilon, teacher_temperature=result.temperature
-        )
+    A search can then correct a language model, with the next tokens of a text
+    as labels: the k tokens and the rest are k + 1 classes, and the label tells
+    which of them came. Use `ProxyTeacherSearch(RidgeSearch(steps=1))` and
+    `ignore_class=-1`: the top-k losses can use a temperature and a shared
+    epsilon only.
 
     Args:
-        y_true: ids and natural log-probabilities, `(..., k, 2)`, as
-            `TopKPTLoss` takes them.
+        y_true: as in `TopKPTLoss`.
         labels: the tokens that came, integers, `(...)`. Positions with a
             negative one are left out.
 
@@ -250,19 +232,17 @@ def fused_top_k_pt_loss(
 ) -> Tensor:
     """Compute `top_k_pt_loss` of `hidden @ weights + bias` in less memory.
 
-    The logits `(positions, C)` and their gradient are most of the memory in
-    training a language model. This function computes them in chunks of the
-    vocabulary, forward and once more backward. Call it where a model has its
-    hidden states, in `compute_loss` for example.
+    The logits `(positions, C)` are computed in chunks of the vocabulary,
+    forward and once more backward. Call it where a model has its hidden states,
+    in `compute_loss` for example.
 
     Args:
-        y_true: ids and natural log-probabilities, `(..., k, 2)`, as
-            `TopKPTLoss` takes them.
+        y_true: as in `TopKPTLoss`.
         hidden: the inputs of the head, `(..., H)`. The head is computed in
             their dtype, the loss in float32 or better.
         weights: the head's weights: `(H, C)`, as in a `Dense` layer, or
             `(C, H)`, as in an embedding. H and C must differ.
-        epsilon: coefficients: a number (order 1), or `(M,)`.
+        epsilon: as in `TopKPTLoss`.
         bias: the head's bias, `(C,)`, or None.
         tail: as in `TopKPTLoss`.
         teacher_temperature: as in `TopKPTLoss`.
@@ -302,7 +282,9 @@ def fused_top_k_pt_loss(
             f"{size} units, where C is another number",
             shape,
         )
-    num_classes = shape[0] if shape[1] == size else shape[1]
+    if shape[1] == size:
+        weights = ops.transpose(weights)
+    num_classes = weights.shape[1]
     if bias is None:
         bias = ops.zeros((num_classes,), weights.dtype)
     targets = _read_targets(y_true, hidden, num_classes)
@@ -321,15 +303,16 @@ def _check_settings(
     epsilon: Any, tail: Any, temperature: Any
 ) -> dict[str, Any]:
     """Return the checked settings of a loss, by name."""
-    values = check_constant_epsilon(epsilon)
+    values = fixed_epsilon(epsilon)
     if values.ndim > 1:
         fail("epsilon", "shared by the classes: a number or (order,)", epsilon)
-    values.setflags(write=False)
     check_choice("tail", tail, ("event", "renormalize"))
-    value = check_number("teacher_temperature", temperature, at_least=0.0)
-    if value == 0.0:
-        fail("teacher_temperature", "above 0", temperature)
-    return {"epsilon": values, "tail": tail, "teacher_temperature": value}
+    temperature = check_number("teacher_temperature", temperature, above=0.0)
+    return {
+        "epsilon": values,
+        "tail": tail,
+        "teacher_temperature": temperature,
+    }
 
 
 def _read_targets(y_true: Tensor, student: Tensor, num_classes: int) -> Tensor:
@@ -462,10 +445,6 @@ def _split(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ops.take_along_axis(logits, columns, axis=-1), others, places
 
 
-def _logsumexp(x: Tensor) -> Tensor:
-    return ops.logsumexp(x, axis=-1, keepdims=True)
-
-
 def _by_logits(
     logits: Tensor, ids: Tensor, rest: Tensor, upstream: Tensor
 ) -> Tensor:
@@ -484,14 +463,12 @@ def _by_logits(
 def _event_logits(logits: Tensor, ids: Tensor) -> Tensor:
     """Return the event logits of logits `(N, C)`."""
 
-    @ops.custom_gradient
+    @custom_gradient
     def project(logits: Tensor) -> Any:
         given, others, _ = _split(logits, ids)
-        rest = _logsumexp(others)
+        rest = ops.logsumexp(others, axis=-1, keepdims=True)
 
-        def gradient(*args: Tensor, upstream: Tensor = None) -> Any:
-            if upstream is None:  # PyTorch passes it by keyword.
-                (upstream,) = args
+        def gradient(upstream: Tensor) -> Tensor:
             return _by_logits(logits, ids, rest, upstream)
 
         return ops.concatenate([given, rest], axis=-1), gradient
@@ -502,64 +479,54 @@ def _event_logits(logits: Tensor, ids: Tensor) -> Tensor:
 def _head_event_logits(
     hidden: Tensor, weights: Tensor, bias: Tensor, ids: Tensor, chunk: int
 ) -> Tensor:
-    """Return the event logits of a head's logits, chunk by chunk.
+    """Return the event logits of `hidden @ weights + bias`, chunk by chunk.
 
-    The gradient computes the logits once more. `hidden` is `(N, H)`, `weights`
-    `(H, C)` or `(C, H)`.
+    The gradient computes the logits once more.
     """
-    dtype = keras.backend.result_type(hidden.dtype, "float32")
-    axis = 0 if weights.shape[1] == hidden.shape[1] else 1  # of the classes
+    units, num_classes = weights.shape
+    wide = keras.backend.result_type(hidden.dtype, "float32")
 
-    # JAX wants all tensors that have a gradient as arguments.
-    def part(
-        hidden: Tensor, weights: Tensor, bias: Tensor, first: Any, size: int
-    ) -> Any:
-        """Return the start and the weights `(H, size)` of a chunk, and z."""
-        start, sizes = [0, 0], list(weights.shape)
-        start[axis], sizes[axis] = first, size
-        w = ops.slice(weights, start, sizes)
-        w = ops.cast(ops.transpose(w) if axis == 0 else w, hidden.dtype)
-        b = ops.cast(ops.slice(bias, (first,), (size,)), hidden.dtype)
-        return start, w, ops.cast(ops.matmul(hidden, w) + b, dtype)
-
-    @ops.custom_gradient
+    @custom_gradient
     def project(hidden: Tensor, weights: Tensor, bias: Tensor) -> Any:
-        def forward(first: Any, size: int, given: Tensor, rest: Tensor) -> Any:
-            *_, logits = part(hidden, weights, bias, first, size)
-            found, others, _ = _split(logits, ids - first)
-            rest = ops.logaddexp(rest, _logsumexp(others))
-            return ops.maximum(given, found), rest
+        def compute(first: Any, size: int) -> tuple[Tensor, Tensor]:
+            """Return the weights and the logits of a chunk of classes."""
+            w = ops.slice(weights, (0, first), (units, size))
+            w = ops.cast(w, hidden.dtype)
+            b = ops.cast(ops.slice(bias, (first,), (size,)), hidden.dtype)
+            return w, ops.cast(ops.matmul(hidden, w) + b, wide)
 
-        lowest = LOWEST * ops.ones_like(ids, dtype=dtype)
+        def forward(first: Any, size: int, given: Tensor, rest: Tensor) -> Any:
+            _, logits = compute(first, size)
+            found, others, _ = _split(logits, ids - first)
+            more = ops.logsumexp(others, axis=-1, keepdims=True)
+            return ops.maximum(given, found), ops.logaddexp(rest, more)
+
+        lowest = LOWEST * ops.ones_like(ids, dtype=wide)
         given, rest = _over_chunks(
-            forward, bias.shape[0], chunk, lowest, lowest[:, :1]
+            forward, num_classes, chunk, lowest, lowest[:, :1]
         )
 
-        def gradient(*args: Tensor, upstream: Tensor = None) -> Any:
-            if upstream is None:  # PyTorch passes it by keyword.
-                (upstream,) = args
-
+        def gradient(upstream: Tensor) -> tuple[Tensor, ...]:
             def backward(first: Any, size: int, *sums: Tensor) -> Any:
                 by_hidden, by_weights, by_bias = sums
-                start, w, logits = part(hidden, weights, bias, first, size)
+                w, logits = compute(first, size)
                 by_z = _by_logits(logits, ids - first, rest, upstream)
                 by_b = ops.cast(ops.sum(by_z, axis=0), bias.dtype)
                 by_z = ops.cast(by_z, hidden.dtype)
-                by_h = ops.matmul(by_z, ops.transpose(w))
+                by_h = ops.cast(ops.matmul(by_z, ops.transpose(w)), wide)
                 by_w = ops.matmul(ops.transpose(hidden), by_z)
-                by_w = ops.transpose(by_w) if axis == 0 else by_w
                 by_w = ops.cast(by_w, weights.dtype)
                 return (
-                    by_hidden + ops.cast(by_h, dtype),
-                    ops.slice_update(by_weights, start, by_w),
+                    by_hidden + by_h,
+                    ops.slice_update(by_weights, (0, first), by_w),
                     ops.slice_update(by_bias, (first,), by_b),
                 )
 
             by_hidden, by_weights, by_bias = _over_chunks(
                 backward,
-                bias.shape[0],
+                num_classes,
                 chunk,
-                ops.zeros_like(hidden, dtype=dtype),
+                ops.zeros_like(hidden, dtype=wide),
                 ops.zeros_like(weights),
                 ops.zeros_like(bias),
             )

@@ -11,6 +11,7 @@ from keras import ops
 from keras_ptloss._backend import as_array, weights_given_back
 from keras_ptloss._validation import (
     as_floats,
+    as_probabilities,
     as_rows,
     check_class_indices,
     check_count,
@@ -18,11 +19,8 @@ from keras_ptloss._validation import (
     check_ignore_class,
     check_label_range,
     fail,
-    one_tensor,
-)
-from keras_ptloss.correction import (
-    as_probabilities,
     one_flag_each,
+    one_tensor,
     refuse_masked,
 )
 from keras_ptloss.search.method import Examples

@@ -226,10 +226,8 @@ class TestMinimum:
     @pytest.mark.parametrize(
         ("epsilon", "temperature", "dtype", "tolerance"),
         [
-            ([2.0], 1.0, "float32", 2e-3),
             ([-0.5, 1.0, 3.0], 1.0, "float32", 2e-3),
             (PER_CLASS, 1.0, "float32", 2e-3),
-            ([2.0, 0.5], 2.5, "float32", 2e-3),
             ([2.0, 0.5], 2.5, "float16", 5e-3),
         ],
     )
@@ -412,19 +410,16 @@ def test_binary_head_is_two_classes(from_logits):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="about graphs")
-@pytest.mark.parametrize("columns", [1, 4])
-def test_sizes_that_a_graph_does_not_know(columns):
+def test_sizes_that_a_graph_does_not_know():
     import tensorflow as tf
 
     teacher, logits = rows()
-    if columns == 1:
-        teacher, logits = teacher[:, :1], logits[:, :1]
     loss = PTLoss(EPSILON, from_logits=True)
     graph = tf.function(
         loss,
         input_signature=[
             tf.TensorSpec((None, None)),
-            tf.TensorSpec((None, columns)),
+            tf.TensorSpec((None, 4)),
         ],
     )
     expected = loss(teacher, logits)
@@ -451,7 +446,7 @@ class TestSettings:
     )
     def test_variable_is_refused(self, arguments):
         made = {name: make() for name, make in arguments.items()}
-        with pytest.raises(ValueError, match="fixed when it is built"):
+        with pytest.raises(ValueError, match="no effect"):
             PTLoss(**{"epsilon": 0.5, **made})
 
     @pytest.mark.parametrize(

@@ -497,7 +497,7 @@ def test_events_of_stored_labels():
         ({"epsilon": [[1.0], [2.0]]}, "shared by the classes"),
         ({"teacher_temperature": 0.0}, "above 0"),
         ({"dtype": "bfloat16"}, "which hold ids"),
-        ({"epsilon": keras.Variable(1.0)}, "variable"),
+        ({"epsilon": keras.Variable(1.0)}, "no effect"),
     ],
 )
 def test_wrong_settings(arguments, match):
