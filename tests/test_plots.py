@@ -164,6 +164,15 @@ def test_classes(names):
     np.testing.assert_allclose(heights, result.class_shares["labels"])
 
 
+def test_long_class_names_leave_room_for_the_bars():
+    names = [f"card_payment_wrong_exchange_rate_{c}_" * 3 for c in range(10)]
+    figure = matplotlib.figure.Figure(layout="constrained")
+    ax = plot_classes(searched(names), ax=figure.subplots())
+    figure.canvas.draw()
+    assert ax.get_window_extent().height > 0.4 * figure.bbox.height
+    assert ax.get_xticklabels()[0].get_text() == "card_payment_wrong_exch…"
+
+
 @pytest.mark.parametrize("bad", [[[2.0, -1.0]], [0.5, 0.5], [[0.3, 0.3]]])
 def test_logits_are_refused(bad):
     with pytest.raises(ValueError, match="`probs` must be probabilities"):

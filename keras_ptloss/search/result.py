@@ -163,7 +163,7 @@ class SearchResult:
         shares = self.class_shares
         change = np.abs(shares["corrected"] - shares["teacher"])
         order = np.sort(np.argsort(-change, kind="stable")[:CLASSES_SHOWN])
-        names = [textwrap.shorten(n, 24) or n[:24] for n in self.class_names]
+        names = [n if len(n) < 25 else f"{n[:23]}…" for n in self.class_names]
         wide = max(5, *(len(names[c]) for c in order))
         lines = [
             f"{'class':{wide}}  {'labels':>10} {'teacher' + mark:>10} "
