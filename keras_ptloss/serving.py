@@ -21,6 +21,7 @@ from keras import ops
 
 from keras_ptloss._backend import compute_dtypes
 from keras_ptloss._math import two_events
+from keras_ptloss._progress import Progress
 from keras_ptloss._validation import (
     check_count,
     check_head,
@@ -92,7 +93,8 @@ def export_student(
             attributes of a `tf.Module` or a layer.
         format: `"tf_saved_model"`, or `"litert"` or `"onnx"` for one file,
             `model.tflite` or `model.onnx`.
-        verbose: whether to print what is exported, and where.
+        verbose: whether to print what is exported and where, and to show a
+            progress bar.
 
     Returns:
         The folder of the version, `directory/<version>`.
@@ -168,8 +170,12 @@ def export_student(
     probs = _example_probabilities(model, signature, example, from_logits)
     student = _serving_model(model, inputs, from_logits)
 
-    if verbose:
-        print(f"Exporting {model.name!r} to {directory} as {format}")
+    progress = Progress(
+        f"Exporting {model.name!r} to {directory} as {format}",
+        2,  # Write it and load it once.
+        unit="step",
+        verbose=int(verbose),
+    )
     with _temporary_folder(directory) as written:
         path = written / file_name
         if format == "tf_saved_model":
@@ -186,7 +192,10 @@ def export_student(
             names_file.write_text(
                 json.dumps(names, ensure_ascii=False), encoding="utf-8"
             )
+        progress.update(1)
         _load_once(path, example, None if preprocessor else probs)
+        progress.update(2)
+        progress.close()
         while True:
             number = version or max(_versions(directory), default=0) + 1
             try:

@@ -6,11 +6,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import keras
 import numpy as np
 
+from keras_ptloss._progress import Verbose, track
 from keras_ptloss._validation import check_count, fail
 from keras_ptloss.soft_labels.attach import attach_several
 from keras_ptloss.soft_labels.inputs import (
@@ -49,6 +50,7 @@ from keras_ptloss.soft_labels.teacher import (
     teacher_identity,
 )
 
+T = TypeVar("T")
 Tensor = Any
 PathLike = str | os.PathLike[str]
 CHUNK = 4096  # rows that are handled at once
@@ -200,8 +202,14 @@ class SoftLabels:
                 unit_name="example",
                 verbose=1 if verbose == "auto" else int(verbose),
             )
+            if verbose:
+                print(
+                    f"Asking the teacher; {len(stored)} examples are stored "
+                    f"at {path}",
+                    flush=True,
+                )
             for x, weight, prints in not_stored(
-                inputs, batch_size, stored, path
+                inputs, batch_size, stored, path, "auto" if verbose else 0
             ):
                 first = writer.num_rows
                 if writer.complete:
@@ -237,7 +245,7 @@ class SoftLabels:
             if not writer.complete:
                 writer.finish()
         discard(path.with_name(path.name + PARTIAL))
-        return cls.open(path)
+        return cls.open(path, verbose="auto" if verbose else 0)
 
     @classmethod
     def open(
@@ -246,6 +254,7 @@ class SoftLabels:
         verify: bool = True,
         *,
         class_names: Sequence[str] | None = None,
+        verbose: Verbose = "auto",
     ) -> "SoftLabels":
         """Open a complete store.
 
@@ -255,6 +264,7 @@ class SoftLabels:
                 reads them once. Without it, a damaged file can give wrong
                 numbers or end the process.
             class_names: the classes that you expect, in their order.
+            verbose: as in `from_array`.
 
         Returns:
             The store, memory-mapped.
@@ -275,7 +285,9 @@ class SoftLabels:
         if class_names is not None:
             expected = {"class_names": tuple(class_names)}
             _check_same(info.layout, expected, path)
-        found = [open_file(path / f, verify=verify) for f in info.files]
+        what = f"Checking the soft labels at {path}"
+        files = track(info.files, what, None, unit="file", verbose=verbose)
+        found = [open_file(path / f, verify=verify) for f in files]
         if not all(batch.schema == info.layout.schema() for batch in found):
             raise damaged(path / "info.json")
         return cls(info.layout, found, path)
@@ -294,6 +306,7 @@ class SoftLabels:
         dtype: Literal["float16", "float32"] = "float16",
         teacher_name: str | None = None,
         overwrite: bool = False,
+        verbose: Verbose = "auto",
     ) -> "SoftLabels":
         """Store outputs that you already have.
 
@@ -313,6 +326,8 @@ class SoftLabels:
             dtype: as in `write`.
             teacher_name: name of the teacher.
             overwrite: whether to replace another store at `path`.
+            verbose: 1 shows a progress bar, 0 does not; "auto" shows it after
+                two seconds.
 
         Returns:
             The store.
@@ -350,8 +365,9 @@ class SoftLabels:
             "teacher": teacher_name,
             "from_logits": from_logits,
         }
-        parts = _in_parts(len(values), inputs, ids, about, convert)
-        return cls._from_parts(parts, path, overwrite)
+        found = _in_parts(len(values), inputs, ids, about, convert)
+        parts = _tracked(found, "Storing", len(values), verbose)
+        return cls._from_parts(parts, path, overwrite, verbose)
 
     @classmethod
     def from_top_k(
@@ -368,6 +384,7 @@ class SoftLabels:
         dtype: Literal["float16", "float32"] = "float16",
         teacher_name: str | None = None,
         overwrite: bool = False,
+        verbose: Verbose = "auto",
     ) -> "SoftLabels":
         """Store the k likeliest classes of examples, or of token sequences.
 
@@ -387,6 +404,7 @@ class SoftLabels:
             dtype: as in `from_array`.
             teacher_name: as in `from_array`.
             overwrite: as in `from_array`.
+            verbose: as in `from_array`.
 
         Returns:
             The store.
@@ -431,8 +449,9 @@ class SoftLabels:
             "class_names": class_names,
             "teacher": teacher_name,
         }
-        parts = _in_parts(len(top_ids), inputs, ids, about, convert)
-        return cls._from_parts(parts, path, overwrite)
+        found = _in_parts(len(top_ids), inputs, ids, about, convert)
+        parts = _tracked(found, "Storing", len(top_ids), verbose)
+        return cls._from_parts(parts, path, overwrite, verbose)
 
     @classmethod
     def _from_parts(
@@ -440,6 +459,7 @@ class SoftLabels:
         parts: Iterable[tuple[Layout, Any]],
         path: PathLike | None,
         overwrite: bool,
+        verbose: Verbose,
     ) -> "SoftLabels":
         """Make a store of record batches, whole or not at all."""
         if path is None:
@@ -463,7 +483,7 @@ class SoftLabels:
                     elif read_info(path) == read_info(temporary):
                         # The same rows, as files are named by checksums.
                         shutil.rmtree(temporary)
-                        return cls.open(path)
+                        return cls.open(path, verbose=verbose)
                     else:
                         state = "a" if old.complete else "an unfinished"
                         raise ValueError(
@@ -474,7 +494,7 @@ class SoftLabels:
                         )
             temporary.rename(path)
             sync(path.parent)
-        return cls.open(path)
+        return cls.open(path, verbose=verbose)
 
     # ---- Read ----
 
@@ -750,12 +770,14 @@ class SoftLabels:
         file: PathLike,
         *,
         dtype: Literal["float16", "float32"] | None = None,
+        verbose: Verbose = "auto",
     ) -> None:
         """Write all rows to one Parquet file, whole or not at all.
 
         Args:
             file: its name.
             dtype: dtype of the numbers; None for the stored one.
+            verbose: as in `from_array`.
         """
         pyarrow()
         from pyarrow import parquet
@@ -765,7 +787,8 @@ class SoftLabels:
         reader = self.to_arrow(dtype)
         try:
             with parquet.ParquetWriter(temporary, reader.schema) as writer:
-                for batch in reader:
+                what = f"Writing {len(self)} rows to {file}"
+                for batch in track(reader, what, None, verbose=verbose):
                     writer.write_batch(batch)
             temporary.rename(file)
         except BaseException:
@@ -779,6 +802,7 @@ class SoftLabels:
         path: PathLike | None = None,
         *,
         overwrite: bool = False,
+        verbose: Verbose = "auto",
     ) -> "SoftLabels":
         """Make a store of a Parquet file that `to_parquet` wrote.
 
@@ -788,6 +812,7 @@ class SoftLabels:
             file: its name.
             path: directory of the new store; None keeps it in memory.
             overwrite: whether to replace another store at `path`.
+            verbose: as in `from_array`.
 
         Returns:
             The store.
@@ -810,7 +835,8 @@ class SoftLabels:
             (layout, batch.cast(layout.schema()))
             for batch in table.iter_batches(CHUNK)
         )
-        return cls._from_parts(found, path, overwrite)
+        parts = _tracked(found, "Reading", table.metadata.num_rows, verbose)
+        return cls._from_parts(parts, path, overwrite, verbose)
 
     @classmethod
     def join(
@@ -819,6 +845,7 @@ class SoftLabels:
         path: PathLike,
         *,
         overwrite: bool = False,
+        verbose: Verbose = "auto",
     ) -> "SoftLabels":
         """Join stores into one, when several machines have labelled parts.
 
@@ -827,6 +854,7 @@ class SoftLabels:
                 same classes, in the order of the rows.
             path: directory of the new store. The parts stay.
             overwrite: whether to replace another store at `path`.
+            verbose: as in `from_array`.
 
         Returns:
             The store.
@@ -860,7 +888,17 @@ class SoftLabels:
             for batch in store._batches
             for low in range(0, batch.num_rows, CHUNK)
         )
-        return cls._from_parts(found, path, overwrite)
+        total = sum(map(len, stores))
+        joined = _tracked(found, "Joining", total, verbose)
+        return cls._from_parts(joined, path, overwrite, verbose)
+
+
+def _tracked(
+    parts: Iterable[T], what: str, num_rows: int, verbose: Verbose
+) -> Iterator[T]:
+    """Yield parts of `CHUNK` rows while a progress bar counts them."""
+    total = -(-num_rows // CHUNK)
+    return track(parts, f"{what} {num_rows} rows", total, verbose=verbose)
 
 
 def _in_parts(
@@ -899,7 +937,7 @@ def _in_parts(
         layout = found.layout(
             **about, has_fingerprints=x is not None, has_ids=ids is not None
         )
-        prints = None if x is None else fingerprint(x)
+        prints = None if x is None else fingerprint(x, verbose=0)
         named = None if ids is None else ids[part]
         yield layout, layout.encode(found.values, prints, named)
 
