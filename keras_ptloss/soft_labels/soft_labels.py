@@ -1,5 +1,6 @@
 """Stored teacher outputs: written once, then read for every student."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -469,7 +470,10 @@ class SoftLabels:
         path = Path(path)
         # Only a store that is whole gets the name `path`.
         temporary = path.with_name(path.name + PARTIAL)
-        with StoreWriter(temporary, overwrite=True) as writer:
+        with (
+            StoreWriter(temporary, overwrite=True) as writer,
+            _removed_on_error(temporary),
+        ):
             for layout, batch in parts:
                 if writer.layout is None:
                     writer.begin(layout)
@@ -891,6 +895,16 @@ class SoftLabels:
         total = sum(map(len, stores))
         joined = _tracked(found, "Joining", total, verbose)
         return cls._from_parts(joined, path, overwrite, verbose)
+
+
+@contextlib.contextmanager
+def _removed_on_error(path: Path) -> Iterator[None]:
+    """Delete a directory if an error is raised."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def _tracked(
