@@ -114,6 +114,8 @@ def test_docstrings():
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # examples may write files
+    # On a busy machine, too, they print what they say.
+    monkeypatch.setattr("keras_ptloss._progress.QUIET_SECONDS", 1e9)
     result = doctest.testmod(
         importlib.import_module(name),
         extraglobs=public_objects(),

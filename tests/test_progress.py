@@ -177,7 +177,8 @@ def test_export_shows_a_bar(capsys, tmp_path):
     )
 
 
-def test_quick_calls_print_nothing(capsys, store):
+def test_quick_calls_print_nothing(capsys, store, monkeypatch):
+    monkeypatch.setattr(_progress, "QUIET_SECONDS", 1e9)
     text = shown(capsys, lambda: ProxyTeacherSearch().search(PROBS, Y))
     text += shown(capsys, lambda: proxy_teacher(PROBS, 0.5))
     text += shown(capsys, lambda: store.find(X))

@@ -46,8 +46,10 @@ def fingerprint(inputs: Any, *, verbose: Verbose = "auto") -> np.ndarray:
         >>> bool(a == c), bool(a == b)
         (True, False)
     """
+    inputs, size = as_inputs(inputs), 1024
+    total = None if is_stream(inputs) else -(-num_examples(inputs) // size)
     what = "Computing the fingerprints of the examples"
-    found = track(batches(inputs, 1024), what, None, verbose=verbose)
+    found = track(batches(inputs, size), what, total, verbose=verbose)
     return np.concatenate(
         [_fingerprint(x) for x, _ in found] or [np.empty(0, "uint64")]
     )
