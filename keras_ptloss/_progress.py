@@ -44,13 +44,21 @@ class Progress:
         self.done = 0.0
         self.update(0)
 
-    def update(self, done: float, total: int | None = None) -> None:
-        """Show how much is done; a new `total` replaces the old one."""
+    def update(
+        self, done: float, total: int | None = None, *, at_once: bool = False
+    ) -> None:
+        """Show how much is done.
+
+        Args:
+            done: number of units.
+            total: replaces the total so far.
+            at_once: whether "auto" shows the bar now.
+        """
         self.done = max(done, self.done)
         if total is not None:
             self.bar.target = total
         if not self.shown:
-            slow = time.perf_counter() - self.begin > QUIET_SECONDS
+            slow = time.perf_counter() - self.begin > QUIET_SECONDS or at_once
             useful = slow and self.done != self.bar.target
             logging = keras.config.is_interactive_logging_enabled()
             if not (self.verbose == 1 or (self.verbose and useful and logging)):
@@ -122,8 +130,9 @@ class Epochs(keras.callbacks.Callback):
         self.progress = progress
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Remember what is done already."""
+        """Show the bar: compiling a model alone may take some seconds."""
         self.before = self.progress.done
+        self.progress.update(self.before, at_once=True)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Move the bar."""

@@ -211,6 +211,14 @@ def test_bar_of_each_epoch(capsys):
     assert seen == [0.5, 1.0, 1.5, 2.0]
 
 
+def test_bar_of_a_model_is_there_before_the_first_epoch(capsys):
+    progress = _progress.Progress("Training", 2, unit="model")
+    callback = _progress.Epochs(progress)
+    assert capsys.readouterr().out == ""
+    callback.on_train_begin()
+    assert "0/2" in capsys.readouterr().out
+
+
 def test_keras_turns_it_off(capsys, slow):
     keras.config.disable_interactive_logging()
     try:
