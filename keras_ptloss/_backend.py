@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -250,3 +251,21 @@ def set_direction(metric: keras.metrics.Metric, better: str) -> None:
     Keras's callbacks read this private attribute; `EarlyStopping` requires it.
     """
     metric._direction = better
+
+
+@contextlib.contextmanager
+def no_retracing_warning() -> Iterator[None]:
+    """Do not let TensorFlow warn that many functions were traced.
+
+    It counts those of all models as one, and warns at the fifth `predict`.
+    """
+
+    def other(record: logging.LogRecord) -> bool:
+        return "triggered tf.function retracing" not in record.getMessage()
+
+    logger = logging.getLogger("tensorflow")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)

@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_ptloss._backend import as_array
 from keras_ptloss._math import log_teacher_probs, model_probs, two_events
+from keras_ptloss._progress import Verbose, track
 from keras_ptloss._validation import (
     as_floats,
     as_probabilities,
@@ -20,7 +21,7 @@ from keras_ptloss._validation import (
     one_flag_each,
     valid_probs,
 )
-from keras_ptloss.proxy import proxy_teacher, proxy_tensor
+from keras_ptloss.proxy import ROWS_AT_ONCE, proxy_teacher, proxy_tensor
 
 __all__ = ["CorrectedTeacher", "Correction", "TeachersSideBySide"]
 
@@ -185,7 +186,9 @@ class Correction:
             and not self.has_step_2
         )
 
-    def correct(self, teacher_outputs: Any) -> np.ndarray:
+    def correct(
+        self, teacher_outputs: Any, *, verbose: Verbose = "auto"
+    ) -> np.ndarray:
         """Return the corrected probabilities of stored teacher outputs.
 
         Args:
@@ -193,6 +196,8 @@ class Correction:
                 `from_logits` says; `(..., 1)` of a sigmoid head. Several
                 teachers are a list of arrays, or one array that holds them side
                 by side.
+            verbose: 1 shows a progress bar, 0 does not; "auto" shows it after
+                two seconds.
 
         Returns:
             Probabilities, `(..., C)`, float64.
@@ -213,7 +218,18 @@ class Correction:
             for output, flag in zip(outputs, flags, strict=True)
         ]
         side_by_side = np.concatenate(probs, axis=-1)
-        return np.asarray(_corrected(self, self.split(side_by_side), np))
+        rows = side_by_side.reshape(-1, side_by_side.shape[-1])
+        starts = range(0, max(len(rows), 1), ROWS_AT_ONCE)
+        parts = [
+            _corrected(self, self.split(rows[low : low + ROWS_AT_ONCE]), np)
+            for low in track(
+                starts,
+                f"Correcting {len(rows)} teacher outputs",
+                len(starts),
+                verbose=verbose,
+            )
+        ]
+        return np.concatenate(parts).reshape(*side_by_side.shape[:-1], -1)
 
     def apply(self, teacher_probs: Tensor) -> Tensor:
         """Return the corrected probabilities of a tensor, by `keras.ops`.
@@ -334,7 +350,9 @@ def _proxy(t: Tensor, correction: Correction, xp: Any) -> Tensor:
     if not correction.epsilon.any():
         return t
     if xp is np:
-        rows = proxy_teacher(t.reshape(-1, t.shape[-1]), correction.epsilon)
+        rows = proxy_teacher(
+            t.reshape(-1, t.shape[-1]), correction.epsilon, verbose=0
+        )
         return rows.probabilities.reshape(t.shape)
     return proxy_tensor(t, correction.epsilon)
 

@@ -48,6 +48,7 @@ def plot_classes(result: Any, *, ax: Axes = None) -> Axes:
     # About twenty of many classes have a tick. Long names stand upright.
     shown = position[:: -(-len(position) // 20)] if many else position
     names = [result.class_names[c] for c in shown]
+    names = [n if len(n) < 25 else f"{n[:23]}…" for n in names]
     rotation = 90 if max(map(len, names)) * len(names) > 50 else 0
     ax.set_xticks(shown, names, rotation=rotation)
     ax.set(xlabel="class", ylabel="share")

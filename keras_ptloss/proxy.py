@@ -32,6 +32,7 @@ from keras_ptloss._math import (
     slope,
     two_events,
 )
+from keras_ptloss._progress import Verbose, track
 from keras_ptloss._validation import (
     as_probabilities,
     check_choice,
@@ -85,6 +86,7 @@ def proxy_teacher(
     epsilon: Any,
     *,
     solver: Literal["newton", "fsolve"] = "newton",
+    verbose: Verbose = "auto",
 ) -> ProxyTeacherResult:
     """Compute the distribution to which a student converges under PTLoss.
 
@@ -103,6 +105,8 @@ def proxy_teacher(
             `"fsolve"` is the paper's solver (Appendix A.3), one call of
             `scipy.optimize.fsolve` per row. It is slow and fails on some rows;
             use it as a reference.
+        verbose: 1 shows a progress bar, 0 does not; "auto" shows it after two
+            seconds.
 
     Returns:
         A `ProxyTeacherResult`.
@@ -125,7 +129,7 @@ def proxy_teacher(
     epsilon = check_constant_epsilon(epsilon, classes=t.shape[-1])
     rows = t.reshape(-1, t.shape[-1])
     solve = _solve_fsolve if solver == "fsolve" else solve_rows
-    q, converged, steps = solve(rows, epsilon)
+    q, converged, steps = solve(rows, epsilon, verbose)
     return ProxyTeacherResult(
         probabilities=q.reshape(t.shape),
         converged=converged.reshape(t.shape[:-1]),
@@ -135,26 +139,35 @@ def proxy_teacher(
 
 
 def solve_rows(
-    t: np.ndarray, epsilon: np.ndarray
+    t: np.ndarray, epsilon: np.ndarray, verbose: Verbose = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return proxy teachers `(N, C)`, converged `(N,)` and steps `(N,)`.
 
     Args:
         t: probabilities `(N, C)`, float64.
         epsilon: `(M,)` or `(C, M)`, float64.
+        verbose: as in `proxy_teacher`.
     """
+    what = f"Solving for the proxy teachers of {len(t)} rows"
+    num_blocks = -(-len(t) // ROWS_AT_ONCE)
+    options: Any = {"unit": "block", "verbose": verbose}
     if _has_closed_form(epsilon):
+        blocks = np.array_split(t, num_blocks)
+        found = [
+            shared_proxy(block, float(epsilon[0]))
+            for block in track(blocks, what, num_blocks, **options)
+        ]
         done = np.ones(len(t), bool)
-        return shared_proxy(t, float(epsilon[0])), done, np.zeros(len(t), int)
+        return np.concatenate(found), done, np.zeros(len(t), int)
     # Rows of zeros fill the last block; they converge at once.
-    padded = np.zeros((-(-len(t) // ROWS_AT_ONCE) * ROWS_AT_ONCE, t.shape[1]))
-    padded[: len(t)] = t
-    blocks = [
+    padded = np.zeros((num_blocks, ROWS_AT_ONCE, t.shape[1]))
+    padded.reshape(-1, t.shape[1])[: len(t)] = t
+    solved = [
         _newton_on_numpy(block, epsilon)
-        for block in padded.reshape(-1, ROWS_AT_ONCE, t.shape[1])
+        for block in track(padded, what, num_blocks, **options)
     ]
     q, converged, steps = (
-        np.concatenate(part)[: len(t)] for part in zip(*blocks, strict=True)
+        np.concatenate(part)[: len(t)] for part in zip(*solved, strict=True)
     )
     return q, converged.astype(bool), steps.astype(int)
 
@@ -472,7 +485,7 @@ def proxy_tensor(teacher_probs: Tensor, epsilon: Any) -> Tensor:
 
 
 def _solve_fsolve(
-    t: np.ndarray, epsilon: np.ndarray
+    t: np.ndarray, epsilon: np.ndarray, verbose: Verbose
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return proxy teachers `(N, C)`, converged `(N,)` and calls `(N,)`.
 
@@ -482,7 +495,9 @@ def _solve_fsolve(
     """
     coefficients = list(np.moveaxis(epsilon, -1, 0))
     q, steps = np.empty_like(t), np.empty(len(t), int)
-    for n, row in enumerate(t):
+    what = f"Solving for the proxy teachers of {len(t)} rows"
+    rows = track(t, what, len(t), unit="row", verbose=verbose)
+    for n, row in enumerate(rows):
         q[n], steps[n] = _fsolve_row(row, coefficients)
     w = t * _w_and_d(q, 1.0 - q, coefficients, np)[0]
     excess = w - q * w.sum(axis=-1, keepdims=True)

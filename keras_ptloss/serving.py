@@ -21,6 +21,7 @@ from keras import ops
 
 from keras_ptloss._backend import compute_dtypes
 from keras_ptloss._math import model_probs, two_events
+from keras_ptloss._progress import Progress, Verbose
 from keras_ptloss._validation import (
     check_count,
     check_head,
@@ -49,6 +50,7 @@ def export_student(
     from_logits: bool = False,
     preprocessor: Callable[..., Any] | None = None,
     format: Literal["tf_saved_model", "litert", "onnx"] = "tf_saved_model",
+    verbose: Verbose = "auto",
 ) -> pathlib.Path:
     """Write a trained student as the next version of a served model.
 
@@ -90,6 +92,8 @@ def export_student(
             attributes of a `tf.Module` or a layer.
         format: `"tf_saved_model"`, or `"litert"` (from TensorFlow only) or
             `"onnx"` for one file, `model.tflite` or `model.onnx`.
+        verbose: 1 shows a progress bar, 0 does not; "auto" shows it if the
+            export takes more than two seconds.
 
     Returns:
         The folder of the version, `directory/<version>`.
@@ -158,6 +162,12 @@ def export_student(
     probs = _example_probabilities(model, signature, example, from_logits)
     student = _serving_model(model, inputs, from_logits)
 
+    progress = Progress(
+        f"Exporting {model.name!r} to {directory} as {format}",
+        2,  # Write it and load it once.
+        unit="step",
+        verbose=verbose,
+    )
     with _temporary_folder(directory) as written:
         path = written / file_name
         if format == "tf_saved_model":
@@ -174,7 +184,10 @@ def export_student(
             names_file.write_text(
                 json.dumps(names, ensure_ascii=False), encoding="utf-8"
             )
+        progress.update(1)
         _load_once(path, example, None if preprocessor else probs)
+        progress.update(2)
+        progress.close()
         while True:
             number = version or max(_versions(directory), default=0) + 1
             try:

@@ -3,13 +3,21 @@
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import keras
 import numpy as np
 import scipy.special
 
 from keras_ptloss import _math
+from keras_ptloss._backend import no_retracing_warning
+from keras_ptloss._progress import (
+    Epochs,
+    Progress,
+    Verbose,
+    predict,
+    track,
+)
 from keras_ptloss.search import ProxyTeacherSearch, SearchResult
 
 __all__ = ["DistillationTargets", "distillation_targets"]
@@ -49,12 +57,17 @@ class DistillationTargets:
 
     def summary(self) -> None:
         """Print the candidates with their scores."""
+        print(self)
+
+    def __repr__(self) -> str:
+        """Return the text that `summary` prints."""
         width = max(map(len, self.scores)) + 2
-        print(f"{'candidate':{width}}NLL out of fold")
+        lines = [f"{'candidate':{width}}NLL out of fold"]
         for name, score in self.scores.items():
             mark = "  <- level with it" if name in self.averaged else ""
             mark = "  <- chosen" if name == self.chosen else mark
-            print(f"{name:{width}}{score:15.4f}{mark}")
+            lines.append(f"{name:{width}}{score:15.4f}{mark}")
+        return "\n".join(lines)
 
 
 def distillation_targets(
@@ -71,7 +84,7 @@ def distillation_targets(
     epochs: int = 200,
     batch_size: int = 32,
     seed: int = 0,
-    verbose: Literal["auto"] | bool | int = "auto",
+    verbose: Verbose = "auto",
 ) -> DistillationTargets:
     """Return a student's targets: the corrected teacher and the known labels.
 
@@ -117,7 +130,8 @@ def distillation_targets(
         epochs: the most epochs that a Keras `build_model()` is trained for.
         batch_size: of a Keras `build_model()`.
         seed: of the folds.
-        verbose: whether to show progress bars; "auto" shows them on terminals.
+        verbose: 1 shows progress bars, 0 does not; "auto" shows those of steps
+            that take more than two seconds.
 
     Returns:
         `DistillationTargets`.
@@ -144,13 +158,13 @@ def distillation_targets(
     labelled = np.flatnonzero(labels >= 0)
     known = labels[labelled]
     x = _check_inputs(x)
-    few = None if x is None else _gather(x, labelled, len(labels))
+    few = None if x is None else _gather(x, labelled, len(labels), verbose)
     teachers = (
         list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
     )
     if from_logits is None:  # `SoftLabels` know it.
         from_logits = [getattr(one, "from_logits", None) for one in teachers]
-    outputs = [_outputs(one, x, len(labels)) for one in teachers]
+    outputs = [_outputs(one, x, len(labels), verbose) for one in teachers]
     num_classes = num_classes or max(outputs[0].shape[1], 2)
 
     def search(outputs: list[np.ndarray], from_logits: Any) -> _Candidate:
@@ -186,8 +200,11 @@ def distillation_targets(
                 f"Received: {len(known)} labels"
             )
         labels_only = _LabelsOnly(build_model, num_classes, epochs, batch_size)
-        out_of_fold, model = labels_only.cross_fit(few, known, seed, verbose)
-        own = labels_only.predict(model, x, len(known))
+        with no_retracing_warning():
+            out_of_fold, model = labels_only.cross_fit(
+                few, known, seed, verbose
+            )
+            own = labels_only.predict(model, x, len(known), verbose)
         own[labelled] = out_of_fold
         given = corrected.result.correction.from_logits
         flags = list(given) if isinstance(given, tuple) else [given]
@@ -208,7 +225,9 @@ def distillation_targets(
         for name, candidate in candidates.items()
         if _is_level(candidate.result.losses, candidates[chosen].result.losses)
     )
-    values = _geometric_mean([candidates[name].correct() for name in averaged])
+    values = _geometric_mean(
+        [candidates[name].correct(verbose) for name in averaged]
+    )
     values[labelled] = np.eye(num_classes)[known]
     weight = np.where(labels >= 0, label_weight, 1.0)
     return DistillationTargets(
@@ -237,9 +256,9 @@ class _Candidate:
     result: SearchResult
     outputs: list[np.ndarray]
 
-    def correct(self) -> np.ndarray:
+    def correct(self, verbose: Verbose) -> np.ndarray:
         """Return the corrected probabilities of all rows, `(N, C)`."""
-        return self.result.correct(_one_or_list(self.outputs))
+        return self.result.correct(_one_or_list(self.outputs), verbose=verbose)
 
 
 def _is_level(losses: np.ndarray, lowest: np.ndarray) -> bool:
@@ -282,7 +301,9 @@ def _check_labels(labels: Any) -> np.ndarray:
     return array.astype("int64")
 
 
-def _outputs(teacher: Any, x: Any, num_rows: int) -> np.ndarray:
+def _outputs(
+    teacher: Any, x: Any, num_rows: int, verbose: Verbose
+) -> np.ndarray:
     """Return a teacher's outputs on all rows, `(N, C)`."""
     if isinstance(teacher, keras.Model):
         if x is None:
@@ -290,7 +311,7 @@ def _outputs(teacher: Any, x: Any, num_rows: int) -> np.ndarray:
                 "`x` must hold the inputs of a teacher that is a Keras model. "
                 "Received: x=None"
             )
-        teacher = teacher.predict(x, verbose=0)
+        teacher = predict(teacher, x, verbose=verbose)
     outputs = np.asarray(teacher)
     if outputs.ndim != 2 or len(outputs) != num_rows:
         raise ValueError(
@@ -324,9 +345,13 @@ class _LabelsOnly:
         self, x: Any, labels: np.ndarray, seed: int, verbose: Any
     ) -> tuple[np.ndarray, Any]:
         """Return out-of-fold probabilities `(N, C)` and the final model."""
-        bar = keras.utils.Progbar(
-            FOLDS + 1, verbose=int(verbose in ("auto", 1)), unit_name="model"
+        progress = Progress(
+            f"Training {FOLDS + 1} models on the {len(labels)} labels",
+            FOLDS + 1,
+            unit="model",
+            verbose=verbose,
         )
+        bar = [Epochs(progress)]
         rng = np.random.default_rng(seed)
         folds = _folds(labels, rng)
         out_of_fold = np.empty((len(labels), self.num_classes))
@@ -335,14 +360,16 @@ class _LabelsOnly:
             rows = np.flatnonzero(folds != fold)
             held_out = np.flatnonzero(folds == fold)
             stop = rows[_folds(labels[rows], rng) == 0]
-            model, epoch = self.fit(x, labels, rows, stop)
+            model, epoch = self.fit(x, labels, rows, stop, callbacks=bar)
             probs = self.predict(model, _take(x, held_out), len(rows))
             out_of_fold[held_out] = probs
             best_epochs.append(epoch)
-            bar.update(fold + 1)
+            progress.update(fold + 1)
         epochs = int(np.median(best_epochs))
-        model, _ = self.fit(x, labels, np.arange(len(labels)), epochs=epochs)
-        bar.update(FOLDS + 1)
+        rows = np.arange(len(labels))
+        model, _ = self.fit(x, labels, rows, epochs=epochs, callbacks=bar)
+        progress.update(FOLDS + 1)
+        progress.close()
         return out_of_fold, model
 
     def fit(
@@ -352,6 +379,7 @@ class _LabelsOnly:
         rows: np.ndarray,
         stop: np.ndarray | None = None,
         epochs: int | None = None,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
     ) -> tuple[Any, int]:
         """Train a new model on `rows`.
 
@@ -362,6 +390,7 @@ class _LabelsOnly:
             stop: which of these decide when a Keras model stops; it does not
                 learn from them. None trains for `epochs` on all of them.
             epochs: of a Keras model, without `stop`.
+            callbacks: of a Keras model.
 
         Returns:
             The model, and its best epoch.
@@ -381,7 +410,7 @@ class _LabelsOnly:
         loss_name = getattr(model.loss, "name", None) or str(model.loss)
         if "sparse" not in loss_name and "binary" not in loss_name:
             labels = np.eye(self.num_classes, dtype="float32")[labels]
-        options: dict[str, Any] = {"epochs": epochs}
+        options: dict[str, Any] = {"epochs": epochs, "callbacks": callbacks}
         if stop is not None:
             rows = np.setdiff1d(rows, stop)
             early = keras.callbacks.EarlyStopping(
@@ -390,7 +419,7 @@ class _LabelsOnly:
             options = {
                 "epochs": self.epochs,
                 "validation_data": (_take(x, stop), labels[stop]),
-                "callbacks": [early],
+                "callbacks": [early, *callbacks],
             }
         history = model.fit(
             _take(x, rows),
@@ -401,11 +430,13 @@ class _LabelsOnly:
         ).history
         return model, 1 + int(np.argmin(history.get("val_loss", [0])))
 
-    def predict(self, model: Any, x: Any, num_rows: int) -> np.ndarray:
+    def predict(
+        self, model: Any, x: Any, num_rows: int, verbose: Verbose = 0
+    ) -> np.ndarray:
         """Return probabilities `(N, C)` of a model trained on `num_rows`."""
         if isinstance(model, keras.Model):
             logits = getattr(model.loss, "from_logits", False)
-            outputs = model.predict(x, verbose=0).astype("float64")
+            outputs = predict(model, x, verbose=verbose).astype("float64")
             outputs = _math.two_events(outputs, from_logits=logits)
             return scipy.special.softmax(outputs, axis=1) if logits else outputs
         seen = np.concatenate([model.predict_proba(b) for b in _batches(x)])
@@ -497,11 +528,14 @@ def _take(x: Any, rows: np.ndarray) -> Any:
     )
 
 
-def _gather(x: Any, rows: np.ndarray, num_rows: int) -> Any:
+def _gather(x: Any, rows: np.ndarray, num_rows: int, verbose: Verbose) -> Any:
     """Return some rows of the inputs, which must have `num_rows` rows."""
     parts = []
     start = 0
-    for batch in _batches(x):
+    batches = track(
+        _batches(x), "Reading the inputs", None, unit="batch", verbose=verbose
+    )
+    for batch in batches:
         size = keras.tree.flatten(batch)[0].shape[0]
         here = rows[(rows >= start) & (rows < start + size)] - start
         parts.append(_take(batch, here))

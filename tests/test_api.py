@@ -12,9 +12,11 @@ import subprocess
 import sys
 
 import keras
+import numpy as np
 import pytest
 
 import keras_ptloss
+from keras_ptloss import Correction, Distiller, losses, metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = pathlib.Path(keras_ptloss.__file__).parent  # installed, or here
@@ -112,6 +114,8 @@ def test_docstrings():
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # examples may write files
+    # On a busy machine, too, they print what they say.
+    monkeypatch.setattr("keras_ptloss._progress.QUIET_SECONDS", 1e9)
     result = doctest.testmod(
         importlib.import_module(name),
         extraglobs=public_objects(),
@@ -203,3 +207,65 @@ assert history[-1] < history[0], history
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_saved_models_load_in_another_process(tmp_path):
+    """With keras_ptloss imported; to predict, also without it."""
+    x, labels = np.ones((8, 4), "float32"), np.arange(8) % 3
+
+    def network():
+        dense = keras.layers.Dense(3, "softmax")
+        model = keras.Sequential([keras.Input((4,)), dense])
+        model.compile("sgd", losses.PTLoss([0.5, 0.1]))
+        return model
+
+    student, teacher = network(), network()
+    student.fit(x, teacher.predict(x, verbose=0), verbose=0)
+    student.save(tmp_path / "student.keras")
+    distiller = Distiller(student=network(), teacher=teacher)
+    correction = Correction(0.5, temperature=2.0)
+    loss = losses.CorrectedKLDivergence(correction)
+    distiller.compile("sgd", loss, metrics=[metrics.BrierScore()])
+    distiller.fit(x, labels, verbose=0)
+    distiller.save(tmp_path / "distiller.keras")
+
+    def loaded(name, code, options=""):
+        code = f"""
+import sys, keras, numpy as np
+{code}
+model = keras.models.load_model({name!r} {options})
+np.save("outputs.npy", model.predict(np.ones((8, 4), "float32"), verbose=0))
+print(type(model).__name__, type(model.loss).__name__)
+"""
+        out = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)},
+            capture_output=True,
+            text=True,
+        )
+        assert out.returncode == 0, out.stderr
+        return out.stdout.split(), np.load(tmp_path / "outputs.npy")
+
+    for model, name, code, options, expected in [
+        (student, "student", "import keras_ptloss", "", "Sequential PTLoss"),
+        (
+            student,
+            "student",
+            "sys.modules['keras_ptloss'] = None",
+            ", compile=False",
+            "Sequential NoneType",
+        ),
+        (
+            distiller,
+            "distiller",
+            "import keras_ptloss",
+            "",
+            "Distiller CorrectedKLDivergence",
+        ),
+    ]:
+        types, outputs = loaded(f"{name}.keras", code, options)
+        assert types == expected.split()
+        np.testing.assert_allclose(
+            outputs, model.predict(x, verbose=0), atol=1e-6
+        )

@@ -97,6 +97,15 @@ def test_classes(names):
     np.testing.assert_allclose(heights, result.class_shares["labels"])
 
 
+def test_long_class_names_leave_room_for_the_bars():
+    names = [f"card_payment_wrong_exchange_rate_{c}_" * 3 for c in range(10)]
+    figure = matplotlib.figure.Figure(layout="constrained")
+    ax = plot_classes(searched(names), ax=figure.subplots())
+    figure.canvas.draw()
+    assert ax.get_window_extent().height > 0.4 * figure.bbox.height
+    assert ax.get_xticklabels()[0].get_text() == "card_payment_wrong_exch…"
+
+
 def test_logits_are_refused():
     with pytest.raises(ValueError, match="`probs` must hold probabilities"):
         plot_reliability([[2.0, -1.0]], [0])

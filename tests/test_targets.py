@@ -307,6 +307,7 @@ def test_summary(task, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert [CORRECTED in line for line in printed] == [False, False, True]
     assert printed[2].endswith("<- chosen")
+    assert repr(targets).splitlines() == printed
 
 
 def shuffled(x):

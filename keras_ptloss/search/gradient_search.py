@@ -111,7 +111,6 @@ class GradientSearch:
             options={"maxiter": 2000, "ftol": 1e-14, "gtol": 1e-8},
         )
         score, _ = value_and_gradient(end.x)
-        progress(evaluations, evaluations)
         epsilon = end.x.reshape(shape)
         return Found(
             correction=Correction(epsilon, kept_classes=kept),

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_ptloss._backend import as_array, weights_given_back
+from keras_ptloss._progress import Verbose, predict, track
 from keras_ptloss._validation import (
     as_floats,
     as_probabilities,
@@ -37,6 +38,7 @@ def read_labelled(
     ignore_class: int | None = None,
     random_sample: bool = False,
     seed: int = 0,
+    verbose: Verbose = 0,
 ) -> tuple[Examples, tuple[bool, ...]]:
     """Read and check what `ProxyTeacherSearch.search` is given.
 
@@ -60,10 +62,10 @@ def read_labelled(
 
     if inputs is None and any(isinstance(t, keras.Model) for t in teachers):
         outputs, labels, weights = _predict_batches(
-            teachers, labels, sample_weight
+            teachers, labels, sample_weight, verbose
         )
     else:
-        outputs = _outputs(teachers, inputs)
+        outputs = _outputs(teachers, inputs, verbose)
         labels, weights = _flat(outputs[0], labels, sample_weight)
     used = weights > 0.0
     if ignore_class is not None:
@@ -131,7 +133,9 @@ def _is_data_set(data: Any) -> bool:
     )
 
 
-def _outputs(teachers: list[Any], inputs: Any) -> list[np.ndarray]:
+def _outputs(
+    teachers: list[Any], inputs: Any, verbose: Verbose
+) -> list[np.ndarray]:
     """Return the outputs of each teacher, `(N, ..., C)`."""
     if _is_data_set(inputs):
         raise ValueError(
@@ -144,7 +148,8 @@ def _outputs(teachers: list[Any], inputs: Any) -> list[np.ndarray]:
         name = "teacher" if len(teachers) == 1 else f"teacher[{k}]"
         if isinstance(one, keras.Model):
             with weights_given_back(one):
-                one = one_tensor(name, one.predict(inputs, verbose=0))
+                one = predict(one, inputs, verbose=verbose)
+            one = one_tensor(name, one)
         refuse_masked(name, one)
         array = as_rows(name, one)
         if array.ndim < 2:
@@ -154,7 +159,7 @@ def _outputs(teachers: list[Any], inputs: Any) -> list[np.ndarray]:
 
 
 def _predict_batches(
-    teachers: list[Any], data: Any, sample_weight: Any
+    teachers: list[Any], data: Any, sample_weight: Any, verbose: Verbose
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """Read a data set once, and call all teachers on each batch.
 
@@ -174,7 +179,14 @@ def _predict_batches(
     with contextlib.ExitStack() as stack:
         for model in teachers:
             stack.enter_context(weights_given_back(model))
-        for x, y, weight in _batches(data):
+        batches = track(
+            _batches(data),
+            "Running the teacher on the labelled examples",
+            None,
+            unit="step",
+            verbose=verbose,
+        )
+        for x, y, weight in batches:
             outputs = [
                 one_tensor("teacher", model.predict_on_batch(x))
                 for model in teachers

@@ -87,7 +87,7 @@ class RandomSearch:
             if self.solver == "newton":
                 q, converged, _ = solve_rows(t, epsilon)
             else:
-                result = proxy_teacher(t, epsilon, solver="fsolve")
+                result = proxy_teacher(t, epsilon, solver="fsolve", verbose=0)
                 q, converged = result.probabilities, result.converged
             return score(q), int(np.count_nonzero(~converged))
 

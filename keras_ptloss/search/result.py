@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from keras_ptloss._math import negative_log_likelihood as nll
+from keras_ptloss._progress import Verbose
 from keras_ptloss.correction import Correction
 from keras_ptloss.losses.corrected_kl import CorrectedKLDivergence
 from keras_ptloss.search.method import Examples, Found
@@ -81,18 +82,22 @@ class SearchResult:
         """
         return self.correction.temperature
 
-    def correct(self, teacher_outputs: Any) -> np.ndarray:
+    def correct(
+        self, teacher_outputs: Any, *, verbose: Verbose = "auto"
+    ) -> np.ndarray:
         """Return the corrected probabilities of teacher outputs.
 
         Args:
             teacher_outputs: `(..., C)`, probabilities or logits as `search` was
                 given them. Several teachers are a list of arrays, or one array
                 that holds them side by side.
+            verbose: 1 shows a progress bar, 0 does not; "auto" shows it after
+                two seconds.
 
         Returns:
             Probabilities, `(..., C)`, float64.
         """
-        return self.correction.correct(teacher_outputs)
+        return self.correction.correct(teacher_outputs, verbose=verbose)
 
     def loss(
         self, *, from_logits: bool = False, **kwargs: Any
@@ -165,7 +170,7 @@ class SearchResult:
         shares = self.class_shares
         change = np.abs(shares["corrected"] - shares["teacher"])
         order = np.sort(np.argsort(-change, kind="stable")[:CLASSES_SHOWN])
-        names = [textwrap.shorten(n, 24) or n[:24] for n in self.class_names]
+        names = [n if len(n) < 25 else f"{n[:23]}…" for n in self.class_names]
         wide = max(5, *(len(names[c]) for c in order))
         lines = [
             f"{'class':{wide}}  {'labels':>10} {'teacher' + mark:>10} "
@@ -215,7 +220,9 @@ def summarize(examples: Examples, found: Found) -> dict[str, Any]:
         chosen = "corrected"
         t = examples.teacher_probs
         correction = dataclasses.replace(found.correction, from_logits=False)
-        candidates[chosen] = correction.correct(t if len(t) > 1 else t[0])[None]
+        candidates[chosen] = correction.correct(
+            t if len(t) > 1 else t[0], verbose=0
+        )[None]
     corrected = candidates[chosen]
     scores = {
         n: _scores(probs, labels, weights) for n, probs in candidates.items()

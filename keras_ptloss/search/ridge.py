@@ -103,14 +103,18 @@ class RidgeSearch:
                 classes.
         """
         number = len(examples.labels)
-        on_all = _Fit(examples, np.ones(number, bool))
+
+        def tick(*_: Any) -> None:
+            progress(0, len(PENALTIES))
+
+        on_all = _Fit(examples, np.ones(number, bool), tick=tick)
         splits = _folds(examples)
         # A fit without each fold of each split: (split, held out, fit).
-        parts = [
-            (i, folds == k, _Fit(examples, folds != k, on_all.confidence))
-            for i, folds in enumerate(splits)
-            for k in range(folds.max() + 1)
-        ]
+        parts = []
+        for i, folds in enumerate(splits):
+            for k in range(folds.max() + 1):
+                fit = _Fit(examples, folds != k, on_all.confidence, tick)
+                parts.append((i, folds == k, fit))
 
         def out_of_fold(step: Callable[[_Fit], Correction]) -> np.ndarray:
             probs = np.empty((len(splits), number, examples.num_classes))
@@ -135,17 +139,19 @@ class RidgeSearch:
         # If the labels are a random sample, the shares of the classes are
         # evidence. The search then also tries a weak penalty of the biases.
         ratios = (1.0, 1e-3) if examples.random_sample else (1.0,)
+        total = len(scores) + len(ratios) * len(PENALTIES)
         for ratio in ratios if self.steps == 2 else ():
             path: list[np.ndarray] = []
             losses: list[np.ndarray] = []
             for penalty in PENALTIES:
-                for _, _, fit in parts:
+                for done, (_, _, fit) in enumerate(parts):
                     fit.fit_step_2(penalty, ratio * penalty)
+                    # A penalty may take long, and so counts part by part.
+                    progress(len(trials) + done / len(parts), total)
                 path.append(out_of_fold(_Fit.both_steps))
                 losses.append(_losses(path[-1], examples))
                 means = [loss.mean() for loss in losses]
                 trials.append((BOTH_STEPS, penalty, ratio * penalty, means[-1]))
-                progress(len(trials), len(scores) + 2 * len(PENALTIES))
                 if len(means) > 2 and min(means[-2:]) > min(means[:-2]):
                     break  # The last two penalties were worse, so too weak.
             best = _strongest(np.array(losses))
@@ -154,7 +160,6 @@ class RidgeSearch:
                 corrections[BOTH_STEPS] = on_all.both_steps()
                 candidates[BOTH_STEPS] = path[best]
                 scores[BOTH_STEPS] = means[best]
-        progress(1, 1)
 
         chosen = min(scores, key=lambda name: scores[name])
         columns = ("candidate", "penalty", "bias_penalty", "score")
@@ -181,6 +186,7 @@ class _Fit:
         examples: Examples,
         rows: np.ndarray,
         start: np.ndarray | None = None,
+        tick: Callable[..., None] | None = None,
     ) -> None:
         """Fit step 1, and prepare step 2.
 
@@ -188,6 +194,7 @@ class _Fit:
             examples: all labelled examples.
             rows: which of them are fitted, `(N,)`, bool.
             start: where the fit of step 1 starts.
+            tick: called after each iteration of this fit.
         """
         self.examples = examples
         labels = examples.labels[rows]
@@ -205,7 +212,7 @@ class _Fit:
         r = np.zeros((len(labels), len(self.learned)))
         if pooled:
             self.confidence = fit_step_1(
-                pooled, classes, weight, self.learned, start
+                pooled, classes, weight, self.learned, start, tick
             )
             r = step_1(pooled, self.confidence)[-1][:, self.learned]
         self.mean, self.whitening = whiten(z, weight)
@@ -299,6 +306,7 @@ def fit_step_1(
     weight: np.ndarray,
     learned: np.ndarray,
     start: np.ndarray | None = None,
+    tick: Callable[..., None] | None = None,
 ) -> np.ndarray:
     """Fit temperatures and epsilon; return `confidence`, see `step_1`.
 
@@ -309,6 +317,7 @@ def fit_step_1(
         learned: the classes that have labels. The likelihood is conditional on
             these, because nothing is known about the others.
         start: where to start.
+        tick: called after each iteration.
     """
     return scipy.optimize.minimize(
         step_1_objective,
@@ -317,6 +326,7 @@ def fit_step_1(
         jac=True,
         method="L-BFGS-B",
         bounds=[SCALE_BOUNDS] * len(z) + [EPSILON_BOUNDS],
+        callback=tick,
     ).x
 
 
@@ -511,7 +521,8 @@ def _correct(
     correction: Correction, teacher_probs: list[np.ndarray]
 ) -> np.ndarray:
     one = len(teacher_probs) == 1
-    return correction.correct(teacher_probs[0] if one else teacher_probs)
+    outputs = teacher_probs[0] if one else teacher_probs
+    return correction.correct(outputs, verbose=0)
 
 
 def _teachers_as_they_are(examples: Examples) -> dict[str, Correction]:

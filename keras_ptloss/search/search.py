@@ -3,15 +3,15 @@
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-import keras
 import numpy as np
 import scipy.optimize
 import scipy.stats
 from threadpoolctl import threadpool_limits
 
+from keras_ptloss._progress import Progress
 from keras_ptloss._validation import check_choice, check_count, fail
 from keras_ptloss.search.gradient_search import GradientSearch
 from keras_ptloss.search.labelled import read_labelled
@@ -118,8 +118,8 @@ class ProxyTeacherSearch:
                 so that a class without a label must be rare. By default, only
                 temperature and epsilon change such classes; a correction
                 between classes keeps the teacher's probabilities of them.
-            verbose: 1 shows a progress bar, 0 does not; "auto" shows it for
-                searches of more than about three seconds.
+            verbose: 1 shows a progress bar, 0 does not; "auto" shows it if the
+                search takes more than two seconds.
 
         Returns:
             A `SearchResult`.
@@ -132,7 +132,6 @@ class ProxyTeacherSearch:
                 same texts are in `SearchResult.notes`.
         """
         begin = time.perf_counter()
-        progress = _progress_bar(verbose)
         examples, flags = read_labelled(
             teacher,
             labels,
@@ -143,6 +142,7 @@ class ProxyTeacherSearch:
             ignore_class=ignore_class,
             random_sample=random_sample,
             seed=self.seed,
+            verbose=verbose,
         )
         number = examples.num_classes
         names = tuple(
@@ -150,9 +150,16 @@ class ProxyTeacherSearch:
         )
         if len(names) != number or isinstance(class_names, str):
             fail("class_names", f"a name for each of {number} classes", names)
+        progress = Progress(
+            f"Searching for a correction, with {len(examples.labels)} labels",
+            None,
+            unit="trial",
+            verbose=verbose,
+        )
         # The matrices are small: threads of BLAS cost more than they save.
         with threadpool_limits(limits=1, user_api="blas"):
-            found = self.method.run(examples, progress)
+            found = self.method.run(examples, progress.update)
+        progress.close()
         correction = dataclasses.replace(found.correction, from_logits=flags)
         notes = (
             *_notes_on_permuted_classes(examples, names),
@@ -171,28 +178,6 @@ class ProxyTeacherSearch:
             seconds=time.perf_counter() - begin,
             **summarize(examples, found),
         )
-
-
-def _progress_bar(verbose: Any) -> Callable[[int, int], None]:
-    """Return `progress(done, total)`, which draws Keras's progress bar."""
-    if verbose not in ("auto", 0, 1):
-        fail("verbose", '0, 1 or "auto"', verbose)
-    begin = time.perf_counter()
-    bar: Any = None
-    last = 0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal bar, last
-        slow = time.perf_counter() - begin > 3.0
-        logging = keras.config.is_interactive_logging_enabled()
-        if verbose == 1 or (verbose == "auto" and slow and logging):
-            bar = bar or keras.utils.Progbar(total, unit_name="trial")
-        if bar is not None and done > last:
-            bar.target = total  # a method may need fewer than it thought
-            bar.update(done, finalize=done == total)
-            last = done
-
-    return progress
 
 
 def _notes_on_permuted_classes(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_ptloss._progress import Verbose
 from keras_ptloss.soft_labels.inputs import as_inputs, num_examples, take
 from keras_ptloss.soft_labels.responses import (
     Missing,
@@ -66,6 +67,7 @@ def read_answers(
     after: str | None = None,
     ids: Sequence[str] | None = None,
     missing: Missing = "error",
+    verbose: Verbose = "auto",
 ) -> Answers:
     """Read the class probabilities of each answer in a file.
 
@@ -88,6 +90,8 @@ def read_answers(
         missing: `"error"` or `"skip"`: whether an answer without class
             probabilities, as after a failed request, is an error or is left
             out. It never becomes a uniform row.
+        verbose: 1 shows a progress bar, 0 does not; "auto" shows it after two
+            seconds.
 
     Returns:
         An `Answers` with `probabilities`, `other_mass`, `ids` and `failed`.
@@ -126,7 +130,7 @@ def read_answers(
         tokens.update(token.text for token in position.entries)
         return _class_probabilities(listed, position, len(class_names))
 
-    responses = read_responses(files, read, missing, ids)
+    responses = read_responses(files, read, missing, ids, verbose)
     absent = [name for c, name in enumerate(class_names) if c not in found]
     if absent:
         common = [text for text, _ in tokens.most_common(20)]
@@ -154,6 +158,7 @@ def import_answers(
     ids: Sequence[str] | None = None,
     after: str | None = None,
     missing: Missing = "error",
+    verbose: Verbose = "auto",
     **options: Any,
 ) -> SoftLabels:
     """Store the class probabilities of the answers in a file.
@@ -172,6 +177,7 @@ def import_answers(
         after: As in `read_answers`.
         missing: As in `read_answers`. What is left out is not stored, and a
             warning counts it.
+        verbose: As in `read_answers`.
         **options: Passed to `SoftLabels.from_array`: `dtype`, `top_k`,
             `teacher_name` and `overwrite`.
 
@@ -182,7 +188,12 @@ def import_answers(
         ValueError: As `read_answers`, before anything is stored.
     """
     answers = read_answers(
-        files, class_names, after=after, ids=ids, missing=missing
+        files,
+        class_names,
+        after=after,
+        ids=ids,
+        missing=missing,
+        verbose=verbose,
     )
     if inputs is not None:
         inputs = as_inputs(inputs)
@@ -201,6 +212,7 @@ def import_answers(
         ids=answers.ids,
         inputs=inputs,
         class_names=list(class_names),
+        verbose=verbose,
         **options,
     )
 

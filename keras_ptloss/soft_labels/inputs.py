@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from keras_ptloss._backend import as_array
+from keras_ptloss._progress import Verbose, track
 from keras_ptloss._validation import fail
 
 Tensor = Any
@@ -17,7 +18,7 @@ Tensor = Any
 MASKS = {"token_ids": "padding_mask", "input_ids": "attention_mask"}
 
 
-def fingerprint(inputs: Any) -> np.ndarray:
+def fingerprint(inputs: Any, *, verbose: Verbose = "auto") -> np.ndarray:
     """Return a hash of each example, the same on every machine.
 
     Soft labels find their examples by it. Texts count as UTF-8. Integers up to
@@ -32,6 +33,8 @@ def fingerprint(inputs: Any) -> np.ndarray:
     Args:
         inputs: an array `(N, ...)`, a list of texts, a list of sequences of
             token ids, a pytree of arrays, or a source of single examples.
+        verbose: 1 shows a progress bar, 0 does not; "auto" shows it after two
+            seconds.
 
     Returns:
         `(N,)` uint64.
@@ -43,9 +46,12 @@ def fingerprint(inputs: Any) -> np.ndarray:
         >>> bool(a == c), bool(a == b)
         (True, False)
     """
+    inputs, size = as_inputs(inputs), 1024
+    total = None if is_stream(inputs) else -(-num_examples(inputs) // size)
+    what = "Computing the fingerprints of the examples"
+    found = track(batches(inputs, size), what, total, verbose=verbose)
     return np.concatenate(
-        [_fingerprint(x) for x, _ in batches(inputs, 1024)]
-        or [np.empty(0, "uint64")]
+        [_fingerprint(x) for x, _ in found] or [np.empty(0, "uint64")]
     )
 
 
@@ -294,7 +300,11 @@ def _as_numpy(leaf: Any) -> Any:
 
 
 def not_stored(
-    inputs: Any, batch_size: int, stored: np.ndarray, path: Any
+    inputs: Any,
+    batch_size: int,
+    stored: np.ndarray,
+    path: Any,
+    verbose: Verbose,
 ) -> Iterator[tuple[Any, Any, np.ndarray]]:
     """Yield inputs, weights and fingerprints of what is not stored yet.
 
@@ -305,7 +315,7 @@ def not_stored(
     left: collections.Counter[int] = collections.Counter()
     start = 0
     if len(stored):
-        prints = fingerprint(inputs)
+        prints = fingerprint(inputs, verbose=verbose)
         if is_stream(inputs):
             left.update(stored.tolist())
             gone = (left - collections.Counter(prints.tolist())).total()
@@ -319,7 +329,7 @@ def not_stored(
             if which < len(stored):
                 raise other_inputs(path, f"differ from example {which} on")
     for x, weight in batches(inputs, batch_size, start):
-        prints = fingerprint(x)
+        prints = fingerprint(x, verbose=0)
         if not left:
             yield x, weight, prints
             continue

@@ -15,7 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
+from keras_ptloss._progress import Verbose, track
+
 T = TypeVar("T")
+
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Missing = Literal["error", "skip"]
 
@@ -93,6 +96,7 @@ def read_responses(
     read: Callable[[dict[str, Any], int], T],
     missing: Missing,
     ids: Sequence[str] | None = None,
+    verbose: Verbose = 0,
 ) -> Responses[T]:
     """Apply `read` to each response of the files.
 
@@ -106,6 +110,7 @@ def read_responses(
         missing: "error" or "skip": what to do about a `NoAnswer`.
         ids: The `custom_id` of each example. If given, these are the rows, and
             the values come in their order.
+        verbose: As in `read_answers`.
     """
     if missing not in ("error", "skip"):
         raise ValueError(
@@ -117,7 +122,14 @@ def read_responses(
     found: dict[str | int, tuple[int, T]] = {}
     failed: dict[str | int, str] = {}
     kinds: set[bool] = set()
-    for row, (where, record) in enumerate(_records(files)):
+    records = track(
+        _records(files),
+        "Reading the answers",
+        None if ids is None else len(ids),
+        unit="line",
+        verbose=verbose,
+    )
+    for row, (where, record) in enumerate(records):
         key: str | int = row
         try:
             custom_id = field(record, "custom_id", str)

@@ -1,16 +1,18 @@
 """Teacher outputs that are stored once and read for every student."""
 
+import contextlib
 import dataclasses
 import functools
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import keras
 import numpy as np
 
+from keras_ptloss._progress import Verbose, track
 from keras_ptloss._validation import check_count, fail
 from keras_ptloss.soft_labels.attach import attach_several
 from keras_ptloss.soft_labels.inputs import (
@@ -49,6 +51,7 @@ from keras_ptloss.soft_labels.teacher import (
     teacher_identity,
 )
 
+T = TypeVar("T")
 Tensor = Any
 PathLike = str | os.PathLike[str]
 CHUNK = 4096  # rows that are handled at once
@@ -200,8 +203,14 @@ class SoftLabels:
                 unit_name="example",
                 verbose=1 if verbose == "auto" else int(verbose),
             )
+            if verbose:
+                print(
+                    f"Asking the teacher; {len(stored)} examples are stored "
+                    f"at {path}",
+                    flush=True,
+                )
             for x, weight, prints in not_stored(
-                inputs, batch_size, stored, path
+                inputs, batch_size, stored, path, "auto" if verbose else 0
             ):
                 first = writer.num_rows
                 if writer.complete:
@@ -237,7 +246,7 @@ class SoftLabels:
             if not writer.complete:
                 writer.finish()
         discard(path.with_name(path.name + PARTIAL))
-        return cls.open(path)
+        return cls.open(path, verbose="auto" if verbose else 0)
 
     @classmethod
     def open(
@@ -246,6 +255,7 @@ class SoftLabels:
         verify: bool = True,
         *,
         class_names: Sequence[str] | None = None,
+        verbose: Verbose = "auto",
     ) -> "SoftLabels":
         """Open a complete store.
 
@@ -255,6 +265,7 @@ class SoftLabels:
                 reads them once. Without this check, a damaged file can give
                 wrong numbers or crash the process.
             class_names: the classes that you expect, in their order.
+            verbose: as in `from_array`.
 
         Returns:
             The store, memory-mapped.
@@ -275,7 +286,9 @@ class SoftLabels:
         if class_names is not None:
             expected = {"class_names": tuple(class_names)}
             _check_same(info.layout, expected, path)
-        found = [open_file(path / f, verify=verify) for f in info.files]
+        what = f"Checking the soft labels at {path}"
+        files = track(info.files, what, None, unit="file", verbose=verbose)
+        found = [open_file(path / f, verify=verify) for f in files]
         if not all(batch.schema == info.layout.schema() for batch in found):
             raise damaged(path / "info.json")
         return cls(info.layout, found, path)
@@ -294,6 +307,7 @@ class SoftLabels:
         dtype: Literal["float16", "float32"] = "float16",
         teacher_name: str | None = None,
         overwrite: bool = False,
+        verbose: Verbose = "auto",
     ) -> "SoftLabels":
         """Store outputs that you already have.
 
@@ -314,6 +328,8 @@ class SoftLabels:
             dtype: as in `write`.
             teacher_name: name of the teacher.
             overwrite: whether to replace another store at `path`.
+            verbose: 1 shows a progress bar, 0 does not; "auto" shows it after
+                two seconds.
 
         Returns:
             The store.
@@ -351,8 +367,9 @@ class SoftLabels:
             "teacher": teacher_name,
             "from_logits": from_logits,
         }
-        parts = _in_parts(len(values), inputs, ids, about, convert)
-        return cls._from_parts(parts, path, overwrite)
+        found = _in_parts(len(values), inputs, ids, about, convert)
+        parts = _tracked(found, "Storing", len(values), verbose)
+        return cls._from_parts(parts, path, overwrite, verbose)
 
     @classmethod
     def from_top_k(
@@ -369,6 +386,7 @@ class SoftLabels:
         dtype: Literal["float16", "float32"] = "float16",
         teacher_name: str | None = None,
         overwrite: bool = False,
+        verbose: Verbose = "auto",
     ) -> "SoftLabels":
         """Store the k likeliest classes of examples, or of token sequences.
 
@@ -388,6 +406,7 @@ class SoftLabels:
             dtype: as in `from_array`.
             teacher_name: as in `from_array`.
             overwrite: as in `from_array`.
+            verbose: as in `from_array`.
 
         Returns:
             The store.
@@ -432,8 +451,9 @@ class SoftLabels:
             "class_names": class_names,
             "teacher": teacher_name,
         }
-        parts = _in_parts(len(top_ids), inputs, ids, about, convert)
-        return cls._from_parts(parts, path, overwrite)
+        found = _in_parts(len(top_ids), inputs, ids, about, convert)
+        parts = _tracked(found, "Storing", len(top_ids), verbose)
+        return cls._from_parts(parts, path, overwrite, verbose)
 
     @classmethod
     def _from_parts(
@@ -441,6 +461,7 @@ class SoftLabels:
         parts: Iterable[tuple[Layout, Any]],
         path: PathLike | None,
         overwrite: bool,
+        verbose: Verbose,
     ) -> "SoftLabels":
         """Make a store of record batches, whole or not at all."""
         if path is None:
@@ -450,7 +471,10 @@ class SoftLabels:
         path = Path(path)
         # Only a store that is whole gets the name `path`.
         temporary = path.with_name(path.name + PARTIAL)
-        with StoreWriter(temporary, overwrite=True) as writer:
+        with (
+            StoreWriter(temporary, overwrite=True) as writer,
+            _removed_on_error(temporary),
+        ):
             for layout, batch in parts:
                 if writer.layout is None:
                     writer.begin(layout)
@@ -464,7 +488,7 @@ class SoftLabels:
                     elif read_info(path) == read_info(temporary):
                         # The same rows, as files are named by checksums.
                         shutil.rmtree(temporary)
-                        return cls.open(path)
+                        return cls.open(path, verbose=verbose)
                     else:
                         state = "a" if old.complete else "an unfinished"
                         raise ValueError(
@@ -475,7 +499,7 @@ class SoftLabels:
                         )
             temporary.rename(path)
             sync(path.parent)
-        return cls.open(path)
+        return cls.open(path, verbose=verbose)
 
     # ---- Read ----
 
@@ -751,12 +775,14 @@ class SoftLabels:
         file: PathLike,
         *,
         dtype: Literal["float16", "float32"] | None = None,
+        verbose: Verbose = "auto",
     ) -> None:
         """Write all rows to one Parquet file, whole or not at all.
 
         Args:
             file: its name.
             dtype: dtype of the numbers; None for the stored one.
+            verbose: as in `from_array`.
         """
         pyarrow()
         from pyarrow import parquet
@@ -766,7 +792,8 @@ class SoftLabels:
         reader = self.to_arrow(dtype)
         try:
             with parquet.ParquetWriter(temporary, reader.schema) as writer:
-                for batch in reader:
+                what = f"Writing {len(self)} rows to {file}"
+                for batch in track(reader, what, None, verbose=verbose):
                     writer.write_batch(batch)
             temporary.rename(file)
         except BaseException:
@@ -780,6 +807,7 @@ class SoftLabels:
         path: PathLike | None = None,
         *,
         overwrite: bool = False,
+        verbose: Verbose = "auto",
     ) -> "SoftLabels":
         """Make a store of a Parquet file that `to_parquet` wrote.
 
@@ -789,6 +817,7 @@ class SoftLabels:
             file: its name.
             path: directory of the new store; None keeps it in memory.
             overwrite: whether to replace another store at `path`.
+            verbose: as in `from_array`.
 
         Returns:
             The store.
@@ -811,7 +840,8 @@ class SoftLabels:
             (layout, batch.cast(layout.schema()))
             for batch in table.iter_batches(CHUNK)
         )
-        return cls._from_parts(found, path, overwrite)
+        parts = _tracked(found, "Reading", table.metadata.num_rows, verbose)
+        return cls._from_parts(parts, path, overwrite, verbose)
 
     @classmethod
     def join(
@@ -820,6 +850,7 @@ class SoftLabels:
         path: PathLike,
         *,
         overwrite: bool = False,
+        verbose: Verbose = "auto",
     ) -> "SoftLabels":
         """Join stores into one, when several machines have labelled parts.
 
@@ -828,6 +859,7 @@ class SoftLabels:
                 same classes, in the order of the rows.
             path: directory of the new store. The parts stay.
             overwrite: whether to replace another store at `path`.
+            verbose: as in `from_array`.
 
         Returns:
             The store.
@@ -861,7 +893,27 @@ class SoftLabels:
             for batch in store._batches
             for low in range(0, batch.num_rows, CHUNK)
         )
-        return cls._from_parts(found, path, overwrite)
+        total = sum(map(len, stores))
+        joined = _tracked(found, "Joining", total, verbose)
+        return cls._from_parts(joined, path, overwrite, verbose)
+
+
+@contextlib.contextmanager
+def _removed_on_error(path: Path) -> Iterator[None]:
+    """Delete a directory if an error is raised."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _tracked(
+    parts: Iterable[T], what: str, num_rows: int, verbose: Verbose
+) -> Iterator[T]:
+    """Yield parts of `CHUNK` rows while a progress bar counts them."""
+    total = -(-num_rows // CHUNK)
+    return track(parts, f"{what} {num_rows} rows", total, verbose=verbose)
 
 
 def _in_parts(
@@ -900,7 +952,7 @@ def _in_parts(
         layout = found.layout(
             **about, has_fingerprints=x is not None, has_ids=ids is not None
         )
-        prints = None if x is None else fingerprint(x)
+        prints = None if x is None else fingerprint(x, verbose=0)
         named = None if ids is None else ids[part]
         yield layout, layout.encode(found.values, prints, named)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_ptloss._progress import Verbose
 from keras_ptloss.soft_labels.responses import (
     UNKNOWN_LOGPROB,
     Missing,
@@ -73,6 +74,7 @@ def read_tokens(
     tokenizer: Any = None,
     ids: Sequence[str] | None = None,
     missing: Missing = "error",
+    verbose: Verbose = "auto",
 ) -> TokenAnswers:
     """Read the likeliest tokens at each position of texts.
 
@@ -93,6 +95,8 @@ def read_tokens(
         ids: The `custom_id` of each sequence, if the lines have one.
         missing: `"error"` or `"skip"`: whether an answer without
             log-probabilities is an error or is left out.
+        verbose: 1 shows a progress bar, 0 does not; "auto" shows it after two
+            seconds.
 
     Returns:
         A `TokenAnswers` with `sequences` and `targets`.
@@ -128,7 +132,7 @@ def read_tokens(
         raise ValueError(f"`top_k` must be at least 1. Received: {top_k=}")
     keys: set[Key] = set()
     seen = read_responses(
-        files, lambda body, _: keys.update(_keys(body)), missing, ids
+        files, lambda body, _: keys.update(_keys(body)), missing, ids, verbose
     )
     if sequences is not None:
         check_order(seen, "sequences", len(sequences), ids)
@@ -139,7 +143,7 @@ def read_tokens(
         given = None if sequences is None else np.array(sequences[row], int)
         return _read_text(body, token_ids, given, top_k, unknown)
 
-    responses = read_responses(files, read, missing, ids)
+    responses = read_responses(files, read, missing, ids, verbose)
     return TokenAnswers(
         sequences=[sequence for sequence, _ in responses.values],
         targets=[targets for _, targets in responses.values],
@@ -159,6 +163,7 @@ def import_tokens(
     tokenizer: Any = None,
     ids: Sequence[str] | None = None,
     missing: Missing = "error",
+    verbose: Verbose = "auto",
     **options: Any,
 ) -> SoftLabels:
     """Store the likeliest tokens at each position of texts.
@@ -175,6 +180,7 @@ def import_tokens(
         ids: As in `read_tokens`.
         missing: As in `read_tokens`. What is left out is not stored, and a
             warning counts it.
+        verbose: As in `read_tokens`.
         **options: Passed to `SoftLabels.from_top_k`: `num_classes` (the size of
             the vocabulary), `dtype`, `teacher_name` and `overwrite`.
 
@@ -191,6 +197,7 @@ def import_tokens(
         tokenizer=tokenizer,
         ids=ids,
         missing=missing,
+        verbose=verbose,
     )
     warn_of_failed(answers.failed, len(answers.targets))
     return SoftLabels.from_top_k(
@@ -199,6 +206,7 @@ def import_tokens(
         path=path,
         ids=answers.ids,
         inputs=[sequence.tolist() for sequence in answers.sequences],
+        verbose=verbose,
         **options,
     )
 

@@ -248,13 +248,16 @@ class TestText:
             TRIALS,
             notes=("something to know " * 20,) * 2,
         )
-        names = [f"a class with a very long name, {c}" for c in range(classes)]
+        names = [f"{c}_is_a_class_with_a_very_long_name" for c in range(150)]
         with pytest.warns(UserWarning):
             result = search((truth, labels), what, class_names=names)
         lines = repr(result).splitlines()
         assert len(lines) <= 40
         assert max(map(len, lines)) <= 120
         assert "(the 10 of 150 classes that change most)" in lines
+        assert any(
+            line.startswith("149_is_a_class_with_a_v…") for line in lines
+        )
 
     def test_plot(self, result):
         pytest.importorskip("matplotlib").use("agg")

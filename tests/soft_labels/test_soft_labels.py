@@ -9,6 +9,7 @@ import pytest
 import scipy.special
 
 from keras_ptloss import SoftLabels
+from keras_ptloss.soft_labels.soft_labels import CHUNK
 
 HALF = 2.0**-11  # relative rounding of float16
 
@@ -322,8 +323,16 @@ class TestFromArray:
         SoftLabels.from_array(probabilities, path, teacher_name="one")
         with pytest.raises(ValueError, match="of the teacher 'one'"):
             SoftLabels.from_array(probabilities[:9], path)
+        assert list(tmp_path.iterdir()) == [path]  # nothing to clear up
         labels = SoftLabels.from_array(probabilities[:9], path, overwrite=True)
         assert len(labels) == 9
+
+    def test_a_bad_row_leaves_nothing(self, tmp_path):
+        rows = np.tile([0.5, 0.5], (CHUNK + 1, 1))
+        rows[-1] = 2.0
+        with pytest.raises(ValueError, match="sum"):
+            SoftLabels.from_array(rows, tmp_path / "a")
+        assert not list(tmp_path.iterdir())
 
     def test_lengths_must_agree(self, probabilities, x):
         with pytest.raises(ValueError, match="`inputs` .* 300 rows"):
