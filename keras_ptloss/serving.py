@@ -50,7 +50,7 @@ def export_student(
     from_logits: bool = False,
     preprocessor: Callable[..., Any] | None = None,
     format: Literal["tf_saved_model", "litert", "onnx"] = "tf_saved_model",
-    verbose: Verbose = "auto",
+    verbose: Verbose = 1,
 ) -> pathlib.Path:
     """Write a trained student as the next version of a served model.
 
@@ -92,8 +92,7 @@ def export_student(
             attributes of a `tf.Module` or a layer.
         format: `"tf_saved_model"`, or `"litert"` (from TensorFlow only) or
             `"onnx"` for one file, `model.tflite` or `model.onnx`.
-        verbose: 1 shows a progress bar, 0 does not; "auto" shows it if the
-            export takes more than two seconds.
+        verbose: 1 shows what is exported and a progress bar, 0 does not.
 
     Returns:
         The folder of the version, `directory/<version>`.
