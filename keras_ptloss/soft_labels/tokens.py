@@ -175,8 +175,8 @@ def import_tokens(
         ids: As in `read_tokens`.
         missing: As in `read_tokens`. What is left out is not stored, and a
             warning counts it.
-        **options: Passed to `SoftLabels.from_top_k`: `num_classes` (the size of
-            the vocabulary), `dtype`, `teacher_name` and `overwrite`.
+        **options: Passed to `SoftLabels.from_array`: `dtype`, `teacher_name`
+            and `overwrite`.
 
     Returns:
         The store, which finds each text by its token ids.
@@ -193,10 +193,9 @@ def import_tokens(
         missing=missing,
     )
     warn_of_failed(answers.failed, len(answers.targets))
-    return SoftLabels.from_top_k(
-        [targets[:, :-1, 0].astype("int32") for targets in answers.targets],
-        [targets[:, :-1, 1] for targets in answers.targets],
-        path=path,
+    return SoftLabels.from_array(
+        answers.targets,
+        path,
         ids=answers.ids,
         inputs=[sequence.tolist() for sequence in answers.sequences],
         **options,

@@ -245,7 +245,7 @@ class TestTwoWriters:
     @pytest.mark.parametrize("name", ["a", "a.partial"])
     def test_the_second_is_refused(self, name, tmp_path):
         with (
-            journal.StoreWriter(tmp_path / name),
+            journal.writing(tmp_path / name),
             pytest.raises(RuntimeError, match="Another process"),
         ):
             if name == "a":
