@@ -266,17 +266,18 @@ def _entries(
         first: number of the first row, for errors.
         kept: which rows are stored, `(n,)`; None for all.
     """
-    ids, log_probs = events[..., 0], events[..., 1].astype("float64")
-    log_rest = None
+    with np.errstate(invalid="ignore"):  # of NaN
+        ids = events[..., 0].astype("int64")
+    log_probs, log_rest = events[..., 1].astype("float64"), None
+    largest = np.iinfo("int32").max if num_classes is None else num_classes - 1
     if (ids[:, -1] < 0).all() and (ids[:, -1] == REST).any():
         log_rest = log_probs[:, -1]
         ids, log_probs = ids[:, :-1], log_probs[:, :-1]
     known = ids >= 0
-    largest = np.iinfo("int32").max if num_classes is None else num_classes - 1
-    fits = known & (ids <= largest) & (ids == np.round(ids))
+    fits = (known & (ids <= largest)) | (ids == NO_ENTRY)
     _check_rows(
-        (fits | (ids == NO_ENTRY)).all(-1),
-        ids,
+        (fits & (ids == events[:, : ids.shape[1], 0])).all(-1),
+        events[..., 0],
         first,
         f"whole ids from 0 to {largest}, or -2 where there is no entry, and "
         "log-probabilities on the last axis. For all classes of sequences, "
