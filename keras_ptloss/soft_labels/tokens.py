@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from keras_ptloss._validation import check_count
+from keras_ptloss.soft_labels.layout import NO_ENTRY, REST
 from keras_ptloss.soft_labels.responses import (
     UNKNOWN_LOGPROB,
+    Key,
     Missing,
     NoAnswer,
     Paths,
     Position,
-    Token,
     as_logprob,
     check_order,
     field,
@@ -31,12 +33,9 @@ from keras_ptloss.soft_labels.responses import (
 )
 from keras_ptloss.soft_labels.soft_labels import SoftLabels
 
-REST, PADDING = -1, -2  # ids in the targets of `TopKPTLoss`
-
 # An answer ends its text, but for as many tokens that end the turn.
 _MAX_END_TOKENS = 2
 
-Key = tuple[str, bytes | None, int | None]
 TokenIds = Mapping[Key, int | None]
 
 
@@ -125,8 +124,7 @@ def read_tokens(
          [ 2.   -1.39]
          [-1.   -1.39]]
     """
-    if type(top_k) is not int or top_k < 1:
-        raise ValueError(f"`top_k` must be at least 1. Received: {top_k=}")
+    check_count("top_k", top_k)
     keys: set[Key] = set()
     seen = read_responses(
         files, lambda body, _: keys.update(_keys(body)), missing, ids
@@ -231,12 +229,12 @@ def _read_text(
             del found[-1]
         if not found:
             raise NoAnswer("`logprobs` has no tokens")
-        own = [token_ids[_key(position.token)] for position in found]
+        own = [token_ids[position.token.key] for position in found]
         entries = [_entries(one, token_ids, unknown) for one in found]
         sequence = _answered(choice, prompt, own) if given is None else given
         start = _start(own, sequence)
     targets = np.zeros((len(sequence), top_k + 1, 2), "float32")
-    targets[..., 0] = PADDING
+    targets[..., 0] = NO_ENTRY
     for place, one in enumerate(entries, start - 1):
         if place >= 0 and one:  # nothing precedes the first token of a text
             targets[place] = _target(one, top_k)
@@ -315,7 +313,7 @@ def _entries(
     found: dict[int, float] = {}
     missed = 0.0
     for token in position.entries:
-        number = token_ids[_key(token)]
+        number = token_ids[token.key]
         if not token.logprob > UNKNOWN_LOGPROB:
             continue  # servers write it for a probability of 0
         if number is None:
@@ -337,7 +335,7 @@ def _target(entries: dict[int, float], top_k: int) -> np.ndarray:
     kept = sorted(entries.items(), key=lambda pair: -pair[1])[:top_k]
     rest = 1.0 - float(np.exp([logprob for _, logprob in kept]).sum())
     target = np.zeros((top_k + 1, 2))
-    target[:, 0] = PADDING
+    target[:, 0] = NO_ENTRY
     target[: len(kept)] = kept
     with np.errstate(divide="ignore"):
         target[top_k] = REST, np.log(max(rest, 0.0))
@@ -365,17 +363,13 @@ def _start(own: list[int | None], sequence: np.ndarray) -> int:
     )
 
 
-def _key(token: Token) -> Key:
-    return token.text, token.data, token.id
-
-
 def _keys(response: dict[str, Any]) -> set[Key]:
     """Return all tokens of a response."""
     choice = only_choice(response)
     if _prompt_logprobs(response, choice) is not None:
         return set()
     return {
-        _key(token)
+        token.key
         for position in positions(choice)
         for token in (position.token, *position.alternatives)
     }
