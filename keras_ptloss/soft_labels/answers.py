@@ -22,14 +22,12 @@ from keras_ptloss.soft_labels.responses import (
     NoAnswer,
     Paths,
     Position,
-    Token,
-    check_order,
+    Responses,
     field,
     only_choice,
     positions,
     read_responses,
     unknown_shape,
-    warn_of_failed,
 )
 from keras_ptloss.soft_labels.soft_labels import SoftLabels
 
@@ -38,8 +36,8 @@ ClassNames = Sequence[str] | Mapping[str, Sequence[str]]
 _WHITESPACE = b" \t\r\n\v\f"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Answers:
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Answers(Responses):
     """Class probabilities read from a file of answers.
 
     Attributes:
@@ -54,9 +52,6 @@ class Answers:
 
     probabilities: np.ndarray
     other_mass: np.ndarray
-    rows: np.ndarray
-    ids: list[str] | None
-    failed: dict[str | int, str]
 
 
 def read_answers(
@@ -126,7 +121,7 @@ def read_answers(
         tokens.update(token.text for token in position.entries)
         return _class_probabilities(listed, position, len(class_names))
 
-    responses = read_responses(files, read, missing, ids)
+    values, responses = read_responses(files, read, missing, ids)
     absent = [name for c, name in enumerate(class_names) if c not in found]
     if absent:
         common = [text for text, _ in tokens.most_common(20)]
@@ -137,11 +132,9 @@ def read_answers(
             f" frequent first: {common}"
         )
     return Answers(
-        probabilities=np.stack([row for row, _ in responses.values]),
-        other_mass=np.array([mass for _, mass in responses.values]),
-        rows=np.array(responses.rows),
-        ids=responses.ids,
-        failed=responses.failed,
+        probabilities=np.stack([row for row, _ in values]),
+        other_mass=np.array([mass for _, mass in values]),
+        **vars(responses),
     )
 
 
@@ -185,7 +178,7 @@ def import_answers(
     )
     if inputs is not None:
         inputs = as_inputs(inputs)
-        check_order(answers, "inputs", num_examples(inputs), ids)
+        answers.check_order("inputs", num_examples(inputs), ids)
         if answers.failed:
             inputs = take(inputs, answers.rows)
     elif answers.ids is None:
@@ -193,7 +186,7 @@ def import_answers(
             "Pass `inputs`, the examples that the answers are about; the lines"
             " have no `custom_id` either. Received: inputs=None"
         )
-    warn_of_failed(answers.failed, len(answers.rows))
+    answers.warn_of_failed()
     return SoftLabels.from_array(
         answers.probabilities,
         path,
@@ -306,7 +299,7 @@ def _answer_text(choice: dict[str, Any], found: list[Position]) -> bytes:
     if message is not None:
         name, content = "message.content", field(message, "content", str)
         if "content" not in message:
-            joined = b"".join(_bytes(position.token) for position in found)
+            joined = b"".join(position.token.utf8 for position in found)
             content = joined.decode(errors="replace")
     if not content or not content.strip():
         finish = choice.get("finish_reason")
@@ -321,7 +314,7 @@ def _spans(found: list[Position], text: bytes) -> dict[int, tuple[int, int]]:
     end of the turn after it. Only the last tokens that spell the answer count.
     Servers differ in the spaces, so these are not compared.
     """
-    pieces = [_visible(_bytes(position.token)) for position in found]
+    pieces = [_visible(position.token.utf8) for position in found]
     ends = np.cumsum([len(piece) for piece in pieces], dtype=int).tolist()
     starts = [0, *ends]  # one more than there are tokens
     everything, wanted = b"".join(pieces), _visible(text)
@@ -341,10 +334,6 @@ def _spans(found: list[Position], text: bytes) -> dict[int, tuple[int, int]]:
         for index, (first, last) in enumerate(itertools.pairwise(starts))
         if begin <= first < last <= begin + len(wanted)
     }
-
-
-def _bytes(token: Token) -> bytes:
-    return token.text.encode() if token.data is None else token.data
 
 
 def _visible(data: bytes) -> bytes:
@@ -393,7 +382,7 @@ def _listed_masses(
     texts: set[str] = set()
     for token in position.entries:
         label = spellings.get(token.text.strip())
-        as_bytes = _bytes(token).decode(errors="replace").strip()
+        as_bytes = token.utf8.decode(errors="replace").strip()
         is_raw = token.text[:1] in ("Ġ", "▁") and token.text[1:] in spellings
         if is_raw or spellings.get(as_bytes) != label:
             raise ValueError(

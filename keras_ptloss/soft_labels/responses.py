@@ -6,6 +6,7 @@ batch job's output, which holds such a response under `response.body`. What can
 be read in two ways is an error, and so is every other shape.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -14,6 +15,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
 
 from keras_ptloss._validation import check_choice
 
@@ -53,6 +56,11 @@ class Token(NamedTuple):
         return self.text, self.data, self.id
 
     @property
+    def utf8(self) -> bytes:
+        """Its bytes, or those of its text."""
+        return self.text.encode() if self.data is None else self.data
+
+    @property
     def probability(self) -> float:
         """The exponential of `logprob`."""
         return math.exp(self.logprob)
@@ -73,20 +81,54 @@ class Position(NamedTuple):
     entries: tuple[Token, ...]
 
 
-class Responses(NamedTuple):
-    """What was read from a file, one entry per answer.
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Responses:
+    """Which answers of a file were read.
 
     Attributes:
-        values: What `read` returned for each answer.
-        rows: The line of each, counted from 0, or its place in `ids`.
-        ids: The `custom_id` of each; None if the file has none.
+        rows: `(N,)`, the line of each answer, counted from 0, or its place in
+            `ids`.
+        ids: The `custom_id` of each answer, or None if the file has none.
         failed: Reasons of the answers left out, by `custom_id` or line.
     """
 
-    values: list[Any]
-    rows: list[int]
+    rows: np.ndarray
     ids: list[str] | None
     failed: dict[str | int, str]
+
+    def check_order(
+        self, argument: str, count: int, ids: Sequence[str] | None
+    ) -> None:
+        """Check that row i belongs to the user's example i.
+
+        Args:
+            argument: Name of the argument that has the examples.
+            count: Number of the examples.
+            ids: As given to `read_responses`.
+        """
+        if ids is None and self.ids is not None:
+            raise ValueError(
+                "The lines have a `custom_id`, so they may be in any order."
+                f" Pass `ids`, the custom_id of each of the `{argument}`."
+                f" Received: ids=None, and custom_ids such as {self.ids[0]!r}"
+            )
+        num_answers = len(self.rows) + len(self.failed)
+        if num_answers != count:
+            raise ValueError(
+                f"Each of the `{argument}` must have one answer. Received:"
+                f" {num_answers} answers for {count} {argument}"
+            )
+
+    def warn_of_failed(self) -> None:
+        """Warn of answers that an import leaves out."""
+        if self.failed:
+            num_answers = len(self.rows) + len(self.failed)
+            warnings.warn(
+                f"{len(self.failed)} of {num_answers} answers cannot be used"
+                " and are not stored, such as"
+                f" {next(iter(self.failed.values()))}",
+                stacklevel=3,
+            )
 
 
 def read_responses(
@@ -94,7 +136,7 @@ def read_responses(
     read: Callable[[dict[str, Any], int], Any],
     missing: Missing,
     ids: Sequence[str] | None = None,
-) -> Responses:
+) -> tuple[list[Any], Responses]:
     """Apply `read` to each response of the files.
 
     A request that failed and was repeated may have two lines of one
@@ -107,6 +149,9 @@ def read_responses(
         missing: "error" or "skip": what to do about a `NoAnswer`.
         ids: The `custom_id` of each example. If given, these are the rows, and
             the values come in their order.
+
+    Returns:
+        What `read` returned for each answer, and which answers these are.
     """
     check_choice("missing", missing, ("error", "skip"))
     row_of = {name: row for row, name in enumerate(ids or ())}
@@ -145,11 +190,10 @@ def read_responses(
             f"{len(failed)} of {len(failed) + len(found)} answers cannot be "
             f"used.{advice} Received: {reasons}"
         )
-    values = sorted(found.items(), key=lambda item: item[1][0])
-    return Responses(
-        values=[value for _, (_, value) in values],
-        rows=[row for _, (row, _) in values],
-        ids=[str(key) for key, _ in values] if True in has_ids else None,
+    answers = sorted(found.items(), key=lambda item: item[1][0])
+    return [value for _, (_, value) in answers], Responses(
+        rows=np.array([row for _, (row, _) in answers]),
+        ids=[str(key) for key, _ in answers] if True in has_ids else None,
         failed=failed,
     )
 
@@ -161,41 +205,6 @@ def _lines(files: Paths) -> Iterator[tuple[str, bytes]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"line {number} of {Path(path).name}", line
-
-
-def check_order(
-    found: Any, argument: str, count: int, ids: Sequence[str] | None
-) -> None:
-    """Check that row i of what was found belongs to the user's example i.
-
-    Args:
-        found: A `Responses` or what was made of one.
-        argument: Name of the argument that has the examples.
-        count: Number of the examples.
-        ids: As given to `read_responses`.
-    """
-    if ids is None and found.ids is not None:
-        raise ValueError(
-            "The lines have a `custom_id`, so they may be in any order. Pass"
-            f" `ids`, the custom_id of each of the `{argument}`. Received:"
-            f" ids=None, and custom_ids such as {found.ids[0]!r}"
-        )
-    num_answers = len(found.rows) + len(found.failed)
-    if num_answers != count:
-        raise ValueError(
-            f"Each of the `{argument}` must have one answer. Received:"
-            f" {num_answers} answers for {count} {argument}"
-        )
-
-
-def warn_of_failed(failed: dict[str | int, str], num_stored: int) -> None:
-    """Warn of answers that an import leaves out."""
-    if failed:
-        warnings.warn(
-            f"{len(failed)} of {len(failed) + num_stored} answers cannot be"
-            f" used and are not stored, such as {next(iter(failed.values()))}",
-            stacklevel=3,
-        )
 
 
 def field(parent: Any, name: str, kind: type[T]) -> T | None:

@@ -143,7 +143,10 @@ def record_batch(
         weight: the sample weights of the batch or None. Positions of weight 0
             are not stored.
     """
-    values = _columns(outputs, about, first, x, weight)
+    try:
+        values = _columns(outputs, about, x, weight)
+    except ValueError as error:
+        raise ValueError(f"{error}, of the examples from {first} on") from None
     if prints is not None:
         values["fingerprint"] = prints
     if ids is not None:
@@ -152,7 +155,7 @@ def record_batch(
 
 
 def _columns(
-    outputs: Any, about: dict[str, Any], first: int, x: Any, weight: Any
+    outputs: Any, about: dict[str, Any], x: Any, weight: Any
 ) -> Values:
     """Return the columns of a batch of outputs; see `record_batch`."""
     names = about["class_names"]
@@ -165,11 +168,10 @@ def _columns(
             raise ValueError(
                 "Events must have a position for each token of `inputs` (ids "
                 f"of -2 where there is no entry). Received: {lengths[row]} "
-                f"positions for the {tokens[row]} tokens of sequence "
-                f"{first + row}"
+                f"positions for the {tokens[row]} tokens of sequence {row}"
             )
         flat = _numbers(np.concatenate(outputs))
-        return _in_sequences(_entries(flat, num_classes, first), lengths)
+        return _in_sequences(_entries(flat, num_classes), lengths)
     outputs = _numbers(outputs)
     if x is not None and len(outputs) != num_examples(x):
         raise ValueError(
@@ -177,7 +179,7 @@ def _columns(
             f"examples. Received: outputs of shape {outputs.shape}"
         )
     if outputs.ndim == 2:
-        return _probabilities(outputs, about, first)
+        return _probabilities(outputs, about)
     if outputs.ndim > 4 or outputs.shape[-1] != 2:
         raise ValueError(
             "The teacher must return (batch, num_classes), or with top_k "
@@ -185,7 +187,7 @@ def _columns(
             f"{outputs.shape}"
         )
     if outputs.ndim == 3:
-        return _entries(outputs, num_classes, first)
+        return _entries(outputs, num_classes)
     real = np.ones(outputs.shape[:2], bool) if x is None else sequence_mask(x)
     if real.shape != outputs.shape[:2]:
         raise ValueError(
@@ -193,7 +195,7 @@ def _columns(
             f"{real.shape}. Received: outputs of shape {outputs.shape}"
         )
     kept = weights_of_positions(weight, real.shape).astype(bool)[real]
-    values = _entries(outputs[real], num_classes, first, kept)
+    values = _entries(outputs[real], num_classes, kept)
     return _in_sequences(values, real.sum(axis=1))
 
 
@@ -215,9 +217,7 @@ def _numbers(outputs: Any) -> np.ndarray:
     return array
 
 
-def _probabilities(
-    outputs: np.ndarray, about: dict[str, Any], first: int
-) -> Values:
+def _probabilities(outputs: np.ndarray, about: dict[str, Any]) -> Values:
     """Return the column of outputs `(n, C)`: probabilities that sum to 1."""
     dtype, names = about["dtype"], about["class_names"]
     rows = two_events(outputs, from_logits=about["from_logits"])
@@ -229,13 +229,12 @@ def _probabilities(
             "classes"
         )
     if about["from_logits"]:
-        _check_rows(np.isfinite(rows).all(-1), rows, first, "finite logits")
+        _check_rows(np.isfinite(rows).all(-1), rows, "finite logits")
         rows = np.exp(rows - rows.max(-1, keepdims=True))
     else:
         _check_rows(
             on_simplex(rows),
             rows,
-            first,
             "probabilities: non-negative numbers that sum to 1. Give logits "
             "with from_logits=True, and divide percentages by 100",
         )
@@ -244,7 +243,6 @@ def _probabilities(
     _check_rows(
         np.abs(rounded.sum(-1, dtype="float64") - 1) <= SUM_TOLERANCE,
         rows,
-        first,
         f"large enough for {dtype}, which rounds these by more than 1 %. Say "
         "dtype='float32', or store the likeliest classes only (top_k)",
     )
@@ -254,7 +252,6 @@ def _probabilities(
 def _entries(
     events: np.ndarray,
     num_classes: int | None,
-    first: int,
     kept: np.ndarray | None = None,
 ) -> Values:
     """Return the columns of events `(n, k + 1, 2)`, or `(n, k, 2)`.
@@ -263,7 +260,6 @@ def _entries(
         events: ids and log-probabilities, see `layout`. Without the last
             entries, all other classes have what the others leave of 1.
         num_classes: number of ids; None if unknown.
-        first: number of the first row, for errors.
         kept: which rows are stored, `(n,)`; None for all.
     """
     with np.errstate(invalid="ignore"):  # of NaN
@@ -278,7 +274,6 @@ def _entries(
     _check_rows(
         (fits & (ids == events[:, : ids.shape[1], 0])).all(-1),
         events[..., 0],
-        first,
         f"whole ids from 0 to {largest}, or -2 where there is no entry, and "
         "log-probabilities on the last axis. For all classes of sequences, "
         "give top_k",
@@ -292,7 +287,7 @@ def _entries(
     )
     filled = np.where(known, ids, NO_ENTRY - np.arange(ids.shape[1]))
     differ = (np.diff(np.sort(filled)) > 0).all(-1)
-    _check_rows(differ, ids, first, "ids that all differ")
+    _check_rows(differ, ids, "ids that all differ")
     given = np.exp(np.where(known, log_probs, -np.inf)).sum(-1)
     if log_rest is None:
         with np.errstate(divide="ignore"):
@@ -302,7 +297,6 @@ def _entries(
     _check_rows(
         np.abs(total - 1) <= SUM_TOLERANCE,
         log_probs,
-        first,
         "probabilities that sum to 1, of which the likeliest and the rest are "
         "stored as logarithms. Give logits with from_logits=True",
     )
@@ -314,14 +308,14 @@ def _entries(
     }
 
 
-def _check_rows(good: Any, rows: Any, first: int, expected: str) -> None:
+def _check_rows(good: Any, rows: Any, expected: str) -> None:
     """Raise an error that shows the first bad row, unless all are good."""
     if not good.all():
         bad = int(np.argmin(good))
         shown = np.array2string(rows[bad], precision=4, threshold=8)
         raise ValueError(
             f"The teacher's outputs must be {expected}. Received: {shown} in "
-            f"row {first + bad}, of sum {rows[bad].sum():.6g} "
+            f"row {bad}, of sum {rows[bad].sum():.6g} "
             f"({np.count_nonzero(~good)} of these {len(good)} rows are bad)"
         )
 

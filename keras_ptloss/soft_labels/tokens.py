@@ -23,13 +23,12 @@ from keras_ptloss.soft_labels.responses import (
     NoAnswer,
     Paths,
     Position,
+    Responses,
     as_logprob,
-    check_order,
     field,
     only_choice,
     positions,
     read_responses,
-    warn_of_failed,
 )
 from keras_ptloss.soft_labels.soft_labels import SoftLabels
 
@@ -39,8 +38,8 @@ _MAX_END_TOKENS = 2
 TokenIds = Mapping[Key, int | None]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class TokenAnswers:
+@dataclasses.dataclass(eq=False, kw_only=True)
+class TokenAnswers(Responses):
     """Log-probabilities of tokens, read from a file of answers.
 
     Attributes:
@@ -59,9 +58,6 @@ class TokenAnswers:
 
     sequences: list[np.ndarray]
     targets: list[np.ndarray]
-    rows: np.ndarray
-    ids: list[str] | None
-    failed: dict[str | int, str]
     unknown_mass: float
 
 
@@ -126,11 +122,11 @@ def read_tokens(
     """
     check_count("top_k", top_k)
     keys: set[Key] = set()
-    seen = read_responses(
+    _, seen = read_responses(
         files, lambda body, _: keys.update(_keys(body)), missing, ids
     )
     if sequences is not None:
-        check_order(seen, "sequences", len(sequences), ids)
+        seen.check_order("sequences", len(sequences), ids)
     token_ids = _token_ids(keys, tokenizer)
     unknown: list[float] = []
 
@@ -138,14 +134,12 @@ def read_tokens(
         given = None if sequences is None else np.array(sequences[row], int)
         return _read_text(body, token_ids, given, top_k, unknown)
 
-    responses = read_responses(files, read, missing, ids)
+    values, responses = read_responses(files, read, missing, ids)
     return TokenAnswers(
-        sequences=[sequence for sequence, _ in responses.values],
-        targets=[targets for _, targets in responses.values],
-        rows=np.array(responses.rows),
-        ids=responses.ids,
-        failed=responses.failed,
+        sequences=[sequence for sequence, _ in values],
+        targets=[targets for _, targets in values],
         unknown_mass=float(np.mean(unknown)) if unknown else 0.0,
+        **vars(responses),
     )
 
 
@@ -190,7 +184,7 @@ def import_tokens(
         ids=ids,
         missing=missing,
     )
-    warn_of_failed(answers.failed, len(answers.targets))
+    answers.warn_of_failed()
     return SoftLabels.from_array(
         answers.targets,
         path,

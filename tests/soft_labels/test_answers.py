@@ -466,18 +466,6 @@ def test_vllm_completion(read):
     np.testing.assert_allclose(answers.probabilities, [wanted])
 
 
-def test_llama_cpp_server_without_log_probabilities(read):
-    # https://github.com/ggml-org/llama.cpp/issues/11346
-    choice = {
-        "text": " Ge",
-        "index": 0,
-        "logprobs": None,
-        "finish_reason": "length",
-    }
-    with pytest.raises(ValueError, match="`logprobs` is null"):
-        read({"choices": [choice], "object": "text_completion"})
-
-
 def test_llama_cpp_python_chat(read):
     # https://github.com/abetlen/llama-cpp-python/pull/1788, its first token.
     logprobs = {
@@ -518,16 +506,6 @@ def test_lmdeploy_gives_raw_pieces(read):
     item = {**entry("Hello", -0.00005777091791969724), "top_logprobs": top}
     with pytest.raises(ValueError, match="'\u0120Hello' .*raw piece"):
         read(chat(item, content="Hello"), class_names=["Hello", "Hi"])
-
-
-def test_probabilities_as_log_probabilities(read):
-    # https://github.com/janhq/cortex.llamacpp/issues/262
-    top = [
-        {"token": " actually", "logprob": 0.3067297041416168},
-        {"token": " lost", "logprob": 0.2009105533361435},
-    ]
-    with pytest.raises(ValueError, match="at most 0.*0.3067"):
-        read(chat({**top[0], "top_logprobs": top}), class_names=["a", "b"])
 
 
 def test_json_of_other_servers(read):

@@ -224,6 +224,11 @@ class TestTopK:
         labels = write(lambda _: events, ["a text"], tmp_path / "a")
         np.testing.assert_allclose(labels.read(), events, 1e-3)
 
+    def test_k_must_not_change(self, tmp_path):
+        answers = iter([[[[1, 0.0]]], [[[1, -0.7], [2, -0.7]]]])
+        with pytest.raises(ValueError, match="another top_k, 1"):
+            write(lambda _: next(answers), [0, 1], tmp_path / "a", batch_size=1)
+
     def test_what_is_missing_is_computed_and_filled(self):
         log_probs = np.log([[1.0, 0.75], [0.5, 0.25]])
         events = np.stack([[[-2, 4], [3, 1]], log_probs], axis=-1)
