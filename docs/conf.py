@@ -54,7 +54,10 @@ default_role = "py:obj"
 nitpick_ignore_regex = [
     ("py:obj", "(?s).*"),
     ("py:.*", r"(?!keras_ptloss\b).*"),
-    ("py:class", r"keras_ptloss\.(metrics\.TeacherMetric|.*\.Layout)"),
+    (
+        "py:class",
+        r"keras_ptloss\.(metrics\.TeacherMetric|.*\.(Layout|Responses))",
+    ),
 ]
 
 # Pages ---------------------------------------------------------------------

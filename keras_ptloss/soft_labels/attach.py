@@ -11,6 +11,7 @@ import numpy as np
 from keras_ptloss._validation import check_count, fail
 from keras_ptloss.soft_labels.inputs import (
     as_inputs,
+    fingerprint,
     library_of,
     num_examples,
     sequence_mask,
@@ -85,7 +86,7 @@ def attach(
     library = library_of(data)
     if library is None:
         check_count("batch_size", batch_size)
-        rows = [store.find(data, ids=ids) for store in stores]
+        rows = pairs.find(data, ids)
         if len(rows[0]) != num_examples(data):
             raise ValueError(
                 "`data` and `ids` must have the same length. Received: "
@@ -154,6 +155,13 @@ class _Pairs:
         y_true, weight = self.targets(x, weight)
         return keras.utils.pack_x_y_sample_weight(x, y_true, weight)
 
+    def find(self, x: Any, ids: Any = None) -> list[np.ndarray]:
+        """Return the rows of examples, for each store."""
+        if ids is not None:
+            return [store.find(ids=ids) for store in self.stores]
+        prints = fingerprint(x)
+        return [store.find_values("inputs", prints) for store in self.stores]
+
     def targets(
         self, x: Any, weight: Any, rows: list[np.ndarray] | None = None
     ) -> tuple[Any, Any]:
@@ -165,7 +173,7 @@ class _Pairs:
             rows: the rows of each store, if they are known.
         """
         if rows is None:
-            rows = [store.find(x) for store in self.stores]
+            rows = self.find(x)
         found = [s.read(r) for s, r in zip(self.stores, rows, strict=True)]
         if self.tokens:
             return _at_tokens(found[0], x, weight)

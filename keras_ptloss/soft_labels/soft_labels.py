@@ -500,21 +500,22 @@ class SoftLabels:
             ValueError: if the row of an example is not stored.
         """
         if ids is None:
-            wanted, known, first = fingerprint(inputs), *self.index("inputs")
-        else:
-            wanted = np.array([str(i) for i in ids], object)
-            known, first = self.index("ids")
+            return self.find_values("inputs", fingerprint(inputs))
+        return self.find_values("ids", np.array([str(i) for i in ids], object))
+
+    def find_values(self, argument: str, wanted: np.ndarray) -> np.ndarray:
+        """Return the row of each fingerprint or id; see `find` and `index`."""
+        known, first = self.index(argument)
         place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
         missing = np.flatnonzero(known[place] != wanted)
         if len(missing):
-            name, why = "ids", f"{wanted[missing[0]]!r}"
-            if ids is None:
-                name = "inputs"
-                why = "new, or their values, dtype or shape have changed"
+            why = f"{wanted[missing[0]]!r}"
+            if argument == "inputs":
+                why = "new, or its values, dtype or shape have changed"
             raise ValueError(
-                f"`{name}` must be of examples whose soft labels are stored. "
-                f"Received: {len(missing)} of {len(wanted)} examples that are "
-                f"not, the first in position {missing[0]}: {why}"
+                f"`{argument}` must be of examples whose soft labels are "
+                f"stored. Received: {len(missing)} of {len(wanted)} examples "
+                f"that are not, the first in position {missing[0]}: {why}"
             )
         return first[place]
 
