@@ -181,7 +181,8 @@ class SoftLabels:
         }
         with writing(path, fsync=fsync, overwrite=overwrite) as writer:
             if writer.layout is not None:
-                call = about | {"has_ids": ids is not None}
+                call = about | {"has_fingerprints": True}
+                call |= {"has_ids": ids is not None}
                 call |= {} if top_k is None else {"top_k": top_k}
                 check_same(writer.layout, call, path)
             stored = writer.fingerprints()
@@ -318,15 +319,9 @@ class SoftLabels:
             inputs = as_inputs(inputs)
             if library_of(inputs):
                 fail("inputs", "arrays, or a source of single examples", inputs)
-        for name, length in (
-            ("inputs", total if inputs is None else num_examples(inputs)),
-            ("ids", total if ids is None else len(ids)),
-        ):
-            if length != total:
-                raise ValueError(
-                    f"`{name}` must have one entry for each of {total} rows. "
-                    f"Received: {name} of length {length}"
-                )
+            _check_length("inputs", num_examples(inputs), total)
+        if ids is not None:
+            _check_length("ids", len(ids), total)
         about = {
             "dtype": dtype,
             "class_names": class_names,
@@ -693,3 +688,11 @@ class SoftLabels:
             for low in range(0, batch.num_rows, CHUNK)
         )
         return cls._from_batches(found, path, overwrite)
+
+
+def _check_length(name: str, length: int, total: int) -> None:
+    if length != total:
+        raise ValueError(
+            f"`{name}` must have one entry for each of {total} rows. "
+            f"Received: {name} of length {length}"
+        )

@@ -138,6 +138,12 @@ class TestWrite:
             write(teacher, some, tmp_path / "a", **options)
         assert teacher.rows == 0
 
+    def test_a_store_without_inputs_is_not_resumed(self, teacher, x, tmp_path):
+        path, options = tmp_path / "a", {"teacher_name": "t"}
+        SoftLabels.from_array([[0.5, 0.5]], path, **options)
+        with pytest.raises(ValueError, match="another has_fingerprints"):
+            write(teacher, x, path, **options)
+
     def test_overwrite(self, teacher, x, tmp_path):
         write(teacher, x, tmp_path / "a")
         labels = write(teacher, x[:5], tmp_path / "a", overwrite=True)
