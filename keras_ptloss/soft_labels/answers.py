@@ -240,47 +240,44 @@ def _class_position(
         index = max(spans)
     else:
         index = _first_after(spans, text, after.encode().rstrip(_WHITESPACE))
-    try:
-        _check_word(text, *spans[index], spellings, after)
-    except (ValueError, NoAnswer) as error:
-        shown = _tail(text.decode(errors="replace"))
-        raise type(error)(f"{error}. Received: the content {shown}") from None
+    start, stop = spans[index]
+    parts = (text[:start], text[start:stop], text[stop:])
+    before, word, following = (p.decode(errors="replace") for p in parts)
+    _check_word(before, word, following, spellings, after)
     return found[index]
 
 
 def _check_word(
-    text: bytes,
-    start: int,
-    stop: int,
+    before: str,
+    word: str,
+    following: str,
     spellings: dict[str, int],
     after: str | None,
 ) -> None:
     """Check that a token of the answer is a class, and the whole word is."""
-    shown = text[start:stop].decode(errors="replace")
-    before = text[:start].decode(errors="replace")
-    following = text[stop:].decode(errors="replace")
-    place = f"the first token after {after!r}" if after else "the first token"
+    received = f"Received: the content {_tail(before + word + following)}"
     if after is None:
         place = "the last token"
-    for name in spellings:
-        if after is None:
-            is_cut = (before + shown).endswith(name)
-        else:
-            is_cut = (shown + following).startswith(name)
-        if is_cut and len(name) > len(shown):
+        named = [name for name in spellings if (before + word).endswith(name)]
+    else:
+        place = "the first token" + (f" after {after!r}" if after else "")
+        all_from = word + following
+        named = [name for name in spellings if all_from.startswith(name)]
+    for name in named:
+        if len(name) > len(word):
             raise ValueError(
                 f"the class {name!r} is more than one token here; let the model"
-                " answer by a letter or digit for each class"
+                f" answer by a letter or digit for each class. {received}"
             )
-    if shown not in spellings:
+    if word not in spellings:
         raise NoAnswer(
-            f"{place} is {shown!r}, none of the classes {list(spellings)}; if"
-            " the class stands elsewhere, say where by `after`"
+            f"{place} is {word!r}, none of the classes {list(spellings)}; if"
+            f" the class stands elsewhere, say where by `after`. {received}"
         )
     if after is None and before and not before[-1].isspace():
-        raise NoAnswer(f"{place}, {shown!r}, ends a longer word")
+        raise NoAnswer(f"{place}, {word!r}, ends a longer word. {received}")
     if re.match(r"[-.,'’]?\w", following):
-        raise NoAnswer(f"{place}, {shown!r}, begins a longer word")
+        raise NoAnswer(f"{place}, {word!r}, begins a longer word. {received}")
 
 
 def _tail(shown: Any) -> str:

@@ -95,7 +95,7 @@ def attach(
         if not allow_subset:
             by = "inputs" if ids is None else "ids"
             for store, found in zip(stores, rows, strict=True):
-                used, stored = len(np.unique(found)), len(store.index(by)[0])
+                used, stored = len(np.unique(found)), len(store._index(by)[0])
                 _check_all_used(used, stored, str(used))
         generator = np.random.default_rng(seed) if shuffle else None
         return _Arrays(pairs, data, rows, batch_size, generator)
@@ -128,7 +128,7 @@ def _check_length(
         return
     most = count * num_examples(x)
     for store in stores:
-        stored = len(store.index("inputs")[0])
+        stored = len(store._index("inputs")[0])
         if most >= 0:  # below 0, it is unknown
             _check_all_used(most, stored, f"at most {most}")
 
@@ -160,7 +160,7 @@ class _Pairs:
         if ids is not None:
             return [store.find(ids=ids) for store in self.stores]
         prints = fingerprint(x)
-        return [store.find_values("inputs", prints) for store in self.stores]
+        return [store._find("inputs", prints) for store in self.stores]
 
     def targets(
         self, x: Any, weight: Any, rows: list[np.ndarray] | None = None

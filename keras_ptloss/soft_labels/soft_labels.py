@@ -495,12 +495,12 @@ class SoftLabels:
             ValueError: if the row of an example is not stored.
         """
         if ids is None:
-            return self.find_values("inputs", fingerprint(inputs))
-        return self.find_values("ids", np.array([str(i) for i in ids], object))
+            return self._find("inputs", fingerprint(inputs))
+        return self._find("ids", np.array([str(i) for i in ids], object))
 
-    def find_values(self, argument: str, wanted: np.ndarray) -> np.ndarray:
-        """Return the row of each fingerprint or id; see `find` and `index`."""
-        known, first = self.index(argument)
+    def _find(self, argument: str, wanted: np.ndarray) -> np.ndarray:
+        """Return the row of each fingerprint or id; see `find`."""
+        known, first = self._index(argument)
         place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
         missing = np.flatnonzero(known[place] != wanted)
         if len(missing):
@@ -514,7 +514,7 @@ class SoftLabels:
             )
         return first[place]
 
-    def index(self, argument: str) -> tuple[np.ndarray, np.ndarray]:
+    def _index(self, argument: str) -> tuple[np.ndarray, np.ndarray]:
         """Return sorted fingerprints or ids, and the first row of each.
 
         Args:

@@ -68,7 +68,7 @@ class TestKills:
     def test_at_every_call_of_the_system(
         self, kind, undisturbed, tmp_path, monkeypatch
     ):
-        """As a kill before any write, rename or removal."""
+        """As a kill before any append, rename or removal."""
 
         class Killed(BaseException):
             pass
@@ -86,9 +86,8 @@ class TestKills:
 
                 return call
 
-            patch.setattr(os, "write", counted(os.write))
-            patch.setattr(os, "ftruncate", counted(os.ftruncate))
-            for name in ("rename", "unlink", "write_text"):
+            patch.setattr(os, "truncate", counted(os.truncate))
+            for name in ("open", "rename", "unlink", "write_text"):
                 method = counted(getattr(pathlib.Path, name))
                 patch.setattr(pathlib.Path, name, method)
 
