@@ -92,23 +92,18 @@ def read_answers(
             does not occur in the file.
 
     Example:
-        >>> import json, math, tempfile
+        >>> import json, tempfile
         >>> from keras_ptloss.soft_labels import read_answers
-        >>> likeliest = [
-        ...     {"token": "yes", "logprob": math.log(0.6)},
-        ...     {"token": "no", "logprob": math.log(0.2)},
-        ... ]
-        >>> token = {**likeliest[0], "top_logprobs": likeliest}
-        >>> choice = {
-        ...     "message": {"content": "yes"},
-        ...     "logprobs": {"content": [token]},
-        ... }
+        >>> yes = {"token": "yes", "logprob": -0.5}
+        >>> no = {"token": "no", "logprob": -1.6}
+        >>> logprobs = {"content": [{**yes, "top_logprobs": [yes, no]}]}
+        >>> choice = {"message": {"content": "yes"}, "logprobs": logprobs}
         >>> path = tempfile.mkdtemp() + "/answers.jsonl"
         >>> with open(path, "w") as file:
-        ...     _ = file.write(json.dumps({"choices": [choice]}))
+        ...     json.dump({"choices": [choice]}, file)
         >>> answers = read_answers(path, ["no", "yes"])
         >>> print(answers.probabilities.round(2), answers.other_mass.round(2))
-        [[0.25 0.75]] [0.2]
+        [[0.25 0.75]] [0.19]
     """
     spellings = _spellings(class_names)
     found: set[int] = set()

@@ -98,17 +98,14 @@ def read_tokens(
             sequence.
 
     Example:
-        >>> import json, math, tempfile
+        >>> import json, tempfile
         >>> from keras_ptloss.soft_labels import read_tokens
-        >>> likeliest = [
-        ...     {"token": " yes", "logprob": math.log(0.5)},
-        ...     {"token": " no", "logprob": math.log(0.25)},
-        ... ]
-        >>> token = {**likeliest[0], "top_logprobs": likeliest}
-        >>> choice = {"message": {}, "logprobs": {"content": [token]}}
+        >>> yes = {"token": " yes", "logprob": -0.7}
+        >>> no = {"token": " no", "logprob": -1.4}
+        >>> logprobs = {"content": [{**yes, "top_logprobs": [yes, no]}]}
         >>> path = tempfile.mkdtemp() + "/answers.jsonl"
         >>> with open(path, "w") as file:
-        ...     _ = file.write(json.dumps({"choices": [choice]}))
+        ...     json.dump({"choices": [{"logprobs": logprobs}]}, file)
         >>> answers = read_tokens(
         ...     path,
         ...     top_k=2,
@@ -116,9 +113,9 @@ def read_tokens(
         ...     tokenizer={"Well": 0, "Ġyes": 1, "Ġno": 2},
         ... )
         >>> print(answers.targets[0][0].round(2))
-        [[ 1.   -0.69]
-         [ 2.   -1.39]
-         [-1.   -1.39]]
+        [[ 1.   -0.7 ]
+         [ 2.   -1.4 ]
+         [-1.   -1.36]]
     """
     check_count("top_k", top_k)
     keys: set[Key] = set()
