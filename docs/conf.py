@@ -56,7 +56,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(?!keras_ptloss\b).*"),
     (
         "py:class",
-        r"keras_ptloss\.(metrics\..*Metric|.*\.Layout)",
+        r"keras_ptloss\.(metrics\..*Metric|.*\.(Layout|Responses))",
     ),
 ]
 

@@ -23,14 +23,12 @@ from keras_ptloss.soft_labels.responses import (
     NoAnswer,
     Paths,
     Position,
-    Token,
-    check_order,
+    Responses,
     field,
     only_choice,
     positions,
     read_responses,
     unknown_shape,
-    warn_of_failed,
 )
 from keras_ptloss.soft_labels.soft_labels import SoftLabels
 
@@ -39,8 +37,8 @@ ClassNames = Sequence[str] | Mapping[str, Sequence[str]]
 _WHITESPACE = b" \t\r\n\v\f"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Answers:
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Answers(Responses):
     """Class probabilities read from a file of answers.
 
     Attributes:
@@ -55,9 +53,6 @@ class Answers:
 
     probabilities: np.ndarray
     other_mass: np.ndarray
-    rows: np.ndarray
-    ids: list[str] | None
-    failed: dict[str | int, str]
 
 
 def read_answers(
@@ -101,23 +96,18 @@ def read_answers(
             does not occur in the file.
 
     Example:
-        >>> import json, math, tempfile
+        >>> import json, tempfile
         >>> from keras_ptloss.soft_labels import read_answers
-        >>> likeliest = [
-        ...     {"token": "yes", "logprob": math.log(0.6)},
-        ...     {"token": "no", "logprob": math.log(0.2)},
-        ... ]
-        >>> token = {**likeliest[0], "top_logprobs": likeliest}
-        >>> choice = {
-        ...     "message": {"content": "yes"},
-        ...     "logprobs": {"content": [token]},
-        ... }
+        >>> yes = {"token": "yes", "logprob": -0.5}
+        >>> no = {"token": "no", "logprob": -1.6}
+        >>> logprobs = {"content": [{**yes, "top_logprobs": [yes, no]}]}
+        >>> choice = {"message": {"content": "yes"}, "logprobs": logprobs}
         >>> path = tempfile.mkdtemp() + "/answers.jsonl"
         >>> with open(path, "w") as file:
-        ...     _ = file.write(json.dumps({"choices": [choice]}))
+        ...     json.dump({"choices": [choice]}, file)
         >>> answers = read_answers(path, ["no", "yes"])
         >>> print(answers.probabilities.round(2), answers.other_mass.round(2))
-        [[0.25 0.75]] [0.2]
+        [[0.25 0.75]] [0.19]
     """
     spellings = _spellings(class_names)
     found: set[int] = set()
@@ -130,7 +120,7 @@ def read_answers(
         tokens.update(token.text for token in position.entries)
         return _class_probabilities(listed, position, len(class_names))
 
-    responses = read_responses(files, read, missing, ids, verbose)
+    values, responses = read_responses(files, read, missing, ids, verbose)
     absent = [name for c, name in enumerate(class_names) if c not in found]
     if absent:
         common = [text for text, _ in tokens.most_common(20)]
@@ -141,11 +131,9 @@ def read_answers(
             f" frequent first: {common}"
         )
     return Answers(
-        probabilities=np.stack([row for row, _ in responses.values]),
-        other_mass=np.array([mass for _, mass in responses.values]),
-        rows=np.array(responses.rows),
-        ids=responses.ids,
-        failed=responses.failed,
+        probabilities=np.stack([row for row, _ in values]),
+        other_mass=np.array([mass for _, mass in values]),
+        **vars(responses),
     )
 
 
@@ -197,7 +185,7 @@ def import_answers(
     )
     if inputs is not None:
         inputs = as_inputs(inputs)
-        check_order(answers, "inputs", num_examples(inputs), ids)
+        answers.check_order("inputs", num_examples(inputs), ids)
         if answers.failed:
             inputs = take(inputs, answers.rows)
     elif answers.ids is None:
@@ -205,7 +193,7 @@ def import_answers(
             "Pass `inputs`, the examples that the answers are about; the lines"
             " have no `custom_id` either. Received: inputs=None"
         )
-    warn_of_failed(answers.failed, len(answers.rows))
+    answers.warn_of_failed()
     return SoftLabels.from_array(
         answers.probabilities,
         path,
@@ -260,47 +248,44 @@ def _class_position(
         index = max(spans)
     else:
         index = _first_after(spans, text, after.encode().rstrip(_WHITESPACE))
-    try:
-        _check_word(text, *spans[index], spellings, after)
-    except (ValueError, NoAnswer) as error:
-        shown = _tail(text.decode(errors="replace"))
-        raise type(error)(f"{error}. Received: the content {shown}") from None
+    start, stop = spans[index]
+    parts = (text[:start], text[start:stop], text[stop:])
+    before, word, following = (p.decode(errors="replace") for p in parts)
+    _check_word(before, word, following, spellings, after)
     return found[index]
 
 
 def _check_word(
-    text: bytes,
-    start: int,
-    stop: int,
+    before: str,
+    word: str,
+    following: str,
     spellings: dict[str, int],
     after: str | None,
 ) -> None:
     """Check that a token of the answer is a class, and the whole word is."""
-    shown = text[start:stop].decode(errors="replace")
-    before = text[:start].decode(errors="replace")
-    following = text[stop:].decode(errors="replace")
-    place = f"the first token after {after!r}" if after else "the first token"
+    received = f"Received: the content {_tail(before + word + following)}"
     if after is None:
         place = "the last token"
-    for name in spellings:
-        if after is None:
-            is_cut = (before + shown).endswith(name)
-        else:
-            is_cut = (shown + following).startswith(name)
-        if is_cut and len(name) > len(shown):
+        named = [name for name in spellings if (before + word).endswith(name)]
+    else:
+        place = "the first token" + (f" after {after!r}" if after else "")
+        all_from = word + following
+        named = [name for name in spellings if all_from.startswith(name)]
+    for name in named:
+        if len(name) > len(word):
             raise ValueError(
                 f"the class {name!r} is more than one token here; let the model"
-                " answer by a letter or digit for each class"
+                f" answer by a letter or digit for each class. {received}"
             )
-    if shown not in spellings:
+    if word not in spellings:
         raise NoAnswer(
-            f"{place} is {shown!r}, none of the classes {list(spellings)}; if"
-            " the class stands elsewhere, say where by `after`"
+            f"{place} is {word!r}, none of the classes {list(spellings)}; if"
+            f" the class stands elsewhere, say where by `after`. {received}"
         )
     if after is None and before and not before[-1].isspace():
-        raise NoAnswer(f"{place}, {shown!r}, ends a longer word")
+        raise NoAnswer(f"{place}, {word!r}, ends a longer word. {received}")
     if re.match(r"[-.,'’]?\w", following):
-        raise NoAnswer(f"{place}, {shown!r}, begins a longer word")
+        raise NoAnswer(f"{place}, {word!r}, begins a longer word. {received}")
 
 
 def _tail(shown: Any) -> str:
@@ -319,7 +304,7 @@ def _answer_text(choice: dict[str, Any], found: list[Position]) -> bytes:
     if message is not None:
         name, content = "message.content", field(message, "content", str)
         if "content" not in message:
-            joined = b"".join(_bytes(position.token) for position in found)
+            joined = b"".join(position.token.utf8 for position in found)
             content = joined.decode(errors="replace")
     if not content or not content.strip():
         finish = choice.get("finish_reason")
@@ -334,7 +319,7 @@ def _spans(found: list[Position], text: bytes) -> dict[int, tuple[int, int]]:
     turn after it. Only the last tokens that spell the answer count. Spaces are
     not compared, because servers differ in them.
     """
-    pieces = [_visible(_bytes(position.token)) for position in found]
+    pieces = [_visible(position.token.utf8) for position in found]
     ends = np.cumsum([len(piece) for piece in pieces], dtype=int).tolist()
     starts = [0, *ends]  # one more than there are tokens
     everything, wanted = b"".join(pieces), _visible(text)
@@ -354,10 +339,6 @@ def _spans(found: list[Position], text: bytes) -> dict[int, tuple[int, int]]:
         for index, (first, last) in enumerate(itertools.pairwise(starts))
         if begin <= first < last <= begin + len(wanted)
     }
-
-
-def _bytes(token: Token) -> bytes:
-    return token.text.encode() if token.data is None else token.data
 
 
 def _visible(data: bytes) -> bytes:
@@ -406,7 +387,7 @@ def _listed_masses(
     texts: set[str] = set()
     for token in position.entries:
         label = spellings.get(token.text.strip())
-        as_bytes = _bytes(token).decode(errors="replace").strip()
+        as_bytes = token.utf8.decode(errors="replace").strip()
         is_raw = token.text[:1] in ("Ġ", "▁") and token.text[1:] in spellings
         if is_raw or spellings.get(as_bytes) != label:
             raise ValueError(

@@ -12,16 +12,14 @@ from keras_ptloss._validation import check_count, fail
 from keras_ptloss.soft_labels.inputs import (
     as_inputs,
     fingerprint,
-    is_grain,
-    is_stream,
-    is_tf_dataset,
-    is_torch_loader,
+    library_of,
     num_examples,
     sequence_mask,
     take,
+    unpack,
     weights_of_positions,
 )
-from keras_ptloss.soft_labels.layout import NO_ENTRY, events
+from keras_ptloss.soft_labels.layout import NO_ENTRY
 
 if TYPE_CHECKING:
     from keras_ptloss.soft_labels.soft_labels import SoftLabels
@@ -30,14 +28,7 @@ Tensor = Any
 
 
 def attach_several(
-    stores: Sequence["SoftLabels"],
-    data: Any,
-    *,
-    ids: Any = None,
-    allow_subset: bool = False,
-    batch_size: int = 32,
-    shuffle: bool = False,
-    seed: int | None = None,
+    stores: Sequence["SoftLabels"], data: Any, **options: Any
 ) -> Any:
     """Pair a data set with the stored probabilities of several teachers.
 
@@ -46,12 +37,8 @@ def attach_several(
 
     Args:
         stores: one for each teacher. The order of their rows may differ.
-        data: as in `SoftLabels.attach`, like the other arguments.
-        ids: as in `SoftLabels.attach`.
-        allow_subset: as in `SoftLabels.attach`.
-        batch_size: as in `SoftLabels.attach`.
-        shuffle: as in `SoftLabels.attach`.
-        seed: as in `SoftLabels.attach`.
+        data: as in `SoftLabels.attach`.
+        **options: the other arguments of `SoftLabels.attach`.
 
     Returns:
         As `SoftLabels.attach`.
@@ -71,114 +58,6 @@ def attach_several(
         >>> print(y_true[0])
         [0.5  0.5  0.25 0.75]
     """
-    check_count("batch_size", batch_size)
-    pairs = _Pairs(stores)
-    data = as_inputs(data)
-    if not is_stream(data):
-        found = pairs.find(None if ids is not None else data, ids)
-        _check_count(found[0], num_examples(data), "`data` and `ids`")
-        if not allow_subset:
-            pairs.check_all_used(found)
-        generator = np.random.default_rng(seed) if shuffle else None
-        return _Arrays(pairs, data, found, batch_size, generator)
-    if ids is not None:
-        fail("ids", "None for a data set, which may be shuffled", ids)
-    if shuffle:
-        fail("shuffle", "False for a data set, which has its own order", True)
-    if not allow_subset:
-        pairs.check_length(data)
-    if is_tf_dataset(data):
-        return _tf_pairs(pairs, data)
-    if is_torch_loader(data):
-        return _torch_pairs(pairs, data)
-    if is_grain(data):
-        if not hasattr(data, "map"):
-            fail("data", "a grain.MapDataset or grain.IterDataset", data)
-        return data.map(pairs)
-    return _Batches(pairs, data)
-
-
-def _check_count(found: Any, count: int, what: str) -> None:
-    if len(found) != count:
-        raise ValueError(
-            f"{what} must have the same length. Received: {len(found)} and "
-            f"{count}"
-        )
-
-
-class _Pairs:
-    """Gives a batch its targets: the rows of one store, or of several."""
-
-    def __init__(self, stores: Sequence["SoftLabels"]) -> None:
-        self.stores = list(stores)
-        self.tokens = stores[0].layout.kind == "tokens"
-        if len(stores) > 1:
-            _check_several(self.stores)
-
-    def find(self, x: Any, ids: Any = None) -> list[np.ndarray]:
-        """Return the rows of examples, for each store."""
-        if ids is not None:
-            return [store.find(ids=ids) for store in self.stores]
-        prints = fingerprint(x)
-        return [store.find_fingerprints(prints) for store in self.stores]
-
-    def targets(
-        self, rows: list[np.ndarray], x: Any, weight: Any
-    ) -> tuple[Any, Any]:
-        """Return `y_true` and sample weights of a batch."""
-        if self.tokens:
-            return _of_sequences(self.stores[0], rows[0], x, weight)
-        found = [s.read(r) for s, r in zip(self.stores, rows, strict=True)]
-        return (
-            found[0] if len(found) == 1 else np.concatenate(found, axis=-1)
-        ), weight
-
-    def __call__(self, element: Any) -> tuple[Any, ...]:
-        """Return a batch `(inputs, targets)` with the stored targets."""
-        if isinstance(element, list):  # as PyTorch collates tuples
-            element = tuple(element)
-        x, _, weight = keras.utils.unpack_x_y_sample_weight(element)
-        y_true, weight = self.targets(self.find(x), x, weight)
-        return keras.utils.pack_x_y_sample_weight(x, y_true, weight)
-
-    def check_all_used(self, found: list[np.ndarray]) -> None:
-        """Require that arrays hold every stored example."""
-        for store, rows in zip(self.stores, found, strict=True):
-            used = len(np.unique(rows))
-            if used < store.num_examples:
-                _refuse_subset(str(used), store.num_examples)
-
-    def check_length(self, data: Any) -> None:
-        """Require as many batches as the stored examples need, if known."""
-        try:
-            count, first = _num_batches(data), next(iter(data))
-        except TypeError:
-            return
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(
-            tuple(first) if isinstance(first, list) else first
-        )
-        most = count * num_examples(x)
-        for store in self.stores:
-            if 0 <= most < store.num_examples:
-                _refuse_subset(f"at most {most}", store.num_examples)
-
-
-def _num_batches(data: Any) -> int:
-    """Return the number of batches; below 0, or a TypeError, if unknown."""
-    if is_tf_dataset(data):
-        return int(data.cardinality())
-    return len(data)
-
-
-def _refuse_subset(found: str, stored: int) -> None:
-    raise ValueError(
-        "`data` must hold every example whose soft labels are stored, unless "
-        f"you say allow_subset=True. Received: {found} of {stored} examples"
-    )
-
-
-def _check_several(stores: list["SoftLabels"]) -> None:
-    """Require probabilities, and one order of classes that are the same."""
     first = stores[0].layout.class_names
     for store in stores:
         if store.layout.kind != "probabilities":
@@ -189,21 +68,130 @@ def _check_several(stores: list["SoftLabels"]) -> None:
                 "Stores of the same classes must have them in the same order. "
                 f"Received: class_names {first} and {names}"
             )
+    return attach(stores, data, **options)
 
 
-def _of_sequences(
-    store: "SoftLabels", rows: np.ndarray, x: Any, weight: Any
+def attach(
+    stores: Sequence["SoftLabels"],
+    data: Any,
+    ids: Any = None,
+    allow_subset: bool = False,
+    batch_size: int = 32,
+    shuffle: bool = False,
+    seed: int | None = None,
+) -> Any:
+    """Pair a data set with the rows of stores; see `SoftLabels.attach`."""
+    data = as_inputs(data)
+    pairs = _Pairs(stores)
+    library = library_of(data)
+    if library is None:
+        check_count("batch_size", batch_size)
+        rows = pairs.find(data, ids)
+        if len(rows[0]) != num_examples(data):
+            raise ValueError(
+                "`data` and `ids` must have the same length. Received: "
+                f"{num_examples(data)} and {len(rows[0])}"
+            )
+        if not allow_subset:
+            by = "inputs" if ids is None else "ids"
+            for store, found in zip(stores, rows, strict=True):
+                used, stored = len(np.unique(found)), len(store._index(by)[0])
+                _check_all_used(used, stored, str(used))
+        generator = np.random.default_rng(seed) if shuffle else None
+        return _Arrays(pairs, data, rows, batch_size, generator)
+    if ids is not None:
+        fail("ids", "None for a data set, which may be shuffled", ids)
+    if shuffle:
+        fail("shuffle", "False for a data set, which has its own order", True)
+    if not allow_subset:
+        _check_length(stores, data, library)
+    if library == "tensorflow":
+        return _tf_pairs(pairs, data)
+    if library == "torch":
+        return _torch_pairs(pairs, data)
+    if library == "keras":
+        return _Batches(pairs, data)
+    if not hasattr(data, "map"):
+        fail("data", "a grain.MapDataset or grain.IterDataset", data)
+    return data.map(pairs)
+
+
+def _check_length(
+    stores: Sequence["SoftLabels"], data: Any, library: str
+) -> None:
+    """Require as many batches as the stored examples need, if known."""
+    try:
+        tf = library == "tensorflow"
+        count = int(data.cardinality()) if tf else len(data)
+        x, _, _ = unpack(next(iter(data)))
+    except TypeError:  # has no length
+        return
+    most = count * num_examples(x)
+    for store in stores:
+        stored = len(store._index("inputs")[0])
+        if most >= 0:  # below 0, it is unknown
+            _check_all_used(most, stored, f"at most {most}")
+
+
+def _check_all_used(used: int, stored: int, shown: str) -> None:
+    if used < stored:
+        raise ValueError(
+            "`data` must hold every example whose soft labels are stored, "
+            "unless you say allow_subset=True. Received: "
+            f"{shown} of {stored} examples"
+        )
+
+
+class _Pairs:
+    """Gives a batch its targets: the rows of one store, or of several."""
+
+    def __init__(self, stores: Sequence["SoftLabels"]) -> None:
+        self.stores = list(stores)
+        self.tokens = stores[0].layout.kind == "tokens"
+
+    def __call__(self, element: Any) -> tuple[Any, ...]:
+        """Return a batch `(inputs, targets)` with the stored targets."""
+        x, _, weight = unpack(element)
+        y_true, weight = self.targets(x, weight)
+        return keras.utils.pack_x_y_sample_weight(x, y_true, weight)
+
+    def find(self, x: Any, ids: Any = None) -> list[np.ndarray]:
+        """Return the rows of examples, for each store."""
+        if ids is not None:
+            return [store.find(ids=ids) for store in self.stores]
+        prints = fingerprint(x)
+        return [store._find("inputs", prints) for store in self.stores]
+
+    def targets(
+        self, x: Any, weight: Any, rows: list[np.ndarray] | None = None
+    ) -> tuple[Any, Any]:
+        """Return `y_true` and sample weights of a batch.
+
+        Args:
+            x: its inputs.
+            weight: its sample weights or None.
+            rows: the rows of each store, if they are known.
+        """
+        if rows is None:
+            rows = self.find(x)
+        found = [s.read(r) for s, r in zip(self.stores, rows, strict=True)]
+        if self.tokens:
+            return _at_tokens(found[0], x, weight)
+        many = len(found) > 1
+        return np.concatenate(found, axis=-1) if many else found[0], weight
+
+
+def _at_tokens(
+    found: np.ndarray, x: Any, weight: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return events and weights of sequences, at the tokens of the inputs."""
     mask = sequence_mask(x)
-    y_true = np.zeros((*mask.shape, *store.shape[2:]), "float32")
+    number = np.cumsum(mask, axis=1) - 1  # of a token in its sequence
+    sequence, position = np.nonzero(mask & (number < found.shape[1]))
+    y_true = np.zeros((*mask.shape, *found.shape[2:]), "float32")
     y_true[..., 0] = NO_ENTRY
-    for target, real, (start, found) in zip(
-        y_true, mask, store.sequences(rows), strict=True
-    ):
-        of_tokens = events(found)
-        positions = np.flatnonzero(real)[start : start + len(of_tokens)]
-        target[positions] = of_tokens
+    of_tokens = found[sequence, number[sequence, position]]
+    y_true[sequence, position] = of_tokens
     stored = y_true[..., 0, 0] != NO_ENTRY
     return y_true, stored * weights_of_positions(weight, mask.shape)
 
@@ -246,7 +234,7 @@ class _Arrays(keras.utils.PyDataset):
         chosen = self._order[low : low + self._batch_size]
         x = take(self._x, chosen)
         rows = [of_store[chosen] for of_store in self._rows]
-        y_true, weight = self._pairs.targets(rows, x, None)
+        y_true, weight = self._pairs.targets(x, None, rows)
         x = keras.tree.map_structure(_as_tensor, x)
         return keras.utils.pack_x_y_sample_weight(x, y_true, weight)
 
@@ -280,6 +268,7 @@ class _Batches(keras.utils.PyDataset):
 def _tf_pairs(pairs: _Pairs, data: Any) -> Any:
     """Map a `tf.data.Dataset` of batches to the same with stored targets."""
     tf = sys.modules["tensorflow"]
+    shape = pairs.stores[0].shape
 
     def pair(*element: Any) -> Any:
         x, _, weight = keras.utils.unpack_x_y_sample_weight(element)
@@ -290,27 +279,19 @@ def _tf_pairs(pairs: _Pairs, data: Any) -> Any:
 
         def look_up(*arrays: Any) -> Any:
             x_ = keras.tree.pack_sequence_as(x, list(arrays[: len(leaves)]))
-            weight_ = arrays[-1] if given else None
-            return pairs.targets(pairs.find(x_), x_, weight_)
+            found = pairs.targets(x_, arrays[-1] if given else None)
+            return found if pairs.tokens else found[0]
 
-        store = pairs.stores[0]
+        kinds = [tf.float32, tf.float32] if pairs.tokens else tf.float32
+        y_true = tf.numpy_function(look_up, [*leaves, *given], kinds)
         if pairs.tokens:
-            kinds = [tf.float32, tf.float32]
-            y_true, weight = tf.numpy_function(
-                look_up, [*leaves, *given], kinds
-            )
+            y_true, weight = y_true
             ids = next(leaf for leaf in leaves if leaf.shape.rank == 2)
-            y_true.set_shape((*ids.shape, *store.shape[2:]))
             weight.set_shape(ids.shape)
+            y_true.set_shape((*ids.shape, *shape[2:]))
         else:
-            y_true = tf.numpy_function(
-                lambda *arrays: look_up(*arrays)[0],
-                [*leaves, *given],
-                tf.float32,
-            )
-            width = sum(s.shape[1] or 0 for s in pairs.stores)
-            shape = (width, *store.shape[2:])
-            y_true.set_shape((leaves[0].shape[0], *shape))
+            width = sum(store.shape[1] for store in pairs.stores)
+            y_true.set_shape((leaves[0].shape[0], width, *shape[2:]))
         return keras.utils.pack_x_y_sample_weight(x, y_true, weight)
 
     return data.map(pair).prefetch(tf.data.AUTOTUNE)

@@ -47,7 +47,7 @@ def fingerprint(inputs: Any, *, verbose: Verbose = "auto") -> np.ndarray:
         (True, False)
     """
     inputs, size = as_inputs(inputs), 1024
-    total = None if is_stream(inputs) else -(-num_examples(inputs) // size)
+    total = None if library_of(inputs) else -(-num_examples(inputs) // size)
     what = "Computing the fingerprints of the examples"
     found = track(batches(inputs, size), what, total, verbose=verbose)
     return np.concatenate(
@@ -79,22 +79,19 @@ def _fingerprint(x: Tensor) -> np.ndarray:
             rows.append(
                 [row[m].tobytes() for row, m in zip(array, mask, strict=True)]
             )
-            continue
-        data = array.tobytes()
-        size = len(data) // max(len(array), 1)
-        starts = range(0, size * len(array), size) if size else [0] * len(array)
-        rows.append([data[low : low + size] for low in starts])
-    return np.frombuffer(
-        b"".join(
-            hashlib.blake2b(
-                header
-                + b"".join([len(p).to_bytes(8, "little") + p for p in parts]),
-                digest_size=8,
-            ).digest()
-            for parts in zip(*rows, strict=True)
-        ),
-        "<u8",
-    )
+        else:
+            data, size = array.tobytes(), array.nbytes // max(len(array), 1)
+            starts = [size * row for row in range(len(array))]
+            rows.append([data[low : low + size] for low in starts])
+    digests = [
+        hashlib.blake2b(
+            header
+            + b"".join([len(p).to_bytes(8, "little") + p for p in parts]),
+            digest_size=8,
+        ).digest()
+        for parts in zip(*rows, strict=True)
+    ]
+    return np.frombuffer(b"".join(digests), "<u8")
 
 
 def _text_bytes(row: Any) -> bytes:
@@ -147,17 +144,36 @@ def weights_of_positions(weight: Any, shape: tuple[int, ...]) -> np.ndarray:
     return weight
 
 
+def library_of(data: Any) -> str | None:
+    """Return which library made a data set of batches; None for all else."""
+    if isinstance(data, keras.utils.PyDataset):
+        return "keras"
+    # Whoever has such a data set has imported its library.
+    tf, torch, grain = map(sys.modules.get, ("tensorflow", "torch", "grain"))
+    if tf is not None and isinstance(data, tf.data.Dataset):
+        return "tensorflow"
+    if torch is not None and isinstance(data, torch.utils.data.DataLoader):
+        return "torch"
+    if grain is not None and isinstance(
+        data, (grain.MapDataset, grain.IterDataset, grain.DataLoader)
+    ):
+        return "grain"
+    return None
+
+
 def as_inputs(inputs: Any) -> Any:
-    """Return inputs in one of three forms: arrays, a source, or a stream.
+    """Return inputs in one of three forms: arrays, a `Source`, or batches.
 
     A list of texts becomes an array, a list of sequences of token ids a
     dictionary of padded ids and their mask. What is indexed by example, as a
-    Grain data source or a PyTorch `Dataset`, becomes a `Source`. A stream gives
-    batches: `tf.data.Dataset`, `keras.utils.PyDataset`, a Grain data set, a
-    PyTorch `DataLoader`.
+    Grain data source or a PyTorch `Dataset`, becomes a `Source`. Data sets of
+    batches, see `library_of`, stay as they are.
     """
-    if is_stream(inputs):
-        _check_finite(inputs)
+    if isinstance(inputs, Source):
+        return inputs
+    if library_of(inputs):
+        if _is_endless(inputs):
+            fail("inputs", "finite: leave out `repeat()`", inputs)
         return inputs
     if isinstance(inputs, (list, tuple)) and len(inputs):
         first = inputs[0]
@@ -169,28 +185,20 @@ def as_inputs(inputs: Any) -> Any:
             return pad(inputs)
         if np.isscalar(first):
             return np.asarray(inputs)
-    known = isinstance(inputs, (list, tuple, dict, str, bytes, Source))
     if (
-        not known
-        and not keras.ops.is_tensor(inputs)
-        and not hasattr(inputs, "__array__")
+        hasattr(inputs, "__getitem__")
         and hasattr(inputs, "__len__")
-        and hasattr(inputs, "__getitem__")
+        and not isinstance(inputs, (list, tuple, dict, str, bytes))
+        and not hasattr(inputs, "__array__")
+        and not keras.ops.is_tensor(inputs)
     ):
         return Source(inputs)
-    arrays = keras.tree.map_structure(
-        lambda leaf: leaf if isinstance(leaf, Source) else as_array(leaf),
-        inputs,
-    )
-    if any(
-        isinstance(a, np.ma.MaskedArray) for a in keras.tree.flatten(inputs)
-    ):
+    leaves = keras.tree.flatten(inputs)
+    if any(isinstance(leaf, np.ma.MaskedArray) for leaf in leaves):
         fail("inputs", "arrays without a mask", type(inputs))
-    lengths = {
-        len(leaf) if np.ndim(leaf) else None
-        for leaf in keras.tree.flatten(arrays)
-    }
-    if len(lengths) != 1 or None in lengths:
+    arrays = keras.tree.map_structure(as_array, inputs)
+    lengths = {a.shape[:1] for a in keras.tree.flatten(arrays)}
+    if len(lengths) != 1 or () in lengths:
         fail(
             "inputs",
             "arrays of the same length, a list of texts, or a data set of "
@@ -198,6 +206,17 @@ def as_inputs(inputs: Any) -> Any:
             f"{type(inputs).__name__} of lengths {lengths}",
         )
     return arrays
+
+
+def _is_endless(data: Any) -> bool:
+    """Return whether a data set of batches is known to have no end."""
+    library = library_of(data)
+    if library == "tensorflow":
+        return int(data.cardinality()) == -1
+    if library == "keras":
+        return data.num_batches is None
+    sized = library == "grain" and hasattr(data, "__len__")
+    return sized and len(data) >= sys.maxsize
 
 
 def pad(sequences: Any) -> dict[str, np.ndarray]:
@@ -210,12 +229,11 @@ def pad(sequences: Any) -> dict[str, np.ndarray]:
                 "texts, or sequences of token ids",
                 f"{sequences[number]!r} in position {number}",
             )
-    shape = (len(arrays), max(map(len, arrays)))
-    ids, mask = np.zeros(shape, "int32"), np.zeros(shape, "int32")
-    for number, array in enumerate(arrays):
-        ids[number, : len(array)] = array
-        mask[number, : len(array)] = 1
-    return {"token_ids": ids, "padding_mask": mask}
+    lengths = np.array([len(array) for array in arrays])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.zeros(mask.shape, "int32")
+    ids[mask] = np.concatenate(arrays)
+    return {"token_ids": ids, "padding_mask": mask.astype("int32")}
 
 
 class Source:
@@ -230,11 +248,10 @@ class Source:
 
     def __init__(self, examples: Any) -> None:
         self._examples = examples
-        self.shape = (len(examples),)
 
     def __len__(self) -> int:
         """Return the number of examples."""
-        return self.shape[0]
+        return len(self._examples)
 
     def __getitem__(self, index: Any) -> Any:
         """Return a batch: the examples of a slice or of an array of numbers."""
@@ -272,27 +289,31 @@ def batches(
     """Yield `(inputs, sample weights)` of each batch; weights may be None.
 
     Args:
-        inputs: see `as_inputs`.
-        batch_size: of arrays and sources; streams have their own.
+        inputs: as `as_inputs` returns them.
+        batch_size: of arrays and sources; data sets have their own batches.
         start: number of the first example, of arrays and sources.
     """
-    inputs = as_inputs(inputs)
-    if not is_stream(inputs):
+    library = library_of(inputs)
+    if library is None:
         for low in range(start, num_examples(inputs), batch_size):
             yield take(inputs, slice(low, low + batch_size)), None
         return
-    if isinstance(inputs, keras.utils.PyDataset):
+    if library == "keras":
         elements = (inputs[i] for i in range(inputs.num_batches))
-    elif is_tf_dataset(inputs):
+    elif library == "tensorflow":
         elements = inputs.as_numpy_iterator()
     else:
         elements = iter(inputs)
     for element in elements:
-        element = keras.tree.map_structure(_as_numpy, element)
-        if isinstance(element, list):  # PyTorch's way to collate tuples
-            element = tuple(element)
-        x, _, weight = keras.utils.unpack_x_y_sample_weight(element)
+        x, _, weight = unpack(keras.tree.map_structure(_as_numpy, element))
         yield x, weight
+
+
+def unpack(element: Any) -> tuple[Any, Any, Any]:
+    """Return inputs, targets and sample weights of a batch of a data set."""
+    if isinstance(element, list):  # PyTorch's way to collate tuples
+        element = tuple(element)
+    return keras.utils.unpack_x_y_sample_weight(element)
 
 
 def _as_numpy(leaf: Any) -> Any:
@@ -316,32 +337,31 @@ def not_stored(
     start = 0
     if len(stored):
         prints = fingerprint(inputs, verbose=verbose)
-        if is_stream(inputs):
+        if library_of(inputs):
             left.update(stored.tolist())
             gone = (left - collections.Counter(prints.tolist())).total()
             if gone:
                 how = f"lack {gone} of {len(stored)} examples"
                 raise other_inputs(path, how)
         else:
-            start, common = len(stored), min(len(prints), len(stored))
-            same = np.append(prints[:common] == stored[:common], False)
-            which = int(np.argmin(same))
-            if which < len(stored):
+            start = len(stored)
+            differ = np.flatnonzero(prints[:start] != stored[: len(prints)])
+            which = int(np.append(differ, len(prints))[0])
+            if which < start:
                 raise other_inputs(path, f"differ from example {which} on")
     for x, weight in batches(inputs, batch_size, start):
         prints = fingerprint(x, verbose=0)
-        if not left:
-            yield x, weight, prints
-            continue
-        new = []
-        for position, one in enumerate(prints.tolist()):
-            if left[one] > 0:
+        if left:
+            new = []
+            for position, one in enumerate(prints.tolist()):
                 left[one] -= 1
-            else:
-                new.append(position)
-        if new:
+                if left[one] < 0:
+                    new.append(position)
+            if not new:
+                continue
             weight = None if weight is None else take(weight, new)
-            yield take(x, np.array(new)), weight, prints[new]
+            x, prints = take(x, np.array(new)), prints[new]
+        yield x, weight, prints
 
 
 def other_inputs(path: Any, how: str) -> ValueError:
@@ -351,46 +371,3 @@ def other_inputs(path: Any, how: str) -> ValueError:
         "Choose another path, or say overwrite=True. Received: inputs which "
         f"{how}"
     )
-
-
-def is_tf_dataset(data: Any) -> bool:
-    """Return whether this is a `tf.data.Dataset`, without an import."""
-    tf = sys.modules.get("tensorflow")
-    return tf is not None and isinstance(data, tf.data.Dataset)
-
-
-def is_torch_loader(data: Any) -> bool:
-    """Return whether this is a PyTorch `DataLoader`, without an import."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(data, torch.utils.data.DataLoader)
-
-
-def is_grain(data: Any) -> bool:
-    """Return whether this is a Grain data set, without an import."""
-    grain = sys.modules.get("grain")
-    return grain is not None and isinstance(
-        data, (grain.MapDataset, grain.IterDataset, grain.DataLoader)
-    )
-
-
-def is_stream(data: Any) -> bool:
-    """Return whether data come in batches of their own."""
-    return (
-        isinstance(data, keras.utils.PyDataset)
-        or is_tf_dataset(data)
-        or is_torch_loader(data)
-        or is_grain(data)
-    )
-
-
-def _check_finite(stream: Any) -> None:
-    """Refuse a stream that is known to have no end."""
-    infinite = False
-    if is_tf_dataset(stream):
-        infinite = int(stream.cardinality()) == -1
-    elif isinstance(stream, keras.utils.PyDataset):
-        infinite = stream.num_batches is None
-    elif hasattr(stream, "__len__") and is_grain(stream):
-        infinite = len(stream) >= sys.maxsize
-    if infinite:
-        fail("inputs", "finite: leave out `repeat()`", stream)

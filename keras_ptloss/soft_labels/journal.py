@@ -22,8 +22,9 @@ import re
 import shutil
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -31,150 +32,141 @@ from keras_ptloss.soft_labels.layout import Layout, pyarrow
 
 FILE_BYTES = 256 * 2**20
 HEADER = struct.Struct("<QI")  # length and CRC-32 of a journal's record
-CLOSED = -1
 OWN_NAMES = re.compile(
     r"\.lock|info\.json(\.new)?|sealing|journal-\d+|\d+-[0-9a-f]{8}\.arrow"
 )
 
 
-class StoreWriter:
-    """Appends record batches to the store in a directory; a context manager.
+@contextlib.contextmanager
+def writing(
+    path: Path, *, fsync: bool = False, overwrite: bool = False
+) -> Iterator["StoreWriter"]:
+    """Lock a directory, which is made if absent, and yield a writer to it.
 
     Args:
-        path: the directory; it is made if absent.
+        path: the directory.
         fsync: whether each append waits until its rows are on the disk, so
             that a power cut cannot lose them.
         overwrite: whether to delete the store that is there.
-
-    Attributes:
-        layout: what the store holds; None before `begin`.
-        complete: whether the store is complete.
-        num_rows: how many rows are stored.
 
     Raises:
         RuntimeError: if another process writes to the directory.
         ValueError: if the directory holds anything but a store.
     """
-
-    def __init__(
-        self, path: Path, *, fsync: bool = False, overwrite: bool = False
-    ) -> None:
-        path.mkdir(parents=True, exist_ok=True)
-        self.path, self._fsync = path, fsync
-        self._lock = (path / ".lock").open("w")
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / ".lock").open("w") as lock:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._lock.close()
             raise RuntimeError(
                 f"Another process is writing soft labels to {path}. Wait until "
                 "it has ended, or choose another path."
             ) from None
-        self._journal = CLOSED
-        try:
-            self._resume(overwrite)
-        except BaseException:
-            self.close()
-            raise
-
-    def _resume(self, overwrite: bool) -> None:
-        """Find out what is stored."""
-        names = set(os.listdir(self.path))
+        names = set(os.listdir(path))
         foreign = [name for name in names if not OWN_NAMES.fullmatch(name)]
         if foreign:
             raise ValueError(
                 "`path` must be a new directory or a store of soft labels. "
-                f"Received: path={str(self.path)!r}, which holds {foreign[0]!r}"
+                f"Received: path={str(path)!r}, which holds {foreign[0]!r}"
             )
         if overwrite or "info.json" not in names:
             # The description goes first: without it, the rest is no store.
             for name in sorted(names - {".lock"}, key="info.json".__ne__):
-                (self.path / name).unlink()
-        info = read_info(self.path)
+                (path / name).unlink()
+        yield StoreWriter(path, fsync)
+
+
+class StoreWriter:
+    """Appends record batches to the store in a locked directory.
+
+    Attributes:
+        layout: what the store holds; None before the first `append`.
+        complete: whether the store is complete.
+        num_rows: how many rows are stored.
+    """
+
+    def __init__(self, path: Path, fsync: bool) -> None:
+        self.path, self._fsync = path, fsync
+        info = read_info(path)
         self.layout = None if info is None else info.layout
-        self.complete = info is not None and info.complete
-        self._files = sorted(file.name for file in self.path.glob("*.arrow"))
-        if info is not None and info.complete:
+        self.complete = info is not None and info.files is not None
+        if info is not None and info.files is not None:
             self._files = info.files
-            self._remove_journals(but=None)
-        self.num_rows = sum(
-            open_file(self.path / name).num_rows for name in self._files
-        )
-        if self.layout is not None and not self.complete:
-            self._open_journal()
+        else:
+            self._files = sorted(file.name for file in path.glob("*.arrow"))
+        for journal in path.glob("journal-*"):  # whose rows are in files
+            if self.complete or journal != self._journal:
+                journal.unlink()
+        in_journal, self._end = self._journal_batches()
+        if self._journal.exists():
+            os.truncate(self._journal, self._end)
+        in_files = [open_file(path / name) for name in self._files]
+        self.num_rows = sum(batch.num_rows for batch in in_files + in_journal)
 
-    def begin(self, layout: Layout) -> None:
-        """Record what the store will hold."""
-        self.layout = layout
-        write_info(self.path, Info(layout))
-        self._open_journal()
-
-    def _open_journal(self) -> None:
-        """Open the journal of the next file, and cut off what is not whole."""
-        name = f"journal-{len(self._files):06d}"
-        self._remove_journals(but=name)
-        if self._journal != CLOSED:
-            os.close(self._journal)
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
-        self._journal = os.open(self.path / name, flags, 0o666)
-        batches, self._end = self._journal_batches()
-        os.ftruncate(self._journal, self._end)
-        self.num_rows += sum(batch.num_rows for batch in batches)
+    @property
+    def _journal(self) -> Path:
+        """Return the journal of the next file."""
+        return self.path / f"journal-{len(self._files):06d}"
 
     def _journal_batches(self) -> tuple[list[Any], int]:
         """Return the journal's record batches, mapped, and where they end."""
         pa = pyarrow()
-        path = self.path / f"journal-{len(self._files):06d}"
         found: list[Any] = []
         end = 0
-        if not path.stat().st_size:
+        file = self._journal
+        # An empty file cannot be mapped.
+        if self.layout is None or not file.exists() or not file.stat().st_size:
             return found, end
-        schema = self.layout.schema() if self.layout else None
-        data = pa.memory_map(str(path)).read_buffer()
+        schema = self.layout.schema()
+        data = pa.memory_map(str(file)).read_buffer()
         while end + HEADER.size <= data.size:
-            length, checksum = HEADER.unpack(data[end : end + HEADER.size])
-            record = data.slice(end + HEADER.size, length)
+            begin = end + HEADER.size
+            length, checksum = HEADER.unpack(data[end:begin])
+            record = data[begin : begin + length]
             if record.size < length or zlib.crc32(record) != checksum:
                 break
             found.append(pa.ipc.read_record_batch(record, schema))
-            end += HEADER.size + length
+            end = begin + length
         return found, end
 
     def fingerprints(self) -> np.ndarray:
         """Return the fingerprint of each stored row."""
         batches = [open_file(self.path / name) for name in self._files]
-        if self._journal != CLOSED:
-            batches += self._journal_batches()[0]
+        batches += self._journal_batches()[0]
         columns = [batch.column("fingerprint").to_numpy() for batch in batches]
         return np.concatenate([*columns, np.empty(0, "uint64")])
 
     def append(self, batch: Any) -> None:
-        """Add the rows of a record batch.
+        """Add the rows of a record batch of the layout of those before.
 
         Raises:
+            ValueError: if its layout is another one.
             OSError: if it cannot be written, because the disk is full for
                 example. The rows before stay stored.
         """
+        layout = Layout.of_schema(batch.schema)
+        if self.layout is None:
+            self.layout = layout
+            write_info(self.path, Info(layout))
+        check_same(self.layout, vars(layout), self.path)
         data = batch.serialize()
-        record = HEADER.pack(len(data), zlib.crc32(data)) + data.to_pybytes()
         try:
-            if self._end and self._end + len(record) > FILE_BYTES:
+            if self._end and self._end + data.size > FILE_BYTES:
                 self._seal()
-                self._open_journal()
-            left = memoryview(record)
-            while left:
-                left = left[os.write(self._journal, left) :]
-            if self._fsync:
-                os.fsync(self._journal)
+            with self._journal.open("ab") as file:
+                file.write(HEADER.pack(data.size, zlib.crc32(data)))
+                file.write(data)
+                if self._fsync:
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError as error:
-            os.ftruncate(self._journal, self._end)
             raise OSError(
                 error.errno,
                 f"{error.strerror}, writing soft labels to {self.path}. "
                 f"{self.num_rows} rows are stored: make room and run the same "
                 "call again to continue",
             ) from error
-        self._end += len(record)
+        self._end += HEADER.size + data.size
         self.num_rows += batch.num_rows
 
     def _seal(self) -> None:
@@ -182,7 +174,7 @@ class StoreWriter:
         pa = pyarrow()
         batches, _ = self._journal_batches()
         table = pa.Table.from_batches(batches).combine_chunks()
-        temporary = self.path / "sealing"
+        temporary, journal = self.path / "sealing", self._journal
         try:
             with pa.ipc.new_file(str(temporary), table.schema) as file:
                 file.write_table(table)
@@ -194,52 +186,43 @@ class StoreWriter:
             raise
         sync(self.path)
         self._files.append(name)
+        journal.unlink()
+        self._end = 0
 
     def finish(self) -> None:
         """Seal the last rows and declare the store complete."""
+        if self.layout is None:
+            raise ValueError("There must be at least one example to store.")
         if self._end:
             self._seal()
-        if self.layout is None:
-            raise RuntimeError("`begin` comes before `finish`.")
-        write_info(self.path, Info(self.layout, self._files, complete=True))
-        self._remove_journals(but=None)
+        write_info(self.path, Info(self.layout, self._files))
         self.complete = True
 
-    def _remove_journals(self, but: str | None) -> None:
-        """Remove the journals whose rows are in files."""
-        for journal in self.path.glob("journal-*"):
-            if journal.name != but:
-                journal.unlink()
 
-    def close(self) -> None:
-        """Unlock the store."""
-        if self._journal != CLOSED:
-            os.close(self._journal)
-            self._journal = CLOSED
-        self._lock.close()
-
-    def __enter__(self) -> Self:
-        """Return the writer."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Unlock the store, complete or not."""
-        self.close()
+def check_same(stored: Any, expected: dict[str, Any], path: Any) -> None:
+    """Require a stored layout to have the expected values."""
+    for name, value in expected.items():
+        found = getattr(stored, name)
+        if found != value:
+            raise ValueError(
+                f"The soft labels at {path} were written with another {name}, "
+                f"{found!r}. Choose another path, or say overwrite=True. "
+                f"Received: {name}={value!r}"
+            )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Info:
     """The content of a store's `info.json`.
 
     Args:
         layout: what the rows are.
-        files: names of the Arrow files in the order of their rows.
-        complete: whether these are all rows.
+        files: names of the Arrow files in the order of their rows; None as long
+            as the store is unfinished.
     """
 
     layout: Layout
-    files: list[str] = dataclasses.field(default_factory=list)
-    complete: bool = False
+    files: list[str] | None = None
 
 
 def read_info(path: Path) -> Info | None:
@@ -292,15 +275,6 @@ def checksum_of(path: Path) -> int:
     return zlib.crc32(pyarrow().memory_map(str(path)).read_buffer())
 
 
-def damaged(file: Path) -> ValueError:
-    """Return the error about a file that is not as it was written."""
-    return ValueError(
-        f"The soft labels in {file.parent} are damaged: {file.name} is missing "
-        "or not as it was written. Restore the directory from a copy, or write "
-        "it again with overwrite=True."
-    )
-
-
 def open_file(file: Path, *, verify: bool = True) -> Any:
     """Return the record batch of a store's Arrow file, memory-mapped."""
     pa = pyarrow()
@@ -311,8 +285,17 @@ def open_file(file: Path, *, verify: bool = True) -> Any:
     return pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0)
 
 
+def damaged(file: Path) -> ValueError:
+    """Return the error about a file that is not as it was written."""
+    return ValueError(
+        f"The soft labels in {file.parent} are damaged: {file.name} is missing "
+        "or not as it was written. Restore the directory from a copy, or write "
+        "it again with overwrite=True."
+    )
+
+
 def discard(path: Path) -> None:
     """Delete what a killed process has left, unless another one writes it."""
     if path.exists():
-        with contextlib.suppress(RuntimeError), StoreWriter(path):
+        with contextlib.suppress(RuntimeError, ValueError), writing(path):
             shutil.rmtree(path)

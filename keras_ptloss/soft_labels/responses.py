@@ -7,18 +7,22 @@ be read in two ways is an error, and so is every other shape.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
 
 from keras_ptloss._progress import Verbose, track
+from keras_ptloss._validation import check_choice
 
 T = TypeVar("T")
-
+Key = tuple[str, bytes | None, int | None]  # text, bytes and id of a token
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Missing = Literal["error", "skip"]
 
@@ -48,6 +52,16 @@ class Token(NamedTuple):
     id: int | None = None
 
     @property
+    def key(self) -> "Key":
+        """What tells tokens apart."""
+        return self.text, self.data, self.id
+
+    @property
+    def utf8(self) -> bytes:
+        """Its bytes, or those of its text."""
+        return self.text.encode() if self.data is None else self.data
+
+    @property
     def probability(self) -> float:
         """The exponential of `logprob`."""
         return math.exp(self.logprob)
@@ -59,45 +73,72 @@ class Position(NamedTuple):
     Attributes:
         token: The token that the answer has here.
         alternatives: The likeliest tokens here, each once.
-        is_listed: Whether `token` is one of them.
+        entries: All tokens with a known log-probability, each once: the
+            alternatives, and `token` if it is not one of them.
     """
 
     token: Token
     alternatives: tuple[Token, ...]
-    is_listed: bool
-
-    @property
-    def entries(self) -> tuple[Token, ...]:
-        """All tokens with a known log-probability, each once."""
-        if self.is_listed or not self.token.logprob > UNKNOWN_LOGPROB:
-            return self.alternatives
-        return (*self.alternatives, self.token)
+    entries: tuple[Token, ...]
 
 
-@dataclasses.dataclass
-class Responses(Generic[T]):
-    """What was read from a file, one entry per answer.
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Responses:
+    """Which answers of a file were read.
 
     Attributes:
-        values: What `read` returned for each answer.
-        rows: The line of each, counted from 0, or its place in `ids`.
-        ids: The `custom_id` of each; None if the file has none.
+        rows: `(N,)`, the line of each answer, counted from 0, or its place in
+            `ids`.
+        ids: The `custom_id` of each answer, or None if the file has none.
         failed: Reasons of the answers left out, by `custom_id` or line.
     """
 
-    values: list[T]
-    rows: list[int]
+    rows: np.ndarray
     ids: list[str] | None
     failed: dict[str | int, str]
+
+    def check_order(
+        self, argument: str, count: int, ids: Sequence[str] | None
+    ) -> None:
+        """Check that row i belongs to the user's example i.
+
+        Args:
+            argument: Name of the argument that has the examples.
+            count: Number of the examples.
+            ids: As given to `read_responses`.
+        """
+        if ids is None and self.ids is not None:
+            raise ValueError(
+                "The lines have a `custom_id`, so they may be in any order."
+                f" Pass `ids`, the custom_id of each of the `{argument}`."
+                f" Received: ids=None, and custom_ids such as {self.ids[0]!r}"
+            )
+        num_answers = len(self.rows) + len(self.failed)
+        if num_answers != count:
+            raise ValueError(
+                f"Each of the `{argument}` must have one answer. Received:"
+                f" {num_answers} answers for {count} {argument}"
+            )
+
+    def warn_of_failed(self) -> None:
+        """Warn of answers that an import leaves out."""
+        if self.failed:
+            num_answers = len(self.rows) + len(self.failed)
+            warnings.warn(
+                f"{len(self.failed)} of {num_answers} answers cannot be used"
+                " and are not stored, such as"
+                f" {next(iter(self.failed.values()))}",
+                stacklevel=3,
+            )
 
 
 def read_responses(
     files: Paths,
-    read: Callable[[dict[str, Any], int], T],
+    read: Callable[[dict[str, Any], int], Any],
     missing: Missing,
     ids: Sequence[str] | None = None,
     verbose: Verbose = 0,
-) -> Responses[T]:
+) -> tuple[list[Any], Responses]:
     """Apply `read` to each response of the files.
 
     A request that failed and was repeated may have two lines of one
@@ -111,131 +152,69 @@ def read_responses(
         ids: The `custom_id` of each example. If given, these are the rows, and
             the values come in their order.
         verbose: As in `read_answers`.
+
+    Returns:
+        What `read` returned for each answer, and which answers these are.
     """
-    if missing not in ("error", "skip"):
-        raise ValueError(
-            f'`missing` must be "error" or "skip". Received: {missing=}'
-        )
-    row_of = None if ids is None else {name: i for i, name in enumerate(ids)}
-    if row_of is not None and len(row_of) < len(ids or ()):
+    check_choice("missing", missing, ("error", "skip"))
+    row_of = {name: row for row, name in enumerate(ids or ())}
+    if len(row_of) < len(ids or ()):
         raise ValueError("`ids` must all differ. Received: a repeated id")
-    found: dict[str | int, tuple[int, T]] = {}
+    found: dict[str | int, tuple[int, Any]] = {}
     failed: dict[str | int, str] = {}
-    kinds: set[bool] = set()
-    records = track(
-        _records(files),
+    has_ids: set[bool] = set()
+    lines = track(
+        _lines(files),
         "Reading the answers",
         None if ids is None else len(ids),
         unit="line",
         verbose=verbose,
     )
-    for row, (where, record) in enumerate(records):
+    for row, (where, line) in enumerate(lines):
         key: str | int = row
         try:
+            record = json.loads(line)
             custom_id = field(record, "custom_id", str)
-            kinds.add(custom_id is not None)
-            if len(kinds) > 1:
+            has_ids.add(custom_id is not None)
+            if len(has_ids) > 1:
                 raise ValueError("only some of the lines have a `custom_id`")
-            if row_of is not None and custom_id not in row_of:
+            if ids is not None and custom_id not in row_of:
                 raise ValueError(f"its custom_id {custom_id!r} is not in `ids`")
             if custom_id is not None:
-                key, row = custom_id, (row_of or {}).get(custom_id, row)
+                key, row = custom_id, row_of.get(custom_id, row)
             value = read(_response(record), row)
+            if key in found:
+                raise ValueError(f"a second answer to the request {key!r}")
+            found[key] = row, value
         except NoAnswer as reason:
             failed[key] = f"{where}: {reason}"
-            continue
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"Cannot read {where}: {error}") from None
-        if key in found:
-            raise ValueError(
-                f"Cannot read {where}: a second answer to the request {key!r}"
-            )
-        found[key] = row, value
-    for name in row_of or ():
-        if name not in found:
-            failed.setdefault(name, f"{name!r} has no line")
+    for name in row_of:
+        failed.setdefault(name, f"{name!r} has no line")
     failed = {key: why for key, why in failed.items() if key not in found}
-    _check_failed(failed, len(found), missing)
-    values = sorted(found.items(), key=lambda item: item[1][0])
-    return Responses(
-        values=[value for _, (_, value) in values],
-        rows=[row for _, (row, _) in values],
-        ids=[str(key) for key, _ in values] if True in kinds else None,
+    if not found or (failed and missing == "error"):
+        advice = ' Repeat them, or pass missing="skip".' if found else ""
+        reasons = "; ".join(list(failed.values())[:3]) or "files without lines"
+        raise ValueError(
+            f"{len(failed)} of {len(failed) + len(found)} answers cannot be "
+            f"used.{advice} Received: {reasons}"
+        )
+    answers = sorted(found.items(), key=lambda item: item[1][0])
+    return [value for _, (_, value) in answers], Responses(
+        rows=np.array([row for _, (row, _) in answers]),
+        ids=[str(key) for key, _ in answers] if True in has_ids else None,
         failed=failed,
     )
 
 
-def _check_failed(
-    failed: dict[str | int, str], num_found: int, missing: Missing
-) -> None:
-    """Raise an error about answers without log-probabilities."""
-    if num_found and (missing == "skip" or not failed):
-        return
-    advice = ' Repeat them, or pass missing="skip".' if num_found else ""
-    reasons = "; ".join(list(failed.values())[:3]) or "files without lines"
-    raise ValueError(
-        f"{len(failed)} of {len(failed) + num_found} answers cannot be used."
-        f"{advice} Received: {reasons}"
-    )
-
-
-def check_order(
-    found: Any, argument: str, count: int, ids: Sequence[str] | None
-) -> None:
-    """Check that row i of what was found belongs to the user's example i.
-
-    Args:
-        found: A `Responses` or what was made of one.
-        argument: Name of the argument that has the examples.
-        count: Number of the examples.
-        ids: As given to `read_responses`.
-    """
-    if ids is None and found.ids is not None:
-        raise ValueError(
-            "The lines have a `custom_id`, so they may be in any order. Pass"
-            f" `ids`, the custom_id of each of the `{argument}`. Received:"
-            f" ids=None, and custom_ids such as {found.ids[0]!r}"
-        )
-    num_answers = len(found.rows) + len(found.failed)
-    if num_answers != count:
-        raise ValueError(
-            f"Each of the `{argument}` must have one answer. Received:"
-            f" {num_answers} answers for {count} {argument}"
-        )
-
-
-def warn_of_failed(failed: dict[str | int, str], num_stored: int) -> None:
-    """Warn of answers that an import leaves out."""
-    if failed:
-        warnings.warn(
-            f"{len(failed)} of {len(failed) + num_stored} answers cannot be"
-            f" used and are not stored, such as {next(iter(failed.values()))}",
-            stacklevel=3,
-        )
-
-
-def _records(files: Paths) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each JSON object, and its file and line for error messages."""
-    paths = [files] if isinstance(files, (str, os.PathLike)) else files
-    for path in paths:
+def _lines(files: Paths) -> Iterator[tuple[str, bytes]]:
+    """Yield the place of each line, for error messages, and its bytes."""
+    for path in [files] if isinstance(files, (str, os.PathLike)) else files:
         with Path(path).open("rb") as file:
             for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"line {number} of {Path(path).name}"
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(
-                        "Each line must be one JSON object in UTF-8. Received:"
-                        f" {where}: {error}"
-                    ) from None
-                if not isinstance(record, dict):
-                    raise ValueError(
-                        "Each line must be one JSON object. Received:"
-                        f" {where}: a {type(record).__name__}"
-                    )
-                yield where, record
+                if line.strip():
+                    yield f"line {number} of {Path(path).name}", line
 
 
 def field(parent: Any, name: str, kind: type[T]) -> T | None:
@@ -265,13 +244,13 @@ def unknown_shape(value: dict[str, Any], expected: str) -> ValueError:
 
 def _response(record: dict[str, Any]) -> dict[str, Any]:
     """Return the response of a line, which a batch job wraps."""
-    batch = field(record, "response", dict)
-    body: dict[str, Any] | None = record
-    if "choices" in record and batch is not None:
-        raise ValueError("it has `choices` and `response`; keep one")
     if record.get("error"):
         raise NoAnswer(f"error: {record['error']}")
-    if "response" in record and "choices" not in record:
+    body: dict[str, Any] | None = record
+    if "response" in record:
+        batch = field(record, "response", dict)
+        if "choices" in record:
+            raise ValueError("it has `choices` and `response`; keep one")
         if batch is None:
             raise NoAnswer("`response` is null")
         if "body" not in batch:
@@ -326,7 +305,7 @@ def positions(choice: dict[str, Any]) -> list[Position]:
         return [
             _position(
                 _token(item),
-                list(map(_token, field(item, "top_logprobs", list) or [])),
+                map(_token, field(item, "top_logprobs", list) or []),
             )
             for item in chat
         ]
@@ -381,15 +360,15 @@ def _completion_positions(
         for twin in twins:
             del alternatives[twin]
             alternatives[text] = logprob
-        listed = [Token(key, one) for key, one in alternatives.items()]
+        listed = itertools.starmap(Token, alternatives.items())
         found.append(_position(Token(text, logprob), listed))
     return found
 
 
-def _position(token: Token, listed: list[Token]) -> Position:
+def _position(token: Token, listed: Iterable[Token]) -> Position:
     """Join a token and its alternatives, which must agree about it."""
     alternatives = tuple(dict.fromkeys(listed))
-    same = [one.logprob for one in alternatives if _same(one, token)]
+    same = [one.logprob for one in alternatives if one.key == token.key]
     if same and not any(_agree(one, token.logprob) for one in same):
         raise ValueError(
             f"the answer's token {token.text!r} has the log-probability"
@@ -397,18 +376,15 @@ def _position(token: Token, listed: list[Token]) -> Position:
             f" {same[0]} in `top_logprobs`: they are two tokens of one text, or"
             " computed differently. Ask the server for tokens by id or bytes"
         )
-    position = Position(token, alternatives, bool(same))
-    total = sum(one.probability for one in position.entries)
+    known = not same and token.logprob > UNKNOWN_LOGPROB
+    entries = (*alternatives, token) if known else alternatives
+    total = sum(one.probability for one in entries)
     if total > 1.01:
         raise ValueError(
             f"the probabilities in `top_logprobs` at {token.text!r} add up to"
-            f" {total:.3f}, more than 1. Received: {position.entries}"
+            f" {total:.3f}, more than 1. Received: {entries}"
         )
-    return position
-
-
-def _same(one: Token, other: Token) -> bool:
-    return (one.text, one.data, one.id) == (other.text, other.data, other.id)
+    return Position(token, alternatives, entries)
 
 
 def _agree(one: float, other: float) -> bool:

@@ -7,52 +7,45 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import keras
 import numpy as np
 
 from keras_ptloss._progress import Verbose, track
 from keras_ptloss._validation import check_count, fail
-from keras_ptloss.soft_labels.attach import attach_several
+from keras_ptloss.soft_labels.attach import attach
 from keras_ptloss.soft_labels.inputs import (
     as_inputs,
     fingerprint,
-    is_stream,
+    library_of,
     not_stored,
     num_examples,
     other_inputs,
-    sequence_mask,
     take,
 )
 from keras_ptloss.soft_labels.journal import (
-    StoreWriter,
-    damaged,
+    check_same,
     discard,
     open_file,
     read_info,
     sync,
+    writing,
 )
 from keras_ptloss.soft_labels.layout import (
-    ENTRIES,
     NO_ENTRY,
-    Columns,
     Layout,
-    Values,
     events,
-    from_entries,
-    in_sequences,
     pyarrow,
     views,
 )
 from keras_ptloss.soft_labels.teacher import (
     asked,
-    columns,
+    cut,
+    record_batch,
     teacher_identity,
 )
 
-T = TypeVar("T")
-Tensor = Any
 PathLike = str | os.PathLike[str]
 CHUNK = 4096  # rows that are handled at once
 PARTIAL = ".partial"  # after the name of a store that is not whole yet
@@ -70,8 +63,8 @@ class SoftLabels:
     * the same for each position of token sequences, `(n, time, k + 1, 2)`.
 
     The last two are what `TopKPTLoss` takes as `y_true`; an id of -2 means that
-    there is no entry. Make a store with `SoftLabels.write`, from arrays with
-    `from_array` or `from_top_k`, and read it again with `SoftLabels.open`.
+    there is no entry. Make a store with `SoftLabels.write`, or from arrays with
+    `SoftLabels.from_array`, and read it again with `SoftLabels.open`.
 
     Rows are found by the fingerprints of their inputs, or by your ids. If two
     examples are equal, the row that was stored first is used.
@@ -99,12 +92,13 @@ class SoftLabels:
     def __init__(
         self, layout: Layout, stored: Sequence[Any], path: Path | None = None
     ) -> None:
-        """Use `write`, `open`, `from_array` or `from_top_k`."""
+        """Use `write`, `open` or `from_array`."""
         self.layout, self.path = layout, path
         self._batches = list(stored)
         self._values = [views(batch) for batch in self._batches]
         rows = [batch.num_rows for batch in self._batches]
         self._ends = np.cumsum(rows, dtype="int64")
+        self._indexes: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     # ---- Make and open stores ----
 
@@ -176,12 +170,9 @@ class SoftLabels:
             OSError: if the disk is full. What is stored stays.
         """
         check_count("batch_size", batch_size)
-        if top_k is not None:
-            check_count("top_k", top_k)
         run = asked(teacher, top_k, from_logits)
-        inputs = as_inputs(inputs)
-        streamed = is_stream(inputs)
-        total = None if streamed else num_examples(inputs)
+        path, inputs = Path(path), as_inputs(inputs)
+        total = None if library_of(inputs) else num_examples(inputs)
         if ids is not None and (total is None or len(ids) != total):
             fail("ids", f"one for each of {total} examples in arrays", ids)
         about: dict[str, Any] = {
@@ -189,14 +180,13 @@ class SoftLabels:
             "class_names": None if class_names is None else tuple(class_names),
             "teacher": teacher_name or teacher_identity(teacher),
             "from_logits": from_logits,
-            "has_fingerprints": True,
-            "has_ids": ids is not None,
         }
-        path = Path(path)
-        with StoreWriter(path, fsync=fsync, overwrite=overwrite) as writer:
+        with writing(path, fsync=fsync, overwrite=overwrite) as writer:
             if writer.layout is not None:
-                known = {} if top_k is None else {"top_k": top_k}
-                _check_same(writer.layout, about | known, path)
+                call = about | {"has_fingerprints": True}
+                call |= {"has_ids": ids is not None}
+                call |= {} if top_k is None else {"top_k": top_k}
+                check_same(writer.layout, call, path)
             stored = writer.fingerprints()
             bar = keras.utils.Progbar(
                 None if total is None else total - len(stored),
@@ -223,26 +213,14 @@ class SoftLabels:
                         f"{error}. {first} rows are stored. Run the same call "
                         "again to continue."
                     ) from error
-                found = columns(
-                    outputs,
-                    top_k=top_k,
-                    from_logits=from_logits,
-                    dtype=dtype,
-                    x=x,
-                    weight=weight,
-                    first=first,
+                last = first + len(prints)
+                named = None if ids is None else ids[first:last]
+                writer.append(
+                    record_batch(
+                        outputs, about, first, x, prints, named, weight
+                    )
                 )
-                layout = found.layout(**about)
-                if writer.layout is None:
-                    writer.begin(layout)
-                _check_same(writer.layout, vars(layout), path)
-                named = (
-                    None if ids is None else ids[first : first + len(prints)]
-                )
-                writer.append(layout.encode(found.values, prints, named))
                 bar.add(len(prints))
-            if writer.layout is None:
-                fail("inputs", "at least one example", inputs)
             if not writer.complete:
                 writer.finish()
         discard(path.with_name(path.name + PARTIAL))
@@ -278,19 +256,17 @@ class SoftLabels:
         info = read_info(path)
         if info is None:
             raise FileNotFoundError(f"There are no soft labels at {path}")
-        if not info.complete:
+        if info.files is None:
             raise ValueError(
                 f"The soft labels at {path} are unfinished. Run the same "
                 "call of `write` again; it continues where it stopped."
             )
         if class_names is not None:
             expected = {"class_names": tuple(class_names)}
-            _check_same(info.layout, expected, path)
+            check_same(info.layout, expected, path)
         what = f"Checking the soft labels at {path}"
         files = track(info.files, what, None, unit="file", verbose=verbose)
         found = [open_file(path / f, verify=verify) for f in files]
-        if not all(batch.schema == info.layout.schema() for batch in found):
-            raise damaged(path / "info.json")
         return cls(info.layout, found, path)
 
     @classmethod
@@ -315,9 +291,13 @@ class SoftLabels:
         it again.
 
         Args:
-            values: probabilities or logits, `(N, C)`; events `(N, k + 1, 2)`
-                or `(N, time, k + 1, 2)`; or, with `top_k`, `(N, time, C)`. It
-                may be a memory map, of which only parts are in memory.
+            values: probabilities or logits, `(N, C)`, or with `top_k` also
+                `(N, time, C)`. If only the k likeliest are known, events, such
+                as `np.stack([ids, log_probs], axis=-1)`: `(N, k, 2)`, `(N,
+                time, k, 2)`, or a list of `(time, k, 2)` with one position for
+                each token of `inputs`. An id of -2 means that there is no
+                entry; a last one of -1 stands for all other ids, which else
+                have what is left of 1. A memory map is read in parts.
             path: directory of the new store; None keeps it in memory.
             ids: your names of the examples, in the order of `values`.
             inputs: the examples in that order, as in `write`. Without inputs
@@ -346,150 +326,82 @@ class SoftLabels:
             >>> print(labels.read(labels.find(["bad"])).round(3))
             [[0.2 0.8]]
         """
-        if not hasattr(values, "shape"):
-            values = np.asarray(values)
         if not len(values):
             fail("values", "at least one row", values)
-
-        def convert(part: slice, x: Any) -> Columns:
-            return columns(
-                values[part],
-                top_k=top_k,
-                from_logits=from_logits,
-                dtype=dtype,
-                x=x,
-                first=part.start,
-            )
-
+        if not hasattr(values, "shape") and np.ndim(values[0]) < 3:
+            values = np.asarray(values)
+        total = len(values)
+        if inputs is not None:
+            inputs = as_inputs(inputs)
+            if library_of(inputs):
+                fail("inputs", "arrays, or a source of single examples", inputs)
+            _check_length("inputs", num_examples(inputs), total)
+        if ids is not None:
+            _check_length("ids", len(ids), total)
         about = {
             "dtype": dtype,
             "class_names": class_names,
             "teacher": teacher_name,
             "from_logits": from_logits,
         }
-        found = _in_parts(len(values), inputs, ids, about, convert)
-        parts = _tracked(found, "Storing", len(values), verbose)
-        return cls._from_parts(parts, path, overwrite, verbose)
+
+        def batches() -> Iterator[Any]:
+            for low in range(0, total, CHUNK):
+                part = slice(low, low + CHUNK)
+                outputs = values[part]
+                if top_k is not None:
+                    outputs = cut(outputs, top_k, from_logits)
+                x = None if inputs is None else take(inputs, part)
+                prints = None if x is None else fingerprint(x, verbose=0)
+                named = None if ids is None else ids[part]
+                yield record_batch(outputs, about, low, x, prints, named)
+
+        return cls._from_batches(
+            batches(), f"Storing {total} rows", total, path, overwrite, verbose
+        )
 
     @classmethod
-    def from_top_k(
+    def _from_batches(
         cls,
-        top_ids: Any,
-        log_probs: Any,
-        log_rest: Any = None,
-        path: PathLike | None = None,
-        *,
-        ids: Sequence[Any] | None = None,
-        inputs: Any = None,
-        num_classes: int | None = None,
-        class_names: Sequence[str] | None = None,
-        dtype: Literal["float16", "float32"] = "float16",
-        teacher_name: str | None = None,
-        overwrite: bool = False,
-        verbose: Verbose = "auto",
-    ) -> "SoftLabels":
-        """Store the k likeliest classes of examples, or of token sequences.
-
-        Args:
-            top_ids: `(N, k)` ids of classes; or, of token sequences, a list of
-                `(time, k)`, one for each. -2 where there are fewer than k, or
-                none at this position.
-            log_probs: their natural log-probabilities, in the same form.
-            log_rest: log-probability of all other classes, `(N,)` or a list of
-                `(time,)`. None takes what the k leave of 1.
-            path: as in `from_array`.
-            ids: as in `from_array`.
-            inputs: as in `from_array`: of token sequences, their token ids, a
-                position of which belongs to each position of `top_ids`.
-            num_classes: number of classes or of token ids.
-            class_names: as in `from_array`.
-            dtype: as in `from_array`.
-            teacher_name: as in `from_array`.
-            overwrite: as in `from_array`.
-            verbose: as in `from_array`.
-
-        Returns:
-            The store.
-
-        Raises:
-            ValueError: if these are not log-probabilities; and as `from_array`.
-
-        Example:
-            >>> import numpy as np
-            >>> from keras_ptloss import SoftLabels
-            >>> labels = SoftLabels.from_top_k(
-            ...     [[[7, 4], [4, 2]], [[1, 0]]],
-            ...     np.log([[[0.6, 0.3], [0.5, 0.4]]]).tolist()
-            ...     + np.log([[[0.9, 0.05]]]).tolist(),
-            ...     inputs=[[3, 7], [2]],
-            ... )
-            >>> print(np.exp(labels.read([0])[0, 1, :, 1]).round(2))
-            [0.5 0.4 0.1]
-        """
-        if not len(top_ids):
-            fail("top_ids", "at least one row", top_ids)
-        sequences = np.ndim(top_ids[0]) == 2
-
-        def convert(part: slice, x: Any) -> Columns:
-            names, probs = top_ids[part], log_probs[part]
-            rest = None if log_rest is None else log_rest[part]
-            lengths = [len(row) for row in names]
-            if sequences:
-                if x is not None:
-                    _check_lengths(lengths, x, part.start)
-                # All positions of all sequences, one after the other.
-                names, probs = np.concatenate(names), np.concatenate(probs)
-                rest = None if rest is None else np.concatenate(rest)
-            found = from_entries(names, probs, rest, num_classes, part.start)
-            if not sequences:
-                return Columns("top_k", num_classes, found)
-            found = in_sequences(found, lengths)
-            return Columns("tokens", num_classes, found)
-
-        about = {
-            "dtype": dtype,
-            "class_names": class_names,
-            "teacher": teacher_name,
-        }
-        found = _in_parts(len(top_ids), inputs, ids, about, convert)
-        parts = _tracked(found, "Storing", len(top_ids), verbose)
-        return cls._from_parts(parts, path, overwrite, verbose)
-
-    @classmethod
-    def _from_parts(
-        cls,
-        parts: Iterable[tuple[Layout, Any]],
+        batches: Iterable[Any],
+        what: str,
+        num_rows: int,
         path: PathLike | None,
         overwrite: bool,
         verbose: Verbose,
     ) -> "SoftLabels":
-        """Make a store of record batches, whole or not at all."""
+        """Make a store of record batches, whole or not at all.
+
+        Args:
+            batches: record batches of up to `CHUNK` rows.
+            what: what to print above the progress bar.
+            num_rows: of all batches.
+            path: as in `from_array`, like all that follow.
+            overwrite: as in `from_array`.
+            verbose: as in `from_array`.
+        """
+        total = -(-num_rows // CHUNK)
+        batches = track(batches, what, total, verbose=verbose)
         if path is None:
-            layouts, found = zip(*parts, strict=True)
-            table = pyarrow().Table.from_batches(found).combine_chunks()
-            return cls(layouts[0], table.to_batches())
+            table = pyarrow().Table.from_batches(batches).combine_chunks()
+            return cls(Layout.of_schema(table.schema), table.to_batches())
         path = Path(path)
         # Only a store that is whole gets the name `path`.
         temporary = path.with_name(path.name + PARTIAL)
         with (
-            StoreWriter(temporary, overwrite=True) as writer,
+            writing(temporary, overwrite=True) as writer,
             _removed_on_error(temporary),
         ):
-            for layout, batch in parts:
-                if writer.layout is None:
-                    writer.begin(layout)
-                _check_same(layout, vars(writer.layout), path)
+            for batch in batches:
                 writer.append(batch)
             writer.finish()
             if path.exists():
-                with StoreWriter(path, overwrite=overwrite) as old:
-                    if old.layout is None:
-                        shutil.rmtree(path)
-                    elif read_info(path) == read_info(temporary):
+                with writing(path, overwrite=overwrite) as old:
+                    if read_info(path) == read_info(temporary):
                         # The same rows, as files are named by checksums.
                         shutil.rmtree(temporary)
                         return cls.open(path, verbose=verbose)
-                    else:
+                    if old.layout is not None:
                         state = "a" if old.complete else "an unfinished"
                         raise ValueError(
                             "`path` must be new, or say overwrite=True. "
@@ -497,6 +409,7 @@ class SoftLabels:
                             f"the teacher {old.layout.teacher!r} with "
                             f"{old.num_rows} rows"
                         )
+                    shutil.rmtree(path)
             temporary.rename(path)
             sync(path.parent)
         return cls.open(path, verbose=verbose)
@@ -513,9 +426,8 @@ class SoftLabels:
         layout = self.layout
         if layout.kind == "probabilities":
             return len(self), layout.num_classes
-        k = layout.top_k or 0
         time = (None,) if layout.kind == "tokens" else ()
-        return len(self), *time, k + 1, 2
+        return len(self), *time, (layout.top_k or 0) + 1, 2
 
     def read(self, indices: Any = slice(None)) -> np.ndarray:
         """Return rows as float32, in the order of the indices.
@@ -528,60 +440,50 @@ class SoftLabels:
             sequences `(n, time, k + 1, 2)`, padded to the longest.
         """
         if isinstance(indices, slice):
-            indices = np.arange(len(self))[indices]
+            indices = range(*indices.indices(len(self)))
         indices = np.asarray(indices)
         if not indices.size:
             indices = indices.astype("int64")
-        if indices.ndim != 1 or indices.dtype.kind not in "iu":
-            fail("indices", "a list of integers or a slice", indices)
-        if len(indices) and not (
-            0 <= indices.min() and indices.max() < len(self)
-        ):
+        elif indices.ndim != 1 or indices.dtype.kind not in "iu":
+            fail("indices", "a slice, or a list of integers", indices)
+        elif indices.min() < 0 or indices.max() >= len(self):
             fail("indices", f"from 0 to {len(self) - 1}", indices)
         if self.layout.kind == "tokens":
-            found = list(self.sequences(indices))
-            ends = [start + len(rows["top_ids"]) for start, rows in found]
-            shape = (len(found), max(ends, default=0), *self.shape[2:])
-            out = np.zeros(shape, "float32")
-            out[..., 0] = NO_ENTRY
-            for row, end, (start, rows) in zip(out, ends, found, strict=True):
-                events(rows, row[start:end])
-            return out
+            return self._read_sequences(indices)
         out = np.empty((len(indices), *self.shape[1:]), "float32")
-        for values, where, local in self._by_file(indices):
-            if self.layout.kind == "probabilities":
-                out[where] = values["probabilities"][local]
-            else:
-                rows = {name: values[name][local] for name in ENTRIES}
-                out[where] = events(rows)
-        return out
-
-    def _by_file(
-        self, indices: np.ndarray
-    ) -> Iterator[tuple[Values, Any, Any]]:
-        """Yield each file's columns, positions in `indices`, and rows there."""
         files = np.searchsorted(self._ends, indices, side="right")
         for file in np.unique(files):
+            values = self._values[file]
             where: Any = np.flatnonzero(files == file)
-            begin = self._ends[file] - self._batches[file].num_rows
-            local = indices[where] - begin
-            if len(local) == len(indices):  # a slice is assigned faster
+            rows = indices[where] - self._begin(file)
+            if len(rows) == len(indices):  # a slice is assigned faster
                 where = slice(None)
-            yield self._values[file], where, local
+            if self.layout.kind == "probabilities":
+                out[where] = values["probabilities"][rows]
+            else:
+                out[where] = events(values, rows)
+        return out
 
-    def sequences(self, indices: np.ndarray) -> Iterator[tuple[int, Values]]:
-        """Yield each sequence's first stored position, and columns of events.
-
-        Args:
-            indices: rows of a store of token sequences.
-        """
+    def _read_sequences(self, indices: np.ndarray) -> np.ndarray:
+        """Return events of token sequences, padded to the longest."""
+        found = []
         files = np.searchsorted(self._ends, indices, side="right")
         for file, index in zip(files, indices, strict=True):
-            values = self._values[file]
-            row = index - self._ends[file] + self._batches[file].num_rows
+            values, row = self._values[file], index - self._begin(file)
             low, high = values["offsets"][row : row + 2]
-            rows = {name: values[name][low:high] for name in ENTRIES}
-            yield int(values["start"][row]), rows
+            start = values["start"][row]
+            positions = slice(start, start + high - low)
+            found.append((values, slice(low, high), positions))
+        time = max((positions.stop for *_, positions in found), default=0)
+        out = np.zeros((len(found), time, *self.shape[2:]), "float32")
+        out[..., 0] = NO_ENTRY
+        for target, (values, rows, positions) in zip(out, found, strict=True):
+            events(values, rows, target[positions])
+        return out
+
+    def _begin(self, file: int) -> Any:
+        """Return the number of a file's first row."""
+        return self._ends[file] - self._batches[file].num_rows
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         """Return all rows, `np.asarray(labels)`."""
@@ -601,39 +503,21 @@ class SoftLabels:
 
     # ---- Find the rows of examples ----
 
-    fingerprint = staticmethod(fingerprint)
-
     @property
     def fingerprints(self) -> np.ndarray | None:
         """Return the fingerprint of each row's input, None if unknown."""
-        return self._column("fingerprint", self.layout.has_fingerprints)
+        return self._column("fingerprint")
 
     @property
     def ids(self) -> np.ndarray | None:
         """Return the id of each row, None if there are none."""
-        return self._column("id", self.layout.has_ids)
+        return self._column("id")
 
-    def _column(self, name: str, present: bool) -> np.ndarray | None:
-        if not present:
+    def _column(self, name: str) -> np.ndarray | None:
+        """Return a column of all rows, None if there is none."""
+        if name not in self._values[0]:
             return None
         return np.concatenate([values[name] for values in self._values])
-
-    @functools.cached_property
-    def _by_fingerprint(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return sorted fingerprints, and the first row of each."""
-        stored = self.fingerprints
-        if stored is None:
-            raise ValueError(
-                "These soft labels were stored without inputs. Pass `inputs` "
-                "to `from_array`, or find rows by `ids`."
-            )
-        return np.unique(stored, return_index=True)
-
-    @functools.cached_property
-    def _by_id(self) -> dict[str, int]:
-        """Return the first row of each id."""
-        names = [] if self.ids is None else self.ids.tolist()
-        return dict(zip(names[::-1], range(len(names))[::-1], strict=True))
 
     def find(self, inputs: Any = None, *, ids: Any = None) -> np.ndarray:
         """Return the row of each example, for `read`.
@@ -649,41 +533,40 @@ class SoftLabels:
             ValueError: if the row of an example is not stored.
         """
         if ids is None:
-            return self.find_fingerprints(fingerprint(inputs))
-        if self.ids is None:
-            raise ValueError(
-                "These soft labels have no ids. Pass `ids` when you store them."
-            )
-        rows = self._by_id
-        missing = [str(i) for i in ids if str(i) not in rows]
-        if missing:
-            raise ValueError(
-                "`ids` must be ids of stored rows. Received: "
-                f"{missing[0]!r}, which is not stored ({len(missing)} of "
-                f"{len(ids)} are not)"
-            )
-        return np.array([rows[str(i)] for i in ids], "int64")
+            return self._find("inputs", fingerprint(inputs))
+        return self._find("ids", np.array([str(i) for i in ids], object))
 
-    def find_fingerprints(self, prints: np.ndarray) -> np.ndarray:
-        """Return the row of each fingerprint; see `find`."""
-        known, first = self._by_fingerprint
-        place = np.minimum(np.searchsorted(known, prints), len(known) - 1)
-        missing = np.flatnonzero(known[place] != prints)
+    def _find(self, argument: str, wanted: np.ndarray) -> np.ndarray:
+        """Return the row of each fingerprint or id; see `find`."""
+        known, first = self._index(argument)
+        place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        missing = np.flatnonzero(known[place] != wanted)
         if len(missing):
+            why = f"{wanted[missing[0]]!r}"
+            if argument == "inputs":
+                why = "new, or its values, dtype or shape have changed"
             raise ValueError(
-                "`inputs` must be examples whose soft labels are stored. "
-                f"Received: {len(missing)} of {len(prints)} examples that are "
-                f"not, the first in position {missing[0]}. They are new, or "
-                "their values, dtype or shape have changed"
+                f"`{argument}` must be of examples whose soft labels are "
+                f"stored. Received: {len(missing)} of {len(wanted)} examples "
+                f"that are not, the first in position {missing[0]}: {why}"
             )
         return first[place]
 
-    @property
-    def num_examples(self) -> int:
-        """Return the number of different examples."""
-        if not self.layout.has_fingerprints:
-            return len(self)
-        return len(self._by_fingerprint[0])
+    def _index(self, argument: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return sorted fingerprints or ids, and the first row of each.
+
+        Args:
+            argument: `"inputs"` for fingerprints, or `"ids"`.
+        """
+        if argument not in self._indexes:
+            stored = self.ids if argument == "ids" else self.fingerprints
+            if stored is None:
+                raise ValueError(
+                    f"These soft labels were stored without {argument}. Pass "
+                    f"`{argument}` when you store them."
+                )
+            self._indexes[argument] = np.unique(stored, return_index=True)
+        return self._indexes[argument]
 
     def attach(
         self,
@@ -733,63 +616,42 @@ class SoftLabels:
             >>> print(y_true[:, 0])
             [0.5  0.25 0.  ]
         """
-        return attach_several(
-            [self],
-            data,
-            ids=ids,
-            allow_subset=allow_subset,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=seed,
+        return attach(
+            [self], data, ids, allow_subset, batch_size, shuffle, seed
         )
 
     # ---- Other tools ----
 
-    def to_arrow(
-        self, dtype: Literal["float16", "float32"] | None = "float32"
-    ) -> Any:
-        """Return a `pyarrow.RecordBatchReader` of all rows.
+    def to_arrow(self) -> Any:
+        """Return a `pyarrow.RecordBatchReader` of all rows, in float32.
 
         DuckDB takes it as a table; it cannot read float16. Polars, pandas and
         Hugging Face Datasets read the store's `.arrow` files as they are.
-
-        Args:
-            dtype: dtype of the numbers; None for the stored one.
         """
-        layout = dataclasses.replace(
-            self.layout, dtype=dtype or self.layout.dtype
+        return self._reader("float32")
+
+    def _reader(self, dtype: str) -> Any:
+        schema = dataclasses.replace(self.layout, dtype=dtype).schema()
+        parts = (
+            batch.slice(low, EXPORTED).cast(schema)
+            for batch in self._batches
+            for low in range(0, batch.num_rows, EXPORTED)
         )
+        return pyarrow().RecordBatchReader.from_batches(schema, parts)
 
-        def parts() -> Iterator[Any]:
-            for batch in self._batches:
-                for low in range(0, batch.num_rows, EXPORTED):
-                    found = views(batch.slice(low, EXPORTED))
-                    prints = found.get("fingerprint")
-                    yield layout.encode(found, prints, found.get("id"))
-
-        schema = layout.schema()
-        return pyarrow().RecordBatchReader.from_batches(schema, parts())
-
-    def to_parquet(
-        self,
-        file: PathLike,
-        *,
-        dtype: Literal["float16", "float32"] | None = None,
-        verbose: Verbose = "auto",
-    ) -> None:
+    def to_parquet(self, file: PathLike, *, verbose: Verbose = "auto") -> None:
         """Write all rows to one Parquet file, whole or not at all.
 
         Args:
             file: its name.
-            dtype: dtype of the numbers; None for the stored one.
             verbose: as in `from_array`.
         """
         pyarrow()
         from pyarrow import parquet
 
         file = Path(file)
-        temporary = file.with_name(file.name + ".partial")
-        reader = self.to_arrow(dtype)
+        temporary = file.with_name(file.name + PARTIAL)
+        reader = self._reader(self.layout.dtype)
         try:
             with parquet.ParquetWriter(temporary, reader.schema) as writer:
                 what = f"Writing {len(self)} rows to {file}"
@@ -829,19 +691,19 @@ class SoftLabels:
         from pyarrow import parquet
 
         table = parquet.ParquetFile(file)
-        layout = Layout.of_schema(table.schema_arrow)
-        if layout is None:
+        schema = table.schema_arrow
+        if b"keras_ptloss" not in (schema.metadata or {}):
             raise ValueError(
                 "`file` must be a Parquet file that `to_parquet` wrote. Give "
                 "the columns of other files to `read_table` or `from_array`. "
-                f"Received: {file} with the columns {table.schema_arrow.names}"
+                f"Received: {file} with the columns {schema.names}"
             )
-        found = (
-            (layout, batch.cast(layout.schema()))
-            for batch in table.iter_batches(CHUNK)
+        schema = Layout.of_schema(schema).schema()
+        found = (batch.cast(schema) for batch in table.iter_batches(CHUNK))
+        total = table.metadata.num_rows
+        return cls._from_batches(
+            found, f"Reading {total} rows", total, path, overwrite, verbose
         )
-        parts = _tracked(found, "Reading", table.metadata.num_rows, verbose)
-        return cls._from_parts(parts, path, overwrite, verbose)
 
     @classmethod
     def join(
@@ -866,36 +728,20 @@ class SoftLabels:
 
         Raises:
             ValueError: if the parts differ in what they hold, or as `open`.
-
-        Example:
-            >>> import tempfile
-            >>> import numpy as np
-            >>> from keras_ptloss import SoftLabels
-            >>> folder, x = tempfile.mkdtemp(), np.arange(6.0)
-            >>> def teacher(batch):
-            ...     return np.stack([batch / 5, 1 - batch / 5], axis=-1)
-            >>> parts = [f"{folder}/part-{i}" for i in range(2)]
-            >>> for i, part in enumerate(parts):  # each on its own machine
-            ...     _ = SoftLabels.write(
-            ...         teacher, np.split(x, 2)[i], part, verbose=0
-            ...     )
-            >>> len(SoftLabels.join(parts, folder + "/labels"))
-            6
         """
         stores = [cls.open(part) for part in parts]
-        if not stores:
-            fail("parts", "at least one store", stores)
         for store in stores:
-            _check_same(store.layout, vars(stores[0].layout), store.path)
+            check_same(store.layout, vars(stores[0].layout), store.path)
         found = (
-            (store.layout, batch.slice(low, CHUNK))
+            batch.slice(low, CHUNK)
             for store in stores
             for batch in store._batches
             for low in range(0, batch.num_rows, CHUNK)
         )
         total = sum(map(len, stores))
-        joined = _tracked(found, "Joining", total, verbose)
-        return cls._from_parts(joined, path, overwrite, verbose)
+        return cls._from_batches(
+            found, f"Joining {total} rows", total, path, overwrite, verbose
+        )
 
 
 @contextlib.contextmanager
@@ -908,75 +754,9 @@ def _removed_on_error(path: Path) -> Iterator[None]:
         raise
 
 
-def _tracked(
-    parts: Iterable[T], what: str, num_rows: int, verbose: Verbose
-) -> Iterator[T]:
-    """Yield parts of `CHUNK` rows while a progress bar counts them."""
-    total = -(-num_rows // CHUNK)
-    return track(parts, f"{what} {num_rows} rows", total, verbose=verbose)
-
-
-def _in_parts(
-    total: int,
-    inputs: Any,
-    ids: Any,
-    about: dict[str, Any],
-    convert: Callable[[slice, Any], Columns],
-) -> Iterator[tuple[Layout, Any]]:
-    """Yield layout and record batch of each part of arrays.
-
-    Args:
-        total: the number of rows.
-        inputs: their inputs or None.
-        ids: their ids or None.
-        about: further fields of the layout.
-        convert: returns the columns of a part, given it and its inputs.
-    """
-    if inputs is not None:
-        inputs = as_inputs(inputs)
-        if is_stream(inputs):
-            fail("inputs", "arrays, or a source of single examples", inputs)
-    for name, length in (
-        ("inputs", total if inputs is None else num_examples(inputs)),
-        ("ids", total if ids is None else len(ids)),
-    ):
-        if length != total:
-            raise ValueError(
-                f"`{name}` must have one entry for each of {total} rows. "
-                f"Received: {name} of length {length}"
-            )
-    for low in range(0, total, CHUNK):
-        part = slice(low, low + CHUNK)
-        x = None if inputs is None else take(inputs, part)
-        found = convert(part, x)
-        layout = found.layout(
-            **about, has_fingerprints=x is not None, has_ids=ids is not None
-        )
-        prints = None if x is None else fingerprint(x, verbose=0)
-        named = None if ids is None else ids[part]
-        yield layout, layout.encode(found.values, prints, named)
-
-
-def _check_lengths(lengths: list[int], x: Any, low: int) -> None:
-    """Require a stored position for each token."""
-    tokens = sequence_mask(x).sum(axis=1)
-    differ = np.flatnonzero(tokens != lengths)
-    if len(differ):
-        row = differ[0]
+def _check_length(name: str, length: int, total: int) -> None:
+    if length != total:
         raise ValueError(
-            "`top_ids` must have a position for each token of `inputs` (ids of "
-            f"-2 where there is no entry). Received: {lengths[row]} positions "
-            f"for the {tokens[row]} tokens of sequence {low + row}"
+            f"`{name}` must have one entry for each of {total} rows. "
+            f"Received: {name} of length {length}"
         )
-
-
-def _check_same(stored: Any, expected: dict[str, Any], path: Any) -> None:
-    """Require a stored layout to have the expected values."""
-    for name, value in expected.items():
-        found = getattr(stored, name)
-        if found != value:
-            raise ValueError(
-                f"The soft labels at {path} were written with another {name}, "
-                f"{found!r}. Choose another path, or say overwrite=True. "
-                f"Received: {name}={value!r}"
-            )

@@ -10,8 +10,6 @@ import numpy as np
 from keras_ptloss._validation import fail, on_simplex
 from keras_ptloss.soft_labels.layout import pyarrow
 
-ID_COLUMNS = ("custom_id", "id")
-
 
 class Table(NamedTuple):
     """The content of files of probabilities.
@@ -58,18 +56,17 @@ def read_table(
         >>> print(table.probabilities, table.ids)
         [[0.75 0.25]] ['a']
     """
-    names = list(class_names)
     if isinstance(files, (str, os.PathLike)):
         files = [files]
     rows: list[np.ndarray] = []
     ids: list[Any] = []
     for file in map(Path, files):
-        table = _read(file, names)
-        rows.append(_probabilities(table, file, names))
-        found = [c for c in ID_COLUMNS if c in table.column_names]
-        found = [column for column in found if column not in names]
-        if found:
-            ids += table.column(found[0]).to_pylist()
+        table = _read(file, class_names)
+        rows.append(_probabilities(table, file, class_names))
+        for column in ("custom_id", "id"):
+            if column in table.column_names and column not in class_names:
+                ids += table.column(column).to_pylist()
+                break
     if not rows:
         fail("files", "at least one file", files)
     probabilities = np.concatenate(rows)
@@ -78,21 +75,21 @@ def read_table(
     return Table(probabilities, ids or None)
 
 
-def _read(file: Path, names: list[str]) -> Any:
+def _read(file: Path, class_names: Sequence[str]) -> Any:
     """Return the Arrow table in a file."""
     pa = pyarrow()
-    floats = {name: pa.float64() for name in names}
+    types = dict.fromkeys(class_names, pa.float64())
     if file.suffix == ".csv":
         from pyarrow import csv
 
         # As numbers, ids would lose the zeros that they begin with.
-        texts = {name: pa.string() for name in ID_COLUMNS}
-        options = csv.ConvertOptions(column_types=texts | floats)
+        types = {"custom_id": pa.string(), "id": pa.string()} | types
+        options = csv.ConvertOptions(column_types=types)
         return csv.read_csv(file, convert_options=options)
     if file.suffix == ".jsonl":
         from pyarrow import json
 
-        options = json.ParseOptions(explicit_schema=pa.schema(floats.items()))
+        options = json.ParseOptions(explicit_schema=pa.schema(types.items()))
         return json.read_json(file, parse_options=options)
     if file.suffix == ".parquet":
         from pyarrow import parquet
@@ -101,43 +98,32 @@ def _read(file: Path, names: list[str]) -> Any:
     fail("files", "files named .csv, .jsonl or .parquet", str(file))
 
 
-def _probabilities(table: Any, file: Path, names: list[str]) -> np.ndarray:
+def _probabilities(
+    table: Any, file: Path, class_names: Sequence[str]
+) -> np.ndarray:
     """Return the classes' columns `(N, C)`, after a check."""
-    pa = pyarrow()
-    columns = table.column_names
-    where = f"Received: {file} with the columns {columns}"
-    twice = sorted({c for c in columns if columns.count(c) > 1})
-    if twice:
-        raise ValueError(
-            f"Column names must be unique, but {twice} occur twice. {where}"
-        )
+    where = f"Received: {file} with the columns {table.column_names}"
     # A key that no JSON line has is a column of nulls.
     missing = [
         name
-        for name in names
-        if name not in columns
+        for name in class_names
+        if name not in table.column_names
         or (len(table) and table.column(name).null_count == len(table))
     ]
     if missing:
         raise ValueError(
-            f"`files` must have a column for each of {names}. They lack "
-            f"{missing}. {where}"
+            f"`files` must have a column for each of {list(class_names)}. They "
+            f"lack {missing}. {where}"
         )
-    found = np.empty((len(table), len(names)))
-    for index, name in enumerate(names):
-        column = table.column(name)
+    columns = [table.column(name) for name in class_names]
+    for name, column in zip(class_names, columns, strict=True):
         if column.null_count:
             row = column.is_null().to_pylist().index(True)
             raise ValueError(
                 "Every cell of a class must hold its probability. Received: an "
                 f"empty cell in column {name!r} of row {row} (from 0) of {file}"
             )
-        if not (
-            pa.types.is_floating(column.type)
-            or pa.types.is_integer(column.type)
-        ):
-            fail("files", f"numbers in column {name!r}", column.type)
-        found[:, index] = column.to_numpy()
+    found = np.stack([c.to_numpy().astype("float64") for c in columns], axis=-1)
     good = on_simplex(found)
     if not good.all():
         row = int(np.argmin(good))

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -12,20 +12,13 @@ from keras import ops
 
 from keras_ptloss._backend import as_array
 from keras_ptloss._math import two_events
-from keras_ptloss._validation import fail
+from keras_ptloss._validation import SUM_TOLERANCE, fail, on_simplex
 from keras_ptloss.soft_labels.inputs import (
     num_examples,
     sequence_mask,
     weights_of_positions,
 )
-from keras_ptloss.soft_labels.layout import (
-    NO_ENTRY,
-    REST,
-    Columns,
-    from_entries,
-    from_outputs,
-    in_sequences,
-)
+from keras_ptloss.soft_labels.layout import NO_ENTRY, REST, Layout, Values
 
 Tensor = Any
 
@@ -54,10 +47,8 @@ def teacher_identity(teacher: Any) -> str:
     return f"{type(teacher).__name__} {digest.hexdigest()[:16]}"
 
 
-def likeliest(
-    outputs: Tensor, k: int, from_logits: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the k likeliest classes, on the device of the outputs.
+def likeliest(outputs: Tensor, k: int, from_logits: bool) -> Tensor:
+    """Return the k likeliest classes as events, on the device of the outputs.
 
     Args:
         outputs: `(..., C)`, probabilities or logits.
@@ -65,8 +56,7 @@ def likeliest(
         from_logits: whether they are logits.
 
     Returns:
-        Their ids and log-probabilities `(..., k)`, and the log-probability of
-        all others together `(...)`.
+        Events `(..., k + 1, 2)`, float32.
     """
     logits = ops.cast(outputs, "float32")
     if from_logits:
@@ -79,27 +69,14 @@ def likeliest(
     # with it that are not among the k.
     last = values[..., -1:]
     lower = ops.where(logits < last, logits, -np.inf)
-    level = ops.sum(ops.cast(logits >= last, "float32"), axis=-1) - k
+    level = ops.sum(ops.cast(logits >= last, "float32"), -1, keepdims=True) - k
     others = ops.logaddexp(
-        ops.logsumexp(lower, axis=-1), last[..., 0] + ops.log(level)
+        ops.logsumexp(lower, axis=-1, keepdims=True), last + ops.log(level)
     )
-    return ids, values, others
-
-
-class Entries(NamedTuple):
-    """The k likeliest classes of each example, or of each position.
-
-    Attributes:
-        ids: `(..., k)`.
-        log_probs: `(..., k)`.
-        log_rest: log-probability of all others, `(...)`; None if unknown.
-        num_classes: number of classes, None if unknown.
-    """
-
-    ids: Any
-    log_probs: Any
-    log_rest: Any
-    num_classes: int | None = None
+    ids = ops.cast(ids, "float32")
+    names = ops.concatenate([ids, ops.full_like(others, REST)], axis=-1)
+    log_probs = ops.concatenate([values, others], axis=-1)
+    return ops.stack([names, log_probs], axis=-1)
 
 
 class LikeliestOf(keras.Model):
@@ -108,115 +85,121 @@ class LikeliestOf(keras.Model):
     def __init__(self, teacher: keras.Model, k: int, from_logits: bool) -> None:
         super().__init__()
         self.teacher, self.k, self.from_logits = teacher, k, from_logits
-        self.num_classes: int | None = None
 
-    def call(self, inputs: Tensor) -> Any:
+    def call(self, inputs: Tensor) -> Tensor:
         """Return what `likeliest` returns of the teacher's outputs."""
         outputs = self.teacher(inputs, training=False)
-        self.num_classes = outputs.shape[-1]
         return likeliest(outputs, self.k, self.from_logits)
 
 
 def asked(
     teacher: Any, top_k: int | None, from_logits: bool
 ) -> Callable[[Any], Any]:
-    """Return what asks a teacher about a batch of inputs.
-
-    Args:
-        teacher: a Keras model, or a function of a batch.
-        top_k: how many classes are stored; None for all.
-        from_logits: whether its outputs are logits.
-
-    Returns:
-        A function from a batch to an array, or to `Entries`.
-    """
-    if not isinstance(teacher, keras.Model):
-        if not callable(teacher):
-            fail("teacher", "a Keras model or a function of a batch", teacher)
-        return teacher
-    if top_k is None:
+    """Return a function from a batch of inputs to outputs or their events."""
+    if isinstance(teacher, keras.Model):
+        if top_k is not None:
+            teacher = LikeliestOf(teacher, top_k, from_logits)
         return teacher.predict_on_batch
-    model = LikeliestOf(teacher, top_k, from_logits)
-
-    def run(x: Any) -> Entries:
-        ids, log_probs, log_rest = model.predict_on_batch(x)
-        return Entries(ids, log_probs, log_rest, model.num_classes)
-
-    return run
+    if not callable(teacher):
+        fail("teacher", "a Keras model or a function of a batch", teacher)
+    if top_k is None:
+        return teacher
+    return lambda x: cut(teacher(x), top_k, from_logits)
 
 
-def columns(
+def cut(outputs: Any, top_k: int, from_logits: bool) -> np.ndarray:
+    """Return the k likeliest of outputs `(..., C)`, as events."""
+    outputs = _numbers(outputs)
+    if top_k > outputs.shape[-1] or outputs.ndim > 3:
+        raise ValueError(
+            "`top_k` must be at most the number of classes, of outputs (batch, "
+            "num_classes) or (batch, time, num_classes). Received: "
+            f"top_k={top_k}, outputs of shape {outputs.shape}"
+        )
+    tensor = ops.convert_to_tensor(outputs)
+    return as_array(likeliest(tensor, top_k, from_logits))
+
+
+def record_batch(
     outputs: Any,
-    *,
-    top_k: int | None,
-    from_logits: bool,
-    dtype: str,
-    x: Any,
+    about: dict[str, Any],
     first: int,
+    x: Any,
+    prints: np.ndarray | None,
+    ids: Sequence[Any] | None,
     weight: Any = None,
-) -> Columns:
-    """Return what is stored of outputs, after a check.
+) -> Any:
+    """Return the Arrow record batch of a batch of outputs, after a check.
 
     Args:
-        outputs: for a batch: `(batch, C)`; with `top_k` also `(batch, time,
-            C)`; or, without it, events `(batch, k + 1, 2)` or `(batch, time,
-            k + 1, 2)`, as `TopKPTLoss` takes them; or `Entries`.
-        top_k: how many classes are stored; None for all.
-        from_logits: whether `(..., C)` are logits.
-        dtype: in which probabilities will be stored.
-        x: the inputs of the batch, None if unknown.
+        outputs: `(batch, C)`; events `(batch, k + 1, 2)` or `(batch, time, k +
+            1, 2)`, also without the last one; or a list of the events of each
+            sequence, `(time, k + 1, 2)`.
+        about: the layout's `dtype`, `class_names`, `teacher` and `from_logits`.
         first: number of the first example, for errors.
+        x: the inputs of the batch, None if unknown.
+        prints: their fingerprints or None.
+        ids: the user's ids or None.
         weight: the sample weights of the batch or None. Positions of weight 0
             are not stored.
     """
-    if not isinstance(outputs, Entries):
-        outputs = _without_mask(outputs)
-        if top_k is not None:
-            outputs = _cut(outputs, top_k, from_logits)
-        elif outputs.ndim > 2 and outputs.shape[-1] == 2:
-            outputs = _of_events(outputs)
-        elif outputs.ndim != 2:
+    try:
+        values = _columns(outputs, about, x, weight)
+    except ValueError as error:
+        raise ValueError(f"{error}, of the examples from {first} on") from None
+    if prints is not None:
+        values["fingerprint"] = prints
+    if ids is not None:
+        values["id"] = [str(name) for name in ids]
+    return Layout.of(values, **about).encode(values)
+
+
+def _columns(
+    outputs: Any, about: dict[str, Any], x: Any, weight: Any
+) -> Values:
+    """Return the columns of a batch of outputs; see `record_batch`."""
+    names = about["class_names"]
+    num_classes = None if names is None else len(names)
+    if isinstance(outputs, list) and np.ndim(outputs[0]) == 3:
+        lengths = np.array([len(sequence) for sequence in outputs])
+        tokens = lengths if x is None else sequence_mask(x).sum(axis=1)
+        if (lengths != tokens).any():
+            row = int(np.argmax(lengths != tokens))
             raise ValueError(
-                "The teacher must return (batch, num_classes), or with top_k "
-                "(batch, time, num_classes). Received: outputs of shape "
-                f"{outputs.shape}, top_k=None"
+                "Events must have a position for each token of `inputs` (ids "
+                f"of -2 where there is no entry). Received: {lengths[row]} "
+                f"positions for the {tokens[row]} tokens of sequence {row}"
             )
-    count = None if x is None else num_examples(x)
-    found = outputs.ids if isinstance(outputs, Entries) else outputs
-    if count is not None and len(found) != count:
+        flat = _numbers(np.concatenate(outputs))
+        return _in_sequences(_entries(flat, num_classes), lengths)
+    outputs = _numbers(outputs)
+    if x is not None and len(outputs) != num_examples(x):
         raise ValueError(
-            f"The teacher must return a row for each of {count} examples. "
-            f"Received: outputs of shape {found.shape}"
+            f"The teacher must return a row for each of {num_examples(x)} "
+            f"examples. Received: outputs of shape {outputs.shape}"
         )
-    if not isinstance(outputs, Entries):
-        rows = two_events(outputs, from_logits=from_logits)
-        values = from_outputs(
-            rows, from_logits=from_logits, dtype=dtype, first=first
+    if outputs.ndim == 2:
+        return _probabilities(outputs, about)
+    if outputs.ndim > 4 or outputs.shape[-1] != 2:
+        raise ValueError(
+            "The teacher must return (batch, num_classes), or with top_k "
+            "(batch, time, num_classes). Received: outputs of shape "
+            f"{outputs.shape}"
         )
-        return Columns("probabilities", rows.shape[1], values)
-    positions = outputs.ids.ndim == 3
-    if positions:
-        shape = outputs.ids.shape[:2]
-        real = np.ones(shape, bool) if x is None else sequence_mask(x)
-        if real.shape != shape:
-            raise ValueError(
-                "The teacher must return a row for each position of the "
-                f"inputs, {real.shape}. Received: outputs of shape {shape}"
-            )
-        kept = real & weights_of_positions(weight, shape).astype(bool)
-        ids, log_probs, log_rest, num_classes = outputs
-        ids = np.where(kept[..., None], ids, NO_ENTRY)[real]
-        log_rest = None if log_rest is None else log_rest[real]
-        outputs = Entries(ids, log_probs[real], log_rest, num_classes)
-    ids, log_probs, log_rest, num_classes = outputs
-    values = from_entries(ids, log_probs, log_rest, num_classes, first)
-    if not positions:
-        return Columns("top_k", outputs.num_classes, values)
-    values = in_sequences(values, real.sum(axis=1))
-    return Columns("tokens", outputs.num_classes, values)
+    if outputs.ndim == 3:
+        return _entries(outputs, num_classes)
+    real = np.ones(outputs.shape[:2], bool) if x is None else sequence_mask(x)
+    if real.shape != outputs.shape[:2]:
+        raise ValueError(
+            "The teacher must return a row for each position of the inputs, "
+            f"{real.shape}. Received: outputs of shape {outputs.shape}"
+        )
+    kept = weights_of_positions(weight, real.shape).astype(bool)[real]
+    values = _entries(outputs[real], num_classes, kept)
+    return _in_sequences(values, real.sum(axis=1))
 
 
-def _without_mask(outputs: Any) -> np.ndarray:
+def _numbers(outputs: Any) -> np.ndarray:
     """Return outputs as an array of numbers, which has no mask."""
     if np.ma.isMaskedArray(outputs):
         raise ValueError(
@@ -234,30 +217,125 @@ def _without_mask(outputs: Any) -> np.ndarray:
     return array
 
 
-def _cut(outputs: np.ndarray, top_k: int, from_logits: bool) -> Entries:
-    """Cut outputs `(..., C)` to the k likeliest."""
-    num_classes = outputs.shape[-1]
-    if top_k > num_classes or outputs.ndim > 3:
+def _probabilities(outputs: np.ndarray, about: dict[str, Any]) -> Values:
+    """Return the column of outputs `(n, C)`: probabilities that sum to 1."""
+    dtype, names = about["dtype"], about["class_names"]
+    rows = two_events(outputs, from_logits=about["from_logits"])
+    rows = rows.astype("float64")
+    if names is not None and len(names) != rows.shape[1]:
         raise ValueError(
-            "`top_k` must be at most the number of classes, of outputs (batch, "
-            "num_classes) or (batch, time, num_classes). Received: "
-            f"top_k={top_k}, outputs of shape {outputs.shape}"
+            "`class_names` must name every class of the teacher, in its "
+            f"order. Received: {len(names)} class_names for {rows.shape[1]} "
+            "classes"
         )
-    found = likeliest(ops.convert_to_tensor(outputs), top_k, from_logits)
-    ids, log_probs, log_rest = map(as_array, found)
-    return Entries(ids, log_probs, log_rest, num_classes)
+    if about["from_logits"]:
+        _check_rows(np.isfinite(rows).all(-1), rows, "finite logits")
+        rows = np.exp(rows - rows.max(-1, keepdims=True))
+    else:
+        _check_rows(
+            on_simplex(rows),
+            rows,
+            "probabilities: non-negative numbers that sum to 1. Give logits "
+            "with from_logits=True, and divide percentages by 100",
+        )
+    rows /= rows.sum(-1, keepdims=True)
+    rounded = rows.astype(dtype)
+    _check_rows(
+        np.abs(rounded.sum(-1, dtype="float64") - 1) <= SUM_TOLERANCE,
+        rows,
+        f"large enough for {dtype}, which rounds these by more than 1 %. Say "
+        "dtype='float32', or store the likeliest classes only (top_k)",
+    )
+    return {"probabilities": rounded}
 
 
-def _of_events(outputs: np.ndarray) -> Entries:
-    """Read events `(..., k + 1, 2)`, or `(..., k, 2)` without the rest."""
-    ids, log_probs = outputs[..., 0], outputs[..., 1]
-    if np.any(ids != np.round(ids)) or outputs.ndim > 4:
+def _entries(
+    events: np.ndarray,
+    num_classes: int | None,
+    kept: np.ndarray | None = None,
+) -> Values:
+    """Return the columns of events `(n, k + 1, 2)`, or `(n, k, 2)`.
+
+    Args:
+        events: ids and log-probabilities, see `layout`. Without the last
+            entries, all other classes have what the others leave of 1.
+        num_classes: number of ids; None if unknown.
+        kept: which rows are stored, `(n,)`; None for all.
+    """
+    with np.errstate(invalid="ignore"):  # of NaN
+        ids = events[..., 0].astype("int64")
+    log_probs, log_rest = events[..., 1].astype("float64"), None
+    largest = np.iinfo("int32").max if num_classes is None else num_classes - 1
+    if (ids[:, -1] < 0).all() and (ids[:, -1] == REST).any():
+        log_rest = log_probs[:, -1]
+        ids, log_probs = ids[:, :-1], log_probs[:, :-1]
+    known = ids >= 0
+    fits = (known & (ids <= largest)) | (ids == NO_ENTRY)
+    _check_rows(
+        (fits & (ids == events[:, : ids.shape[1], 0])).all(-1),
+        events[..., 0],
+        f"whole ids from 0 to {largest}, or -2 where there is no entry, and "
+        "log-probabilities on the last axis. For all classes of sequences, "
+        "give top_k",
+    )
+    if kept is not None:
+        known = known & kept[:, None]
+    # Entries come first, so that `top_ids[:, 0]` tells whether there is one.
+    order = np.argsort(~known, axis=-1, kind="stable")
+    ids, log_probs, known = (
+        np.take_along_axis(a, order, -1) for a in (ids, log_probs, known)
+    )
+    filled = np.where(known, ids, NO_ENTRY - np.arange(ids.shape[1]))
+    differ = (np.diff(np.sort(filled)) > 0).all(-1)
+    _check_rows(differ, ids, "ids that all differ")
+    given = np.exp(np.where(known, log_probs, -np.inf)).sum(-1)
+    if log_rest is None:
+        with np.errstate(divide="ignore"):
+            log_rest = np.log(np.maximum(1.0 - given, 0.0))
+    empty = ~known[:, 0]
+    total = np.where(empty, 1.0, given + np.exp(log_rest))
+    _check_rows(
+        np.abs(total - 1) <= SUM_TOLERANCE,
+        log_probs,
+        "probabilities that sum to 1, of which the likeliest and the rest are "
+        "stored as logarithms. Give logits with from_logits=True",
+    )
+    log_total = np.log(total)
+    return {
+        "top_ids": np.where(known, ids, NO_ENTRY).astype("int32"),
+        "log_probs": np.where(known, log_probs - log_total[:, None], 0.0),
+        "log_rest": np.where(empty, 0.0, log_rest - log_total),
+    }
+
+
+def _check_rows(good: Any, rows: Any, expected: str) -> None:
+    """Raise an error that shows the first bad row, unless all are good."""
+    if not good.all():
+        bad = int(np.argmin(good))
+        shown = np.array2string(rows[bad], precision=4, threshold=8)
         raise ValueError(
-            "The teacher must return ids and log-probabilities on the last "
-            "axis, or give top_k. Received: ids that are not integers, in "
-            f"outputs of shape {outputs.shape}, top_k=None"
+            f"The teacher's outputs must be {expected}. Received: {shown} in "
+            f"row {bad}, of sum {rows[bad].sum():.6g} "
+            f"({np.count_nonzero(~good)} of these {len(good)} rows are bad)"
         )
-    ids = ids.astype("int64")
-    if (ids[..., -1] < 0).all() and (ids[..., -1] == REST).any():
-        return Entries(ids[..., :-1], log_probs[..., :-1], log_probs[..., -1])
-    return Entries(ids, log_probs, None)
+
+
+def _in_sequences(values: Values, lengths: np.ndarray) -> Values:
+    """Return the columns of sequences, of those of all their positions.
+
+    Args:
+        values: columns of entries, a row for each position.
+        lengths: the number of positions of each sequence.
+    """
+    stored = values["top_ids"][:, 0] != NO_ENTRY
+    keep = np.zeros(len(stored), bool)
+    starts, offsets, low = [], [0], 0
+    for length in lengths:
+        where = np.flatnonzero(stored[low : low + length])
+        start, stop = (where[0], where[-1] + 1) if len(where) else (0, 0)
+        keep[low + start : low + stop] = True
+        starts.append(start)
+        offsets.append(offsets[-1] + stop - start)
+        low += length
+    kept = {name: column[keep] for name, column in values.items()}
+    return {**kept, "start": np.array(starts), "offsets": np.array(offsets)}

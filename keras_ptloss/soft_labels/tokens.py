@@ -14,34 +14,32 @@ from typing import Any
 import numpy as np
 
 from keras_ptloss._progress import Verbose
+from keras_ptloss._validation import check_count
+from keras_ptloss.soft_labels.layout import NO_ENTRY, REST
 from keras_ptloss.soft_labels.responses import (
     UNKNOWN_LOGPROB,
+    Key,
     Missing,
     NoAnswer,
     Paths,
     Position,
-    Token,
+    Responses,
     as_logprob,
-    check_order,
     field,
     only_choice,
     positions,
     read_responses,
-    warn_of_failed,
 )
 from keras_ptloss.soft_labels.soft_labels import SoftLabels
-
-REST, PADDING = -1, -2  # ids in the targets of `TopKPTLoss`
 
 # An answer ends its text, but for as many tokens that end the turn.
 _MAX_END_TOKENS = 2
 
-Key = tuple[str, bytes | None, int | None]
 TokenIds = Mapping[Key, int | None]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class TokenAnswers:
+@dataclasses.dataclass(eq=False, kw_only=True)
+class TokenAnswers(Responses):
     """Log-probabilities of tokens, read from a file of answers.
 
     Attributes:
@@ -60,9 +58,6 @@ class TokenAnswers:
 
     sequences: list[np.ndarray]
     targets: list[np.ndarray]
-    rows: np.ndarray
-    ids: list[str] | None
-    failed: dict[str | int, str]
     unknown_mass: float
 
 
@@ -106,17 +101,14 @@ def read_tokens(
             sequence.
 
     Example:
-        >>> import json, math, tempfile
+        >>> import json, tempfile
         >>> from keras_ptloss.soft_labels import read_tokens
-        >>> likeliest = [
-        ...     {"token": " yes", "logprob": math.log(0.5)},
-        ...     {"token": " no", "logprob": math.log(0.25)},
-        ... ]
-        >>> token = {**likeliest[0], "top_logprobs": likeliest}
-        >>> choice = {"message": {}, "logprobs": {"content": [token]}}
+        >>> yes = {"token": " yes", "logprob": -0.7}
+        >>> no = {"token": " no", "logprob": -1.4}
+        >>> logprobs = {"content": [{**yes, "top_logprobs": [yes, no]}]}
         >>> path = tempfile.mkdtemp() + "/answers.jsonl"
         >>> with open(path, "w") as file:
-        ...     _ = file.write(json.dumps({"choices": [choice]}))
+        ...     json.dump({"choices": [{"logprobs": logprobs}]}, file)
         >>> answers = read_tokens(
         ...     path,
         ...     top_k=2,
@@ -124,18 +116,17 @@ def read_tokens(
         ...     tokenizer={"Well": 0, "Ġyes": 1, "Ġno": 2},
         ... )
         >>> print(answers.targets[0][0].round(2))
-        [[ 1.   -0.69]
-         [ 2.   -1.39]
-         [-1.   -1.39]]
+        [[ 1.   -0.7 ]
+         [ 2.   -1.4 ]
+         [-1.   -1.36]]
     """
-    if type(top_k) is not int or top_k < 1:
-        raise ValueError(f"`top_k` must be at least 1. Received: {top_k=}")
+    check_count("top_k", top_k)
     keys: set[Key] = set()
-    seen = read_responses(
+    _, seen = read_responses(
         files, lambda body, _: keys.update(_keys(body)), missing, ids, verbose
     )
     if sequences is not None:
-        check_order(seen, "sequences", len(sequences), ids)
+        seen.check_order("sequences", len(sequences), ids)
     token_ids = _token_ids(keys, tokenizer)
     unknown: list[float] = []
 
@@ -143,14 +134,12 @@ def read_tokens(
         given = None if sequences is None else np.array(sequences[row], int)
         return _read_text(body, token_ids, given, top_k, unknown)
 
-    responses = read_responses(files, read, missing, ids, verbose)
+    values, responses = read_responses(files, read, missing, ids, verbose)
     return TokenAnswers(
-        sequences=[sequence for sequence, _ in responses.values],
-        targets=[targets for _, targets in responses.values],
-        rows=np.array(responses.rows),
-        ids=responses.ids,
-        failed=responses.failed,
+        sequences=[sequence for sequence, _ in values],
+        targets=[targets for _, targets in values],
         unknown_mass=float(np.mean(unknown)) if unknown else 0.0,
+        **vars(responses),
     )
 
 
@@ -181,8 +170,8 @@ def import_tokens(
         missing: As in `read_tokens`. What is left out is not stored, and a
             warning counts it.
         verbose: As in `read_tokens`.
-        **options: Passed to `SoftLabels.from_top_k`: `num_classes` (the size of
-            the vocabulary), `dtype`, `teacher_name` and `overwrite`.
+        **options: Passed to `SoftLabels.from_array`: `dtype`, `teacher_name`
+            and `overwrite`.
 
     Returns:
         The store, which finds each text by its token ids.
@@ -199,11 +188,10 @@ def import_tokens(
         missing=missing,
         verbose=verbose,
     )
-    warn_of_failed(answers.failed, len(answers.targets))
-    return SoftLabels.from_top_k(
-        [targets[:, :-1, 0].astype("int32") for targets in answers.targets],
-        [targets[:, :-1, 1] for targets in answers.targets],
-        path=path,
+    answers.warn_of_failed()
+    return SoftLabels.from_array(
+        answers.targets,
+        path,
         ids=answers.ids,
         inputs=[sequence.tolist() for sequence in answers.sequences],
         verbose=verbose,
@@ -240,12 +228,12 @@ def _read_text(
             del found[-1]
         if not found:
             raise NoAnswer("`logprobs` has no tokens")
-        own = [token_ids[_key(position.token)] for position in found]
+        own = [token_ids[position.token.key] for position in found]
         entries = [_entries(one, token_ids, unknown) for one in found]
         sequence = _answered(choice, prompt, own) if given is None else given
         start = _start(own, sequence)
     targets = np.zeros((len(sequence), top_k + 1, 2), "float32")
-    targets[..., 0] = PADDING
+    targets[..., 0] = NO_ENTRY
     for place, one in enumerate(entries, start - 1):
         if place >= 0 and one:  # nothing precedes the first token of a text
             targets[place] = _target(one, top_k)
@@ -324,7 +312,7 @@ def _entries(
     found: dict[int, float] = {}
     missed = 0.0
     for token in position.entries:
-        number = token_ids[_key(token)]
+        number = token_ids[token.key]
         if not token.logprob > UNKNOWN_LOGPROB:
             continue  # servers write it for a probability of 0
         if number is None:
@@ -346,7 +334,7 @@ def _target(entries: dict[int, float], top_k: int) -> np.ndarray:
     kept = sorted(entries.items(), key=lambda pair: -pair[1])[:top_k]
     rest = 1.0 - float(np.exp([logprob for _, logprob in kept]).sum())
     target = np.zeros((top_k + 1, 2))
-    target[:, 0] = PADDING
+    target[:, 0] = NO_ENTRY
     target[: len(kept)] = kept
     with np.errstate(divide="ignore"):
         target[top_k] = REST, np.log(max(rest, 0.0))
@@ -374,17 +362,13 @@ def _start(own: list[int | None], sequence: np.ndarray) -> int:
     )
 
 
-def _key(token: Token) -> Key:
-    return token.text, token.data, token.id
-
-
 def _keys(response: dict[str, Any]) -> set[Key]:
     """Return all tokens of a response."""
     choice = only_choice(response)
     if _prompt_logprobs(response, choice) is not None:
         return set()
     return {
-        _key(token)
+        token.key
         for position in positions(choice)
         for token in (position.token, *position.alternatives)
     }

@@ -168,7 +168,7 @@ class TestSeveral:
             attach_several(stores, x)
 
     def test_token_stores_are_refused(self, labels):
-        tokens = SoftLabels.from_top_k([[1]], [[0.0]], inputs=np.zeros(1))
+        tokens = SoftLabels.from_array([[[1, 0.0]]], inputs=np.zeros(1))
         with pytest.raises(ValueError, match="stores of probabilities"):
             attach_several([labels, tokens], np.zeros(1))
 
@@ -177,10 +177,11 @@ class TestTokens:
     def make(self):
         """Return a store of three sequences."""
         lists = [[3, 4, 5], [6], [7, 8]]
-        ids = [[[i + 10] for i in row] for row in lists]
-        ids[2][0] = [-2]  # nothing is stored there
-        probs = [[[np.log(0.75)]] * len(row) for row in lists]
-        return SoftLabels.from_top_k(ids, probs, inputs=lists)
+        events = [
+            np.array([[[i + 10, np.log(0.75)]] for i in row]) for row in lists
+        ]
+        events[2][0, 0, 0] = -2  # nothing is stored there
+        return SoftLabels.from_array(events, inputs=lists)
 
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_events_stand_at_their_tokens(self, side):

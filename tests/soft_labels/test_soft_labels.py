@@ -139,6 +139,12 @@ class TestWrite:
             write(teacher, some, tmp_path / "a", **options)
         assert teacher.rows == 0
 
+    def test_a_store_without_inputs_is_not_resumed(self, teacher, x, tmp_path):
+        path, options = tmp_path / "a", {"teacher_name": "t"}
+        SoftLabels.from_array([[0.5, 0.5]], path, **options)
+        with pytest.raises(ValueError, match="another has_fingerprints"):
+            write(teacher, x, path, **options)
+
     def test_overwrite(self, teacher, x, tmp_path):
         write(teacher, x, tmp_path / "a")
         labels = write(teacher, x[:5], tmp_path / "a", overwrite=True)
@@ -225,28 +231,33 @@ class TestTopK:
         labels = write(lambda _: events, ["a text"], tmp_path / "a")
         np.testing.assert_allclose(labels.read(), events, 1e-3)
 
+    def test_k_must_not_change(self, tmp_path):
+        answers = iter([[[[1, 0.0]]], [[[1, -0.7], [2, -0.7]]]])
+        with pytest.raises(ValueError, match="another top_k, 1"):
+            write(lambda _: next(answers), [0, 1], tmp_path / "a", batch_size=1)
+
     def test_what_is_missing_is_computed_and_filled(self):
-        labels = SoftLabels.from_top_k(
-            [[-2, 4], [3, 1]], np.log([[1.0, 0.75], [0.5, 0.25]])
-        )
-        found = labels.read()
+        log_probs = np.log([[1.0, 0.75], [0.5, 0.25]])
+        events = np.stack([[[-2, 4], [3, 1]], log_probs], axis=-1)
+        found = SoftLabels.from_array(events).read()
         np.testing.assert_array_equal(found[..., 0], [[4, -2, -1], [3, 1, -1]])
         np.testing.assert_allclose(np.exp(found[:, 2, 1]), [0.25, 0.25], 1e-3)
 
     @pytest.mark.parametrize(
         ("ids", "probs", "message"),
         [
-            ([[1, 1]], [[0.5, 0.5]], "all differ"),
-            ([[1, 9]], [[0.5, 0.5]], "from 0 to 4"),
-            ([[1, -1]], [[0.5, 0.5]], "from 0 to 4"),
-            ([[1, 2]], [[0.9, 0.9]], "sum to 1"),
-            ([[1, 2]], [[0.9, np.nan]], "sum to 1"),
-            ([[1, 2]], [[0.9]], "same shape"),
+            ([1, 1], [0.5, 0.5], "all differ"),
+            ([1, 9], [0.5, 0.5], "from 0 to 4"),
+            ([-1, 1], [0.5, 0.5], "from 0 to 4"),
+            ([1, 0.5], [0.5, 0.5], "from 0 to 4"),
+            ([1, 2], [0.9, 0.9], "sum to 1"),
+            ([1, 2], [0.9, np.nan], "sum to 1"),
         ],
     )
     def test_bad_entries_are_refused(self, ids, probs, message):
+        events = np.stack([ids, np.log(probs)], axis=-1)
         with pytest.raises(ValueError, match=message):
-            SoftLabels.from_top_k(ids, np.log(probs), num_classes=5)
+            SoftLabels.from_array([events], class_names=list("abcde"))
 
 
 class TestTokens:
@@ -287,19 +298,16 @@ class TestTokens:
         """The import of answers ends in this."""
         order = np.argsort(-full, axis=-1)[..., :2]
         top = np.log(np.take_along_axis(full, order, -1))
-        labels = SoftLabels.from_top_k(
-            [order[0, :2], order[1]],
-            [top[0, :2], top[1]],
-            inputs=[[3, 4], [1, 2, 3, 4, 5]],
+        events = np.stack([order, top], axis=-1)
+        labels = SoftLabels.from_array(
+            [events[0, :2], events[1]], inputs=[[3, 4], [1, 2, 3, 4, 5]]
         )
         check_likeliest(labels.read([1])[0], full[1])
         check_likeliest(labels.read([0])[0], full[0, :2])
 
     def test_wrong_lengths_are_refused(self):
         with pytest.raises(ValueError, match="1 positions for the 2 tokens"):
-            SoftLabels.from_top_k(
-                [[[1]]], [[[-0.1]]], inputs=[[3, 4]], path=None
-            )
+            SoftLabels.from_array([[[[1, -0.1]]]], inputs=[[3, 4]])
 
     def test_without_top_k_the_error_says_so(self, full, tokens, tmp_path):
         with pytest.raises(ValueError, match="top_k"):
@@ -409,12 +417,12 @@ class TestFind:
         changed[7] += 1
         with pytest.raises(ValueError, match="1 of 300 .* position 7"):
             labels.find(changed)
-        with pytest.raises(ValueError, match="have no ids"):
+        with pytest.raises(ValueError, match="stored without ids"):
             labels.find(ids=["a"])
         labels = SoftLabels.from_array(probabilities[:1], ids=["a"])
-        with pytest.raises(ValueError, match="were stored without inputs"):
+        with pytest.raises(ValueError, match="stored without inputs"):
             labels.find(x[:1])
-        with pytest.raises(ValueError, match="'b', which is not stored"):
+        with pytest.raises(ValueError, match="1 of 1 .* position 0: 'b'"):
             labels.find(ids=["b"])
 
     def test_of_the_same_text_the_first_row_counts(self, tmp_path):
