@@ -114,6 +114,7 @@ def export_student(
         ...         directory,
         ...         from_logits=True,
         ...         class_names=["cat", "dog"],
+        ...         verbose=0,
         ...     )
         ...     path.name, (path / "saved_model.pb").exists()
         ('1', True)
