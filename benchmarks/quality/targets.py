@@ -266,7 +266,7 @@ def sst2(folder):
         build_model=build,
         epochs=2,
         batch_size=64,
-        own_epochs=20,
+        own_epochs=100,
     )
 
 
