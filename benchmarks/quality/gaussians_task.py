@@ -1,0 +1,143 @@
+"""The Gaussians of Ren et al. (2022): data and training, compiled by JAX."""
+
+import csv
+import functools
+import types
+
+import jax
+import keras
+import numpy as np
+from jax import numpy as jnp
+from keras import layers
+from scipy.special import softmax
+
+from keras_ptloss import PTLoss, pt_loss
+
+EPOCHS, BATCH, LEARNING_RATE, MOMENTUM = 100, 32, 5e-4, 0.9
+KL = PTLoss(0.0, from_logits=True, name="KL")
+
+
+def draw(seed):
+    """Return inputs, labels and p(class | x) of 100,000 rows."""
+    rng = np.random.default_rng(seed)
+    centres = rng.integers(-1, 2, size=(3, 30))
+    labels = rng.integers(3, size=100_000)
+    x = centres[labels] + np.sqrt(6) * rng.normal(size=(len(labels), 30))
+    squares = np.sum((x[:, None] - centres) ** 2, axis=2)
+    truth = softmax(-squares / 12, axis=1)
+    return x.astype("float32"), labels, truth
+
+
+def build():
+    """Return the MLP."""
+    hidden = [layers.Dense(128, "relu"), layers.Dense(128, "relu")]
+    model = keras.Sequential([keras.Input((30,)), *hidden, layers.Dense(3)])
+    model.compile(
+        keras.optimizers.SGD(LEARNING_RATE, MOMENTUM),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    return model
+
+
+MODEL = build()
+
+
+def logits(weights, x):
+    """Return the MLP's outputs with other weights."""
+    return MODEL.stateless_call(weights, [], x)[0]
+
+
+def predict(weights, x):
+    """Return the MLP's probabilities with other weights."""
+    return softmax(np.asarray(logits(weights, x), "float64"), axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="loss")
+def epochs(weights, x, t, loss, epsilon, validation, key):
+    """Return the weights and validation accuracies after each epoch."""
+
+    def cost(weights, rows):
+        z = logits(weights, x[rows])
+        if loss is not None:
+            return loss(t[rows], z)
+        return jnp.mean(pt_loss(t[rows], z, epsilon, from_logits=True))
+
+    def step(state, rows):
+        weights, velocity = state
+        slopes = jax.grad(cost)(weights, rows)
+        velocity = [
+            MOMENTUM * v + g for v, g in zip(velocity, slopes, strict=True)
+        ]
+        weights = [
+            w - LEARNING_RATE * v
+            for w, v in zip(weights, velocity, strict=True)
+        ]
+        return (weights, velocity), None
+
+    def epoch(state, key):
+        order = jax.random.permutation(key, len(x))
+        batches = order[: len(x) // BATCH * BATCH].reshape(-1, BATCH)
+        state, _ = jax.lax.scan(step, state, batches)
+        z = logits(state[0], validation[0])
+        return state, (state[0], jnp.mean(z.argmax(axis=1) == validation[1]))
+
+    state = weights, [jnp.zeros_like(w) for w in weights]
+    return jax.lax.scan(epoch, state, jax.random.split(key, EPOCHS))[1]
+
+
+def train(task, x, t, loss=KL, epsilon=()):
+    """Return the weights of each epoch, and the best one's index and score.
+
+    PTLoss takes its coefficients from `epsilon` if `loss` is None, so that all
+    coefficients share one compiled function.
+    """
+    keras.utils.set_random_seed(task.seed)
+    weights = [jnp.asarray(w) for w in build().get_weights()]
+    epsilon = np.pad(np.asarray(epsilon, "float32"), (0, 5 - len(epsilon)))
+    key = jax.random.key(task.seed)
+    t = np.asarray(t, "float32")
+    path, right = epochs(weights, x, t, loss, epsilon, task.validation, key)
+    # Keras may delete the memory of JAX arrays that become its weights.
+    path = [np.array(w) for w in path]
+    path = [[w[epoch] for w in path] for epoch in range(EPOCHS)]
+    return path, int(right.argmax()), float(right.max())
+
+
+def accuracy(task, weights):
+    """Return the test accuracy."""
+    predicted = predict(weights, task.test_x).argmax(axis=1)
+    return np.mean(predicted == task.test_labels)
+
+
+def load(seed):
+    """Return the data and the teacher of a seed."""
+    x, labels, truth = draw(seed)
+    task = types.SimpleNamespace(seed=seed, x=x[:5000], truth=truth[:5000])
+    task.onehot = np.eye(3)[labels[:5000]]
+    task.few_x, task.few_labels = x[5000:6000], labels[5000:6000]
+    task.validation = x[6000:10000], labels[6000:10000]
+    task.validation_truth = truth[6000:10000]
+    task.test_x, task.test_labels = x[10000:], labels[10000:]
+    task.bayes = np.mean(truth[10000:].argmax(axis=1) == labels[10000:])
+    task.path, task.best, _ = train(task, task.x, task.onehot)
+    return task
+
+
+def read(path, seed=None):
+    """Return the rows of a CSV file, of one seed or of all."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if seed is None or row["seed"] == str(seed)]
+
+
+def append(path, seed, method, setting, validation, test, apart):
+    """Append a student to a CSV file, and print it."""
+    numbers = (f"{value:.5f}" for value in (validation, test, apart))
+    row = (seed, method, setting, *numbers)
+    print(*row, flush=True)
+    columns = ("seed", "method", "setting", "validation", "test", "distance")
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        csv.writer(file).writerows([columns, row] if new else [row])
