@@ -86,7 +86,7 @@ def epochs(weights, x, t, loss, epsilon, validation, key):
 
 
 def train(task, x, t, loss=KL, epsilon=()):
-    """Return the weights of each epoch, and the best one's index and score.
+    """Return the weights of each epoch, the best epoch and its accuracy.
 
     PTLoss takes its coefficients from `epsilon` if `loss` is None, so that all
     coefficients share one compiled function.
@@ -132,12 +132,12 @@ def read(path, seed=None):
     return [row for row in rows if seed is None or row["seed"] == str(seed)]
 
 
-def append(path, seed, method, setting, validation, test, apart):
+def append(path, seed, method, setting, epoch, *scores):
     """Append a student to a CSV file, and print it."""
-    numbers = (f"{value:.5f}" for value in (validation, test, apart))
-    row = (seed, method, setting, *numbers)
+    row = (seed, method, setting, epoch, *(f"{score:.5f}" for score in scores))
     print(*row, flush=True)
-    columns = ("seed", "method", "setting", "validation", "test", "distance")
+    columns = ("seed", "method", "setting", "epoch")
+    columns += ("validation", "test", "distance")
     new = not path.exists()
     with path.open("a", newline="") as file:
         csv.writer(file).writerows([columns, row] if new else [row])
