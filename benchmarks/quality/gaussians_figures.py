@@ -13,8 +13,16 @@ import pathlib
 import warnings
 
 import numpy as np
-from gaussians import distance, mean_and_error
-from gaussians_task import accuracy, append, load, predict, read, train
+from gaussians import mean_and_error
+from gaussians_task import (
+    accuracy,
+    append,
+    distance,
+    load,
+    predict,
+    read,
+    train,
+)
 
 from keras_ptloss import ProxyTeacherSearch, proxy_teacher
 from keras_ptloss.search import RandomSearch
@@ -138,13 +146,13 @@ def main():
         "`KERAS_BACKEND=jax python benchmarks/quality/gaussians_figures.py`\n\n"
         "Test accuracy in %, mean and standard error over three draws of the "
         "data. The teacher of 3b and 4b is that of the last epoch.\n\n"
-        "## Figure 3b: eight proxy teachers of a search of order 3\n\n"
+        "### Figure 3b: eight proxy teachers of a search of order 3\n\n"
         "By the rank of their score (Eq. 11) among 100 draws.\n\n"
         f"{scatter('3b', 'proxy teacher')}\n"
-        "## Figure 4a: teachers of different epochs\n\n"
+        "### Figure 4a: teachers of different epochs\n\n"
         "Distance: total variation distance to the truth on validation "
         f"rows.\n\n{scatter('4a', 'teacher')}\n"
-        "## Figure 4b: coefficients found by the search and random ones\n\n"
+        "### Figure 4b: coefficients found by the search and random ones\n\n"
         f"Random: mean of {DRAWS} draws from [-1, 10].\n\n{orders()}"
     )
     PATH.with_suffix(".md").write_text(text)

@@ -11,10 +11,29 @@ from jax import numpy as jnp
 from keras import layers
 from scipy.special import softmax
 
-from keras_ptloss import PTLoss, pt_loss
+from keras_ptloss import PTLoss, proxy_teacher, pt_loss
+from keras_ptloss.losses import Flooding, FocalLoss, LabelSmoothingLoss
 
 EPOCHS, BATCH, LEARNING_RATE, MOMENTUM = 100, 32, 5e-4, 0.9
 KL = PTLoss(0.0, from_logits=True, name="KL")
+
+# The ranges of Table 5, and levels for Flooding, of which it gives none.
+SMOOTHING = [
+    LabelSmoothingLoss(d, from_logits=True, name=f"delta {d}")
+    for d in (0.02, 0.05, 0.1, 0.15, 0.2)
+]
+TEMPERATURES = [
+    PTLoss(0.0, teacher_temperature=tau, from_logits=True, name=f"tau {tau}")
+    for tau in (0.1, 0.2, 0.5, 2.0, 5.0, 10.0)
+]
+FOCAL = [
+    FocalLoss(gamma, from_logits=True, name=f"gamma {gamma}")
+    for gamma in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+]
+FLOODING = [
+    Flooding(KL, level, name=f"level {level}")
+    for level in (0.01, 0.02, 0.05, 0.1, 0.2)
+]
 
 
 def draw(seed):
@@ -121,6 +140,25 @@ def load(seed):
     task.bayes = np.mean(truth[10000:].argmax(axis=1) == labels[10000:])
     task.path, task.best, _ = train(task, task.x, task.onehot)
     return task
+
+
+def minimum(t, loss=KL, epsilon=()):
+    """Return the probabilities at which a loss is lowest, or NaN."""
+    if loss is None:
+        return proxy_teacher(t, epsilon).probabilities
+    if isinstance(loss, LabelSmoothingLoss):
+        return (1 - loss.delta) * t + loss.delta / 3
+    if isinstance(loss, PTLoss):
+        log_t = np.log(np.maximum(t, 1e-7))
+        return softmax(log_t / loss.teacher_temperature, axis=1)
+    return np.full_like(t, np.nan)
+
+
+def distance(task, t):
+    """Return the mean L2 distance of training rows' targets to the truth."""
+    if len(t) < len(task.x):
+        return np.nan
+    return np.linalg.norm(t[: len(task.x)] - task.truth, axis=1).mean()
 
 
 def read(path, seed=None):

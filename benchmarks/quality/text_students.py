@@ -44,7 +44,7 @@ def tokens(preset, texts, length):
 
 
 def bert_tiny(
-    texts, labels, teacher, test_texts, test_labels, *, folder, epochs, length
+    texts, labels, teacher, test_texts, test_labels, *, folder, epochs
 ):
     """Return the task of students that are fine-tuned.
 
@@ -65,7 +65,7 @@ def bert_tiny(
     variables = [*model.weights, *model.optimizer.variables]
     start = [np.array(variable) for variable in variables]
     kernel = model.weights[-2]
-    test_x = tokens(preset, test_texts, length)
+    test_x = tokens(preset, test_texts, 48)
 
     def build():
         for variable, value in zip(variables, start, strict=True):
@@ -87,7 +87,7 @@ def bert_tiny(
         return model.predict(test_x, batch_size=256, verbose=0)
 
     return types.SimpleNamespace(
-        x=tokens(preset, texts, length),
+        x=tokens(preset, texts, 24),
         labels=labels,
         teacher=teacher,
         test_labels=test_labels,
