@@ -52,7 +52,7 @@ def students(task):
         )
 
     def student(figure, setting, epsilon):
-        apart = distance(task, proxy_teacher(t, epsilon).probabilities)
+        apart = distance(proxy_teacher(t, epsilon).probabilities, task.truth)
         return figure, setting, apart, t, epsilon
 
     trials = search(3).trials

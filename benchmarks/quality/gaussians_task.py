@@ -37,14 +37,16 @@ FLOODING = [
 
 
 def draw(seed):
-    """Return inputs, labels and p(class | x) of 100,000 rows."""
+    """Return inputs, labels and p(class | x) of 105,000 rows."""
     rng = np.random.default_rng(seed)
     centres = rng.integers(-1, 2, size=(3, 30))
-    labels = rng.integers(3, size=100_000)
-    x = centres[labels] + np.sqrt(6) * rng.normal(size=(len(labels), 30))
-    squares = np.sum((x[:, None] - centres) ** 2, axis=2)
-    truth = softmax(-squares / 12, axis=1)
-    return x.astype("float32"), labels, truth
+    parts = []
+    for number in (100_000, 5_000):
+        labels = rng.integers(3, size=number)
+        x = centres[labels] + np.sqrt(6) * rng.normal(size=(number, 30))
+        squares = np.sum((x[:, None] - centres) ** 2, axis=2)
+        parts.append((x.astype("float32"), labels, softmax(-squares / 12, 1)))
+    return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
 
 def build():
@@ -136,8 +138,10 @@ def load(seed):
     task.few_x, task.few_labels = x[5000:6000], labels[5000:6000]
     task.validation = x[6000:10000], labels[6000:10000]
     task.validation_truth = truth[6000:10000]
-    task.test_x, task.test_labels = x[10000:], labels[10000:]
-    task.bayes = np.mean(truth[10000:].argmax(axis=1) == labels[10000:])
+    test, new = slice(10000, 100000), slice(100000, None)
+    task.test_x, task.test_labels = x[test], labels[test]
+    task.bayes = np.mean(truth[test].argmax(axis=1) == labels[test])
+    task.new_x, task.new_truth = x[new], truth[new]
     task.path, task.best, _ = train(task, task.x, task.onehot)
     return task
 
@@ -154,11 +158,14 @@ def minimum(t, loss=KL, epsilon=()):
     return np.full_like(t, np.nan)
 
 
-def distance(task, t):
-    """Return the mean L2 distance of training rows' targets to the truth."""
-    if len(t) < len(task.x):
+def distance(t, truth):
+    """Return the mean L2 distance of targets to the truth.
+
+    Targets of labelled rows, after the others, are left out.
+    """
+    if len(t) < len(truth):
         return np.nan
-    return np.linalg.norm(t[: len(task.x)] - task.truth, axis=1).mean()
+    return np.linalg.norm(t[: len(truth)] - truth, axis=1).mean()
 
 
 def read(path, seed=None):

@@ -189,8 +189,8 @@ def run_all(path, tasks, counts):
     """Append the students that a CSV file lacks; print each."""
     if not path.exists():
         path.write_text("student,labels,seed,method,accuracy,seconds,note\n")
-    for seed, count, (name, task) in itertools.product(
-        SEEDS, counts, tasks.items()
+    for (name, task), seed, count in itertools.product(
+        tasks.items(), SEEDS, counts
     ):
         with path.open() as file:
             rows = {tuple(row[:4]) for row in csv.reader(file)}
