@@ -30,7 +30,9 @@ def trec(folder):
     test = data["test_texts"][new], data["test_labels"][new]
     return {
         "MiniLM, frozen": frozen_minilm(*train, *test),
-        "BERT-tiny": bert_tiny(*train, *test, folder=folder, epochs=3),
+        "BERT-tiny": bert_tiny(
+            *train, *test, folder=folder, epochs=3, length=24
+        ),
     }
 
 

@@ -45,7 +45,8 @@ def sst2(folder):
         *(texts[rows], labels[rows], probs),
         *read(folder / "sst2" / "test.tsv"),
         folder=folder,
-        epochs=3,
+        epochs=2,
+        length=40,
     )
     answers = probs.argmax(axis=1)
     right = np.mean(answers == labels[rows])
