@@ -191,7 +191,7 @@ def report(methods, base):
     """Return a table as Markdown; differences are to the method `base`."""
     by_seed = [read(PATH, seed) for seed in SEEDS]
     lines = [
-        f"| method | distance | epoch | accuracy | less KD | published |",
+        "| method | distance | epoch | accuracy | less KD | published |",
         "|---|---|---|---|---|---|",
     ]
 

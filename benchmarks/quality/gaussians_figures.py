@@ -30,7 +30,7 @@ from keras_ptloss.search import RandomSearch
 PATH = pathlib.Path("benchmarks/results/gaussians_figures.csv")
 SEEDS = range(3)
 ORDERS = range(1, 6)
-DRAWS = 2
+DRAWS = 1
 TEACHER_EPOCHS = (1, 3, 10, 30, 100)
 
 
