@@ -5,7 +5,8 @@
 The teacher is SmolLM2-135M-Instruct, whose probabilities of the six class names
 are in `--data`, on 2,650 questions. The script trains the students of 100 and
 300 labels, appends them to benchmarks/results/language_model.csv and prints
-language_model.md beside it. A stopped run continues where it was.
+language_model.md beside it. A stopped run continues where it was; `--report`
+only prints the table.
 """
 
 import argparse
@@ -40,9 +41,11 @@ def main():
     """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=pathlib.Path, default="../shared/data")
-    folder = parser.parse_args().data
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # notes on teacher and labels
-    run_all(PATH, trec(folder), COUNTS)
+    if not arguments.report:
+        run_all(PATH, trec(arguments.data), COUNTS)
     text = (
         "# Students of a language model\n\n"
         "`KERAS_BACKEND=jax python benchmarks/quality/language_model.py`\n\n"

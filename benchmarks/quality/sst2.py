@@ -6,7 +6,8 @@ The teacher is logistic regression on MiniLM's sentence vectors. It learned from
 300 phrases, two positive for each negative one, and so takes too many phrases
 for positive. It labels 2,000 others. The script trains students of 50, 100 and
 300 labels, appends them to benchmarks/results/sst2.csv and prints sst2.md
-beside it. A stopped run continues where it was.
+beside it. A stopped run continues where it was; `--report` only prints the
+table.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def read(path):
 
 
 def sst2(folder):
-    """Return the task, and how many rows the teacher has right."""
+    """Return the task."""
     texts, labels = read(folder / "sst2" / "train.tsv")
     order = np.random.default_rng(0).permutation(len(texts))
     rows, others = order[:ROWS], order[ROWS:]
@@ -50,25 +51,26 @@ def sst2(folder):
     )
     answers = probs.argmax(axis=1)
     right = np.mean(answers == labels[rows])
-    return task, (
-        f"The teacher has {100 * right:.1f} % of the training rows right, "
-        f"and takes {100 * answers.mean():.0f} % of them for positive; "
-        f"{100 * labels[rows].mean():.0f} % are."
+    print(
+        f"The teacher has {right:.1%} of the rows right, and takes "
+        f"{answers.mean():.1%} for positive; {labels[rows].mean():.1%} are."
     )
+    return task
 
 
 def main():
     """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=pathlib.Path, default="../shared/data")
-    folder = parser.parse_args().data
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # notes on teacher and labels
-    task, note = sst2(folder)
-    run_all(PATH, {"BERT-tiny": task}, COUNTS)
+    if not arguments.report:
+        run_all(PATH, {"BERT-tiny": sst2(arguments.data)}, COUNTS)
     text = (
         "# SST-2 with a teacher of few labels\n\n"
         "`KERAS_BACKEND=jax python benchmarks/quality/sst2.py`\n\n"
-        f"{note} Test accuracy in %, mean and standard error over draws of "
+        "Test accuracy in %, mean and standard error over draws of "
         "the labels. The last column is paired: `distillation_targets` with "
         "`build_model` less the best of KL, temperature scaling and labels "
         f"alone.\n\n{report(PATH, COUNTS)}\n"

