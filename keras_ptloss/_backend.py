@@ -85,7 +85,10 @@ def minimum(x: Tensor, most: Any) -> Tensor:
 
 
 def custom_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Do what `keras.ops.custom_gradient` does; PyTorch differs in a keyword.
+    """Do what `keras.ops.custom_gradient` does, alike on all backends.
+
+    On PyTorch, Keras calls the gradient function with the tensors, and gives
+    the upstream gradient by keyword.
 
     Args:
         function: returns its value and a function from the upstream gradient to
@@ -96,10 +99,10 @@ def custom_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*tensors: Tensor) -> Any:
         value, gradient = function(*tensors)
 
-        def by_position(*args: Tensor, upstream: Tensor = None) -> Any:
-            return gradient(*args) if args else gradient(upstream)
+        def with_upstream(*args: Tensor, upstream: Tensor = None) -> Any:
+            return gradient(args[0] if upstream is None else upstream)
 
-        return value, by_position
+        return value, with_upstream
 
     return run
 
