@@ -1,4 +1,4 @@
-"""The proxy teacher: what a student trained with PTLoss converges to (Eq. 8).
+"""The proxy teacher, to which a student converges under PTLoss (Eq. 8).
 
 For each example the proxy teacher `q` minimises PTLoss over the student. With
 `h` the slope of the perturbation, it is the solution of

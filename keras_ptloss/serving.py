@@ -497,7 +497,7 @@ def _rewrite_for_older_readers(file: pathlib.Path) -> None:
     file.write_bytes(saved.SerializeToString())
 
 
-# Loading what was written.
+# Loading the export.
 
 
 def _load_once(

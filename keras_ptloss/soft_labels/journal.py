@@ -2,7 +2,7 @@
 
 A store is a directory:
 
-    info.json              what it holds and, once complete, its files
+    info.json              the layout and, once complete, the file names
     000000-1f3870be.arrow  rows: one Arrow record batch, named by its CRC-32
     journal-000001         rows that are not in an Arrow file yet
     .lock                  locked by the process that writes
@@ -51,7 +51,7 @@ def writing(
 
     Raises:
         RuntimeError: if another process writes to the directory.
-        ValueError: if the directory holds anything but a store.
+        ValueError: if the directory has files that are not part of a store.
     """
     path.mkdir(parents=True, exist_ok=True)
     with (path / ".lock").open("w") as lock:
@@ -80,7 +80,7 @@ class StoreWriter:
     """Appends record batches to the store in a locked directory.
 
     Attributes:
-        layout: what the store holds; None before the first `append`.
+        layout: the layout of the rows; None before the first `append`.
         complete: whether the store is complete.
         num_rows: how many rows are stored.
     """

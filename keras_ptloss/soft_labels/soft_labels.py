@@ -62,9 +62,9 @@ class SoftLabels:
       log-probabilities. The last event, of id -1, is all other classes;
     * such events for each position of token sequences, `(n, time, k + 1, 2)`.
 
-    The last two are what `TopKPTLoss` takes as `y_true`; an id of -2 means that
-    there is no entry. Make a store with `SoftLabels.write`, or from arrays with
-    `SoftLabels.from_array`, and read it again with `SoftLabels.open`.
+    Both kinds of events can be the `y_true` of `TopKPTLoss`; an id of -2 means
+    that there is no entry. Make a store with `SoftLabels.write`, or from arrays
+    with `SoftLabels.from_array`, and open it again with `SoftLabels.open`.
 
     Rows are found by the fingerprints of their inputs, or by your ids. If two
     examples are equal, the row that was stored first is used.
@@ -299,8 +299,8 @@ class SoftLabels:
                 2)`, `(N, time, k, 2)`, or a list of `(time, k, 2)` with one
                 position for each token of `inputs`. An id of -2 means that
                 there is no entry. If the last id is -1, its entry stands for
-                all other ids; if not, they get the remaining probability. A
-                memory map is read in parts.
+                all other ids; if not, all other ids get the remaining
+                probability. A memory map is read in parts.
             path: directory of the new store; None keeps it in memory.
             ids: your own name for each example, in the order of `values`.
             inputs: the examples in the same order, as in `write`. `attach`
@@ -408,7 +408,7 @@ class SoftLabels:
                     if old.layout is not None:
                         state = "a" if old.complete else "an unfinished"
                         raise ValueError(
-                            "`path` must be new, or say overwrite=True. "
+                            "`path` must be new, or pass overwrite=True. "
                             f"Received: path={str(path)!r}, {state} store of "
                             f"the teacher {old.layout.teacher!r} with "
                             f"{old.num_rows} rows"

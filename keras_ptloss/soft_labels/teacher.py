@@ -263,7 +263,7 @@ def _entries(
 
     Args:
         events: ids and log-probabilities, see `layout`. Without an entry for
-            all other classes, these get the remaining probability.
+            all other classes, those classes get the remaining probability.
         num_classes: number of ids; None if unknown.
         kept: which rows are stored, `(n,)`; None for all.
     """
