@@ -1,8 +1,8 @@
 """Distil a ResNet on CIFAR-100 with a live teacher and augmented images.
 
-A ResNet-56 teacher is trained on part of the images, a third of them with wrong
-labels. We correct it with 1,000 true labels, and distil a ResNet-20 from the
-corrected teacher. Both see the same augmented images.
+A ResNet-56 teacher is trained on some of the images; a third of their labels
+are wrong. We correct the teacher with 1,000 true labels, and distil a ResNet-20
+from the corrected teacher. Teacher and student see the same augmented images.
 
     pip install 'keras_ptloss[examples]'
     python examples/images_cifar100.py           # needs a GPU

@@ -2,7 +2,7 @@
 
 Each Ray task stores the teacher's outputs for one part of the inputs. If a
 worker dies, Ray starts its task again, and the task continues where it stopped.
-If everything dies, run the script again: it also continues where it stopped.
+If the script stops too, run it again: it also continues where it stopped.
 
     pip install keras_ptloss pyarrow ray scikit-learn jax
     KERAS_BACKEND=jax python examples/label_with_ray.py ray-output

@@ -2,7 +2,8 @@
 
 The task is to tell which part of Python's standard library a sentence is about.
 A language model answers with a letter, and its server lists the probabilities
-of the likeliest letters. We correct these with 100 labels and distil a student.
+of the most likely letters. We correct the teacher's probabilities using 100
+labels, then distil a student from the corrected probabilities.
 
     pip install 'keras_ptloss[examples]'
     python examples/language_model.py
@@ -130,7 +131,7 @@ targets.summary()
 
 
 def test_accuracy(values, sample_weight=None):
-    """Train a student; return its accuracy on the test sentences."""
+    """Train a student and return its accuracy on the test sentences."""
     keras.utils.set_random_seed(1)
     student = keras.Sequential(
         [keras.Input((x.shape[1],)), keras.layers.Dense(4, "softmax")]

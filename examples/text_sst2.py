@@ -89,7 +89,7 @@ teacher_probs = np.asarray(store)
 
 
 def labels_only():
-    """Build a classifier that learns from the labelled sentences alone."""
+    """Build a classifier that learns only from the labelled sentences."""
     return make_pipeline(TfidfVectorizer(), LogisticRegression(C=10.0))
 
 
@@ -106,7 +106,7 @@ targets.summary()
 
 
 def distil(values, sample_weight=None):
-    """Train a student; return its accuracy on the test sentences."""
+    """Train a student and return its accuracy on the test sentences."""
     keras.utils.set_random_seed(1)
     student = classifier(STUDENT)
     student.fit(x, values, sample_weight=sample_weight, **options)

@@ -35,9 +35,10 @@ def visible_values(x: Tensor) -> np.ndarray | None:
     else:
         import torch
 
-        # To infer shapes, Keras calls the code on "meta", and if that fails on
-        # tensors of ones, without gradients. Nothing public tells these from
-        # values. The first two tests come first, since such tensors have none.
+        # To infer shapes, Keras calls the code on "meta" and, if that fails, on
+        # tensors of ones, without gradients. No public function distinguishes
+        # such tensors from real values. The test for ones is last, because it
+        # needs values.
         symbolic = (
             has_no_values(x)
             or torch.compiler.is_compiling()
@@ -85,14 +86,14 @@ def minimum(x: Tensor, most: Any) -> Tensor:
 
 
 def custom_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Do what `keras.ops.custom_gradient` does, alike on all backends.
+    """Call `keras.ops.custom_gradient`, in the same way for all backends.
 
-    On PyTorch, Keras calls the gradient function with the tensors, and gives
+    On PyTorch, Keras calls the gradient function with the tensors, and passes
     the upstream gradient by keyword.
 
     Args:
-        function: returns its value and a function from the upstream gradient to
-            the gradients with respect to its arguments.
+        function: returns its value, and a function that takes the upstream
+            gradient and returns the gradients with respect to its arguments.
     """
 
     @keras.ops.custom_gradient
@@ -117,9 +118,9 @@ def no_gradient() -> contextlib.AbstractContextManager[Any]:
 
 
 def compiled_on_jax(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function of tensors on JAX; other backends run it as it is.
+    """Compile a function of tensors on JAX; other backends run it uncompiled.
 
-    Outside of a compiled function, JAX would compile its loops at each call.
+    If the function were not compiled, JAX would compile its loops in each call.
     """
 
     @functools.cache
@@ -141,7 +142,8 @@ def on_numpy(
 ) -> Callable[..., tuple[np.ndarray, ...]]:
     """Make a function of tensors work on NumPy arrays in float64.
 
-    XLA compiles it once for each set of shapes. PyTorch runs it as it is.
+    XLA compiles the function once for each set of shapes. PyTorch runs it
+    uncompiled.
     """
 
     @functools.cache
@@ -170,9 +172,9 @@ def on_numpy(
 
 
 def replicas() -> int:
-    """Return among how many replicas a TensorFlow strategy splits the batch.
+    """Return the number of replicas in the current TensorFlow strategy.
 
-    Keras divides compiled losses by it. Other losses must do this themselves.
+    Keras divides compiled losses by this number. Other losses must do the same.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -184,9 +186,10 @@ def replicas() -> int:
 def outside_of_step(function: Callable[[], None]) -> None:
     """Call a function that creates variables while a step may be traced.
 
-    TensorFlow allows new variables only in the first call of a compiled
-    function, even under `tf.init_scope`, but always in another thread. Under a
-    strategy, Keras has created the variables before it traces the step.
+    Inside a compiled function, TensorFlow allows new variables only in the
+    first call, even under `tf.init_scope`. In another thread, it always allows
+    them. Under a strategy, Keras creates the variables before it traces the
+    step.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -228,13 +231,13 @@ def weights_given_back(model: keras.Model) -> Iterator[None]:
         model.jax_state_sync()
         for variable, value in before:
             if not _has_value(variable):
-                variable.assign(value)  # The error came before any step.
+                variable.assign(value)  # The error came before the first step.
 
 
 def _has_value(variable: keras.Variable) -> bool:
     try:
         return variable.value is not None
-    except TypeError:  # Keras calls the initializer, which it has deleted.
+    except TypeError:  # Keras calls the initializer, which is deleted by then.
         return False
 
 
@@ -244,7 +247,7 @@ def supports_jit(model: keras.Model) -> bool:
 
 
 def compute_dtypes(model: keras.Model) -> set[str]:
-    """Return the dtypes that a model's layers compute in."""
+    """Return the compute dtypes of a model's layers."""
     return {layer.compute_dtype for layer in model._flatten_layers()}
 
 
@@ -260,7 +263,8 @@ def set_direction(metric: keras.metrics.Metric, better: str) -> None:
 def no_retracing_warning() -> Iterator[None]:
     """Do not let TensorFlow warn that many functions were traced.
 
-    It counts those of all models as one, and warns at the fifth `predict`.
+    TensorFlow counts the functions of all models together, and warns at the
+    fifth `predict`.
     """
 
     def other(record: logging.LogRecord) -> bool:

@@ -13,16 +13,17 @@ from keras import ops
 
 Tensor = Any
 
-# Smaller teacher probabilities are raised to this value before they are scaled,
-# because APIs and float16 files often round them to zero.
+# Smaller teacher probabilities are replaced by this value before they are
+# scaled, because APIs and float16 files often round them to zero.
 MIN_PROBABILITY = 1e-7
 
 
 def log_teacher_probs(teacher_probs: Tensor, xp: Any = np) -> Tensor:
     """Return `z = log max(t, 1e-7)`, the logits of a teacher's probabilities.
 
-    All code that applies a temperature or a matrix to a teacher starts from
-    this `z`, so that losses, searches and corrections agree.
+    All code that applies a temperature or a matrix to a teacher's outputs
+    starts from this `z`, so losses, searches and corrections give consistent
+    results.
     """
     return xp.log(xp.maximum(teacher_probs, MIN_PROBABILITY))
 
@@ -67,7 +68,7 @@ def _horner(s: Tensor, terms: Sequence[Tensor]) -> Tensor:
 def shared_proxy(
     teacher_probs: Tensor, epsilon: Tensor, xp: Any = np
 ) -> Tensor:
-    """Return the proxy teacher of one shared epsilon of order 1, exactly.
+    """Return the exact proxy teacher of a single shared epsilon of order 1.
 
     The first-order condition of Eq. 8 is `q_c = t_c / (nu - eps t_c)`. The
     multiplier nu is the root of `sum_c q_c = 1`; Newton's method on
@@ -98,7 +99,7 @@ def shared_proxy(
 
 
 def two_events(outputs: Tensor, *, from_logits: bool) -> Tensor:
-    """Return two columns for a binary head's single one; else the input.
+    """Expand the single column of a binary head to two; else do nothing.
 
     A binary head gives the probability `p` of the second class, or its logit
     `z`. With two classes this is `[1 - p, p]`, or the logits `[0, z]`.
@@ -111,6 +112,6 @@ def two_events(outputs: Tensor, *, from_logits: bool) -> Tensor:
 
 
 def model_probs(outputs: Tensor, *, from_logits: bool) -> Tensor:
-    """Return what a model gives as probabilities `(..., C)`, in float32."""
+    """Return a model's outputs as probabilities `(..., C)`, in float32."""
     outputs = two_events(ops.cast(outputs, "float32"), from_logits=from_logits)
     return ops.softmax(outputs, axis=-1) if from_logits else outputs

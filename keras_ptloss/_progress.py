@@ -1,4 +1,4 @@
-"""Keras's progress bar for calls that may be slow."""
+"""A progress bar for calls that may be slow, drawn by Keras."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -11,17 +11,18 @@ from keras_ptloss._validation import fail
 T = TypeVar("T")
 Verbose = Literal["auto"] | bool | int
 
-QUIET_SECONDS = 2.0  # No call should be silent for more than three.
+QUIET_SECONDS = 2.0  # No call should be silent for more than three seconds.
 
 
 class Progress:
-    """A line that says what is being done, and Keras's bar below it.
+    """A line that says what is being done, with Keras's bar below it.
 
-    With "auto" they appear after two seconds, so that quick calls print
-    nothing, and not at all after `keras.config.disable_interactive_logging()`.
+    With "auto", both appear after two seconds, so that quick calls print
+    nothing. After `keras.config.disable_interactive_logging()`, they never
+    appear.
 
     Args:
-        what: the line.
+        what: the text of the line.
         total: number of units; None if unknown.
         unit: name of a unit.
         verbose: "auto", 1 to show the bar at once, or 0.
@@ -51,8 +52,8 @@ class Progress:
 
         Args:
             done: number of units.
-            total: replaces the total so far.
-            at_once: whether "auto" shows the bar now.
+            total: the new total, or None to keep the old one.
+            at_once: whether "auto" shows the bar without waiting.
         """
         self.done = max(done, self.done)
         if total is not None:
@@ -68,9 +69,9 @@ class Progress:
         self.bar.update(self.done, finalize=False)
 
     def close(self) -> None:
-        """Draw the whole bar, and end its line."""
+        """Draw the full bar, and end its line."""
         if self.shown:
-            # It may have taken fewer units than it seemed.
+            # The work may have had fewer units than expected.
             self.bar.target = self.done
             self.bar.update(self.done, finalize=True)
 
@@ -92,13 +93,13 @@ def track(
 
 
 def predict(model: keras.Model, x: Any, *, verbose: Verbose = "auto") -> Any:
-    """Return `model.predict(x)`, with a `Progress`."""
+    """Return `model.predict(x)`, and show a `Progress`."""
     callback = _Batches(verbose)
     return model.predict(x, verbose=0, callbacks=[callback])
 
 
 class _Batches(keras.callbacks.Callback):
-    """Shows how many batches `predict` has done."""
+    """Shows how many batches `predict` has finished."""
 
     def __init__(self, verbose: Verbose) -> None:
         super().__init__()
@@ -114,7 +115,7 @@ class _Batches(keras.callbacks.Callback):
         )
 
     def on_predict_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Move the bar."""
+        """Update the bar."""
         self.progress.update(batch + 1)
 
     def on_predict_end(self, logs: Any = None) -> None:
@@ -123,18 +124,18 @@ class _Batches(keras.callbacks.Callback):
 
 
 class Epochs(keras.callbacks.Callback):
-    """Counts the training of a model as one unit, epoch by epoch."""
+    """Counts the training of a model as one unit, updated after each epoch."""
 
     def __init__(self, progress: Progress) -> None:
         super().__init__()
         self.progress = progress
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Show the bar: compiling a model alone may take some seconds."""
+        """Show the bar, because compiling a model may take some seconds."""
         self.before = self.progress.done
         self.progress.update(self.before, at_once=True)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Move the bar."""
+        """Update the bar."""
         share = (epoch + 1) / self.params["epochs"]
         self.progress.update(self.before + share)

@@ -1,6 +1,6 @@
-"""Checks of arguments, whose errors all have the same form.
+"""Checks of arguments. All their errors have the same form.
 
-An error names the argument, says what was expected and shows its value:
+An error names the argument, says what was expected and shows the value:
 ``ValueError: `order` must be an integer of at least 1. Received: order=0``.
 """
 
@@ -43,7 +43,7 @@ def check_choice(argument: str, value: Any, choices: Collection[str]) -> None:
 
 
 def check_flag(argument: str, value: Any) -> bool:
-    """Require a bool, because Python takes any string for true."""
+    """Require a bool, because Python treats any non-empty string as true."""
     if not isinstance(value, (bool, np.bool_)):
         fail(argument, "True or False", value)
     return bool(value)
@@ -144,7 +144,7 @@ def check_epsilon(
 def check_constant_epsilon(
     epsilon: Any, *, classes: int | None = None
 ) -> np.ndarray:
-    """Require `(M,)` or `(C, M)` whose values are known; return an array."""
+    """Require `(M,)` or `(C, M)` with known values; return an array."""
     values = check_epsilon(epsilon, max_rank=2, classes=classes)
     return as_array(values).astype("float64")
 
@@ -155,7 +155,7 @@ def check_constant_epsilon(
 def check_classes(
     first_name: str, first: Tensor, second_name: str, second: Tensor
 ) -> None:
-    """Require two tensors `(..., C)` of the same shape, if it is known."""
+    """Require two tensors `(..., C)` of the same shape, as far as known."""
     one, two = tuple(first.shape), tuple(second.shape)
     if not shapes_differ(one, two):
         return
@@ -169,7 +169,7 @@ def check_classes(
 
 
 def shapes_differ(one: Sequence[int | None], two: Sequence[int | None]) -> bool:
-    """Return whether two shapes differ; None, an unknown size, equals any."""
+    """Return whether two shapes differ; None (unknown) equals any size."""
     return len(one) != len(two) or any(
         None not in (a, b) and a != b for a, b in zip(one, two, strict=True)
     )
@@ -184,8 +184,8 @@ def on_simplex(rows: np.ndarray) -> np.ndarray:
 def valid_probs(argument: str, probs: Tensor, advice: str) -> Tensor:
     """Return probabilities `(..., C)` divided by their sums over the classes.
 
-    A row of zeros is returned unchanged. An invalid row is an error, or becomes
-    NaN in compiled functions, where values cannot be checked.
+    A row of zeros is returned unchanged. An invalid row raises an error. In
+    compiled functions, where values cannot be checked, it becomes NaN.
 
     Args:
         argument: name of the argument, for the error.
@@ -207,7 +207,7 @@ def valid_probs(argument: str, probs: Tensor, advice: str) -> Tensor:
 def _refuse_invalid(
     argument: str, rows: np.ndarray, valid: np.ndarray, advice: str
 ) -> None:
-    """Raise a `ValueError` with the first invalid row, if there is one."""
+    """If any row is invalid, raise a `ValueError` that names the first one."""
     if valid.all():
         return
     rows, valid = rows.reshape(-1, rows.shape[-1]), valid.reshape(-1)
@@ -235,7 +235,7 @@ def check_class_indices(labels: np.ndarray) -> None:
 
 
 def check_label_range(labels: np.ndarray, classes: int, whose: str) -> None:
-    """Require class indices `(N,)` below C; the error says `whose` they are."""
+    """Require class indices `(N,)` below C; `whose` explains the range."""
     outside = (labels < 0) | (labels >= classes)
     if outside.any():
         index = int(np.argmax(outside))
@@ -246,16 +246,17 @@ def check_label_range(labels: np.ndarray, classes: int, whose: str) -> None:
 
 
 def as_rows(argument: str, value: Any) -> np.ndarray:
-    """Return a list, an array or a tensor as an array.
+    """Convert a list, array or tensor to a NumPy array.
 
-    NumPy has no bfloat16, so it becomes float32.
+    NumPy has no bfloat16, so bfloat16 becomes float32.
     """
     try:
         array = as_array(value)
     except ValueError:
         raise ValueError(
             f"`{argument}` must have rows of the same length. Received: "
-            f"{argument}, a {type(value).__name__} of {len(value)} that differ"
+            f"{argument}, a {type(value).__name__} of {len(value)} rows that "
+            "differ in length"
         ) from None
     half = array.dtype.name == "bfloat16"
     return array.astype("float32") if half else array
@@ -277,8 +278,8 @@ def as_probabilities(
 ) -> np.ndarray:
     """Return one teacher's outputs as probabilities `(..., C)`, float64.
 
-    Errors name the `argument`, and give `advice` on logits that were passed as
-    probabilities.
+    Errors name the `argument`, and contain `advice` for users who passed logits
+    as probabilities.
     """
     refuse_masked(argument, outputs)
     expected = "numbers of shape (..., num_classes), not empty"
@@ -289,8 +290,8 @@ def as_probabilities(
     missing = np.isnan(array).any(axis=-1)
     if missing.any():
         raise ValueError(
-            f"`{argument}` must not contain NaN: leave out the examples "
-            "without an answer, of all teachers and the labels. Received: NaN "
+            f"`{argument}` must not contain NaN. Leave examples without an "
+            "answer out of all teachers and the labels. Received: NaN "
             f"in {np.count_nonzero(missing)} of {missing.size} rows, the first "
             f"at index {int(np.argmax(missing))}"
         )
@@ -309,12 +310,12 @@ def as_probabilities(
 
 
 def refuse_masked(argument: str, values: Any) -> None:
-    """Raise a `ValueError` for a masked array: NumPy would drop its mask."""
+    """Raise a `ValueError` for a masked array, whose mask NumPy would drop."""
     if isinstance(values, np.ma.MaskedArray):
         raise ValueError(
-            f"`{argument}` must not be a masked array: leave the masked rows "
-            "out, of labels and teacher outputs alike. Received: a masked "
-            f"array of shape {values.shape}"
+            f"`{argument}` must not be a masked array. Remove the masked rows "
+            "from both labels and teacher outputs. Received: a masked array "
+            f"of shape {values.shape}"
         )
 
 
@@ -324,7 +325,7 @@ def refuse_masked(argument: str, values: Any) -> None:
 def one_flag_each(
     from_logits: Any, teachers: int, argument: str = "from_logits"
 ) -> tuple[Any, ...]:
-    """Return for each teacher True, False or, where it may be, None."""
+    """Return one flag per teacher: True, False or None."""
     flags = from_logits
     if not isinstance(flags, (list, tuple)):
         flags = (flags,) * teachers
@@ -339,19 +340,19 @@ def one_tensor(argument: str, outputs: Any) -> Any:
     """Require that a model has a single output, and return it."""
     if isinstance(outputs, (list, tuple, dict)):
         raise ValueError(
-            f"`{argument}` must give one tensor, (..., classes); choose one by "
-            "keras.Model(model.inputs, model.outputs[0]). Received: outputs in "
-            f"a {type(outputs).__name__} of {len(outputs)}"
+            f"`{argument}` must return a single tensor, (..., classes). Choose "
+            "one output with keras.Model(model.inputs, model.outputs[0]). "
+            f"Received: outputs in a {type(outputs).__name__} of {len(outputs)}"
         )
     return outputs
 
 
 def last_layer(model: Any) -> tuple[str | None, int | None, bool | None]:
-    """Return what is known about a model's outputs from its last layer.
+    """Return what a model's last layer shows about its outputs.
 
     Returns:
-        The name of its activation, if it is one of Keras's; the number of
-        outputs; and whether these are logits. Each is None if it is unknown.
+        The name of the activation, if it is one of Keras's; the number of
+        outputs; and whether they are logits. Unknown values are None.
     """
     layer = model
     while isinstance(layer, keras.Model):
@@ -381,17 +382,18 @@ def check_head(
 ) -> bool | None:
     """Check a model's last layer; return whether the model gives logits.
 
-    Returns None if the last layer does not tell. Raises a `ValueError` if the
-    outputs are not a distribution over classes, or if the layer contradicts
-    `from_logits`, whose name in the error is `flag`.
+    Returns None if the last layer does not show this. Raises a `ValueError` if
+    the outputs are not a distribution over classes, or if the layer contradicts
+    `from_logits`. In the error, `from_logits` is called `flag`.
     """
     name, columns, shown = last_layer(model)
     received = f"Received: {argument}={model.name!r}, {flag}={from_logits}"
     if name in ("sigmoid", "hard_sigmoid") and columns not in (1, None):
         raise ValueError(
-            f"`{argument}` must give probabilities of one class among several, "
-            f"and it ends in {columns} independent sigmoids. To distil those, "
-            "fit the student on the teacher's outputs with "
+            f"`{argument}` must output a probability distribution over "
+            f"mutually exclusive classes, but it ends in {columns} independent "
+            "sigmoids. To distil a multi-label teacher like this, fit the "
+            "student on the teacher's outputs with "
             f"keras.losses.BinaryCrossentropy(). {received}"
         )
     if shown is not None and from_logits is not None and shown != from_logits:
@@ -401,9 +403,9 @@ def check_head(
         )
     if shown is None and name is not None and not from_logits:
         raise ValueError(
-            f"`{argument}` must give probabilities or logits, and {name} gives "
-            "no probabilities. End the model in a softmax or in a dense layer "
-            "without activation, or set "
-            f"{flag}=True if its outputs are logits. {received}"
+            f"`{argument}` must give probabilities or logits, but {name} does "
+            "not give probabilities. End the model with a softmax or with a "
+            f"dense layer without activation, or set {flag}=True if the "
+            f"outputs are logits. {received}"
         )
     return shown

@@ -19,8 +19,9 @@ class FilteredTeacher(keras.callbacks.Callback):
 
     A network's output for an example fluctuates during training. The average is
     often closer to the truth than the last output. Pass this callback to the
-    teacher's `fit`, then train the student on its `probabilities`. After each
-    epoch, the teacher predicts p_n for each example, in inference mode, and
+    teacher's `fit`, then train the student on the callback's `probabilities`.
+    After each epoch, the teacher predicts p_n for each example, in inference
+    mode, and
 
         average_n <- (1 - rate) average_n + rate p_n
 
@@ -35,8 +36,8 @@ class FilteredTeacher(keras.callbacks.Callback):
         batch_size: as in `keras.Model.predict`.
 
     Attributes:
-        probabilities: the averages, `(N, ..., C)` in float32, C = 2 for a
-            binary head of one output; None before the end of the first epoch.
+        probabilities: the averages, `(N, ..., C)`, in float32; None before the
+            end of the first epoch. For a binary head with one output, C is 2.
 
     Example:
         >>> import keras, numpy as np

@@ -1,4 +1,4 @@
-"""The correction of a teacher, which a search finds, and its Keras layers."""
+"""The correction of a teacher, as found by a search, and its Keras layers."""
 
 import dataclasses
 import json
@@ -42,28 +42,29 @@ class Correction:
                  + matrix @ [z_1, z_2, ...] + bias                  step 2
         q      = softmax(logits)
 
-    The proxy is the paper's proxy teacher (Eq. 8), so step 1 of one teacher is
-    the optimum of `PTLoss(epsilon, teacher_temperature=temperature)`. Without
-    step 2 and with `temperature=1`, exact zeros stay zeros.
+    The proxy is the paper's proxy teacher (Eq. 8). For a single teacher, step 1
+    is therefore the optimum of `PTLoss(epsilon,
+    teacher_temperature=temperature)`. Without step 2 and with `temperature=1`,
+    exact zeros stay zeros.
 
     Args:
         epsilon: coefficients of PTLoss: a number (order 1), `(M,)` shared by
             the classes, or `(C, M)` per class.
         temperature: a number, or one for each teacher. `inf` leaves a teacher
-            out of step 1, as it must be if its classes are not the student's.
-            If all are `inf`, r is uniform.
+            out of step 1; use it if the teacher's classes are not the
+            student's. If all temperatures are `inf`, r is uniform.
         matrix: `(C, C_1 + C_2 + ...)`, or None for zeros.
         bias: `(C,)`, or None for zeros.
-        log_prob_weight: the weight of r in step 2 is 1 plus this.
+        log_prob_weight: this number plus 1 is the weight of r in step 2.
         prob_weight: the weight of softmax(r) in step 2.
         kept_classes: classes that keep the teacher's probability. With several
             teachers, this is the probability in the softmax of their mean z.
-            The other classes share the rest.
-        teacher_classes: the number of classes of each teacher, needed for
-            several teachers only.
-        from_logits: whether the outputs given to `correct` are logits: one flag
-            for all teachers, or one for each. Losses and layers always take
-            probabilities.
+            The other classes share the remaining probability.
+        teacher_classes: the number of classes of each teacher; needed only for
+            several teachers.
+        from_logits: whether the outputs given to `correct` are logits. Pass one
+            flag for all teachers, or one per teacher. Losses and layers always
+            take probabilities.
 
     Example:
         >>> import numpy as np
@@ -139,15 +140,15 @@ class Correction:
                 "The arguments must agree on the number of classes C: `matrix` "
                 "is (C, sum of teacher_classes), `bias` (C,), `epsilon` (C, M) "
                 "if it is per class, and `kept_classes` are below C. A teacher "
-                "whose classes are not the C must have temperature=inf, and "
-                f"cannot keep classes. Received: shapes {shapes}, temperature="
+                "with other classes must have temperature=inf, and cannot keep "
+                f"classes. Received: shapes {shapes}, temperature="
                 f"{self.temperature}, teacher_classes={self.teacher_classes}, "
                 f"kept_classes={kept}"
             )
 
     @property
     def num_classes(self) -> int | None:
-        """The number of classes C, or None if any number of classes fits."""
+        """The number of classes C, or None if the correction fits any C."""
         per_class = self.epsilon if self.epsilon.ndim == 2 else None
         for array in (self.bias, self.matrix, per_class):
             if array is not None:
@@ -168,7 +169,7 @@ class Correction:
 
     @property
     def has_step_2(self) -> bool:
-        """Whether the correction has more than a temperature and epsilon."""
+        """Whether the correction is more than a temperature and epsilon."""
         return bool(
             self.matrix is not None
             or self.bias is not None
@@ -179,7 +180,7 @@ class Correction:
 
     @property
     def is_identity(self) -> bool:
-        """Whether the correction returns one teacher unchanged."""
+        """Whether the correction returns its only teacher unchanged."""
         return (
             self.temperature == 1.0
             and not self.epsilon.any()
@@ -192,10 +193,10 @@ class Correction:
         """Return the corrected probabilities of stored teacher outputs.
 
         Args:
-            teacher_outputs: `(..., C)`, probabilities or logits as
-                `from_logits` says; `(..., 1)` of a sigmoid head. Several
-                teachers are a list of arrays, or one array that holds them side
-                by side.
+            teacher_outputs: `(..., C)`, probabilities, or logits if
+                `from_logits` is True; `(..., 1)` for a sigmoid head. For
+                several teachers, pass a list of arrays, or one array with their
+                outputs side by side.
             verbose: 1 shows a progress bar, 0 does not; "auto" shows it after
                 two seconds.
 
@@ -235,10 +236,10 @@ class Correction:
         """Return the corrected probabilities of a tensor, by `keras.ops`.
 
         Args:
-            teacher_probs: probabilities, `(..., C)`, float32 or better; of
-                several teachers side by side, `(..., C_1 + C_2 + ...)`. Rows
-                that are not probabilities are an error in an eager call, and
-                NaN in a compiled function.
+            teacher_probs: probabilities, `(..., C)`, float32 or better. The
+                probabilities of several teachers are side by side, `(..., C_1 +
+                C_2 + ...)`. Rows that are not probabilities are an error in an
+                eager call, and become NaN in a compiled function.
 
         Returns:
             Probabilities, `(..., C)`, in the dtype of `teacher_probs`.
@@ -254,9 +255,9 @@ class Correction:
         counts = self.teacher_classes or (self.num_classes or width,)
         if width is not None and width != sum(counts):
             raise ValueError(
-                "Teacher outputs must have the classes that the correction is "
-                f"for, {' + '.join(map(str, counts))}. Received: teacher "
-                f"outputs of shape {tuple(side_by_side.shape)}"
+                "Teacher outputs must have as many classes as the correction, "
+                f"{' + '.join(map(str, counts))}. Received: teacher outputs of "
+                f"shape {tuple(side_by_side.shape)}"
             )
         ends = np.cumsum(counts).tolist()
         return [
@@ -360,8 +361,8 @@ def _proxy(t: Tensor, correction: Correction, xp: Any) -> Tensor:
 def _log_proxy(log_t: Tensor, correction: Correction, xp: Any) -> Tensor:
     """Return the logarithm of the proxy teacher.
 
-    It stays finite where probabilities underflow: of a shared epsilon of order
-    1 the logarithm of `t / (nu - epsilon t)` needs nu alone.
+    It stays finite where probabilities underflow: for a shared epsilon of order
+    1, it is the logarithm of `t / (nu - epsilon t)`, which needs only nu.
     """
     t = xp.exp(log_t)
     q = _proxy(t, correction, xp)
@@ -392,17 +393,18 @@ def _tuple(value: Any) -> tuple[Any, ...]:
 class CorrectedTeacher(keras.layers.Layer):
     """Correct a teacher's probabilities inside a model.
 
-    `keras.Sequential([teacher, CorrectedTeacher(result.correction)])` is the
-    corrected teacher as a model. A teacher that gives logits needs a
+    `keras.Sequential([teacher, CorrectedTeacher(result.correction)])` gives you
+    the corrected teacher as a Keras model. If the teacher gives logits, put a
     `keras.layers.Softmax()` in between. The layer has no weights.
 
     Args:
         correction: a `Correction`.
         **kwargs: `name` and other arguments of `keras.layers.Layer`.
 
-    Input: probabilities, `(..., C)`; of several teachers a list of tensors, or
-    one tensor that holds them side by side. Output: `(..., C)`. Rows that are
-    not probabilities raise a ValueError, or become NaN in compiled functions.
+    Input: probabilities, `(..., C)`; for several teachers, a list of tensors,
+    or one tensor with their probabilities side by side. Output: `(..., C)`.
+    Rows that are not probabilities raise a ValueError, or become NaN in
+    compiled functions.
 
     Example:
         >>> import numpy as np
@@ -412,7 +414,7 @@ class CorrectedTeacher(keras.layers.Layer):
     """
 
     def __init__(self, correction: Correction, **kwargs: Any) -> None:
-        # Half precision would lose the digits that the proxy teacher needs.
+        # Half precision is not precise enough for the proxy teacher.
         kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
         if not isinstance(correction, Correction):
@@ -441,15 +443,16 @@ class CorrectedTeacher(keras.layers.Layer):
 class TeachersSideBySide(keras.layers.Layer):
     """Call several models on the same inputs and concatenate their outputs.
 
-    Followed by `CorrectedTeacher(result.correction)`, it is the corrected
-    teacher of several live teachers.
+    To correct several live teachers, add `CorrectedTeacher(result.correction)`
+    after this layer.
 
     Args:
         teachers: Keras models, in the order of the search.
-        from_logits: whether they give logits, a flag for all or one for each.
+        from_logits: whether the teachers give logits. Pass one flag for all
+            teachers, or one per teacher.
         **kwargs: `name` and other arguments of `keras.layers.Layer`.
 
-    Input: what the teachers take. Output: probabilities, `(..., C_1 + C_2 +
+    Input: the inputs of the teachers. Output: probabilities, `(..., C_1 + C_2 +
     ...)`.
 
     Example:
@@ -469,7 +472,7 @@ class TeachersSideBySide(keras.layers.Layer):
         from_logits: bool | Sequence[bool] = False,
         **kwargs: Any,
     ) -> None:
-        # The teachers get the inputs unchanged, whatever the global policy.
+        # The teachers get the inputs unchanged, under every global policy.
         kwargs.setdefault("autocast", False)
         kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)

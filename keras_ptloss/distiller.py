@@ -35,7 +35,7 @@ Tensor = Any
 
 __all__ = ["Distiller"]
 
-# The arguments that are saved. Only the last two can be set again.
+# The arguments that are saved. Those in FIXED cannot be changed.
 FIXED = (
     "student",
     "teacher_from_logits",
@@ -55,7 +55,7 @@ class Targets(NamedTuple):
 
 
 def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap one of Keras's methods: check its data and protect the weights."""
+    """Wrap a Keras method: check its data and protect the weights."""
 
     @functools.wraps(method)
     def run(self: "Distiller", *args: Any, **kwargs: Any) -> Any:
@@ -63,12 +63,12 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
         if given.get("y") is None and given.get("sample_weight") is not None:
             raise ValueError(
                 "`sample_weight` must come with `y`, because Keras ignores it "
-                "otherwise. If there are no labels, pass zeros as `y` and use "
-                "no metrics of labels. Received: y=None"
+                "otherwise. If there are no labels, pass zeros as `y` and do "
+                "not use metrics that need labels. Received: y=None"
             )
         if getattr(self.student, "preprocessor", None) is not None:
             _refuse_texts(given.get("x"))
-        # On JAX an interrupted run would take the models' weights with it.
+        # On JAX, the models would lose their weights if a run is interrupted.
         with weights_given_back(self):
             return method(self, *args, **kwargs)
 
@@ -80,39 +80,42 @@ class Distiller(keras.Model):
     """Train a student on the outputs of one or more frozen teachers.
 
     Each step runs the teacher on the batch, in inference mode and without
-    gradients. Its probabilities are the `y_true` of the compiled loss. The rest
-    is Keras's own training of the student: dtype policies, sample weights,
-    masks, regularisers, callbacks, `tf.data` and distribution over devices.
+    gradients. The compiled loss gets the teacher's probabilities as `y_true`.
+    Otherwise Keras trains the student as usual, with dtype policies, sample
+    weights, masks, regularisers, callbacks, `tf.data` and distribution over
+    devices.
 
-    `fit` takes `x`, or `(x, y)` with true labels `y` for the compiled metrics
-    and for `hard_label_loss`. A metric of labels is not reported for data
-    without labels.
+    `fit` takes `x` or `(x, y)`. The true labels `y` are used only by the
+    compiled metrics and by `hard_label_loss`. Metrics that need labels are not
+    reported when the data has no labels.
 
     The teacher never changes, and it is not saved: set `distiller.teacher`
-    again after loading. `teacher`, `teacher_weights` and `hard_label_weight`
-    can be set at any time, also in a callback, and hold from the next step on.
-    The other arguments are fixed.
+    again after loading. You can set `teacher`, `teacher_weights` and
+    `hard_label_weight` at any time, also in a callback; the change takes effect
+    in the next step. The other arguments are fixed.
 
     Args:
-        student: the model to train. It must not have a `train_step` of its own.
+        student: the model to train. It must not have its own `train_step`.
         teacher: a built Keras model, or a list of them. The target is the
-            weighted mean of their probabilities. If the loss is from a search
-            with several teachers, it is all of them side by side.
+            weighted mean of their probabilities. With a loss from a search with
+            several teachers, the target is their probabilities side by side.
         teacher_from_logits: whether the teacher gives logits; a list of flags
             for several teachers. None infers it from the last layer: softmax or
             a single sigmoid output means probabilities, and a dense layer
             without activation means logits.
         teacher_weights: one non-negative number per teacher, for the mean. None
-            weights all equally. A teacher of weight 0 is not run.
+            gives all teachers the same weight. A teacher of weight 0 is not
+            run.
         student_inputs: the key of the student's inputs, if `x` is a dict and
             the models take different inputs.
-        teacher_inputs: the key of the teacher's inputs.
-        hard_label_loss: a `keras.losses.Loss` of true labels.
-        hard_label_weight: its weight w, from 0 to 1. The total loss is
-            `w * hard_label_loss + (1 - w) * loss`.
-        teacher_metrics: Keras metrics whose `y_true` is the teacher's
-            probabilities, as the loss corrects them. They need no labels. None
-            means `[TeacherAgreement()]`.
+        teacher_inputs: the key of the teacher's inputs, in the same way.
+        hard_label_loss: a `keras.losses.Loss` between the true labels and the
+            student.
+        hard_label_weight: the weight w of `hard_label_loss`, from 0 to 1. The
+            total loss is `w * hard_label_loss + (1 - w) * loss`.
+        teacher_metrics: Keras metrics that get the teacher's probabilities as
+            `y_true`, corrected if the loss corrects them. They do not need
+            labels. None means `[TeacherAgreement()]`.
         **kwargs: arguments of `keras.Model`.
 
     Raises:
@@ -163,15 +166,15 @@ class Distiller(keras.Model):
         for name in ("train_step", "compute_loss"):
             if getattr(type(student), name) is not getattr(keras.Model, name):
                 raise ValueError(
-                    f"`student` must not have a `{name}` of its own, because "
-                    "the Distiller does not call it. Received: student="
+                    f"`student` must not have its own `{name}`, because the "
+                    "Distiller does not call it. Received: student="
                     f"{student.name!r} of class {type(student).__name__}"
                 )
-        # The student's policy scales losses as if it were trained alone. Inputs
-        # reach the models unchanged; each casts them for itself.
+        # With the student's policy, losses are scaled as if the student were
+        # trained alone. Each model casts its inputs itself.
         policy = {"dtype": student.dtype_policy, "autocast": False}
         super().__init__(**{"name": "distiller", **policy, **kwargs})
-        # Keras would track, train and save these if it saw them.
+        # Keras would track, train and save these if they were attributes.
         self._hidden = types.SimpleNamespace(
             teachers=(),
             teacher_weights=None,
@@ -215,12 +218,12 @@ class Distiller(keras.Model):
 
     @property
     def teacher_metrics(self) -> Any:
-        """The metrics of teacher and student as given, or None."""
+        """The argument `teacher_metrics`, or None."""
         return self._hidden.given_metrics
 
     @property
     def teacher(self) -> Any:
-        """The teacher, a tuple of several, or None after loading."""
+        """The teacher, a tuple of several teachers, or None after loading."""
         models = self._hidden.teachers
         return models if len(models) > 1 else next(iter(models), None)
 
@@ -242,7 +245,7 @@ class Distiller(keras.Model):
                     f"{model.name!r}, which has no weights yet"
                 )
         self._change("teachers", tuple(models))
-        # Keras asks it for jit_compile="auto", and does not see the teacher.
+        # Keras reads this for jit_compile="auto"; it does not see the teacher.
         self.supports_jit = all(map(supports_jit, models))
 
     @property
@@ -269,7 +272,8 @@ class Distiller(keras.Model):
         weight = check_number(name, weight, at_least=0.0, at_most=1.0)
         if weight and self.hard_label_loss is None:
             fail(name, "0 without a `hard_label_loss`", weight)
-        # At 0 and 1 the step is another one. Between, the weight is a variable.
+        # At 0 and 1, the step is compiled differently. Between these, the
+        # weight is a variable, and no new step is needed.
         low, high = sorted((weight, self.hard_label_weight))
         self._change(name, weight, new_step=low == 0.0 or high == 1.0)
         self._hidden.weight_variable.assign(weight)
@@ -286,9 +290,9 @@ class Distiller(keras.Model):
 
     @property
     def non_trainable_variables(self) -> list[Any]:
-        """The variables of the student, then those of the teachers, each once.
+        """The variables of the student and of the teachers, without repetition.
 
-        A compiled step of JAX must be given every variable that it reads.
+        On JAX, a compiled step must be given every variable that it reads.
         """
         variables = [
             *super().non_trainable_variables,
@@ -308,19 +312,19 @@ class Distiller(keras.Model):
     ) -> None:
         """Configure training; arguments as in `keras.Model.compile`.
 
-        The `loss` gets the teacher's probabilities as `y_true`, the metrics get
-        true labels.
+        The `loss` gets the teacher's probabilities as `y_true`, and the metrics
+        get true labels.
         """
         loss, *others = keras.tree.flatten(loss)
         if others:
-            fail("loss", "one, because the student has one output", others)
+            fail("loss", "a single loss: the student has one output", others)
         (loss_weights,) = keras.tree.flatten(loss_weights)
         refuse_variable("loss_weights", loss_weights)
         of_labels = keras.tree.flatten([metrics, weighted_metrics])
         if any(isinstance(metric, TeacherMetric) for metric in of_labels):
             fail(
                 "metrics",
-                "metrics of true labels. Pass those of the teacher as "
+                "metrics of true labels. Pass metrics of the teacher to "
                 "Distiller(teacher_metrics=[...])",
                 metrics,
             )
@@ -337,7 +341,7 @@ class Distiller(keras.Model):
         hidden.all_metrics = (*of_teacher, *of_labels)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compile as the saved distiller was compiled."""
+        """Compile with the settings of the saved distiller."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
@@ -352,18 +356,18 @@ class Distiller(keras.Model):
         return self.student(inputs, training=training)
 
     def train_step(self, *step: Any) -> Any:
-        """Run Keras's step, `(data)` or on JAX `(state, data)`."""
+        """Run Keras's step; takes `(data)`, or `(state, data)` on JAX."""
         return super().train_step(*self._with_targets(*step))
 
     def test_step(self, *step: Any) -> Any:
-        """Run Keras's step, `(data)` or on JAX `(state, data)`."""
+        """Run Keras's step; takes `(data)`, or `(state, data)` on JAX."""
         return super().test_step(*self._with_targets(*step))
 
     def _with_targets(self, *step: Any) -> tuple[Any, ...]:
         """Return the arguments of a step, with `Targets` in place of `y`."""
         *states, data = step
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        if states:  # JAX hands over the values of the variables.
+        if states:  # On JAX, the values of the variables are arguments.
             ours = (self.trainable_variables, self.non_trainable_variables)
             values = [
                 pair
@@ -420,17 +424,17 @@ class Distiller(keras.Model):
         for weight in self.student.trainable_weights:
             if id(weight) in own:
                 raise ValueError(
-                    "`teacher` must share no trainable weight with the student "
-                    "(keras.models.clone_model copies a model, and "
-                    "trainable=False freezes shared layers). Received: "
+                    "`teacher` must not share trainable weights with the "
+                    "student. Copy the model with keras.models.clone_model, or "
+                    "freeze shared layers with trainable=False. Received: "
                     f"teacher={teacher.name!r}, which shares {weight.path!r}"
                 )
         flag = "teacher_from_logits"
         shown = check_head("teacher", teacher, from_logits, flag)
         from_logits = shown if from_logits is None else from_logits
         if from_logits is None:
-            expected = "True or False, because the last layer of the teacher "
-            expected += "does not show whether it gives logits or probabilities"
+            expected = "True or False, because the teacher's last layer does "
+            expected += "not show whether its outputs are logits"
             fail(flag, expected, None)
         with no_gradient():
             outputs = one_tensor("teacher", teacher(x, training=False))
@@ -446,7 +450,7 @@ class Distiller(keras.Model):
         training: bool = True,
     ) -> Any:
         """Return the total loss of a batch, a scalar; `y` may be `Targets`."""
-        if not isinstance(y, Targets):  # Keras builds what is not built yet.
+        if not isinstance(y, Targets):  # Keras calls this to build the model.
             y = self._targets(x, y)
             self.compute_metrics(x, y, y_pred, sample_weight)
         one_tensor("student", y_pred)
@@ -466,18 +470,18 @@ class Distiller(keras.Model):
         target = y.teacher_probs
         if getattr(self.loss, "teacher_classes", None) is None:
             if (target.shape[-1], y_pred.shape[-1]) == (2, 1):
-                target = target[..., 1:]  # as losses of binary heads take it
+                target = target[..., 1:]  # as losses for binary heads need it
             check_classes("teacher", target, "student", y_pred)
         total = super().compute_loss(x, target, y_pred, sample_weight, training)
         if not weight:
             return total
-        # The student's own losses are in `total`. They count in full.
+        # `total` contains the student's own losses, which keep their weight.
         weight = ops.convert_to_tensor(self._hidden.weight_variable)
         return weight * hard + (1.0 - weight) * (total - own) + own
 
     @property
     def metrics(self) -> list[Any]:
-        """The compiled metrics; those of teacher and student come last."""
+        """The compiled metrics, followed by the teacher metrics."""
         of_teacher = self._hidden.compiled_metrics
         return super().metrics + ([] if of_teacher is None else [of_teacher])
 
@@ -500,8 +504,8 @@ class Distiller(keras.Model):
             elif metric.name == "compile_metrics":
                 if y.labels is None:
                     continue
-                # "accuracy" waits for labels, to know which kind it is. They
-                # may come after TensorFlow has compiled the step.
+                # Keras needs labels to decide what "accuracy" means. They may
+                # come after TensorFlow has compiled the step.
                 if not metric.built:
                     build = functools.partial(metric.build, y.labels, y_pred)
                     outside_of_step(build)
@@ -514,7 +518,7 @@ class Distiller(keras.Model):
         return _results(self.metrics)
 
     def get_config(self) -> dict[str, Any]:
-        """Return the arguments that build the distiller without a teacher."""
+        """Return the arguments that build the distiller, except the teacher."""
         settings = {name: getattr(self, name) for name in SETTINGS}
         return keras.saving.serialize_keras_object(
             {**super().get_config(), **settings}
@@ -524,7 +528,7 @@ class Distiller(keras.Model):
     def from_config(
         cls, config: dict[str, Any], custom_objects: Any = None
     ) -> "Distiller":
-        """Build a distiller without a teacher: set `distiller.teacher`."""
+        """Build a distiller without a teacher; set `distiller.teacher` next."""
         return cls(
             **keras.saving.deserialize_keras_object(
                 config, custom_objects=custom_objects
@@ -535,8 +539,8 @@ class Distiller(keras.Model):
 def _compiled(metrics: Sequence[keras.metrics.Metric]) -> Any:
     """Return the container that Keras makes for these metrics, or None.
 
-    Callbacks with mode="auto" look for a metric's direction only there, and
-    Keras has no public name for it.
+    Callbacks with mode="auto" look for a metric's direction only in this
+    container, and Keras has no public name for it.
     """
     if not metrics:
         return None
@@ -548,7 +552,7 @@ def _compiled(metrics: Sequence[keras.metrics.Metric]) -> Any:
 
 
 def _results(metrics: Sequence[keras.metrics.Metric]) -> dict[str, Any]:
-    """Return the values of metrics by name, of those that are built."""
+    """Return the values of all built metrics, by name."""
     results = {}
     for metric in metrics:
         if getattr(metric, "built", True):
@@ -559,7 +563,7 @@ def _results(metrics: Sequence[keras.metrics.Metric]) -> dict[str, Any]:
 
 
 def _refuse_texts(x: Any) -> None:
-    """Raise a `ValueError` if inputs hold texts."""
+    """Raise a `ValueError` if the inputs contain texts."""
     for leaf in keras.tree.flatten(getattr(x, "element_spec", x)):
         dtype = getattr(leaf, "dtype", type(leaf))
         if dtype in (str, "string") or getattr(dtype, "kind", "") in "OSU":

@@ -8,10 +8,10 @@ or `(..., 1)`, or one-hot rows, `(..., C)`. A label that is not a class is an
 error in an eager call, and gives NaN in a compiled function.
 
 `y_pred` holds the student's outputs, `(..., C)`, or `(..., 1)` for the
-probability (or the logit) of the second of two classes. All metrics average
-over every position of the leading axes. `sample_weight` is `(...)`, or one
-weight per example, `(N,)`. Positions of weight 0, or hidden by a Keras mask,
-may hold anything, including NaN.
+probability (or the logit) of the second of two classes. All metrics are
+averaged over all leading axes. `sample_weight` is `(...)`, or one weight per
+example, `(N,)`. Positions with weight 0, or hidden by a Keras mask, may hold
+any values, including NaN.
 """
 
 from typing import Any
@@ -81,7 +81,7 @@ class StudentMetric(keras.metrics.Metric):
     def read_truth(
         self, y_true: Tensor, student: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return what the student is compared with, `(..., C)`, and weights."""
+        """Return the truth for the comparison, `(..., C)`, and weights."""
         raise NotImplementedError
 
     def values(self, truth: Tensor, student: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class TeacherMetric(StudentMetric):
     def read_truth(
         self, y_true: Tensor, student: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the teacher's probabilities, and 0 as weights of padding."""
+        """Return the teacher's probabilities, and weights with 0 at padding."""
         teacher = read_teacher(_where_weighted(y_true, weight), student)
         padding = ops.all(ops.equal(teacher, 0.0), axis=-1)
         return teacher, ops.where(padding, 0.0, weight)
@@ -140,7 +140,7 @@ class LabelMetric(StudentMetric):
     def read_truth(
         self, y_true: Tensor, student: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return one-hot labels, and NaN as weights of labels of no class."""
+        """Return one-hot labels, and weights with NaN at invalid labels."""
         num_classes = student.shape[-1]
         labels = ops.convert_to_tensor(y_true)
         if labels.shape[-1] == 1 and len(labels.shape) == len(student.shape):
@@ -153,7 +153,7 @@ class LabelMetric(StudentMetric):
         check_classes("y_true", labels, "y_pred", student)
         labels = ops.cast(_where_weighted(labels, weight), "float32")
         labels = valid_probs("y_true", labels, "give class indices instead")
-        # An index outside of [0, C) is a row of zeros.
+        # A row of zeros stands for an index outside of [0, C).
         wrong = ops.all(ops.equal(labels, 0.0), axis=-1) & ops.not_equal(
             weight, 0
         )
@@ -170,12 +170,12 @@ class LabelMetric(StudentMetric):
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
 class TeacherAgreement(TeacherMetric):
-    """Share of examples in which teacher and student name the same class.
+    """Share of examples for which teacher and student predict the same class.
 
         agreement = mean_n [argmax_c t_{n,c} = argmax_c p_{n,c}]
 
-    A student can agree with its teacher and both be wrong. If classes are tied,
-    the first one counts.
+    Teacher and student can agree and both be wrong. If classes are tied, the
+    first of them is used.
 
     Args:
         from_logits: whether the student's outputs are logits.
@@ -200,7 +200,7 @@ class TeacherAgreement(TeacherMetric):
     better = "up"
 
     def values(self, truth: Tensor, student: Tensor) -> Tensor:
-        """Return 1 where both name the same class, else 0."""
+        """Return 1 where both predict the same class, else 0."""
         # NaN where a row is invalid, else 0.
         valid = 0.0 * (ops.max(truth, -1) + ops.max(student, -1))
         same = ops.equal(ops.argmax(truth, -1), ops.argmax(student, -1))
@@ -213,9 +213,9 @@ class TotalVariationDistance(TeacherMetric):
 
         TV = mean_n 1/2 sum_c |t_{n,c} - p_{n,c}|
 
-    It is the largest difference between the probabilities that the two give to
-    any set of classes, so one confident error cannot dominate the mean, as it
-    can for KL.
+    This is the largest difference between the probabilities that teacher and
+    student give to any set of classes. Unlike with KL, a single confident error
+    cannot dominate the mean.
 
     Args:
         from_logits: whether the student's outputs are logits.
@@ -248,9 +248,9 @@ class KLToTeacher(TeacherMetric):
 
         KL = mean_n sum_c t_{n,c} (log t_{n,c} - log p_{n,c})
 
-    It is PTLoss without the perturbation. Compared with PTLoss, it shows how
-    far the student is from the teacher on purpose. Student probabilities below
-    `keras.config.epsilon()` are raised to it.
+    This is PTLoss without the perturbation. PTLoss moves the student away from
+    the teacher on purpose, and this metric shows how far. Student probabilities
+    are clipped from below at `keras.config.epsilon()`.
 
     Args:
         from_logits: whether the student's outputs are logits.
@@ -281,13 +281,14 @@ class KLToTeacher(TeacherMetric):
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
 class BrierScore(LabelMetric):
-    """Squared distance between the student and the true labels, from 0 to 2.
+    """Squared distance between the student and one-hot true labels.
 
         Brier = mean_n sum_c (p_{n,c} - y_{n,c})^2
 
-    The true probabilities have the lowest score, so it measures accuracy and
-    calibration together. It is a sum over all classes. Other definitions for
-    two classes use one of them, and are half of this.
+    It ranges from 0 to 2. The true probabilities have the lowest expected
+    score, so the score measures accuracy and calibration together. It is a sum
+    over all classes; definitions for two classes that use only one of them give
+    half of this score.
 
     Args:
         from_logits: whether the student's outputs are logits.
@@ -316,16 +317,16 @@ class BrierScore(LabelMetric):
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
 class ExpectedCalibrationError(LabelMetric):
-    """Distance of the student's confidence from its accuracy on true labels.
+    """Distance between the student's confidence and its accuracy.
 
-    A student that says 0.9 should be right 9 times in 10. Examples are sorted
-    by their confidence `max_c p_c` into bins B of equal width,
+    A student with confidence 0.9 should be right 9 times in 10. Examples are
+    sorted by their confidence `max_c p_c` into bins B of equal width,
     `(m / num_bins, (m + 1) / num_bins]`:
 
         ECE = sum_B (|B| / N) |accuracy(B) - confidence(B)|
 
-    With weights, `|B|` and `N` are sums of weights. The bins are summed over
-    all batches, so the result does not depend on the batch size.
+    With sample weights, `|B|` and `N` are sums of weights. The bins are summed
+    over all batches, so the result does not depend on the batch size.
 
     Args:
         num_bins: number of bins.
@@ -353,7 +354,7 @@ class ExpectedCalibrationError(LabelMetric):
         super().__init__(**kwargs)
 
     def values(self, truth: Tensor, student: Tensor) -> Tensor:
-        """Return accuracy minus confidence, in the bin of the confidence."""
+        """Return accuracy minus confidence, in the column of its bin."""
         confidence = ops.max(self.probs(student), axis=-1)
         right = ops.equal(ops.argmax(student, -1), ops.argmax(truth, -1))
         gap = ops.cast(right, confidence.dtype) - confidence
@@ -367,7 +368,7 @@ class ExpectedCalibrationError(LabelMetric):
 
 
 def _where_weighted(rows: Tensor, weight: Tensor) -> Tensor:
-    """Return rows `(..., C)`, with zeros in those of weight 0."""
+    """Return rows `(..., C)`, with zeros in the rows of weight 0."""
     rows = ops.convert_to_tensor(rows)
     seen = ops.not_equal(ops.expand_dims(weight, -1), 0.0)
     return ops.where(seen, rows, ops.zeros_like(rows))

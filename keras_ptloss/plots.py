@@ -1,7 +1,7 @@
-"""Plots of what a search found and of calibration, with Matplotlib.
+"""Matplotlib plots of a search's result and of calibration.
 
-Each function draws on the Matplotlib axes `ax`, or on those of a new figure if
-`ax` is None, and returns the axes.
+Each function draws on the Matplotlib axes `ax`, or on the axes of a new figure
+if `ax` is None, and returns the axes.
 """
 
 from typing import Any
@@ -21,11 +21,12 @@ MAX_BARS = 30
 def plot_classes(result: Any, *, ax: Axes = None) -> Axes:
     """Plot how often each class occurs: labels, teacher, corrected teacher.
 
-    The teachers' shares are mean probabilities over the labelled examples. They
-    show which classes a teacher neglects, and what the correction changes.
+    The shares of the teacher and the corrected teacher are mean probabilities
+    over the labelled examples. They show which classes the teacher predicts too
+    rarely, and what the correction changes.
 
     Args:
-        result: what a `ProxyTeacherSearch` returned.
+        result: the result of a `ProxyTeacherSearch`.
         ax: Matplotlib axes, or None for a new figure.
 
     Example:
@@ -45,14 +46,15 @@ def plot_classes(result: Any, *, ax: Axes = None) -> Axes:
             ax.bar(position, shares, 0.9, color="0.8", label=name)
         else:
             ax.plot(position, shares, "ox"[index - 1], markersize=4, label=name)
-    # About twenty of many classes have a tick. Long names stand upright.
+    # If there are many classes, about twenty have a tick. Long names are
+    # written vertically.
     shown = position[:: -(-len(position) // 20)] if many else position
     names = [result.class_names[c] for c in shown]
     names = [n if len(n) < 25 else f"{n[:23]}…" for n in names]
     rotation = 90 if max(map(len, names)) * len(names) > 50 else 0
     ax.set_xticks(shown, names, rotation=rotation)
     ax.set(xlabel="class", ylabel="share")
-    # Above the axes, where it hides no bar.
+    # Above the axes, the legend does not hide any bars.
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=3, fontsize=8)
     return ax
 
@@ -62,12 +64,12 @@ def plot_reliability(
 ) -> Axes:
     """Plot accuracy against confidence: a reliability diagram.
 
-    Bars below the diagonal mean overconfidence. The bins are those of
-    `ExpectedCalibrationError`, whose value is in the legend.
+    Bars below the diagonal mean overconfidence. The bins are the same as in
+    `ExpectedCalibrationError`. The legend shows the value of this error.
 
     Args:
-        probs: probabilities of a teacher or a student, `(N, C)`.
-        labels: true classes, integers, `(N,)`.
+        probs: the probabilities of a teacher or a student, `(N, C)`.
+        labels: the true classes, as integers, `(N,)`.
         num_bins: number of bins of equal width.
         ax: Matplotlib axes, or None for a new figure.
 

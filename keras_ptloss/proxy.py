@@ -1,4 +1,4 @@
-"""The proxy teacher: what a student trained with PTLoss converges to (Eq. 8).
+"""The proxy teacher, to which a student converges under PTLoss (Eq. 8).
 
 For each example the proxy teacher `q` minimises PTLoss over the student. With
 `h` the slope of the perturbation, it is the solution of
@@ -46,7 +46,7 @@ __all__ = ["ProxyTeacher", "ProxyTeacherResult", "proxy_teacher"]
 Tensor = Any
 
 MAX_STEPS = 60
-ROWS_AT_ONCE = 1024  # One compiled shape serves any number of rows.
+ROWS_AT_ONCE = 1024  # A fixed size, so that the solver is compiled only once.
 FSOLVE_TOLERANCE = 1e-6
 
 
@@ -57,9 +57,9 @@ class ProxyTeacherResult:
     Attributes:
         probabilities: the proxy teachers, `(N, ..., C)`, float64.
         converged: whether the solver converged, `(N, ...)`. If not, the row
-            holds the best point found. Newton's loss there is never above the
-            loss at the teacher itself.
-        steps: steps of the solver, `(N, ...)`; 0 for the closed form.
+            holds the best point found. With Newton's method, the loss at this
+            point is never above the loss at the teacher itself.
+        steps: number of steps of the solver, `(N, ...)`; 0 for the closed form.
         solver: `"newton"` or `"fsolve"`.
     """
 
@@ -69,13 +69,13 @@ class ProxyTeacherResult:
     solver: str
 
     def __str__(self) -> str:
-        """Return one line: did it converge, and what to do if it did not."""
+        """Return one line: whether the solver converged and, if not, advice."""
         text = f"{self.converged.size} proxy teachers by {self.solver}"
         if self.converged.all():
             return f"{text}, all converged"
         advice = {
             "fsolve": 'use solver="newton"',
-            "newton": "keep epsilon_m >= -1/m, where the loss is convex",
+            "newton": "use epsilon_m >= -1/m, where the loss is convex",
         }
         missed = np.count_nonzero(~self.converged)
         return f"{text}, {missed} did not converge: {advice[self.solver]}"
@@ -92,8 +92,8 @@ def proxy_teacher(
 
         q = argmin_q sum_c t_c (-log q_c + sum_m epsilon_{c,m} (1 - q_c)^m)
 
-    The loss is convex, with one minimum, while `epsilon_m >= -1/m` for every m.
-    Elsewhere the solver returns a minimum that it can reach from the teacher.
+    If `epsilon_m >= -1/m` for every m, the loss is convex and has one minimum.
+    Otherwise, the solver returns a minimum that it can reach from the teacher.
 
     Args:
         teacher_probs: the teacher's probabilities, `(N, ..., C)`, or
@@ -159,7 +159,7 @@ def solve_rows(
         ]
         done = np.ones(len(t), bool)
         return np.concatenate(found), done, np.zeros(len(t), int)
-    # Rows of zeros fill the last block; they converge at once.
+    # The last block is filled with rows of zeros, which converge at once.
     padded = np.zeros((num_blocks, ROWS_AT_ONCE, t.shape[1]))
     padded.reshape(-1, t.shape[1])[: len(t)] = t
     solved = [
@@ -173,7 +173,7 @@ def solve_rows(
 
 
 def _has_closed_form(epsilon: Any) -> bool:
-    """Return whether `shared_proxy` serves: one known shared coefficient."""
+    """Return whether `shared_proxy` applies: one known shared coefficient."""
     known = isinstance(epsilon, np.ndarray) and epsilon.shape == (1,)
     return known and float(epsilon[0]) >= -0.9999
 
@@ -200,7 +200,7 @@ def newton(teacher_probs: Tensor, epsilon: Tensor) -> tuple[Tensor, ...]:
         ops.reshape(epsilon[..., m], (-1, *ones))
         for m in range(epsilon.shape[-1])
     ]
-    # A row is done after a step this small, because the step squares its error.
+    # A row is done after a step this small, because a step squares the error.
     tolerance, rounding = (1e-8, 1e-14) if tiny < 1e-100 else (1e-3, 1e-5)
     # One step of the fixed-point map is a better start than the teacher.
     w, _ = _w_and_d(t, 1.0 - t, coefficients)
@@ -223,8 +223,8 @@ def newton(teacher_probs: Tensor, epsilon: Tensor) -> tuple[Tensor, ...]:
         best = ops.where(done, q, ops.where(better, again, low))
         return best, done | better, ops.where(done, steps, steps + more)
 
-    # Outside the convex region Newton's method may fail, or end at a maximum.
-    # There the loss is lowered step by step, and the method starts again.
+    # Outside the convex region, Newton's method may fail or end at a maximum.
+    # If so, `_descend` lowers the loss, and Newton's method starts again there.
     q, done, steps = ops.cond(ops.all(done), lambda: (q, done, steps), restart)
     q = ops.where(given > 0, q, 0.0)
     total = ops.sum(q, axis=0, keepdims=True)
@@ -237,7 +237,7 @@ _newton_on_tensors = compiled_on_jax(newton)
 
 
 def _tiny(x: Tensor) -> float:
-    """Return a number that replaces zeros, and whose inverse is finite."""
+    """Return a number to replace zeros with; its inverse is finite."""
     dtype = keras.backend.standardize_dtype(x.dtype)
     return 1e-300 if dtype == "float64" else 1e-30
 
@@ -247,8 +247,8 @@ def _w_and_d(
 ) -> tuple[Tensor, Tensor]:
     """Return `1 + q h(s)` and `1 + q^2 h'(s)` with `s = 1 - q`, `(C, ...)`.
 
-    Written in `a_m = 1 + m epsilon_m`. All terms are then positive in the
-    convex region, so that no digits are lost near `epsilon_m = -1/m`.
+    The formulas use `a_m = 1 + m epsilon_m`. All terms are then positive in the
+    convex region, so no precision is lost near `epsilon_m = -1/m`.
     """
     order = len(coefficients)
     a = [1.0 + m * e for m, e in enumerate(coefficients, start=1)]
@@ -330,9 +330,10 @@ def _newton_step(
 ) -> Tensor:
     """Return the change of `u = logit(q)`, `(C, ...)`.
 
-    The equations are `log t_c + log((1 + q_c h_c) / q_c) = log nu` and, in log
-    form, that the largest class has what the others leave: `log sum_{c != top}
-    q_c = log(1 - q_top)`. They are linear in `log nu`, which is eliminated.
+    The equations are `log t_c + log((1 + q_c h_c) / q_c) = log nu` and the
+    logarithm of `sum_c q_c = 1`, written for the largest class: `log sum_{c !=
+    top} q_c = log(1 - q_top)`. They are linear in `log nu`, which is
+    eliminated.
     """
     order = len(coefficients)
     e = ops.exp(-ops.abs(u))
@@ -374,10 +375,10 @@ def _largest(x: Tensor) -> Tensor:
 
 
 def _descend(t: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
-    """Return points of lower loss than the teacher's, `(C, ...)`.
+    """Return points with a loss no higher than the teacher's, `(C, ...)`.
 
     This is a damped Newton method on the simplex with a modified, positive
-    Hessian. The loss never rises.
+    Hessian. The loss never increases.
     """
 
     def unfinished(count: Tensor, *state: Tensor) -> Tensor:
@@ -412,19 +413,19 @@ def _descend(t: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
     return ops.while_loop(unfinished, step, state)[1]
 
 
-# ---- Derivatives, by the implicit function theorem. At the proxy teacher
-# ---- f_c = t_c (1/q_c + h_c) is the same for all classes, and the Hessian's
-# ---- diagonal is H_c = t_c d_c / q_c^2.
+# ---- Derivatives, by the implicit function theorem. At the proxy teacher,
+# ---- f_c = t_c (1/q_c + h_c) is the same for all classes, and the diagonal of
+# ---- the Hessian is H_c = t_c d_c / q_c^2.
 
 
 def epsilon_gradient(
     t: np.ndarray, q: np.ndarray, epsilon: np.ndarray, upstream: np.ndarray
 ) -> np.ndarray:
-    """Return the derivative of `J(q)` with respect to `epsilon`, in its shape.
+    """Return the derivative of `J(q)` by `epsilon`, in the shape of `epsilon`.
 
     Args:
         t: teacher probabilities, `(N, C)`.
-        q: their proxy teachers, `(N, C)`.
+        q: the proxy teachers of t, `(N, C)`.
         epsilon: `(M,)` or `(C, M)`.
         upstream: `dJ / dq`, `(N, C)`.
     """
@@ -440,7 +441,7 @@ def epsilon_gradient(
 def _inverse_hessian(
     t: Tensor, q: Tensor, coefficients: Sequence[Tensor], xp: Any
 ) -> Tensor:
-    """Return `1 / H_c`, 0 where `q_c = 0`, `(..., C)`."""
+    """Return `1 / H_c`, or 0 where `q_c = 0`; the shape is `(..., C)`."""
     _, d = _w_and_d(q, 1.0 - q, coefficients, xp)
     ratio = q / xp.where(t > 0, t, 1.0)
     return q * ratio / xp.where(d == 0, 1.0, d)
@@ -468,7 +469,7 @@ def proxy_tensor(teacher_probs: Tensor, epsilon: Any) -> Tensor:
     else:
         q, _, _ = _newton_on_tensors(fixed_t, fixed_epsilon)
     q = ops.stop_gradient(q)
-    # One Newton step from q: its value is zero, its derivative that of q.
+    # A Newton step from q has the value zero and the derivative of q.
     orders = range(epsilon.shape[-1])
     fixed = [fixed_epsilon[..., m] for m in orders]
     inverse = _inverse_hessian(fixed_t, q, fixed, ops)
@@ -489,9 +490,9 @@ def _solve_fsolve(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return proxy teachers `(N, C)`, converged `(N,)` and calls `(N,)`.
 
-    The unknowns are the logits of q, from `log t`. Softmax ignores a shift,
-    which makes the Jacobian in all C logits singular, so the logit of the
-    teacher's largest class is fixed.
+    The unknowns are the logits of q, starting from `log t`. Softmax ignores a
+    shift, so the Jacobian of all C logits is singular. Therefore the logit of
+    the teacher's largest class is fixed.
     """
     coefficients = list(np.moveaxis(epsilon, -1, 0))
     q, steps = np.empty_like(t), np.empty(len(t), int)
@@ -521,7 +522,7 @@ def _fsolve_row(
     free = np.arange(len(t)) != np.argmax(t)
 
     def equations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the loss's gradient on the logits, and its Jacobian."""
+        """Return the gradient of the loss by the logits, and its Jacobian."""
         z = start.copy()
         z[free] = x
         q = scipy.special.softmax(z)
@@ -553,18 +554,18 @@ def _fsolve_row(
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
 class ProxyTeacher(keras.layers.Layer):
-    """Turn a teacher's probabilities into its proxy teacher's.
+    """Turn a teacher's probabilities into those of its proxy teacher.
 
-    `keras.Sequential([teacher, ProxyTeacher(epsilon)])` is the proxy teacher as
-    a model. `epsilon` is a weight of the layer. `fit` trains it on labels by
-    its exact derivative, unless `trainable=False`, and keeps `epsilon_m >=
-    -1/m`, where the loss is convex.
+    `keras.Sequential([teacher, ProxyTeacher(epsilon)])` gives you the proxy
+    teacher as a Keras model. `epsilon` is a weight of the layer. Unless
+    `trainable=False`, `fit` trains it on labels with its exact derivative, and
+    keeps `epsilon_m >= -1/m`, where the loss is convex.
 
     Args:
         epsilon: starting coefficients: a number (order 1), `(M,)` shared by the
             classes, or `(C, M)` per class.
-        **kwargs: `name`, `trainable` and others of `keras.layers.Layer`. The
-            dtype is float32 unless it is given.
+        **kwargs: `name`, `trainable` and other arguments of
+            `keras.layers.Layer`. The default dtype is float32.
 
     Input: probabilities, `(..., C)`, or `(..., 1)` for the probability of the
     second of two classes. Output: `(..., C)`. Rows that are not probabilities
@@ -581,7 +582,7 @@ class ProxyTeacher(keras.layers.Layer):
     """
 
     def __init__(self, epsilon: Any, **kwargs: Any) -> None:
-        # The solver needs at least float32 under mixed precision, too.
+        # The solver needs at least float32, also under mixed precision.
         kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
         self._start = check_constant_epsilon(epsilon)
@@ -604,7 +605,7 @@ class ProxyTeacher(keras.layers.Layer):
         return proxy_tensor(t, ops.convert_to_tensor(self.epsilon))
 
     def compute_output_shape(self, input_shape: Any) -> Any:
-        """Return `(..., C)`, with 2 classes for a binary head's one column."""
+        """Return `(..., C)`; a single column is expanded to two classes."""
         return (*input_shape[:-1], max(input_shape[-1], 2))
 
     def get_config(self) -> dict[str, Any]:

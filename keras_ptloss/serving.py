@@ -33,7 +33,7 @@ __all__ = ["export_student"]
 
 Tensor = Any
 
-# Each format's file, and the backends from which Keras can write it.
+# The file name of each format, and the backends on which Keras can write it.
 _FORMATS = {
     "tf_saved_model": ("", ("tensorflow", "jax")),
     "litert": ("model.tflite", ("tensorflow",)),
@@ -56,46 +56,46 @@ def export_student(
 
     The layout is that of TensorFlow Serving: `directory` is the model and
     `directory/1`, `directory/2`, ... are its versions. A new version appears
-    complete or not at all, so a server may watch the folder. Before it appears,
-    it is loaded once, and its answers are compared with the model's.
+    only when it is complete, so a server may watch the folder. Before a version
+    appears, it is loaded once, and its answers are compared with the model's.
 
-    A version answers with
+    A version returns
 
         probabilities   float32, (batch, ..., num_classes)
         label           int32, (batch, ...), the most probable class
         class_name      string, (batch, ...); SavedModel with `class_names`
 
-    Its inputs have the names of the model's `keras.Input`s. Characters other
-    than letters, digits and `_` become `_`. An input without a name is called
-    `inputs`; several are called `inputs_0`, `inputs_1`, ... The batch may have
-    any size, including 0. A SavedModel has the signature
+    The inputs have the names of the model's `keras.Input`s. Characters other
+    than letters, digits and `_` become `_`. A single input without a name is
+    called `inputs`; several are called `inputs_0`, `inputs_1`, ... The batch
+    may have any size, including 0. A SavedModel has the signature
     `serving_default`, and `serve` for `keras.layers.TFSMLayer`.
 
-    A SavedModel from JAX runs on CPU and CUDA. Its axes of free size must agree
-    among the inputs, as tokens and their mask do.
+    A SavedModel from JAX runs on CPU and CUDA. If several inputs have an axis
+    of free size, such as tokens and their mask, the sizes must be equal.
 
     Args:
         model: the student, a Functional or Sequential model with one output
             `(batch, ..., num_classes)`. A binary head with one output is
             served with two classes.
-        directory: local folder of all versions; created if necessary.
+        directory: local folder for all versions; created if necessary.
         version: number of the version, at least 1. None takes the highest
             existing number plus one.
         class_names: names of the classes, in order; two for a binary head. They
             are also written to `assets.extra/class_names.json`.
         from_logits: whether the model's output is logits. The export gives
             probabilities in either case.
-        preprocessor: makes the model's inputs from strings, inside the
-            SavedModel and in TensorFlow operations: a function, a `tf.Module`
-            or, on TensorFlow, a Keras layer. Each required argument becomes an
-            input `(batch,)` of strings with that name. Lookup tables must be
-            attributes of a `tf.Module` or a layer.
+        preprocessor: a function, a `tf.Module` or, on TensorFlow, a Keras layer
+            that turns strings into the model's inputs. It runs inside the
+            SavedModel, so it must use TensorFlow operations. Each required
+            argument becomes an input of strings, `(batch,)`, with that name.
+            Lookup tables must be attributes of a `tf.Module` or a layer.
         format: `"tf_saved_model"`, or `"litert"` (from TensorFlow only) or
             `"onnx"` for one file, `model.tflite` or `model.onnx`.
         verbose: 1 shows what is exported and a progress bar, 0 does not.
 
     Returns:
-        The folder of the version, `directory/<version>`.
+        The path of the new version's folder, `directory/<version>`.
 
     Raises:
         ValueError: if the version exists; if the backend or the format does not
@@ -152,9 +152,9 @@ def export_student(
         raise ValueError(
             f"`model` must not compute in bfloat16 with format={format!r}, "
             "whose runtimes do not support it. Build the student again with "
-            "dtype='float32', copy the weights by "
-            "float32_model.set_weights(model.get_weights()) and export that. "
-            f"Received: model={model.name!r}"
+            "dtype='float32', copy the weights with "
+            "float32_model.set_weights(model.get_weights()), and export the "
+            f"new model. Received: model={model.name!r}"
         )
     check_head("model", model, from_logits, "from_logits")
     signature = _signature(inputs)
@@ -164,7 +164,7 @@ def export_student(
 
     progress = Progress(
         f"Exporting {model.name!r} to {directory} as {format}",
-        2,  # Write it and load it once.
+        2,  # Write the model, then load it once.
         unit="step",
         verbose=verbose,
     )
@@ -193,13 +193,13 @@ def export_student(
             try:
                 return written.rename(directory / str(number))
             except OSError:
-                # Another export may have taken the number meanwhile.
+                # Another export may have taken this number in the meantime.
                 if version or number not in _versions(directory):
                     raise
 
 
 def _inputs_and_classes(model: Any) -> tuple[Any, int]:
-    """Return the model's symbolic inputs, nested as it takes them, and C."""
+    """Return the model's symbolic inputs, with their nesting, and C."""
     try:
         sequential = isinstance(model, keras.Sequential)
         inputs = model.inputs[0] if sequential else model.input
@@ -225,7 +225,7 @@ def _signature(inputs: Any) -> Any:
     for index, tensor in enumerate(flat):
         # TensorFlow only accepts letters, digits and `_`.
         name = re.sub(r"\W", "_", tensor.name, flags=re.ASCII)
-        # Keras numbers unnamed inputs differently in each process.
+        # Keras gives unnamed inputs different numbers in each process.
         if re.fullmatch(r"keras_tensor(_\d+)?", name):
             name = "inputs" if len(flat) == 1 else f"inputs_{index}"
         shape = (None, *tensor.shape[1:])
@@ -234,7 +234,7 @@ def _signature(inputs: Any) -> Any:
 
 
 def _random_inputs(signature: Any) -> dict[str, np.ndarray]:
-    """Return random inputs by name; none if the model takes strings."""
+    """Return random inputs by name, or {} if the model takes strings."""
     generator = np.random.default_rng(0)
     inputs = {}
     for spec in keras.tree.flatten(signature):
@@ -252,9 +252,9 @@ def _random_inputs(signature: Any) -> dict[str, np.ndarray]:
 def _example_probabilities(
     model: Any, signature: Any, example: dict[str, Any], from_logits: bool
 ) -> np.ndarray | None:
-    """Return the student's probabilities for the example, if it can take it.
+    """Return the student's probabilities for the example, or None if it fails.
 
-    Raises a `ValueError` if the outputs are not what `from_logits` says.
+    Raises a `ValueError` if the outputs contradict `from_logits`.
     """
     inputs = [ops.convert_to_tensor(value) for value in example.values()]
     try:
@@ -283,12 +283,12 @@ def _example_probabilities(
 
 
 def _serving_model(model: Any, inputs: Any, from_logits: bool) -> keras.Model:
-    """Return the model that gives a dict of probabilities and label."""
-    # Without training=False, random layers would augment each request.
+    """Return a model whose output is a dict of probabilities and label."""
+    # Without training=False, random layers would change each request.
     [outputs] = keras.tree.flatten(model(inputs, training=False))
     probs = model_probs(outputs, from_logits=from_logits)
-    # `ops.argmax` uses operations that LiteRT and ONNX Runtime lack, and
-    # `ops.top_k` from JAX one that TensorFlow 2.21 lacks.
+    # `ops.argmax` uses operations that LiteRT and ONNX Runtime do not have, and
+    # `ops.top_k` on JAX uses one that TensorFlow 2.21 does not have.
     classes = np.arange(probs.shape[-1], dtype="int32")
     largest = ops.max(probs, axis=-1, keepdims=True)
     label = ops.where(probs < largest, len(classes), classes)
@@ -366,7 +366,7 @@ def _required_arguments(preprocessor: Callable[..., Any]) -> list[str]:
 def _write_onnx_from_jax(
     student: keras.Model, signature: Any, file: pathlib.Path
 ) -> None:
-    """Do what `keras.Model.export` does, but name the outputs."""
+    """Export like `keras.Model.export`, but with names for the outputs."""
     names = ["probabilities", "label"]
     specs = keras.tree.flatten(signature)
 
@@ -391,9 +391,9 @@ def _write_onnx_from_jax(
 
 
 def _symbolic_shape(spec: Any) -> list[int | str]:
-    """Return a shape for JAX, with words for the free sizes.
+    """Return a shape for JAX, with a name for each free size.
 
-    Keras gives each free size a different word. JAX then does not know that
+    Keras gives each free size a different name. JAX then does not know that
     tokens and mask have the same length.
     """
     return [
@@ -409,7 +409,7 @@ def _function_from_jax(student: keras.Model, signature: Any) -> Any:
     traced = _trace_jax(student, signature)
 
     def predict(inputs: Any) -> dict[str, Any]:
-        # JAX's symbolic sizes are at least 1, so an empty batch gets a row.
+        # JAX's symbolic sizes are at least 1, so add a row to an empty batch.
         size = tf.shape(keras.tree.flatten(inputs)[0])[0]
         missing = [tf.cast(size == 0, "int32")]
 
@@ -427,8 +427,8 @@ def _trace_jax(student: keras.Model, signature: Any) -> Any:
     """Trace a JAX student with free sizes.
 
     A student may compare a size with the length of its position table. JAX
-    refuses what it cannot decide for every size, so the comparison becomes a
-    constraint.
+    refuses a comparison that depends on the size, so such a comparison becomes
+    a constraint.
     """
     shapes = keras.tree.map_structure(
         lambda spec: ", ".join(map(str, _symbolic_shape(spec))), signature
@@ -456,7 +456,7 @@ def _trace_jax(student: keras.Model, signature: Any) -> Any:
                 function.get_concrete_function()
                 return function
         except Exception as error:
-            # No attribute of the error has the comparison.
+            # The comparison is only in the text of the error.
             undecided = re.search(
                 r"comparison '(.+?)' (<=|>=|==) '(.+?)' is inconclusive",
                 str(error),
@@ -464,8 +464,8 @@ def _trace_jax(student: keras.Model, signature: Any) -> Any:
             constraint = " ".join(undecided.groups()) if undecided else None
             if constraint is None or constraint in constraints:
                 error.add_note(
-                    "If JAX cannot leave a size of `model` free, fix it by "
-                    "keras.Input(shape=...), or export with "
+                    "If JAX cannot leave a size of `model` free, fix that size "
+                    "with keras.Input(shape=...), or export with "
                     "KERAS_BACKEND=tensorflow."
                 )
                 raise
@@ -476,8 +476,8 @@ def _rewrite_for_older_readers(file: pathlib.Path) -> None:
     """Rewrite a SavedModel's StableHLO in the version of 2024.
 
     JAX writes StableHLO for readers that are four weeks older than itself.
-    Releases of TensorFlow lag behind by months, and servers by more. A module
-    with newer operations stays as it is.
+    Releases of TensorFlow are months behind, and servers even more. A module
+    with newer operations is left unchanged.
     """
     from jax.extend.mlir.dialects import stablehlo
     from tensorflow.core.protobuf import saved_model_pb2
@@ -497,22 +497,22 @@ def _rewrite_for_older_readers(file: pathlib.Path) -> None:
     file.write_bytes(saved.SerializeToString())
 
 
-# Loading what was written.
+# Loading the export.
 
 
 def _load_once(
     path: pathlib.Path, inputs: dict[str, Any], expected: np.ndarray | None
 ) -> None:
-    """Load an export; warn if it answers differently from the model."""
+    """Load an export; warn if its answers differ from the model's."""
     try:
         predict = _load(path)
     except RuntimeError as error:
         if "Flex" not in str(error):
             raise
-        # TensorFlow's Python package has no Flex delegate to try this with.
+        # TensorFlow's Python package has no Flex delegate, so skip the test.
         warnings.warn(
-            "model.tflite needs the Flex delegate of LiteRT. It was written "
-            "but could not be tried.",
+            "model.tflite needs the Flex delegate of LiteRT. The file was "
+            "written but could not be tested.",
             stacklevel=3,
         )
         return
@@ -523,7 +523,7 @@ def _load_once(
         warnings.warn(
             "The probabilities of the export differ from the model's by up to "
             f"{difference:.2g} for random inputs. Unless inference is random, "
-            "the converter of this format is wrong: try another format.",
+            "the converter of this format has an error: try another format.",
             stacklevel=3,
         )
 
@@ -537,7 +537,7 @@ def _load(path: pathlib.Path) -> Callable[[dict[str, Any]], np.ndarray]:
 
     if path.suffix == ".tflite":
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TensorFlow moves it to a package.
+            warnings.simplefilter("ignore")  # It will move to a new package.
             interpreter = tf.lite.Interpreter(str(path))
         serve = interpreter.get_signature_runner("serving_default")
         return lambda inputs: serve(**inputs)["probabilities"]
@@ -555,7 +555,7 @@ def _load(path: pathlib.Path) -> Callable[[dict[str, Any]], np.ndarray]:
 
 
 def _versions(directory: pathlib.Path) -> list[int]:
-    """Return the versions that a server would find: 7 and 0007, not 7.old."""
+    """Return the versions that a server finds: 7 and 0007, but not 7.old."""
     names = os.listdir(directory) if directory.is_dir() else []
     return [int(name) for name in names if re.fullmatch("[0-9]+", name)]
 
@@ -564,7 +564,7 @@ def _versions(directory: pathlib.Path) -> list[int]:
 def _temporary_folder(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yield a new folder on the same disk, and delete it at the end.
 
-    First, the folders of killed exports are deleted. Each export holds a shared
+    First, delete the folders of killed exports. Each export holds a shared
     lock on `directory`, which the system releases when the process ends. An
     exclusive lock therefore shows that no other export is running.
     """
@@ -579,8 +579,8 @@ def _temporary_folder(directory: pathlib.Path) -> Iterator[pathlib.Path]:
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_SH)
         with tempfile.TemporaryDirectory(prefix=prefix, dir=directory) as name:
-            # Others, such as the server, may not read a temporary folder
-            # itself, but they may read a folder inside it.
+            # Only this user may read the temporary folder. The folder inside
+            # it has the usual permissions, so a server can read it later.
             folder = pathlib.Path(name, "version")
             folder.mkdir()
             yield folder

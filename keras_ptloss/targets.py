@@ -40,8 +40,8 @@ class DistillationTargets:
         sample_weight: `(N,)`, float32: `label_weight` for labelled rows, 1 for
             the others.
         chosen: the name of the candidate with the lowest score.
-        averaged: the names of the candidates that made `values`: the chosen one
-            and those that are level with it.
+        averaged: the names of the candidates that `values` were computed from:
+            the chosen candidate and those within one standard error of it.
         scores: the out-of-fold NLL of each candidate on the labelled rows.
         result: the search result of the chosen candidate.
         model: the labels-only model, trained on all labelled examples, or None.
@@ -90,47 +90,47 @@ def distillation_targets(
 
     The labels are used twice: they correct the teacher, and the targets of the
     labelled examples are their one-hot labels. With `build_model`, they are
-    used a third time: a model that is trained on the labelled examples alone
+    used a third time: a model that is trained only on the labelled examples
     becomes one more teacher.
 
-    The candidates are the teacher as it is, the corrected teacher, the
-    corrected labels-only model and a correction of both together. The one with
-    the lowest NLL on the labelled rows wins. Each row's NLL comes from models
-    and corrections that were fitted without that row. Corrections whose NLL is
-    within one standard error of the lowest are level with it: the targets are
-    their geometric mean.
+    The candidates are the uncorrected teacher, the corrected teacher, the
+    corrected labels-only model and a correction of both together. The candidate
+    with the lowest NLL on the labelled rows is chosen. Each row's NLL comes
+    from models and corrections that were fitted without that row. If other
+    candidates have an NLL within one standard error of the lowest, the targets
+    are the geometric mean of all of these.
 
     The labels-only model is trained six times: once without each of five folds,
-    and once on all labelled examples. In each fold, a Keras model stops early,
-    judged by a fifth of its training examples. The last training takes the
-    median number of epochs. Call `keras.utils.set_random_seed` first to get the
-    same weights each time.
+    and once on all labelled examples. In each fold, a fifth of the training
+    examples decides when a Keras model stops early. The last training takes the
+    median number of epochs. For reproducible model weights, call
+    `keras.utils.set_random_seed` first.
 
     Args:
-        teacher: the teacher's outputs on all rows, `(N, C)`, or a Keras model,
+        teacher: the teacher's outputs for all rows, `(N, C)`, or a Keras model,
             which is called on `x`; or a list of these, for several teachers.
         labels: `(N,)` integers: the true class, or -1 where it is unknown.
         x: the inputs of all rows, for `build_model` and for a teacher that is a
             model: an array, a list of texts, a dict of arrays, or batches that
             come in the same order each time (`tf.data.Dataset`, `PyDataset`).
             Only the labelled examples of a data set are kept in memory.
-        build_model: a function that returns a new labels-only model. Either a
-            Keras classifier with C outputs (or one output for two classes),
+        build_model: a function that returns a new labels-only model. It can be
+            a Keras classifier with C outputs (or one output for two classes),
             whose loss takes class indices or one-hot labels; a model that is
-            not compiled is trained with Adam and cross-entropy. Or a
-            scikit-learn classifier with `predict_proba`.
-        label_weight: the weight of labelled examples in `sample_weight`.
-        from_logits: whether the teacher's outputs are logits: one flag for all
-            teachers, or one for each.
-        num_classes: C. The default is the number of the first teacher's
-            outputs.
+            not compiled is trained with Adam and cross-entropy. It can also be
+            a scikit-learn classifier with `predict_proba`.
+        label_weight: the `sample_weight` given to each labelled example.
+        from_logits: whether the teacher's outputs are logits. Pass one flag for
+            all teachers, or one per teacher.
+        num_classes: the number of classes, C. The default is the number of the
+            first teacher's outputs.
         class_names: names for the reports.
         random_sample: whether the labelled rows are a random sample. If not,
             classes without any label keep the teacher's probabilities.
-        epochs: the most epochs that a Keras `build_model()` is trained for.
-        batch_size: of a Keras `build_model()`.
-        seed: of the folds.
-        verbose: 1 shows progress bars, 0 does not; "auto" shows those of steps
+        epochs: the maximum number of epochs for a Keras `build_model()`.
+        batch_size: the batch size for a Keras `build_model()`.
+        seed: the random seed of the folds.
+        verbose: 1 shows progress bars, 0 does not; "auto" shows them for steps
             that take more than two seconds.
 
     Returns:
@@ -162,7 +162,7 @@ def distillation_targets(
     teachers = (
         list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
     )
-    if from_logits is None:  # `SoftLabels` know it.
+    if from_logits is None:  # Stored outputs have an attribute for it.
         from_logits = [getattr(one, "from_logits", None) for one in teachers]
     outputs = [_outputs(one, x, len(labels), verbose) for one in teachers]
     num_classes = num_classes or max(outputs[0].shape[1], 2)
@@ -180,7 +180,7 @@ def distillation_targets(
         return _Candidate(result, outputs)
 
     corrected = search(outputs, from_logits)
-    # The search has decided between the teacher as it is and its correction.
+    # The search has chosen the uncorrected teacher or its correction.
     as_it_is = corrected.result.chosen.startswith("teacher")
     candidates = {TEACHER if as_it_is else CORRECTED: corrected}
     scores = {
@@ -212,7 +212,7 @@ def distillation_targets(
             missing = np.setdiff1d(np.arange(num_classes), known)
             own = _keep_classes(own, missing, outputs, flags)
         with warnings.catch_warnings():
-            # The first search has already warned about the labels.
+            # The first search has already issued the warnings about the labels.
             warnings.simplefilter("ignore")
             candidates[LABELS_ONLY] = search([own], False)
             candidates[BOTH] = search([*outputs, own], [*flags, False])
@@ -250,7 +250,7 @@ class _Candidate:
 
     Attributes:
         result: the search's result.
-        outputs: the teachers' outputs on all rows.
+        outputs: the teachers' outputs for all rows.
     """
 
     result: SearchResult
@@ -262,7 +262,7 @@ class _Candidate:
 
 
 def _is_level(losses: np.ndarray, lowest: np.ndarray) -> bool:
-    """Return whether losses are within a standard error of the lowest."""
+    """Return whether the mean is within one standard error of the lowest."""
     excess = losses - lowest
     return excess.mean() <= excess.std() / np.sqrt(len(excess))
 
@@ -281,7 +281,7 @@ def _one_or_list(arrays: list[np.ndarray]) -> Any:
 
 
 def _check_labels(labels: Any) -> np.ndarray:
-    """Return labels as integers `(N,)`, some of which are known."""
+    """Check the labels and return them as integers `(N,)`."""
     array = np.asarray(labels)
     if (
         array.ndim != 1
@@ -290,8 +290,8 @@ def _check_labels(labels: Any) -> np.ndarray:
         or np.any(array < -1)
     ):
         raise ValueError(
-            "`labels` must be integers of shape (N,): a class, or -1 where it "
-            f"is unknown. Received: labels={labels!r}"
+            "`labels` must be integers of shape (N,): a class, or -1 where the "
+            f"class is unknown. Received: labels={labels!r}"
         )
     if not np.any(array >= 0):
         raise ValueError(
@@ -304,7 +304,7 @@ def _check_labels(labels: Any) -> np.ndarray:
 def _outputs(
     teacher: Any, x: Any, num_rows: int, verbose: Verbose
 ) -> np.ndarray:
-    """Return a teacher's outputs on all rows, `(N, C)`."""
+    """Return a teacher's outputs for all rows, `(N, C)`."""
     if isinstance(teacher, keras.Model):
         if x is None:
             raise ValueError(
@@ -327,12 +327,13 @@ def _outputs(
 
 @dataclasses.dataclass(frozen=True)
 class _LabelsOnly:
-    """A model that learns from labelled examples alone.
+    """A model that learns only from labelled examples.
 
     Attributes:
-        build: returns a new Keras model or scikit-learn classifier.
-        num_classes: C.
-        epochs: the highest number of epochs for a Keras model.
+        build: a function that returns a new Keras model or scikit-learn
+            classifier.
+        num_classes: the number of classes, C.
+        epochs: the maximum number of epochs for a Keras model.
         batch_size: the batch size for a Keras model.
     """
 
@@ -384,13 +385,14 @@ class _LabelsOnly:
         """Train a new model on `rows`.
 
         Args:
-            x: inputs.
-            labels: their classes.
+            x: the inputs.
+            labels: the classes of the inputs.
             rows: indices of the rows to train on.
-            stop: which of these decide when a Keras model stops; it does not
-                learn from them. None trains for `epochs` on all of them.
-            epochs: of a Keras model, without `stop`.
-            callbacks: of a Keras model.
+            stop: indices of those rows that a Keras model does not learn from,
+                but which decide when it stops. With None, it learns from all
+                rows, for `epochs`.
+            epochs: number of epochs for a Keras model without `stop`.
+            callbacks: callbacks for a Keras model.
 
         Returns:
             The model, and its best epoch.
@@ -433,7 +435,7 @@ class _LabelsOnly:
     def predict(
         self, model: Any, x: Any, num_rows: int, verbose: Verbose = 0
     ) -> np.ndarray:
-        """Return probabilities `(N, C)` of a model trained on `num_rows`."""
+        """Return probabilities `(N, C)` of a model fitted to `num_rows`."""
         if isinstance(model, keras.Model):
             logits = getattr(model.loss, "from_logits", False)
             outputs = predict(model, x, verbose=verbose).astype("float64")
@@ -465,7 +467,7 @@ def _keep_classes(
 ) -> np.ndarray:
     """Give classes without labels the teachers' mean probability.
 
-    The labels-only model knows nothing about these classes.
+    The labels-only model has not seen any example of these classes.
     """
     probs = [
         scipy.special.softmax(outputs, axis=1) if flag else outputs
@@ -497,8 +499,8 @@ def _check_inputs(x: Any) -> Any:
         same = keras.tree.map_structure(np.array_equal, first, second)
         if not all(keras.tree.flatten(same)):
             raise ValueError(
-                "`x` must give the same rows in the same order each time that "
-                "it is read. Remove shuffling and random augmentation. "
+                "`x` must return the same rows in the same order each time it "
+                "is read. Remove shuffling and random augmentation. "
                 f"Received: x={x!r}"
             )
     return x
@@ -510,7 +512,7 @@ def _is_data_set(x: Any) -> bool:
 
 
 def _batches(x: Any) -> Iterator[Any]:
-    """Return the inputs of each batch; arrays are one batch."""
+    """Yield the inputs of each batch; arrays are a single batch."""
     if not _is_data_set(x):
         yield x
         return

@@ -226,7 +226,7 @@ def test_logits_are_their_softmax():
         ([[20.0, 80.0, 0.0]], False, "percentages: divide them by 100"),
         ([[0.2, 0.8, np.nan]], False, "must not contain NaN"),
         ([[0.2, 0.8, np.inf]], True, "finite logits"),
-        ([[0.2, 0.8]], False, r"the classes that the correction is for, 3"),
+        ([[0.2, 0.8]], False, r"as many classes as the correction, 3"),
         ([["a", "b", "c"]], False, "must be numbers"),
         (np.ma.masked_array([[0.2, 0.8, 0.0]]), False, "a masked array"),
     ],

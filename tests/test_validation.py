@@ -173,7 +173,7 @@ def test_last_layer(layer, shown):
 def test_last_layer_of_another_form():
     for layer, message in {
         keras.layers.Dense(3, "sigmoid"): "3 independent sigmoids",
-        keras.layers.Dense(3, "tanh"): "tanh gives no probabilities",
+        keras.layers.Dense(3, "tanh"): "tanh does not give prob",
     }.items():
         model = keras.Sequential([keras.Input((3,)), layer])
         with pytest.raises(ValueError, match="`teacher` must.*" + message):

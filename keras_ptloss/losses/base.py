@@ -25,28 +25,30 @@ TINY = float(np.finfo("float32").tiny)
 class TeacherLoss(keras.losses.Loss):
     """Base class of the losses between a teacher and a student.
 
-    `y_true` holds the teacher's probabilities, `(..., C)`; `y_pred` the
-    student's probabilities or logits, `(..., C)`. A subclass implements `call`.
+    `y_true` holds the teacher's probabilities, and `y_pred` holds the student's
+    probabilities or logits, both `(..., C)`. A subclass implements `call`.
 
     Each row of `y_true` must be non-negative and sum to one within 1 %. A row
-    of zeros is padding and costs 0. Any other row raises a `ValueError` in an
-    eager call, and gives NaN in a compiled step. Rows of weight 0, and rows
-    behind a Keras mask, may hold anything, NaN too.
+    of zeros is padding, and its loss is 0. Any other row raises a `ValueError`
+    in an eager call, and gives NaN in a compiled step. Rows with weight 0, or
+    hidden by a Keras mask, may hold any values, including NaN.
 
-    The settings are fixed: a compiled training step would not see a change.
+    The settings are fixed, because a training step that is already compiled
+    would ignore a change.
 
     Args:
         settings: the arguments of the subclass. Each becomes an attribute that
             cannot be set again, and an entry of the config.
         from_logits: whether `y_pred` holds logits.
         **kwargs: `reduction`, `name` and `dtype` of `keras.losses.Loss`. The
-            computation is in float32 or better; `dtype` is that of the result.
+            loss is computed in float32 or better; `dtype` is the dtype of the
+            result.
     """
 
-    # Number of classes of each teacher that `y_true` has side by side. None
-    # means one teacher with the classes of the student.
+    # Number of classes of each teacher, if `y_true` has the probabilities of
+    # several side by side. None means one teacher with the student's classes.
     teacher_classes: tuple[int, ...] | None = None
-    # Replaces the rows of `y_true` that have weight 0 or are masked.
+    # This value replaces the rows of `y_true` that have weight 0 or are masked.
     padding: float = 0.0
 
     def __init__(
@@ -67,9 +69,9 @@ class TeacherLoss(keras.losses.Loss):
         if name in getattr(self, "_settings", ()):
             raise AttributeError(
                 f"`{name}` of a {type(self).__name__} cannot be changed, "
-                "because a compiled training step would not see the change. "
-                "Build a new loss and compile the model with it. "
-                f"Received: {name}={value!r}"
+                "because a training step that is already compiled would ignore "
+                "the change. Create a new loss and recompile the model with "
+                f"that loss. Received: {name}={value!r}"
             )
         super().__setattr__(name, value)
 
@@ -88,7 +90,7 @@ class TeacherLoss(keras.losses.Loss):
         weight = position_weights(y_pred, sample_weight)
         if weight is not None:
             y_true = ops.convert_to_tensor(y_true, dtype=self.dtype)
-            # Without this, `ops.where` would repeat a single row.
+            # Without this check, `ops.where` would repeat a single row.
             if shapes_differ(y_true.shape[: len(weight.shape)], weight.shape):
                 raise ValueError(
                     "`y_true` must have one row for each row of `y_pred`. "
@@ -106,7 +108,7 @@ class TeacherLoss(keras.losses.Loss):
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that build the same loss again."""
         settings = {name: getattr(self, name) for name in self._settings}
-        settings["dtype"] = self.dtype  # Keras leaves it out.
+        settings["dtype"] = self.dtype  # Keras leaves the dtype out.
         return keras.saving.serialize_keras_object(
             {**super().get_config(), **settings}
         )
@@ -128,8 +130,8 @@ def fixed_epsilon(epsilon: Any) -> np.ndarray:
 def read_student(y_pred: Tensor, *, from_logits: bool) -> Tensor:
     """Return the student's outputs `(..., C)` in float32 or better.
 
-    A binary head's one column becomes two. Probabilities are checked and
-    divided by their sum.
+    The single column of a binary head is expanded to two classes. Probabilities
+    are checked and divided by their sum.
     """
     y_pred = ops.convert_to_tensor(y_pred)
     wide = keras.backend.result_type(y_pred.dtype, "float32")
@@ -143,13 +145,13 @@ def read_teacher(y_true: Tensor, student: Tensor) -> Tensor:
     """Return the teacher's checked probabilities `(..., C)`.
 
     Args:
-        y_true: `(..., C)`, or `(..., 1)` where a binary head gives the
+        y_true: `(..., C)`, or `(..., 1)` for a binary head, which gives the
             probability of the second class.
-        student: what `read_student` returned, `(..., C)`.
+        student: the output of `read_student`, `(..., C)`.
 
     Raises:
-        ValueError: if the shapes differ, or if a row is invalid and its values
-            can be seen.
+        ValueError: if the shapes differ, or (in eager calls) if a row is
+            invalid.
     """
     y_true = ops.cast(ops.convert_to_tensor(y_true), student.dtype)
     y_true = two_events(y_true, from_logits=False)
@@ -158,21 +160,21 @@ def read_teacher(y_true: Tensor, student: Tensor) -> Tensor:
 
 
 def log_student(student: Tensor, *, from_logits: bool) -> Tensor:
-    """Return finite `log p` of what `read_student` returned, `(..., C)`."""
+    """Return a finite `log p` of the output of `read_student`, `(..., C)`."""
     if from_logits:
         return ops.maximum(ops.log_softmax(student, axis=-1), LOWEST)
     return ops.log(ops.maximum(student, keras.config.epsilon()))
 
 
 def position_weights(y_pred: Tensor, sample_weight: Tensor) -> Tensor | None:
-    """Return the weight of each position, `(...)`: 0 where a mask hides it.
+    """Return the weight of each position, `(...)`; 0 at masked positions.
 
     Returns None if there are neither weights nor a mask.
 
     Args:
         y_pred: a tensor `(..., C)`.
-        sample_weight: `(...)` or `(..., 1)`; or one weight per example, `(N,)`,
-            which Keras would take for the weights of the last axis.
+        sample_weight: `(...)` or `(..., 1)`; or one weight per example, `(N,)`.
+            Keras would treat the latter as weights of the last axis.
     """
     if sample_weight is not None:
         rank = len(y_pred.shape) - 1
@@ -187,10 +189,10 @@ def position_weights(y_pred: Tensor, sample_weight: Tensor) -> Tensor | None:
 
 
 class _Ones(keras.losses.Loss):
-    """One at each position. Keras multiplies it by the weight and the mask.
+    """A loss of 1 at each position, which Keras multiplies by weight and mask.
 
-    This is the public way to read the mask of a tensor: on JAX, traced tensors
-    have no attribute for it.
+    This is the only public way to read the mask of a tensor: on JAX, traced
+    tensors have no attribute for the mask.
     """
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:

@@ -1,16 +1,17 @@
 """The methods that the paper compares PTLoss with, as losses.
 
-Some need no class of their own. The page "Which loss, which function?" lists
-KL, temperature scaling and a mix with hard labels. The others are:
+Some of these methods do not need a new class. The page "Which loss, which
+function?" lists KL, temperature scaling and a mix with hard labels. The other
+methods are:
 
 * One-hot labels (OHT): `keras.utils.to_categorical(labels)` in place of the
   teacher's probabilities.
 * Early-stopped teacher (ESKD, Cho and Hariharan 2019): fit the teacher with
   `keras.callbacks.EarlyStopping(..., restore_best_weights=True)`.
 * Teacher-free self-distillation (Tf-KD_self, Yuan et al. 2020): fit a student
-  on labels, then distil it into `keras.models.clone_model(student)` with a mix
-  of hard labels. Yuan et al. soften teacher and student; `teacher_temperature`
-  softens the teacher alone.
+  on labels, then distil it into `keras.models.clone_model(student)`, mixed with
+  hard labels. Yuan et al. apply a temperature to teacher and student;
+  `teacher_temperature` applies only to the teacher.
 * FilterKD: the `FilteredTeacher` callback.
 
 The functions at the end return the coefficients that turn PTLoss into focal
@@ -43,12 +44,12 @@ MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 class FocalLoss(TeacherLoss):
     """Focal loss with a teacher's probabilities in place of the label.
 
-    A class counts less if the student already gives it a high probability:
+    A class has less weight if the student already gives it a high probability:
 
         loss = -sum_c t_c (1 - p_c)^gamma log p_c                 (Eq. 12)
 
-    It is a cross-entropy: `gamma = 0` is the KL divergence plus the teacher's
-    entropy, which does not depend on the student.
+    This is a form of cross-entropy: with `gamma = 0`, the loss is the KL
+    divergence plus the teacher's entropy, which does not depend on the student.
 
     Args:
         gamma: the focusing parameter, at least 0.
@@ -76,19 +77,20 @@ class FocalLoss(TeacherLoss):
         student = read_student(y_pred, from_logits=self.from_logits)
         t = read_teacher(y_true, student)
         log_p = log_student(student, from_logits=self.from_logits)
-        # The power has no finite slope at 0 for gamma below 1.
+        # If gamma is below 1, the power has an infinite slope at 0.
         one_minus_p = ops.maximum(-ops.expm1(log_p), TINY)
         return -ops.sum(t * ops.power(one_minus_p, self.gamma) * log_p, axis=-1)
 
 
 @keras.saving.register_keras_serializable(package="keras_ptloss")
 class LabelSmoothingLoss(TeacherLoss):
-    """KL divergence from the teacher mixed with the uniform distribution.
+    """KL divergence from a mix of the teacher and the uniform distribution.
 
         loss = KL(t' || p),    t' = (1 - delta) t + delta / C     (Eq. 23)
 
-    It lowers the confidence of all rows alike and never changes the teacher's
-    ranking of the classes. Eq. 23 writes `delta / 2`, for `C = 2`.
+    This lowers the teacher's confidence on all rows in the same way, and never
+    changes the teacher's ranking of the classes. Eq. 23 has `delta / 2`, for
+    `C = 2`.
 
     Args:
         delta: share of the uniform distribution, from 0 (plain KL) to 1.
@@ -131,12 +133,12 @@ class Flooding(TeacherLoss):
 
     Below the level, the gradient changes its sign. L is the mean after weights
     and masks are applied; under a `tf.distribute` strategy it is the mean
-    over a replica's part of the batch. Regularisation losses are added outside.
+    over a replica's part of the batch. Regularisation losses are not part of L.
     `val_loss` is flooded too, so monitor a metric instead.
 
     Args:
-        loss: a `keras.losses.Loss` whose `reduction` is a mean. `y_true` and
-            `y_pred` are what this loss takes.
+        loss: a `keras.losses.Loss` whose `reduction` is a mean. It gets the
+            same `y_true` and `y_pred`.
         level: the flood level, in the units of the loss, at least 0.
         name: name of the loss.
 
@@ -174,14 +176,14 @@ class Flooding(TeacherLoss):
             name=name,
             dtype=loss.dtype,
         )
-        # What a Distiller asks its loss.
+        # A Distiller reads these attributes of its loss.
         self.teacher_classes = getattr(loss, "teacher_classes", None)
         self.correction = getattr(loss, "correction", None)
 
     def __call__(
         self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
     ) -> Tensor:
-        """Return the flooded mean, a scalar; arguments as of `loss`."""
+        """Return the flooded mean, a scalar; arguments as for `loss`."""
         mean = self.loss(y_true, y_pred, sample_weight=sample_weight)
         # Keras has divided the mean by the number of replicas.
         level = ops.cast(self.level / replicas(), mean.dtype)
@@ -201,13 +203,14 @@ def focal_epsilon(gamma: int, order: int) -> np.ndarray:
         epsilon_m = -1/m                     for m <= gamma
         epsilon_m = 1/(m - gamma) - 1/m      for m > gamma
 
-    The series is cut at `order` and exact in the limit. Only gradients
-    coincide, as the value of PTLoss also contains the teacher's entropy.
+    The series is cut at `order`; without the cut it is exact. Only the
+    gradients of the two losses are equal, because the value of PTLoss also
+    contains the teacher's entropy.
 
     Args:
         gamma: the focusing parameter, an integer of at least 0.
-        order: number of coefficients. The gradient's error falls as
-            `(1-p)^order`.
+        order: number of coefficients. The error in the gradient decreases in
+            proportion to `(1-p)^order`.
 
     Example:
         >>> focal_epsilon(gamma=1, order=3).round(3)
@@ -283,7 +286,7 @@ def label_smoothing_epsilon(
 def _epsilon_of_target(
     t: np.ndarray, target: np.ndarray, order: int
 ) -> np.ndarray:
-    """Return coefficients with which `t` acts as `target`, `(N, C, order)`."""
+    """Return coefficients that replace `t` by `target`, `(N, C, order)`."""
     m = np.arange(1, check_count("order", order) + 1)
     return (target / t - 1.0)[..., None] / m
 

@@ -18,24 +18,25 @@ Tensor = Any
 class CorrectedKLDivergence(TeacherLoss):
     """KL divergence from the corrected teacher to the student.
 
-    It is the loss for a live teacher. With stored teacher outputs,
-    `result.correct(teacher_outputs)` and any Keras loss do the same.
+    Use this loss for a live teacher. If the teacher's outputs are stored, you
+    can get the same result by passing them through
+    `result.correct(teacher_outputs)` and training with any Keras loss.
 
         q    = correction(t)
         loss = sum_c q_c (log q_c - log p_c)
 
-    If the correction is a temperature and epsilon alone, `PTLoss` has the same
-    optimum for each example. If the student cannot fit each example, its
-    probabilities are better with this loss.
+    If the correction consists only of a temperature and epsilon, `PTLoss` has
+    the same optimum for each example. A student that cannot fit every example
+    has better probabilities with this loss.
 
     Args:
         correction: a `Correction`, for example `SearchResult.correction`.
         **kwargs: `from_logits`, `reduction`, `name` and `dtype`, as in
             `PTLoss`.
 
-    When called, `y_true` holds the teacher's probabilities before the
-    correction, `(..., C)`; of several teachers side by side, `(..., C_1 + C_2 +
-    ...)`, as `np.concatenate` makes them.
+    In a call, `y_true` holds the teacher's probabilities before the correction,
+    `(..., C)`. The probabilities of several teachers are side by side, `(...,
+    C_1 + C_2 + ...)`, as `np.concatenate` returns them.
 
     Example:
         >>> import keras, numpy as np

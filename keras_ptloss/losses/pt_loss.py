@@ -47,8 +47,8 @@ def pt_loss(
 
     Args:
         y_true: the teacher's probabilities, `(..., C)`, or `(..., 1)` for the
-            probability of the second of two classes. Rows of zeros are padding
-            and cost 0.
+            probability of the second of two classes. Rows of zeros are padding,
+            and their loss is 0.
         y_pred: the student's probabilities, `(..., C)`, or logits with
             `from_logits`; `(..., 1)` for a binary head.
         epsilon: coefficients: a number (order 1), `(M,)` shared by the classes,
@@ -84,7 +84,7 @@ def pt_loss(
     student = read_student(y_pred, from_logits=from_logits)
     t = read_teacher(y_true, student)
     if temperature != 1.0:
-        # The sum is 0 for padding, NaN for an invalid row, and else 1.
+        # The sum is 0 for padding, NaN for an invalid row, and 1 otherwise.
         total = ops.sum(t, axis=-1, keepdims=True)
         t = total * ops.softmax(log_teacher_probs(t, ops) / temperature)
     epsilon = check_epsilon(
@@ -95,14 +95,14 @@ def pt_loss(
         coefficients = []
     else:
         epsilon = ops.cast(epsilon, student.dtype)
-        if len(epsilon.shape) == 3:  # The same at all positions of an example.
+        if len(epsilon.shape) == 3:  # Each example has its own coefficients.
             *_, classes, order = epsilon.shape
             positions = (1,) * (len(student.shape) - 2)
             epsilon = ops.reshape(epsilon, (-1, *positions, classes, order))
         coefficients = [epsilon[..., m] for m in range(epsilon.shape[-1])]
     if from_logits and constant:
         return _from_logits(t, student, coefficients)
-    # Here autodiff also gives the derivative with respect to epsilon.
+    # Here, automatic differentiation also covers epsilon.
     log_p = log_student(student, from_logits=from_logits)
     p = ops.exp(log_p) if from_logits else student
     return _eq_7(t, p, log_p, coefficients)
@@ -126,7 +126,7 @@ def _cost(p: Tensor, log_p: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
 def _from_logits(
     t: Tensor, logits: Tensor, coefficients: Sequence[Tensor]
 ) -> Tensor:
-    """Return Eq. 7 with a gradient that costs half as much as autodiff's.
+    """Return Eq. 7 with a gradient that costs half as much as autodiff.
 
     With `h` the slope of the perturbation and `w_c = t_c (1 + p_c h_c)`,
 
@@ -157,10 +157,10 @@ def _from_logits(
 class PTLoss(TeacherLoss):
     """Perturbed distillation loss: `pt_loss` (Eq. 7) as a Keras loss.
 
-    Use it as any Keras loss, with the teacher's probabilities as `y_true`.
-    `epsilon = 0` is `keras.losses.KLDivergence`. `ProxyTeacherSearch` finds
-    coefficients that make the student better. The loss is convex in the
-    student's probabilities while `epsilon_m >= -1 / m` for every m.
+    Use it like any Keras loss, with the teacher's probabilities as `y_true`.
+    With `epsilon = 0`, it is `keras.losses.KLDivergence`. `ProxyTeacherSearch`
+    finds coefficients that make the student better. The loss is convex in the
+    student's probabilities if `epsilon_m >= -1 / m` for every m.
 
     Args:
         epsilon: coefficients: a number (order 1), `(M,)` shared by the classes,
@@ -170,7 +170,7 @@ class PTLoss(TeacherLoss):
         from_logits: whether `y_pred`, the student's output, holds logits.
         reduction: as in `keras.losses.Loss`.
         name: name of the loss.
-        dtype: dtype of the result; the computation is in float32 or better.
+        dtype: dtype of the result. The loss is computed in float32 or better.
 
     Example:
         >>> import keras, numpy as np

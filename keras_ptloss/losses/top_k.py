@@ -1,14 +1,14 @@
-"""PTLoss for a teacher that gives k log-probabilities and nothing else.
+"""PTLoss for a teacher that gives only k log-probabilities.
 
-All classes without a value are merged into one event, the rest. Teacher and
-student are then distributions over k + 1 events, on which Eq. 7 holds as it
-stands. With the student's logits z,
+All classes without a value are merged into one event, called the rest. Teacher
+and student are then distributions over k + 1 events, to which Eq. 7 applies
+unchanged. With the student's logits z,
 
     log p_i = z_i - L,    log p_r = L_r - L,    L = log(sum_i exp z_i + exp L_r)
 
 where L_r is the log-sum-exp over the classes without a value. So L_r is the
 logit of the rest, and the loss is `pt_loss` on k + 1 logits. (Computing
-`log(1 - sum_i p_i)` would lose precision if the k classes have nearly all.)
+`log(1 - sum_i p_i)` would lose precision if the sum is close to 1.)
 """
 
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def top_k_pt_loss(
         y_true: ids and natural log-probabilities, `(..., k, 2)`.
         y_pred: the student's probabilities, `(..., C)`, or logits with
             `from_logits`.
-        epsilon: as in `TopKPTLoss`, like all that follow.
+        epsilon: as in `TopKPTLoss`.
         tail: as in `TopKPTLoss`.
         teacher_temperature: as in `TopKPTLoss`.
         from_logits: as in `TopKPTLoss`.
@@ -67,8 +67,8 @@ def top_k_pt_loss(
 
     Raises:
         ValueError: in eager calls, if `y_true` is invalid. In compiled
-            functions the loss of an invalid position is NaN, and ids that the
-            student does not have belong to the rest.
+            functions the loss of an invalid position is NaN, and ids outside
+            the student's classes are part of the rest.
 
     Example:
         >>> import numpy as np
@@ -93,34 +93,36 @@ def top_k_pt_loss(
 class TopKPTLoss(TeacherLoss):
     """PTLoss for a teacher of which only k log-probabilities are known.
 
-    APIs of language models give the likeliest k tokens at each position.
-    `y_true` is one float tensor `(..., k, 2)`, which `fit`, masks,
-    `sample_weight` and `tf.data` take as any other:
+    APIs of language models return the k most likely tokens at each position.
+    `y_true` is a single float tensor `(..., k, 2)`, so it works with `fit`,
+    masks, `sample_weight` and `tf.data`:
 
         y_true = np.stack([ids, log_probabilities], axis=-1)
 
-    All other classes together are one more event, with the probability that
-    remains. On these k + 1 events
+    All other classes together are one more event, which has the remaining
+    probability. On these k + 1 events
 
         loss = sum_e t_e (log t_e - log p_e)
              + sum_e t_e sum_m epsilon_m (1 - p_e)^m               (Eq. 7)
 
-    With `epsilon = 0` the loss is at least 0, at most the KL divergence of the
-    full distributions, and equal to it if k is the number of classes.
+    With `epsilon = 0`, the loss lies between 0 and the KL divergence of the
+    full distributions, and equals that divergence if k is the number of
+    classes.
 
     An entry with id -1 is the log-probability of all other classes. Without
-    one, the other classes have what the k classes leave of 1. Entries with
+    such an entry, the other classes get the remaining probability. Entries with
     lower ids are padding, for positions with fewer than k classes. A position
-    of padding alone costs 0.
+    that has only padding has a loss of 0.
 
-    Classes drawn from the teacher at random are targets too: give each id once,
-    with the logarithm of its share of the draws.
+    Classes drawn from the teacher at random can be targets too: give each id
+    once, with the logarithm of its share of the draws.
 
     Args:
         epsilon: coefficients: a number (order 1), or `(M,)`.
-        tail: `"event"`, as above; or `"renormalize"`, which divides teacher and
-            student by their sums over the k classes and leaves the student's
-            probability of all others free.
+        tail: `"event"`, as above; or `"renormalize"`, which divides the
+            probabilities of teacher and student by their sums over the k
+            classes. The student's probability of all other classes then does
+            not change the loss.
         teacher_temperature: a number above 0. The teacher's events become
             `softmax(log(max(t_e, 1e-7)) / teacher_temperature)`, unless it
             is 1.
@@ -180,19 +182,20 @@ def top_k_events(y_true: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the k + 1 events of a teacher as probabilities and labels.
 
     A search can then correct a language model, with the next tokens of a text
-    as labels: the k tokens and the rest are k + 1 classes, and the label tells
-    which of them came. Use `ProxyTeacherSearch(RidgeSearch(steps=1))` and
-    `ignore_class=-1`: the top-k losses can use a temperature and a shared
-    epsilon only.
+    as labels: the k tokens and all other tokens are k + 1 classes, and the
+    label is the class of the actual next token. Use
+    `ProxyTeacherSearch(RidgeSearch(steps=1))` and `ignore_class=-1`, because
+    the top-k losses can only use a temperature and a shared epsilon.
 
     Args:
         y_true: as in `TopKPTLoss`.
-        labels: the tokens that came, integers, `(...)`. Positions with a
-            negative one are left out.
+        labels: the actual next tokens, integers, `(...)`. Positions with a
+            negative label are left out.
 
     Returns:
-        Probabilities `(N, k + 1)`, with the rest in the last column; and labels
-        `(N,)`, which are -1 at positions that are left out or are padding.
+        Probabilities `(N, k + 1)`, with all other tokens in the last column;
+        and labels `(N,)`, which are -1 at positions that are left out or are
+        padding.
 
     Example:
         >>> import numpy as np
@@ -210,7 +213,8 @@ def top_k_events(y_true: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     y_true, labels = y_true.reshape(-1, *y_true.shape[-2:]), labels.reshape(-1)
     ids = y_true[..., 0]
     probs, _ = _events(y_true, np.inf, "event", 1.0, np)
-    # Stored soft labels have a column of the rest, which is the last one here.
+    # Stored soft labels have a column of the probability of all classes that
+    # are not listed. `_events` returns this probability in its last column.
     used = (ids >= 0).any(axis=0)
     probs, given = probs[:, [*used, True]], ids[:, used] == labels[:, None]
     rest = probs.shape[-1] - 1
@@ -232,14 +236,14 @@ def fused_top_k_pt_loss(
 ) -> Tensor:
     """Compute `top_k_pt_loss` of `hidden @ weights + bias` in less memory.
 
-    The logits `(positions, C)` are computed in chunks of the vocabulary,
-    forward and once more backward. Call it where a model has its hidden states,
-    in `compute_loss` for example.
+    The logits `(positions, C)` are computed in chunks of the vocabulary, once
+    for the loss and again for its gradient. Call this function where a model
+    has its hidden states, for example in `compute_loss`.
 
     Args:
         y_true: as in `TopKPTLoss`.
         hidden: the inputs of the head, `(..., H)`. The head is computed in
-            their dtype, the loss in float32 or better.
+            their dtype, and the loss in float32 or better.
         weights: the head's weights: `(H, C)`, as in a `Dense` layer, or
             `(C, H)`, as in an embedding. H and C must differ.
         epsilon: as in `TopKPTLoss`.
@@ -279,7 +283,7 @@ def fused_top_k_pt_loss(
         fail(
             "weights",
             f"of shape ({size}, C) or (C, {size}) for hidden states with "
-            f"{size} units, where C is another number",
+            f"{size} units, where C is not {size}",
             shape,
         )
     if shape[1] == size:
@@ -329,8 +333,8 @@ def _check_targets(y_true: Any, leading: Any, num_classes: float) -> None:
     shape = tuple(y_true.shape)
     if shapes_differ(shape, (*leading, None, 2)) or 0 in shape[-2:]:
         raise ValueError(
-            "`y_true` must have shape (..., k, 2), ids and log-probabilities "
-            "for each position of the student: np.stack([ids, "
+            "`y_true` must have shape (..., k, 2): k ids and log-probabilities "
+            "for each position of the student, as from np.stack([ids, "
             "log_probabilities], axis=-1). Received: y_true of shape "
             f"{shape} for positions of shape {tuple(leading)}"
         )
@@ -342,8 +346,8 @@ def _check_targets(y_true: Any, leading: Any, num_classes: float) -> None:
     if invalid.any():
         row = int(np.argmax(invalid))
         raise ValueError(
-            f"`y_true` must hold whole ids below {num_classes}, each only once "
-            "in a position, and natural logarithms of probabilities that sum "
+            f"`y_true` must hold whole ids below {num_classes}, without "
+            "repetition, and natural logarithms of probabilities that sum "
             f"to at most 1. Received: ids {rows[row, :, 0].tolist()} with "
             f"values {rows[row, :, 1].tolist()} at position {row} "
             f"({invalid.sum()} of {len(rows)} positions are invalid)"
@@ -372,12 +376,12 @@ def _events(
 ) -> tuple[Tensor, Tensor]:
     """Return the teacher's probabilities of its events, by NumPy or `ops`.
 
-    Both results are `(N, k + 1)`, the rest comes last: the probabilities, and
-    which of them are events. Padding is none, nor is a class that the student
-    does not have, whose probability belongs to the rest.
+    Returns two arrays `(N, k + 1)`, with the rest in the last column: the
+    probabilities, and which of the columns are events. Padding is not an event.
+    A class that the student does not have is part of the rest.
     """
     ids = y_true[..., 0]
-    # Padding may have any value, NaN too.
+    # Padding may have any value, including NaN.
     values = xp.where(ids >= REST, y_true[..., 1], LOWEST)
     known = (ids >= 0.0) & (ids < num_classes)
     t = xp.where(known, xp.exp(values), 0.0)
@@ -420,16 +424,16 @@ def _events_loss(
 
 
 # Event logits, `(N, k + 1)`: the logits of k ids, then L_r. Their gradients are
-# written out, because autodiff takes twice the memory.
+# explicit, because automatic differentiation takes twice the memory.
 
 
 def _split(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Separate the logits `(N, size)` with an id, `(N, k)`, from the others.
 
     Returns:
-        The logits of the ids, `(N, k)`, `LOWEST` where an id is no column; the
-        logits, `LOWEST` at the ids, `(N, size + 1)`; and where the ids are in
-        these, `(N k, 2)`.
+        The logits of the ids, `(N, k)`, with `LOWEST` for an id that is not a
+        column; all logits, with `LOWEST` at the ids, `(N, size + 1)`; and the
+        places of the ids in the latter, `(N k, 2)`.
     """
     size = logits.shape[-1]
     # Ids without a column are put into one more column.
@@ -448,7 +452,7 @@ def _split(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _by_logits(
     logits: Tensor, ids: Tensor, rest: Tensor, upstream: Tensor
 ) -> Tensor:
-    """Return the gradient with respect to logits, of all classes or a chunk.
+    """Return the gradient by the logits of all classes or of one chunk.
 
     With u the upstream gradient,
 
@@ -540,10 +544,10 @@ def _head_event_logits(
 def _over_chunks(
     step: Callable[..., Any], num_classes: int, chunk: int, *carried: Tensor
 ) -> Any:
-    """Return what `step(first class, size, *carried)` makes of all chunks.
+    """Apply `carried = step(first class, size, *carried)` to all chunks.
 
     This is a loop, because a compiler may run unrolled steps at the same time,
-    each of which needs memory for its logits.
+    and each step needs memory for its logits.
     """
     whole, left = divmod(num_classes, chunk)
     carried = ops.fori_loop(

@@ -1,4 +1,4 @@
-"""Fit the coefficients of PTLoss to labels, with their exact gradient."""
+"""Fit the coefficients of PTLoss to labels, with the exact gradient."""
 
 import dataclasses
 from typing import Any
@@ -12,7 +12,7 @@ from keras_ptloss.proxy import epsilon_gradient, solve_rows
 from keras_ptloss.search.method import Examples, Found
 from keras_ptloss.search.random_search import kept_classes, one_teacher
 
-# The upper bound of epsilon, that of the paper's search space.
+# The upper bound of epsilon, as in the paper's search space.
 HIGHEST = 10.0
 
 
@@ -20,24 +20,25 @@ HIGHEST = 10.0
 class GradientSearch:
     """Minimise the negative log-likelihood of the labels over epsilon.
 
-    The likelihood is that of the proxy teacher's probabilities, whose gradient
+    The likelihood is that of the proxy teacher's probabilities. Its gradient
     with respect to epsilon is exact. SciPy's L-BFGS-B starts at `epsilon = 0`,
-    the teacher itself, with bounds `-1/m <= epsilon_m <= 10`.
+    which is the teacher itself, with bounds `-1/m <= epsilon_m <= 10`.
 
-    Unlike the default search, this one fits no temperature and does not
-    cross-validate. Use it to find the best coefficients of a given order.
+    Unlike the default search, this search does not fit a temperature and does
+    not cross-validate. Use it to find the best coefficients of a given order.
 
-    `trials` of the result has one entry in the columns `order`, `score`,
+    The result's `trials` has one entry in the columns `order`, `score`,
     `unconverged` (rows on which the solver did not converge) and `epsilon`.
 
     Args:
         order: number of coefficients M.
-        per_class: whether each class has its own coefficients. Only these can
-            move probability between classes, and so correct a teacher that is
-            biased towards a class. Classes without a label then keep the
-            teacher's probabilities, unless the labels are a random sample.
-        penalty: weight of the sum of squares of epsilon, per class if it is per
-            class, at least 0.
+        per_class: whether each class has its own coefficients. Only such
+            coefficients can move probability from one class to another, so only
+            they can correct a teacher that is biased towards a class. Classes
+            without a label then keep the teacher's probabilities, unless the
+            labels are a random sample.
+        penalty: weight of the sum of squares of epsilon, at least 0. With
+            `per_class`, the sum is divided by the number of classes.
 
     Raises:
         ValueError: if an argument is invalid.
@@ -91,8 +92,8 @@ class GradientSearch:
             unconverged = int(np.count_nonzero(~converged))
             evaluations += 1
             progress(evaluations, max(evaluations + 1, 20))
-            # Kept classes do not depend on epsilon, so the likelihood of the
-            # others is conditional on the label being one of them.
+            # Kept classes do not depend on epsilon. The likelihood is therefore
+            # conditional on the label being one of the other classes.
             q_label = np.maximum(np.sum(q * one_hot, axis=1), 1e-7)
             total = np.maximum(q @ fitted, 1e-7)
             value = np.sum(weight * (np.log(total) - np.log(q_label)))
@@ -134,6 +135,6 @@ def _notes(epsilon: np.ndarray) -> tuple[str, ...]:
     return (
         f"{np.count_nonzero(at_bound)} of {epsilon.size} coefficients ended at "
         f"a bound, -1/m or {HIGHEST:g}: epsilon alone cannot correct this "
-        'teacher. The default method, "ridge", also fits a temperature and the '
-        "classes.",
+        'teacher. The default method, "ridge", also fits a temperature and a '
+        "correction between classes.",
     )

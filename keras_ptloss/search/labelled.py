@@ -1,4 +1,4 @@
-"""Read teacher outputs and labels, in all the forms that a search takes."""
+"""Read teacher outputs and labels, in every form that a search accepts."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -40,11 +40,11 @@ def read_labelled(
     seed: int = 0,
     verbose: Verbose = 0,
 ) -> tuple[Examples, tuple[bool, ...]]:
-    """Read and check what `ProxyTeacherSearch.search` is given.
+    """Read and check the arguments of `ProxyTeacherSearch.search`.
 
     Returns:
-        The examples, without those that are ignored or have weight 0, and for
-        each teacher whether it gave logits.
+        The examples, without those that are ignored or have weight 0; and for
+        each teacher, whether it gave logits.
     """
     teachers = list(teacher) if _is_several(teacher) else [teacher]
     flags = []
@@ -53,7 +53,7 @@ def read_labelled(
     ):
         stored = getattr(one, "from_logits", None)
         if None not in (flag, stored) and flag != stored:
-            fail("from_logits", f"{stored}, as the stored outputs say", flag)
+            fail("from_logits", f"{stored}, as in the stored outputs", flag)
         flags.append(bool(stored if flag is None else flag))
     ignore_class = check_ignore_class(ignore_class)
     check_flag("random_sample", random_sample)
@@ -73,14 +73,14 @@ def read_labelled(
     labels, weights = labels[used].astype("int64"), weights[used]
     if len(labels) < 2:
         raise ValueError(
-            "`labels` must have at least two examples, without those that "
-            "`ignore_class` or a weight of 0 leaves out. Received: "
+            "`labels` must have at least two examples, not counting those with "
+            "`ignore_class` or a weight of 0. Received: "
             f"{len(labels)} of {len(used)} examples"
         )
     counts = {max(array.shape[-1], 2) for array in outputs}
     if num_classes is None and len(counts) > 1:
         raise ValueError(
-            "`num_classes` must say how many classes the labels have if the "
+            "`num_classes` must be the number of classes of the labels, if the "
             "teachers differ. Received: num_classes=None, teachers with "
             f"{', '.join(map(str, sorted(counts)))} classes"
         )
@@ -88,15 +88,15 @@ def read_labelled(
     check_label_range(
         labels,
         num_classes,
-        "the classes. `ignore_class` leaves examples out; `num_classes` is "
-        "the number of classes if the teacher has others",
+        "the classes. To leave examples out, pass `ignore_class`. If the "
+        "teacher has other classes than the labels, pass `num_classes`",
     )
     probs = []
     for k, (array, flag) in enumerate(zip(outputs, flags, strict=True)):
         name = "teacher" if len(outputs) == 1 else f"teacher[{k}]"
         if array.shape[:-1] != outputs[0].shape[:-1]:
             raise ValueError(
-                f"`{name}` must have an output for the same examples as "
+                f"`{name}` must have outputs for the same examples as "
                 f"teacher[0]. Received: {name} of shape {array.shape}, "
                 f"teacher[0] of shape {outputs[0].shape}"
             )
@@ -116,7 +116,7 @@ def read_labelled(
 
 
 def _is_several(teacher: Any) -> bool:
-    """Return whether it is a list of teachers, not one teacher's outputs."""
+    """Return whether `teacher` is a list of teachers, not a list of outputs."""
     return isinstance(teacher, (list, tuple)) and any(
         isinstance(one, keras.Model)
         or (hasattr(one, "__array__") and len(getattr(one, "shape", ())) > 1)
@@ -125,7 +125,7 @@ def _is_several(teacher: Any) -> bool:
 
 
 def _is_data_set(data: Any) -> bool:
-    """Return whether `data` gives batches, unlike an array or a list."""
+    """Return whether `data` yields batches, unlike an array or a list."""
     array = hasattr(data, "__array__") or hasattr(data, "shape")
     sequence = isinstance(data, (str, bytes, list, tuple, dict))
     return isinstance(data, keras.utils.PyDataset) or (
@@ -140,8 +140,8 @@ def _outputs(
     if _is_data_set(inputs):
         raise ValueError(
             "`inputs` must be arrays. Pass a data set of (inputs, labels) as "
-            "`labels`: a second pass over a shuffled data set has another "
-            f"order. Received: inputs of type {type(inputs).__name__}"
+            "`labels`, because a shuffled data set has a new order when it is "
+            f"read again. Received: inputs of type {type(inputs).__name__}"
         )
     outputs = []
     for k, one in enumerate(teachers):
@@ -164,8 +164,9 @@ def _predict_batches(
     """Read a data set once, and call all teachers on each batch.
 
     Returns:
-        The outputs `(N, C)` of each teacher, labels and weights, `(N,)`. Each
-        position is an example, because batches may have different lengths.
+        The outputs `(N, C)` of each teacher, the labels `(N,)` and the weights
+        `(N,)`. Each position is an example, because batches may have different
+        lengths.
     """
     models = all(isinstance(one, keras.Model) for one in teachers)
     if not _is_data_set(data) or not models or sample_weight is not None:
@@ -200,12 +201,12 @@ def _predict_batches(
 
 
 def _batches(data: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """Yield inputs, labels, and weights or None of each batch."""
+    """Yield the inputs, labels and weights (or None) of each batch."""
     cardinality = getattr(data, "cardinality", None)
     if callable(cardinality) and int(cardinality()) == -1:
         raise ValueError(
-            "`labels` must be a data set that ends. Received: a data set of "
-            "infinite cardinality; leave out `.repeat()`"
+            "`labels` must be a finite data set; leave out `.repeat()`. "
+            "Received: a data set of infinite cardinality"
         )
     batches = iter(data)
     if isinstance(data, keras.utils.PyDataset):
@@ -215,7 +216,7 @@ def _batches(data: Any) -> Iterator[tuple[Any, Any, Any]]:
         if y is None:
             expected = "(inputs, labels) or (inputs, labels, sample_weight)"
             fail("labels", f"a data set of {expected}", batch)
-        # On JAX and PyTorch a model does not take tensors of tf.data.
+        # On JAX and PyTorch, a model does not accept tensors of tf.data.
         x = keras.tree.map_structure(
             lambda leaf: (
                 as_array(leaf)
@@ -230,14 +231,14 @@ def _batches(data: Any) -> Iterator[tuple[Any, Any, Any]]:
 def _flat(
     outputs: np.ndarray, labels: Any, sample_weight: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return labels and weights `(N,)`, one for each row of the outputs."""
+    """Return labels and weights, `(N,)`, for each row of the outputs."""
     leading = outputs.shape[:-1]
     refuse_masked("labels", labels)
     labels = as_rows("labels", labels)
     check_class_indices(labels)
     if labels.shape not in (leading, (*leading, 1)):
         raise ValueError(
-            "`labels` must have one class for each output of the teacher, "
+            "`labels` must have one class for each output of the teacher, with "
             f"shape {leading}. Received: labels of shape {labels.shape}, "
             f"teacher outputs of shape {outputs.shape}"
         )

@@ -10,16 +10,18 @@ from keras_ptloss.correction import Correction
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
-    """Labelled examples, checked: one row each.
+    """Checked labelled examples, with one row for each example.
 
     Attributes:
-        teacher_probs: one array `(N, C_k)` per teacher, float64, rows sum to 1.
+        teacher_probs: one array `(N, C_k)` per teacher, float64, with rows that
+            sum to 1.
         labels: true classes, `(N,)`, int64.
         sample_weight: `(N,)`, float64, mean 1.
         num_classes: the number of classes C of labels and student.
-        random_sample: whether classes without a label are evidence that they
-            are rare. If not, they keep the teacher's probabilities.
-        seed: of folds and draws.
+        random_sample: whether the labels are a random sample, so that classes
+            without a label must be rare. If not, such classes keep the
+            teacher's probabilities.
+        seed: the random seed of folds and draws.
     """
 
     teacher_probs: list[np.ndarray]
@@ -36,11 +38,11 @@ class Found:
 
     Attributes:
         correction: the chosen correction.
-        trials: everything that was tried, column by column.
-        out_of_fold: for each candidate by name, its probabilities on every
-            row, fitted without that row, `(splits, N, C)`: once for each way to
-            split the rows into folds. Empty for methods that do not
-            cross-validate.
+        trials: everything that was tried, as a dictionary of columns.
+        out_of_fold: a dictionary from the name of each candidate to its
+            probabilities, `(splits, N, C)`. Each row is predicted without
+            fitting to that row, once for each split of the rows into folds.
+            Empty for methods that do not cross-validate.
         chosen: name of the chosen candidate.
         notes: warnings for the user about the teacher, labels or result.
     """
@@ -54,7 +56,7 @@ class Found:
 
 @runtime_checkable
 class SearchMethod(Protocol):
-    """The interface of a search method, whose attributes are its settings."""
+    """The interface of a search method. Its attributes are its settings."""
 
     name: str
 
@@ -63,5 +65,5 @@ class SearchMethod(Protocol):
 
         Args:
             examples: the labelled examples.
-            progress: `progress(done, total)` is called as the search goes on.
+            progress: the method calls `progress(done, total)` while it runs.
         """

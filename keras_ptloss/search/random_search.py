@@ -1,4 +1,4 @@
-"""The paper's Algorithm 1: draw epsilon at random, and keep the best one."""
+"""The paper's Algorithm 1: draw epsilon at random, and keep the best draw."""
 
 import concurrent.futures
 import dataclasses
@@ -18,11 +18,11 @@ from keras_ptloss.search.method import Examples, Found
 class RandomSearch:
     """Draw coefficients at random and keep the best: the paper's Algorithm 1.
 
-    For each order, `num_trials` epsilons are drawn from a uniform distribution.
-    Eq. 11 scores the proxy teachers of each draw against the labels. The
-    teacher itself, `epsilon = 0`, is always one of the candidates.
+    For each order, `num_trials` values of epsilon are drawn from a uniform
+    distribution. Eq. 11 scores the proxy teachers of each draw against the
+    labels. The teacher itself, `epsilon = 0`, is always one of the candidates.
 
-    `trials` of the result has one entry per draw in the columns `order`,
+    The result's `trials` has one entry per draw in the columns `order`,
     `score`, `unconverged` (rows on which the solver did not converge),
     `epsilon` and `best_of_order`.
 
@@ -93,7 +93,7 @@ class RandomSearch:
 
         epsilons = self._draws(t.shape[1], examples.seed)
         scores, unconverged = [], []
-        # While it runs a compiled solver, a thread releases Python's lock.
+        # A thread that runs a compiled solver releases Python's lock.
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for value, missed in pool.map(trial, epsilons):
                 scores.append(value)
@@ -120,7 +120,7 @@ class RandomSearch:
         )
 
     def _draws(self, num_classes: int, seed: int) -> list[np.ndarray]:
-        """Return `num_trials` epsilons of each order."""
+        """For each order, return `num_trials` values of epsilon."""
         generator = np.random.default_rng(seed)
         lowest, highest = np.broadcast_to(self.order, 2)
         rows = (num_classes,) if self.per_class else ()
@@ -156,8 +156,8 @@ def one_teacher(examples: Examples, name: str) -> np.ndarray:
     if len(shapes) != 1 or shapes[0][1] != examples.num_classes:
         counts = [shape[1] for shape in shapes]
         raise ValueError(
-            f'The search method "{name}" takes one teacher whose classes '
-            'are those of the labels. Use method="ridge". Received: '
+            f'The search method "{name}" takes one teacher with the classes '
+            'of the labels. Use method="ridge". Received: '
             f"{len(shapes)} teacher(s) with {counts} classes, labels with "
             f"{examples.num_classes} classes"
         )
@@ -175,7 +175,7 @@ def kept_classes(examples: Examples) -> tuple[int, ...]:
 def keep_classes(
     q: np.ndarray, t: np.ndarray, kept: tuple[int, ...]
 ) -> np.ndarray:
-    """Return `q` with the kept classes as in `t`, summing to 1, `(N, C)`."""
+    """Return `q`, normalized, with the kept classes as in `t`, `(N, C)`."""
     if not kept:
         return q
     q = q.copy()

@@ -21,29 +21,33 @@ CLASSES_SHOWN = 10
 class SearchResult:
     """The result of a search: the correction, and how well it works.
 
-    `print(result)` or `result.summary()` shows all of it in one table.
+    `print(result)` or `result.summary()` shows the whole result in one table.
 
     Attributes:
-        correction: the `Correction` that was chosen. It leaves the teacher as
-            it is if nothing better was found.
+        correction: the chosen `Correction`. If no correction was better than
+            the teacher, it leaves the teacher unchanged.
         method: name of the method, such as `"ridge"`.
-        trials: what was tried, column by column: `pandas.DataFrame(trials)`.
+        trials: everything that was tried, as a dictionary of columns, for
+            `pandas.DataFrame(trials)`.
         notes: what may be wrong with the teacher, the labels or the result.
         class_names: names of the classes.
         seconds: duration of the search.
         score: NLL of the corrected teacher on the labels.
-        baseline_score: NLL of the teacher as it is; of several teachers, of the
-            best one that has the student's classes. If there is none, NLL of
-            the shares of the classes among the labels.
+        baseline_score: NLL of the uncorrected teacher. With several teachers,
+            it is the NLL of the best teacher that has the student's classes. If
+            no teacher has them, it is the NLL of the shares of the classes
+            among the labels.
+        losses: NLL of the corrected teacher on each example, `(N,)`.
         scores: the rows of the summary's table by name, each with `nll`,
             `accuracy` and `ece`, the expected calibration error in 15 bins.
-        chosen: which row of `scores` is the correction.
-        out_of_fold: whether scores and shares come from cross-validation, each
-            example corrected without its own label. If not, they come from the
-            examples that were fitted, and new data will look worse.
-        class_shares: for each class its share among the labels, and the mean
+        chosen: the name of the row of `scores` that is the correction.
+        out_of_fold: whether scores and shares come from cross-validation, so
+            that each example is corrected without its own label. If not, they
+            come from the examples that were fitted, and results on new data
+            will be worse.
+        class_shares: the share of each class among the labels, and the mean
             probability that the teacher and the corrected teacher give it.
-        verdict: one sentence: did it help?
+        verdict: one sentence that says whether the correction helps.
     """
 
     correction: Correction
@@ -75,10 +79,10 @@ class SearchResult:
 
     @property
     def temperature(self) -> float | tuple[float, ...]:
-        """The teacher's temperature; of several teachers, one for each.
+        """The teacher's temperature; for several teachers, one per teacher.
 
-        K teachers that all have temperature K are combined to their geometric
-        mean. A teacher with temperature `inf` is not used in step 1.
+        If K teachers all have temperature K, they are combined into their
+        geometric mean. A teacher with temperature `inf` is not used in step 1.
         """
         return self.correction.temperature
 
@@ -88,9 +92,9 @@ class SearchResult:
         """Return the corrected probabilities of teacher outputs.
 
         Args:
-            teacher_outputs: `(..., C)`, probabilities or logits as `search` was
-                given them. Several teachers are a list of arrays, or one array
-                that holds them side by side.
+            teacher_outputs: `(..., C)`, probabilities or logits, as they were
+                passed to `search`. For several teachers, pass a list of arrays,
+                or one array with their outputs side by side.
             verbose: 1 shows a progress bar, 0 does not; "auto" shows it after
                 two seconds.
 
@@ -102,7 +106,7 @@ class SearchResult:
     def loss(
         self, *, from_logits: bool = False, **kwargs: Any
     ) -> CorrectedKLDivergence:
-        """Return the loss for a live teacher: KL to the corrected teacher.
+        """Return the loss for a live teacher: KL from the corrected teacher.
 
         Args:
             from_logits: whether the student gives logits.
@@ -116,7 +120,7 @@ class SearchResult:
         """Plot the share of each class: labels, teacher, corrected teacher.
 
         Args:
-            ax: Matplotlib axes to draw on. None makes a figure.
+            ax: Matplotlib axes to draw on, or None for a new figure.
 
         Returns:
             The axes.
@@ -126,7 +130,7 @@ class SearchResult:
         return plot_classes(self, ax=ax)
 
     def summary(self) -> None:
-        """Print whether the correction helps, and what it does."""
+        """Print whether the correction helps, and what it changes."""
         print(self)
 
     def __repr__(self) -> str:
@@ -147,7 +151,7 @@ class SearchResult:
             )
         lines += ["", *self._share_lines(mark)]
         if not self.out_of_fold:
-            lines += ["* on the labels that were fitted: new data are worse"]
+            lines += ["* on the labels that were fitted; worse on new data"]
         epsilon = np.array2string(
             self.epsilon, precision=3, threshold=10, edgeitems=2
         ).replace("\n", "")
@@ -208,7 +212,7 @@ class SearchResult:
 
 
 def summarize(examples: Examples, found: Found) -> dict[str, Any]:
-    """Return the fields of a `SearchResult` that come from the labels."""
+    """Return the fields of a `SearchResult` that depend on the labels."""
     labels, weights = examples.labels, examples.sample_weight
     name, baseline = _baseline(examples)
     candidates = {name: baseline[None]}
@@ -245,7 +249,7 @@ def summarize(examples: Examples, found: Found) -> dict[str, Any]:
 
 
 def _baseline(examples: Examples) -> tuple[str, np.ndarray]:
-    """Return the best teacher as it is, or else the shares of the labels."""
+    """Return the best uncorrected teacher, or else the shares of the labels."""
     labels, weights = examples.labels, examples.sample_weight
     alike = {
         k: t
@@ -299,10 +303,10 @@ def _verdict(
 
     Args:
         examples: the labelled examples.
-        found: what the method found.
-        name: of the baseline.
-        baseline: its probabilities, `(N, C)`.
-        corrected: those of the correction, `(splits, N, C)`.
+        found: the output of the search method.
+        name: name of the baseline.
+        baseline: probabilities of the baseline, `(N, C)`.
+        corrected: probabilities of the correction, `(splits, N, C)`.
     """
     labels, weights = examples.labels, examples.sample_weight
     number = len(labels)

@@ -7,9 +7,9 @@
 
 Step 1 fits one temperature per teacher and epsilon. Step 2 is a multinomial
 logistic regression that starts from r. Its features x are half-whitened, and
-an L2 penalty holds all its parameters (W, a_1, a_2) near zero.
-Cross-validation chooses the penalty, and decides between the teacher as it is,
-step 1 alone and both steps.
+an L2 penalty keeps all its parameters (W, a_1, a_2) near zero. Cross-validation
+chooses the penalty, and chooses between the uncorrected teacher, only step 1,
+and both steps.
 """
 
 import dataclasses
@@ -34,17 +34,17 @@ from keras_ptloss.search.method import Examples, Found
 SCALE_BOUNDS = (-4.0, 4.0)
 EPSILON_BOUNDS = (-5.0, 4.0)
 
-# From strong to weak: each fit starts where the one before ended.
+# From strong to weak: each fit starts where the previous fit ended.
 PENALTIES = tuple(10.0 ** (power / 2.0) for power in range(6, -5, -1))
 
-# The search takes the strongest penalty within this many standard errors of the
-# best, because the best is often too weak if there are few labels. With 50
-# labels, 1.25 made fewer real teachers much worse than 1 did; the mean NLL was
-# .003 higher.
+# The search takes the strongest penalty whose NLL is within this many standard
+# errors of the lowest. With few labels, the penalty with the lowest NLL is
+# often too weak. With 50 labels, 1.25 made fewer real teachers much worse than
+# 1 did; the mean NLL was .003 higher.
 ERRORS_ALLOWED = 1.25
 
 # If a teacher has more classes than this, step 2 uses only this many directions
-# of its z, those with the largest variance. The matrix then has low rank.
+# of its z: those with the largest variance. The matrix then has low rank.
 MAX_FEATURES = 200
 
 STEP_1, BOTH_STEPS = "temperature and epsilon", "corrected"
@@ -54,14 +54,15 @@ STEP_1, BOTH_STEPS = "temperature and epsilon", "corrected"
 class RidgeSearch:
     """Correct the teacher's confidence, then its confusions between classes.
 
-    The candidates are the teacher as it is, step 1, and both steps. The search
-    takes the one with the lowest negative log-likelihood on held-out folds. The
-    penalty of step 2 is the strongest one within 1.25 standard errors of the
-    best. `trials` has a row for each candidate and penalty, with its `score`.
+    The candidates are the uncorrected teacher, only step 1, and both steps. The
+    search chooses the candidate with the lowest negative log-likelihood (NLL)
+    on held-out folds. For step 2, it takes the strongest penalty whose NLL is
+    within 1.25 standard errors of the lowest. `trials` has a row for each
+    candidate and penalty, with its `score`.
 
     Args:
-        steps: 1 stops after temperature and epsilon, so that `PTLoss` alone
-            can use the result. 2 also corrects confusions between classes.
+        steps: 1 stops after temperature and epsilon, so `PTLoss` can use the
+            result directly. 2 also corrects confusions between classes.
 
     Raises:
         ValueError: if `steps` is neither 1 nor 2.
@@ -92,11 +93,11 @@ class RidgeSearch:
 
         Args:
             examples: the labelled examples.
-            progress: `progress(done, total)` is called as the search goes on.
+            progress: the search calls `progress(done, total)` while it runs.
 
         Returns:
-            The chosen correction. `out_of_fold` holds the teachers as they are,
-            step 1, and both steps at the best penalty.
+            The chosen correction. `out_of_fold` has the uncorrected teachers,
+            only step 1, and both steps with the chosen penalty.
 
         Raises:
             ValueError: if `steps` is 1 and no teacher has the student's
@@ -136,8 +137,8 @@ class RidgeSearch:
         scores = {n: _losses(q, examples).mean() for n, q in candidates.items()}
         trials = [(name, np.nan, np.nan, scores[name]) for name in scores]
 
-        # If the labels are a random sample, the shares of the classes are
-        # evidence. The search then also tries a weak penalty of the biases.
+        # If the labels are a random sample, the shares of the classes in the
+        # labels are evidence. The search then also tries a weak bias penalty.
         ratios = (1.0, 1e-3) if examples.random_sample else (1.0,)
         total = len(scores) + len(ratios) * len(PENALTIES)
         for ratio in ratios if self.steps == 2 else ():
@@ -146,14 +147,14 @@ class RidgeSearch:
             for penalty in PENALTIES:
                 for done, (_, _, fit) in enumerate(parts):
                     fit.fit_step_2(penalty, ratio * penalty)
-                    # A penalty may take long, and so counts part by part.
+                    # A penalty may take long, so the bar moves with each part.
                     progress(len(trials) + done / len(parts), total)
                 path.append(out_of_fold(_Fit.both_steps))
                 losses.append(_losses(path[-1], examples))
                 means = [loss.mean() for loss in losses]
                 trials.append((BOTH_STEPS, penalty, ratio * penalty, means[-1]))
                 if len(means) > 2 and min(means[-2:]) > min(means[:-2]):
-                    break  # The last two penalties were worse, so too weak.
+                    break  # The last two penalties were worse: too weak.
             best = _strongest(np.array(losses))
             if means[best] < scores.get(BOTH_STEPS, np.inf):
                 on_all.fit_step_2(PENALTIES[best], ratio * PENALTIES[best])
@@ -192,9 +193,9 @@ class _Fit:
 
         Args:
             examples: all labelled examples.
-            rows: which of them are fitted, `(N,)`, bool.
-            start: where the fit of step 1 starts.
-            tick: called after each iteration of this fit.
+            rows: which of the examples are fitted, `(N,)`, bool.
+            start: start parameters for the fit of step 1.
+            tick: called after each iteration of the fit of step 1.
         """
         self.examples = examples
         labels = examples.labels[rows]
@@ -222,7 +223,7 @@ class _Fit:
         self.parameters = np.zeros(len(self.learned) * x.shape[1] + 2)
 
     def fit_step_2(self, penalty: float, bias_penalty: float) -> None:
-        """Fit step 2, starting from the parameters of its last fit.
+        """Fit step 2, starting from the parameters of the previous fit.
 
         Args:
             penalty: the L2 penalty of all parameters but the biases.
@@ -240,11 +241,11 @@ class _Fit:
         ).x
 
     def step_1(self) -> Correction:
-        """Return the correction by temperature and epsilon alone.
+        """Return the correction by temperature and epsilon only.
 
-        It changes classes without a label too. With 50 to 100 labels of 100
-        classes, keeping their probabilities cost .15 to .2 in NLL: most are
-        over-confident like the others.
+        It also changes classes without a label. With 50 to 100 labels of 100
+        classes, keeping the probabilities of such classes cost .15 to .2 in
+        NLL, because most of them are as over-confident as the other classes.
         """
         pooled = _pooled(self.examples)
         scales = np.exp(self.confidence[:-1]) / max(len(pooled), 1)
@@ -282,9 +283,9 @@ def step_1(
     teacher, as in `shared_proxy`.
 
     Args:
-        z: of each of K teachers, `(N, C)`.
+        z: the z of each of K teachers, `(N, C)`.
         confidence: `log(K s_k)` of each teacher, then `log(1 + epsilon)`. Zeros
-            are the geometric mean of the teachers as they are.
+            give the geometric mean of the uncorrected teachers.
 
     Returns:
         t, u and log q, each `(N, C)`.
@@ -311,12 +312,12 @@ def fit_step_1(
     """Fit temperatures and epsilon; return `confidence`, see `step_1`.
 
     Args:
-        z: of each teacher, `(N, C)`.
+        z: the z of each teacher, `(N, C)`.
         labels: `(N,)`, indices of `learned`.
-        weight: of each example, `(N,)`.
+        weight: the weight of each example, `(N,)`.
         learned: the classes that have labels. The likelihood is conditional on
-            these, because nothing is known about the others.
-        start: where to start.
+            these, because nothing is known about the other classes.
+        start: the start parameters.
         tick: called after each iteration.
     """
     return scipy.optimize.minimize(
@@ -367,15 +368,15 @@ def whiten(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean of z and A, for half-whitened features `A (z - mean)`.
 
-    A has one block per teacher, `S^(-1/4)` up to a rotation, with S the
-    covariance of its z and eigenvalues of at least 1e-3 of the largest. It is
-    scaled so that the variances of a teacher's features sum to its number of
-    classes. Directions without variance are left out, such as those of a
-    teacher that always gives the same answer.
+    A has one block per teacher. The block is `S^(-1/4)` up to a rotation, where
+    S is the covariance of the teacher's z, with eigenvalues raised to at least
+    1e-3 of the largest. It is scaled so that the variances of a teacher's
+    features sum to the teacher's number of classes. Directions without variance
+    are left out; for example, a teacher may always give the same answer.
 
     Args:
-        z: of each teacher, `(N, C_k)`.
-        weight: of each example, `(N,)`.
+        z: the z of each teacher, `(N, C_k)`.
+        weight: the weight of each example, `(N,)`.
     """
     share = weight / weight.sum()
     means, blocks = [], []
@@ -405,10 +406,10 @@ def step_2_objective(
     Args:
         parameters: W, `(C, D)`, flat; then a_1 and a_2.
         r: log probabilities after step 1, `(N, C)`.
-        exp_r: the probabilities.
+        exp_r: the probabilities after step 1, `(N, C)`.
         x: the features, `(N, D)`.
-        labels: `(N,)`.
-        weight: of each example, `(N,)`.
+        labels: the true classes, `(N,)`.
+        weight: the weight of each example, `(N,)`.
         penalties: L2 penalties, one per parameter.
     """
     w = parameters[:-2].reshape(r.shape[1], x.shape[1])
@@ -443,12 +444,13 @@ def _nll(
 
 
 def _folds(examples: Examples) -> list[np.ndarray]:
-    """Return splits into folds, each as the fold of every example, `(N,)`.
+    """Return splits: for each split, the fold of every example, `(N,)`.
 
-    There are 5 folds, or 10 for fewer than 300 examples. Fewer than 200
-    examples are split two to four times, because their score depends on the
-    split. The folds are not stratified: if all folds had the same shares of the
-    classes, biases that are fitted to few labels would look too good.
+    There are 5 folds, or 10 for fewer than 300 examples. If there are fewer
+    than 200 examples, the cross-validation split is repeated two to four times,
+    because with so few examples the score depends on the split. The folds are
+    not stratified: if all folds had the same shares of the classes, biases
+    fitted to few labels would look too good.
     """
     number = len(examples.labels)
     count = 5 if number >= 300 else min(10, number)
@@ -460,7 +462,7 @@ def _folds(examples: Examples) -> list[np.ndarray]:
 def _effective_weight(examples: Examples) -> np.ndarray:
     """Return weights whose sum is the effective number of examples.
 
-    That is `(sum w)^2 / sum w^2`, N for equal weights.
+    This number is `(sum w)^2 / sum w^2`; for equal weights, it is N.
     """
     w = examples.sample_weight
     return w * (w.sum() / np.sum(w**2))
@@ -470,7 +472,7 @@ def _losses(probs: np.ndarray, examples: Examples) -> np.ndarray:
     """Return the NLL of each example times its weight, `(N,)`.
 
     Args:
-        probs: `(N, C)`, or `(splits, N, C)` to take means over splits.
+        probs: `(N, C)`, or `(splits, N, C)` to average over splits.
         examples: the labelled examples.
     """
     nll = negative_log_likelihood(probs, examples.labels)
@@ -479,7 +481,7 @@ def _losses(probs: np.ndarray, examples: Examples) -> np.ndarray:
 
 
 def _strongest(losses: np.ndarray) -> int:
-    """Return the first row whose mean is close to the lowest mean.
+    """Return the index of the first row with a mean close to the lowest mean.
 
     Close means within `ERRORS_ALLOWED` standard errors of the difference, as
     in Breiman et al. (1984).
@@ -507,7 +509,7 @@ def _pooled(examples: Examples) -> list[int]:
 def _correction(
     examples: Examples, scales: dict[int, float], epsilon: float = 0.0
 ) -> Correction:
-    """Return a correction by the scale, 1 / temperature, of some teachers."""
+    """Return a correction with these scales, 1 / temperature, of teachers."""
     counts = tuple(t.shape[1] for t in examples.teacher_probs)
     temperature = [
         1.0 / scales[k] if k in scales else np.inf for k in range(len(counts))
@@ -526,7 +528,7 @@ def _correct(
 
 
 def _teachers_as_they_are(examples: Examples) -> dict[str, Correction]:
-    """Return corrections that use one teacher as it is, the best one first."""
+    """Return corrections that use one teacher unchanged, the best one first."""
     best_first = sorted(
         _pooled(examples),
         key=lambda k: _losses(examples.teacher_probs[k], examples).mean(),
@@ -543,7 +545,7 @@ def _teachers_as_they_are(examples: Examples) -> dict[str, Correction]:
 def _notes(
     examples: Examples, chosen: str, confidence: np.ndarray
 ) -> tuple[str, ...]:
-    """Return what the user should know about the result."""
+    """Return notes for the user about the result."""
     notes = []
     if any(
         np.all(examples.teacher_probs[k].argmax(axis=1) == examples.labels)
@@ -569,8 +571,8 @@ def _notes(
         if names:
             notes.append(
                 f"{' and '.join(names).capitalize()} ended at a bound of the "
-                "search. Check the order of the classes, and that teacher "
-                "outputs and labels belong to the same examples."
+                "search. Check the order of the classes, and check that the "
+                "teacher outputs and labels belong to the same examples."
             )
     if (
         chosen == BOTH_STEPS
@@ -578,6 +580,7 @@ def _notes(
     ):
         notes.append(
             "The correction between classes was restricted to a matrix of rank "
-            f"{MAX_FEATURES}, because there are more classes."
+            f"{MAX_FEATURES}, because a teacher has more than {MAX_FEATURES} "
+            "classes."
         )
     return tuple(notes)

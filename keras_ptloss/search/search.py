@@ -30,11 +30,11 @@ METHODS = {
 class ProxyTeacherSearch:
     """Find the correction of a teacher on a few labelled examples.
 
-    The search compares the teacher's probabilities with the labels of some 15
-    to 1,000 examples. It corrects first the confidence, by a temperature and
-    the paper's epsilon, then confusions and biases between classes. If nothing
-    improves the teacher on held-out labels, it stays as it is. The data that a
-    student is distilled on need no labels.
+    The search compares the teacher's probabilities with the labels of about 15
+    to 1,000 examples. It first corrects the confidence, by a temperature and
+    the paper's epsilon, and then confusions and biases between classes. If no
+    correction improves the teacher on held-out labels, the teacher is left
+    unchanged. The data used to distil a student needs no labels.
 
     The teacher must not have been trained on the labelled examples: a teacher
     looks better on its own training data than on new data.
@@ -43,7 +43,7 @@ class ProxyTeacherSearch:
         method: `"ridge"`, or `RidgeSearch(...)`, the default; `"random"`, or
             `RandomSearch(...)`, the paper's Algorithm 1; `"gradient"`, or
             `GradientSearch(...)`, for coefficients of any order.
-        seed: seed of folds and draws.
+        seed: random seed of folds and draws.
 
     Raises:
         ValueError: if an argument is invalid.
@@ -95,29 +95,29 @@ class ProxyTeacherSearch:
         """Search on labelled examples that the teacher was not trained on.
 
         Args:
-            teacher: teacher outputs, `(N, ..., C)`, or `(N, ..., 1)` of a
+            teacher: teacher outputs, `(N, ..., C)`, or `(N, ..., 1)` for a
                 sigmoid head; `SoftLabels`; or a Keras model, which is called on
-                `inputs`. A list holds several teachers, of any of these kinds.
-            labels: true classes, integers, `(N, ...)`. With Keras models also
-                a data set of `(inputs, labels)` or `(inputs, labels,
-                sample_weight)`, which is read once.
+                `inputs`. For several teachers, pass a list of any of these.
+            labels: true classes, integers, `(N, ...)`. If all teachers are
+                Keras models, this can also be a data set of `(inputs, labels)`
+                or `(inputs, labels, sample_weight)`, which is read once.
             inputs: the labelled examples, as arrays, for Keras models.
             sample_weight: weights, `(N, ...)` or `(N,)`, if the labelled
                 examples are not a random sample of the data. Examples of weight
                 0 are left out.
-            from_logits: whether the teacher gives logits, a flag for all
-                teachers or one for each. None means probabilities, except for
-                stored outputs with an attribute `from_logits`.
-            num_classes: the number of classes C of the student, and so of the
-                labels. It is needed only if a teacher's classes differ.
+            from_logits: whether the teacher gives logits. Pass one flag for all
+                teachers, or one per teacher. None means probabilities, except
+                for stored outputs with an attribute `from_logits`.
+            num_classes: the number of classes C of the student and the labels.
+                It is needed only if a teacher has other classes.
             class_names: names of the classes, for the summary.
-            ignore_class: a label of examples or positions to leave out, as in
+            ignore_class: the label of examples or positions to leave out, as in
                 `keras.losses.SparseCategoricalCrossentropy`. The teacher's
-                outputs there are ignored.
+                outputs for them are ignored.
             random_sample: whether the labels are a random sample of the data,
                 so that a class without a label must be rare. By default, only
                 temperature and epsilon change such classes; a correction
-                between classes keeps the teacher's probabilities of them.
+                between classes keeps the teacher's probabilities for them.
             verbose: 1 shows a progress bar, 0 does not; "auto" shows it if the
                 search takes more than two seconds.
 
@@ -128,8 +128,8 @@ class ProxyTeacherSearch:
             ValueError: if an argument is invalid.
 
         Warns:
-            UserWarning: what may be wrong with the teacher or the labels. The
-                same texts are in `SearchResult.notes`.
+            UserWarning: if something may be wrong with the teacher or the
+                labels. The same texts are in `SearchResult.notes`.
         """
         begin = time.perf_counter()
         examples, flags = read_labelled(
@@ -149,14 +149,14 @@ class ProxyTeacherSearch:
             map(str, range(number) if class_names is None else class_names)
         )
         if len(names) != number or isinstance(class_names, str):
-            fail("class_names", f"a name for each of {number} classes", names)
+            fail("class_names", f"one name for each of {number} classes", names)
         progress = Progress(
             f"Searching for a correction, with {len(examples.labels)} labels",
             None,
             unit="trial",
             verbose=verbose,
         )
-        # The matrices are small: threads of BLAS cost more than they save.
+        # The matrices are so small that BLAS is faster without threads.
         with threadpool_limits(limits=1, user_api="blas"):
             found = self.method.run(examples, progress.update)
         progress.close()
@@ -185,9 +185,10 @@ def _notes_on_permuted_classes(
 ) -> Iterator[str]:
     """Yield a note on each teacher whose classes seem to be permuted.
 
-    The best permutation is the one that makes most of the answers right. It is
-    reported if it makes 20 % more of them right than the identity; one of C
-    classes can explain about C answers by chance.
+    The best permutation is the one that makes the most answers right. It is
+    reported if it makes more answers right than the identity, by 20 % of the
+    examples plus the C answers that a permutation can explain by chance, and if
+    more than half of the answers are then right.
     """
     classes, number = examples.num_classes, len(examples.labels)
     for k, t in enumerate(examples.teacher_probs):
@@ -208,9 +209,9 @@ def _notes_on_permuted_classes(
         one = len(examples.teacher_probs) == 1
         yield (
             f"The classes of the {'teacher' if one else f'teacher {k}'} seem "
-            f"permuted: {100 * right:.0f} % of its answers are right, and "
-            f"{100 * permuted:.0f} % would be if its class {_first(moved)}. "
-            "Check the order of the classes."
+            f"permuted: {100 * right:.0f} % of its answers are right, but "
+            f"{100 * permuted:.0f} % would be right if its class "
+            f"{_first(moved)}. Check the order of the classes."
         )
 
 
@@ -219,9 +220,9 @@ def _notes_on_balanced_labels(
 ) -> Iterator[str]:
     """Yield a note if the labels seem to have been balanced by class.
 
-    They do if the counts of the labels are more even than in 95 % of random
-    samples from balanced data, although the teacher's mean probabilities are
-    more uneven than chance explains.
+    They seem so if the counts of the labels are more even than in 95 % of
+    random samples from balanced data, although the teacher's mean probabilities
+    are more uneven than chance can explain.
     """
     classes, number = examples.num_classes, len(examples.labels)
     shares = [
@@ -238,17 +239,17 @@ def _notes_on_balanced_labels(
     if chi2.cdf(distance) <= 0.05 and chi2.sf(of_teacher / expected) <= 0.01:
         yield (
             f"The labels look balanced by class ({counts.min()} to "
-            f"{counts.max()} per class), and the teacher expects uneven "
-            "classes. If they are not a random sample of the data, pass "
+            f"{counts.max()} per class), but the teacher predicts unbalanced "
+            "classes. If the labels are not a random sample of the data, pass "
             "sample_weight: each example's weight is the share of its class in "
-            "the data, divided by its share in the labels."
+            "the data, divided by the share of its class in the labels."
         )
 
 
 def _notes_on_absent_classes(
     examples: Examples, found: Found, class_names: Sequence[str]
 ) -> Iterator[str]:
-    """Give a note on the classes that have no label."""
+    """Yield a note on the classes that have no label."""
     absent = np.setdiff1d(np.arange(examples.num_classes), examples.labels)
     shares = [
         t[:, absent].sum(axis=1).mean()
@@ -266,7 +267,7 @@ def _notes_on_absent_classes(
     effect = (
         "keep the teacher's probabilities"
         if kept
-        else "change in confidence alone"
+        else "change only in confidence"
     )
     yield (
         f"{len(absent)} of {examples.num_classes} classes have no label and "

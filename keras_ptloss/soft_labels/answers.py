@@ -1,8 +1,8 @@
 """Class probabilities from the answers of language models.
 
-The model names a class by one token, and the server lists the likeliest tokens
-at this position. The page "Check a file of answers" states the rules. Whatever
-can be read in two ways is an error.
+The model names a class by one token, and the server lists the most likely
+tokens at this position. The page "Check a file of answers" states the rules.
+Any ambiguous answer is an error.
 """
 
 import dataclasses
@@ -43,12 +43,14 @@ class Answers(Responses):
 
     Attributes:
         probabilities: `(N, num_classes)` float64; every row sums to 1.
-        other_mass: `(N,)`, the probability of all tokens that are not a class.
-            If it is large, the answer says little about the classes.
-        rows: `(N,)`, the line of each answer, counted from 0, or its place in
-            `ids`.
-        ids: The `custom_id` of each answer, or None if the file has none.
-        failed: Why answers were left out, by `custom_id` or line.
+        other_mass: `(N,)`, the total probability of all tokens that are not a
+            class. If it is large, the answer says little about the classes.
+        rows: `(N,)`, the line number of each answer, counted from 0, or its
+            position in `ids`.
+        ids: The `custom_id` of each answer, or None if the file has no
+            custom_ids.
+        failed: Why answers were left out: a reason for each `custom_id` or
+            line number.
     """
 
     probabilities: np.ndarray
@@ -69,22 +71,22 @@ def read_answers(
     The class is one token of the answer: the last one that has text, or the
     first one after the text `after`. The probabilities are those of the
     alternatives that the server lists for this token. A class that is not
-    listed gets the smaller of two numbers: the lowest listed probability, and
-    an equal part of the probability that no listed token has.
+    listed gets the smaller of two numbers: the lowest listed probability, or an
+    equal share of the probability that is left after all listed tokens.
 
     Args:
         files: A file with one JSON response per line, or a list of files.
         class_names: The name of each class, as the model writes it. If a class
-            has several spellings, a dictionary from each name to a list of
-            them: `{"no": ["no", "No"], "yes": ["yes", "Yes"]}`.
+            has several spellings, pass a dictionary that maps each name to a
+            list of spellings: `{"no": ["no", "No"], "yes": ["yes", "Yes"]}`.
         after: The class is the first token after this text, which must occur
             once in the answer; `""` is the start of the answer. By default the
             class is the last token of the answer.
-        ids: The `custom_id` of each example; the answers come in this order. By
-            default they come in the order of the lines.
+        ids: The `custom_id` of each example. The answers are returned in this
+            order, by default in the order of the lines.
         missing: `"error"` or `"skip"`: whether an answer without class
-            probabilities, as after a failed request, is an error or is left
-            out. It never becomes a uniform row.
+            probabilities, for example after a failed request, is an error or is
+            left out. It never becomes a uniform row.
         verbose: 1 shows a progress bar, 0 does not; "auto" shows it after two
             seconds.
 
@@ -92,8 +94,8 @@ def read_answers(
         An `Answers` with `probabilities`, `other_mass`, `ids` and `failed`.
 
     Raises:
-        ValueError: If a line cannot be read, or a class is not one token, or
-            does not occur in the file.
+        ValueError: If a line cannot be read, if a class is not a single token,
+            or if a class does not occur in the file.
 
     Example:
         >>> import json, tempfile
@@ -125,10 +127,10 @@ def read_answers(
     if absent:
         common = [text for text, _ in tokens.most_common(20)]
         raise ValueError(
-            f"No answer lists a token for the classes {absent}. Each class must"
-            " be one token, spelled as the model writes it. Received:"
-            f" class_names={list(class_names)}; the tokens listed, the most"
-            f" frequent first: {common}"
+            f"No answer lists a token for the classes {absent}. Each class name"
+            " must be a single token, spelled as the model writes it. Received:"
+            f" class_names={list(class_names)}. The most frequent tokens in"
+            f" the answers are {common}"
         )
     return Answers(
         probabilities=np.stack([row for row, _ in values]),
@@ -163,8 +165,8 @@ def import_answers(
             store then finds its rows by these ids.
         ids: As in `read_answers`.
         after: As in `read_answers`.
-        missing: As in `read_answers`. What is left out is not stored, and a
-            warning counts it.
+        missing: As in `read_answers`. Answers that are left out are not stored,
+            and a warning says how many there are.
         verbose: As in `read_answers`.
         **options: Passed to `SoftLabels.from_array`: `dtype`, `top_k`,
             `teacher_name` and `overwrite`.
@@ -173,7 +175,7 @@ def import_answers(
         The store.
 
     Raises:
-        ValueError: As `read_answers`, before anything is stored.
+        ValueError: As in `read_answers`, before anything is stored.
     """
     answers = read_answers(
         files,
@@ -190,8 +192,8 @@ def import_answers(
             inputs = take(inputs, answers.rows)
     elif answers.ids is None:
         raise ValueError(
-            "Pass `inputs`, the examples that the answers are about; the lines"
-            " have no `custom_id` either. Received: inputs=None"
+            "Pass `inputs`, the examples that the answers are about, because"
+            " the lines have no `custom_id`. Received: inputs=None"
         )
     answers.warn_of_failed()
     return SoftLabels.from_array(
@@ -206,7 +208,7 @@ def import_answers(
 
 
 def _spellings(class_names: ClassNames) -> dict[str, int]:
-    """Return a dictionary from each spelling of a class to its index."""
+    """Return a dictionary that maps each spelling to the index of its class."""
     if isinstance(class_names, Mapping):
         texts = list(class_names.values())
     else:
@@ -228,7 +230,7 @@ def _spellings(class_names: ClassNames) -> dict[str, int]:
     ):
         raise ValueError(
             "`class_names` must be a list of two or more different texts, or a"
-            " dictionary from each name to a list of spellings. Received:"
+            " dictionary that maps each name to a list of spellings. Received:"
             f" {class_names=}"
         )
     return spellings
@@ -241,7 +243,7 @@ def _class_position(
     choice = only_choice(response)
     found = positions(choice)
     if any(math.isnan(position.token.logprob) for position in found):
-        raise ValueError("it repeats the prompt; ask without `echo`")
+        raise ValueError("the answer repeats the prompt; ask without `echo`")
     text = _answer_text(choice, found)
     spans = _spans(found, text)
     if after is None:
@@ -262,7 +264,7 @@ def _check_word(
     spellings: dict[str, int],
     after: str | None,
 ) -> None:
-    """Check that a token of the answer is a class, and the whole word is."""
+    """Check that a token of the answer is a class and a whole word."""
     received = f"Received: the content {_tail(before + word + following)}"
     if after is None:
         place = "the last token"
@@ -275,12 +277,12 @@ def _check_word(
         if len(name) > len(word):
             raise ValueError(
                 f"the class {name!r} is more than one token here; let the model"
-                f" answer by a letter or digit for each class. {received}"
+                f" answer with one letter or digit per class. {received}"
             )
     if word not in spellings:
         raise NoAnswer(
             f"{place} is {word!r}, none of the classes {list(spellings)}; if"
-            f" the class stands elsewhere, say where by `after`. {received}"
+            f" the class is elsewhere, use `after` to say where. {received}"
         )
     if after is None and before and not before[-1].isspace():
         raise NoAnswer(f"{place}, {word!r}, ends a longer word. {received}")
@@ -294,10 +296,10 @@ def _tail(shown: Any) -> str:
 
 
 def _answer_text(choice: dict[str, Any], found: list[Position]) -> bytes:
-    """Return the text of an answer without the reasoning before it."""
+    """Return the text of an answer, without the model's reasoning."""
     message, text = field(choice, "message", dict), field(choice, "text", str)
     if message is not None and text is not None:
-        raise ValueError("it has `message` and `text`; keep one")
+        raise ValueError("the choice has `message` and `text`; keep only one")
     if message is None and "text" not in choice:
         raise unknown_shape(choice, "choices[0].message")
     name, content = "text", text
@@ -313,15 +315,16 @@ def _answer_text(choice: dict[str, Any], found: list[Position]) -> bytes:
 
 
 def _spans(found: list[Position], text: bytes) -> dict[int, tuple[int, int]]:
-    """Return where each token with text stands in the answer.
+    """Return where each token that has text starts and ends in the answer.
 
     The tokens may include the reasoning before the answer and the end of the
-    turn after it. Only the last tokens that spell the answer count. Spaces are
-    not compared, because servers differ in them.
+    turn after the answer. If several runs of tokens spell the answer, the last
+    run is used. Spaces are not compared, because servers treat them in
+    different ways.
     """
     pieces = [_visible(position.token.utf8) for position in found]
     ends = np.cumsum([len(piece) for piece in pieces], dtype=int).tolist()
-    starts = [0, *ends]  # one more than there are tokens
+    starts = [0, *ends]  # has one element more than `pieces`
     everything, wanted = b"".join(pieces), _visible(text)
     begin = everything.rfind(wanted)
     while begin >= 0 and not (begin in starts and begin + len(wanted) in ends):
@@ -329,7 +332,8 @@ def _spans(found: list[Position], text: bytes) -> dict[int, tuple[int, int]]:
     if begin < 0:
         raise NoAnswer(
             "the tokens of `logprobs` do not spell the content of the answer;"
-            " the server may give raw pieces or ids instead of text. Received:"
+            " the server may return raw vocabulary pieces or ids instead of"
+            " text. Received:"
             f" the tokens {_tail([p.token.text for p in found])} for the"
             f" content {_tail(text.decode(errors='replace'))}"
         )
@@ -355,11 +359,12 @@ def _first_after(
         if count > 1:
             raise ValueError(
                 f"the text {after.decode()!r} occurs {count} times in the"
-                " content of the answer; give a longer one as `after`"
+                " content of the answer; pass a longer text as `after`"
             )
         if not count:
             raise NoAnswer(
-                f"the content has no {after.decode()!r}. Received: the content"
+                f"the content does not contain {after.decode()!r}. Received:"
+                " the content"
                 f" {_tail(text.decode(errors='replace'))}"
             )
         end = text.index(after) + len(after)
@@ -377,11 +382,11 @@ def _first_after(
 def _listed_masses(
     position: Position, spellings: dict[str, int]
 ) -> dict[int, float]:
-    """Return the probability of each class that is listed."""
+    """Return the probability of each listed class."""
     if not position.alternatives:
         raise NoAnswer(
-            "`top_logprobs` is empty; ask for the likeliest tokens, such as"
-            " top_logprobs=20"
+            "`top_logprobs` is empty; ask for the most likely tokens, for"
+            " example with top_logprobs=20"
         )
     masses: dict[int, float] = {}
     texts: set[str] = set()
@@ -392,15 +397,15 @@ def _listed_masses(
         if is_raw or spellings.get(as_bytes) != label:
             raise ValueError(
                 f"the token {token.text!r} (bytes {token.data!r}) is a raw"
-                " piece of a vocabulary or contradicts its bytes; ask the"
-                " server for text"
+                " piece of a vocabulary, or its text contradicts its bytes; ask"
+                " the server for text"
             )
         if label is None:
             continue
         if token.text in texts:
             raise ValueError(
-                f"`top_logprobs` lists two tokens of the text {token.text!r}"
-                " with different log-probabilities; ask the server for bytes"
+                f"`top_logprobs` lists two tokens with the text {token.text!r}"
+                " and different log-probabilities; ask the server for bytes"
             )
         texts.add(token.text)
         masses[label] = masses.get(label, 0.0) + token.probability
@@ -412,7 +417,7 @@ def _listed_masses(
 def _class_probabilities(
     listed: dict[int, float], position: Position, num_classes: int
 ) -> tuple[np.ndarray, float]:
-    """Return the classes' probabilities, and the mass of all other tokens."""
+    """Return the classes' probabilities and that of all other tokens."""
     least = min(token.probability for token in position.alternatives)
     left = max(1.0 - sum(token.probability for token in position.entries), 0.0)
     absent = max(num_classes - len(listed), 1)

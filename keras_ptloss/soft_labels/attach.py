@@ -32,20 +32,22 @@ def attach_several(
 ) -> Any:
     """Pair a data set with the stored probabilities of several teachers.
 
-    It is like `SoftLabels.attach`, with the teachers' probabilities side by
-    side, `(batch, C_1 + C_2 + ...)`, as losses for several teachers take them.
+    This is like `SoftLabels.attach`, but the soft labels are the probabilities
+    of all teachers side by side, `(batch, C_1 + C_2 + ...)`, as losses for
+    several teachers take them.
 
     Args:
-        stores: one for each teacher. The order of their rows may differ.
+        stores: one store for each teacher. The rows of the stores need not be
+            in the same order.
         data: as in `SoftLabels.attach`.
         **options: the other arguments of `SoftLabels.attach`.
 
     Returns:
-        As `SoftLabels.attach`.
+        As in `SoftLabels.attach`.
 
     Raises:
-        ValueError: as `SoftLabels.attach`, or if two stores have the same
-            classes in another order.
+        ValueError: as in `SoftLabels.attach`, or if two stores have the same
+            classes in a different order.
 
     Example:
         >>> import numpy as np
@@ -119,31 +121,31 @@ def attach(
 def _check_length(
     stores: Sequence["SoftLabels"], data: Any, library: str
 ) -> None:
-    """Require as many batches as the stored examples need, if known."""
+    """Require enough batches for all stored examples, if it is known."""
     try:
         tf = library == "tensorflow"
         count = int(data.cardinality()) if tf else len(data)
         x, _, _ = unpack(next(iter(data)))
-    except TypeError:  # has no length
+    except TypeError:  # `data` has no length
         return
     most = count * num_examples(x)
     for store in stores:
         stored = len(store._index("inputs")[0])
-        if most >= 0:  # below 0, it is unknown
+        if most >= 0:  # TensorFlow gives -2 for an unknown number
             _check_all_used(most, stored, f"at most {most}")
 
 
 def _check_all_used(used: int, stored: int, shown: str) -> None:
     if used < stored:
         raise ValueError(
-            "`data` must hold every example whose soft labels are stored, "
-            "unless you say allow_subset=True. Received: "
+            "`data` must contain every example that has stored soft labels, "
+            "unless you pass allow_subset=True. Received: "
             f"{shown} of {stored} examples"
         )
 
 
 class _Pairs:
-    """Gives a batch its targets: the rows of one store, or of several."""
+    """Adds targets to batches: the rows of one store or of several stores."""
 
     def __init__(self, stores: Sequence["SoftLabels"]) -> None:
         self.stores = list(stores)
@@ -156,7 +158,7 @@ class _Pairs:
         return keras.utils.pack_x_y_sample_weight(x, y_true, weight)
 
     def find(self, x: Any, ids: Any = None) -> list[np.ndarray]:
-        """Return the rows of examples, for each store."""
+        """Return, for each store, the row of each example."""
         if ids is not None:
             return [store.find(ids=ids) for store in self.stores]
         prints = fingerprint(x)
@@ -168,9 +170,9 @@ class _Pairs:
         """Return `y_true` and sample weights of a batch.
 
         Args:
-            x: its inputs.
-            weight: its sample weights or None.
-            rows: the rows of each store, if they are known.
+            x: the inputs of the batch.
+            weight: the sample weights of the batch, or None.
+            rows: the row of each example, for each store, if already known.
         """
         if rows is None:
             rows = self.find(x)
@@ -184,9 +186,9 @@ class _Pairs:
 def _at_tokens(
     found: np.ndarray, x: Any, weight: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return events and weights of sequences, at the tokens of the inputs."""
+    """Return events and weights at the positions of the inputs' tokens."""
     mask = sequence_mask(x)
-    number = np.cumsum(mask, axis=1) - 1  # of a token in its sequence
+    number = np.cumsum(mask, axis=1) - 1  # index of a token in its sequence
     sequence, position = np.nonzero(mask & (number < found.shape[1]))
     y_true = np.zeros((*mask.shape, *found.shape[2:]), "float32")
     y_true[..., 0] = NO_ENTRY
@@ -197,7 +199,7 @@ def _at_tokens(
 
 
 def _as_tensor(x: Any) -> Any:
-    """Return texts as a tensor on TensorFlow, which takes no NumPy objects."""
+    """Return texts as a tensor on TensorFlow: it refuses NumPy objects."""
     if keras.backend.backend() == "tensorflow" and x.dtype.kind in "OSU":
         return keras.ops.convert_to_tensor(x, "string")
     return x
@@ -228,7 +230,7 @@ class _Arrays(keras.utils.PyDataset):
         return math.ceil(len(self._order) / self._batch_size)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        if not 0 <= index < len(self):  # so that a loop over it ends
+        if not 0 <= index < len(self):  # so that a loop over the batches ends
             raise IndexError(f"Batch {index} of {len(self)}")
         low = index * self._batch_size
         chosen = self._order[low : low + self._batch_size]
@@ -266,7 +268,7 @@ class _Batches(keras.utils.PyDataset):
 
 
 def _tf_pairs(pairs: _Pairs, data: Any) -> Any:
-    """Map a `tf.data.Dataset` of batches to the same with stored targets."""
+    """Return a `tf.data.Dataset` of the same batches with stored targets."""
     tf = sys.modules["tensorflow"]
     shape = pairs.stores[0].shape
 
@@ -298,7 +300,7 @@ def _tf_pairs(pairs: _Pairs, data: Any) -> Any:
 
 
 def _torch_pairs(pairs: _Pairs, loader: Any) -> Any:
-    """Return a PyTorch `DataLoader` of a loader's batches with targets."""
+    """Return a `DataLoader` of another loader's batches with stored targets."""
     torch = sys.modules["torch"]
 
     class Pairs(torch.utils.data.IterableDataset):  # type: ignore[name-defined]

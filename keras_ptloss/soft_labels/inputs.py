@@ -19,14 +19,14 @@ MASKS = {"token_ids": "padding_mask", "input_ids": "attention_mask"}
 
 
 def fingerprint(inputs: Any, *, verbose: Verbose = "auto") -> np.ndarray:
-    """Return a hash of each example, the same on every machine.
+    """Return a hash of each example. It is the same on every machine.
 
-    Soft labels find their examples by it. Texts count as UTF-8. Integers up to
-    rank 2 (`(N,)` or `(N, T)`) count by their values, whatever their dtype; of
-    all else the dtype counts. Of token ids with a mask (a dictionary with
-    `"token_ids"` and `"padding_mask"`, or `"input_ids"` and
-    `"attention_mask"`), and of lists of token ids, only the tokens count,
-    whatever the padding.
+    Stored soft labels are found by this hash. Texts are hashed as UTF-8.
+    Integers of rank 1 or 2 (`(N,)` or `(N, T)`) are hashed by their values, so
+    their dtype does not matter; for all other arrays, it does. Padding is
+    ignored for lists of token ids, and for token ids with a mask (a dictionary
+    with `"token_ids"` and `"padding_mask"`, or with `"input_ids"` and
+    `"attention_mask"`).
 
     Two different examples have the same fingerprint with probability 2^-64.
 
@@ -95,7 +95,7 @@ def _fingerprint(x: Tensor) -> np.ndarray:
 
 
 def _text_bytes(row: Any) -> bytes:
-    """Return the texts of an example as bytes, each after its length."""
+    """Return the texts of an example as bytes, each preceded by its length."""
     encoded = b""
     for text in np.ravel(np.asarray(row, object)):
         if not isinstance(text, (str, bytes)):
@@ -133,7 +133,7 @@ def sequence_mask(x: Tensor) -> np.ndarray:
 
 
 def weights_of_positions(weight: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Return sample weights `(batch, time)`; of None, ones."""
+    """Return sample weights `(batch, time)`; ones if `weight` is None."""
     if weight is None:
         return np.ones(shape, "float32")
     weight = as_array(weight).astype("float32")
@@ -145,10 +145,10 @@ def weights_of_positions(weight: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def library_of(data: Any) -> str | None:
-    """Return which library made a data set of batches; None for all else."""
+    """Return the library of a data set of batches; None for other data."""
     if isinstance(data, keras.utils.PyDataset):
         return "keras"
-    # Whoever has such a data set has imported its library.
+    # A data set exists only if its library has been imported.
     tf, torch, grain = map(sys.modules.get, ("tensorflow", "torch", "grain"))
     if tf is not None and isinstance(data, tf.data.Dataset):
         return "tensorflow"
@@ -164,10 +164,10 @@ def library_of(data: Any) -> str | None:
 def as_inputs(inputs: Any) -> Any:
     """Return inputs in one of three forms: arrays, a `Source`, or batches.
 
-    A list of texts becomes an array, a list of sequences of token ids a
-    dictionary of padded ids and their mask. What is indexed by example, as a
-    Grain data source or a PyTorch `Dataset`, becomes a `Source`. Data sets of
-    batches, see `library_of`, stay as they are.
+    A list of texts becomes an array. A list of sequences of token ids becomes a
+    dictionary of padded ids and their mask. An object that returns examples by
+    index, such as a Grain data source or a PyTorch `Dataset`, becomes a
+    `Source`. Data sets of batches (see `library_of`) are not changed.
     """
     if isinstance(inputs, Source):
         return inputs
@@ -220,7 +220,7 @@ def _is_endless(data: Any) -> bool:
 
 
 def pad(sequences: Any) -> dict[str, np.ndarray]:
-    """Return sequences of token ids side by side, padded on the right by 0."""
+    """Return sequences of token ids, padded on the right with 0."""
     arrays = [np.asarray(sequence) for sequence in sequences]
     for number, array in enumerate(arrays):
         if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -237,11 +237,12 @@ def pad(sequences: Any) -> dict[str, np.ndarray]:
 
 
 class Source:
-    """Single examples, read by number, in the form of an array.
+    """Wraps an object that returns single examples, to index it as an array.
 
     Args:
-        examples: has a length and an example for each integer. Of a tuple,
-            `(inputs, targets)`, the inputs are used.
+        examples: an object with a length that returns an example for each
+            index. If an example is a tuple `(inputs, targets)`, only the inputs
+            are used.
     """
 
     ndim = 1
@@ -254,7 +255,7 @@ class Source:
         return len(self._examples)
 
     def __getitem__(self, index: Any) -> Any:
-        """Return a batch: the examples of a slice or of an array of numbers."""
+        """Return a batch: the examples of a slice or of an array of indices."""
         if isinstance(index, slice):
             index = range(*index.indices(len(self)))
         found = [self._examples[int(number)] for number in index]
@@ -279,7 +280,7 @@ def num_examples(x: Any) -> int:
 
 
 def take(x: Any, index: Any) -> Any:
-    """Return the examples of a slice or of an array of numbers."""
+    """Return the examples of a slice or of an array of indices."""
     return keras.tree.map_structure(lambda leaf: leaf[index], x)
 
 
@@ -290,8 +291,9 @@ def batches(
 
     Args:
         inputs: as `as_inputs` returns them.
-        batch_size: of arrays and sources; data sets have their own batches.
-        start: number of the first example, of arrays and sources.
+        batch_size: batch size for arrays and sources. Data sets have their own
+            batches.
+        start: index of the first example, for arrays and sources.
     """
     library = library_of(inputs)
     if library is None:
@@ -327,9 +329,9 @@ def not_stored(
     path: Any,
     verbose: Verbose,
 ) -> Iterator[tuple[Any, Any, np.ndarray]]:
-    """Yield inputs, weights and fingerprints of what is not stored yet.
+    """Yield inputs, weights and fingerprints of examples not stored yet.
 
-    If something is stored, the inputs are first read once and compared with it,
+    If rows are stored, all inputs are first read once and compared with them,
     so that nobody pays a teacher for the wrong inputs. Arrays must be in the
     order of the stored rows; a data set may be shuffled.
     """
@@ -365,9 +367,9 @@ def not_stored(
 
 
 def other_inputs(path: Any, how: str) -> ValueError:
-    """Return the error about inputs that are not those of a store."""
+    """Return the error to raise for inputs that do not belong to a store."""
     return ValueError(
-        f"`inputs` must be those of the soft labels at {path}, in their order. "
-        "Choose another path, or say overwrite=True. Received: inputs which "
-        f"{how}"
+        f"`inputs` must be the examples of the soft labels at {path}, in the "
+        "same order. Choose another path, or pass overwrite=True. Received: "
+        f"inputs that {how}"
     )

@@ -2,15 +2,15 @@
 
 A store is a directory:
 
-    info.json              what it holds and, once complete, its files
+    info.json              the layout and, once complete, the file names
     000000-1f3870be.arrow  rows: one Arrow record batch, named by its CRC-32
-    journal-000001         rows that are in no file yet
+    journal-000001         rows that are not in an Arrow file yet
     .lock                  locked by the process that writes
 
-Each append adds a record to the journal: length and CRC-32 of the Arrow bytes,
-then these bytes. A full journal becomes an Arrow file, which has a temporary
-name until it is on the disk. If a process is killed, the next one cuts off an
-incomplete record and continues from there.
+Each append adds a record to the journal: the length and CRC-32 of the Arrow
+bytes, then the bytes. A full journal becomes an Arrow file, which has a
+temporary name until it is on the disk. If a process is killed, the next process
+cuts off the incomplete record and continues from there.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ import numpy as np
 from keras_ptloss.soft_labels.layout import Layout, pyarrow
 
 FILE_BYTES = 256 * 2**20
-HEADER = struct.Struct("<QI")  # length and CRC-32 of a journal's record
+HEADER = struct.Struct("<QI")  # length and CRC-32 of a record in a journal
 OWN_NAMES = re.compile(
     r"\.lock|info\.json(\.new)?|sealing|journal-\d+|\d+-[0-9a-f]{8}\.arrow"
 )
@@ -41,17 +41,17 @@ OWN_NAMES = re.compile(
 def writing(
     path: Path, *, fsync: bool = False, overwrite: bool = False
 ) -> Iterator["StoreWriter"]:
-    """Lock a directory, which is made if absent, and yield a writer to it.
+    """Lock a directory and yield a writer to it; make it if it is missing.
 
     Args:
         path: the directory.
         fsync: whether each append waits until its rows are on the disk, so
             that a power cut cannot lose them.
-        overwrite: whether to delete the store that is there.
+        overwrite: whether to delete an existing store.
 
     Raises:
         RuntimeError: if another process writes to the directory.
-        ValueError: if the directory holds anything but a store.
+        ValueError: if the directory has files that are not part of a store.
     """
     path.mkdir(parents=True, exist_ok=True)
     with (path / ".lock").open("w") as lock:
@@ -70,7 +70,7 @@ def writing(
                 f"Received: path={str(path)!r}, which holds {foreign[0]!r}"
             )
         if overwrite or "info.json" not in names:
-            # The description goes first: without it, the rest is no store.
+            # Delete info.json first: without it, a directory is not a store.
             for name in sorted(names - {".lock"}, key="info.json".__ne__):
                 (path / name).unlink()
         yield StoreWriter(path, fsync)
@@ -80,7 +80,7 @@ class StoreWriter:
     """Appends record batches to the store in a locked directory.
 
     Attributes:
-        layout: what the store holds; None before the first `append`.
+        layout: the layout of the rows; None before the first `append`.
         complete: whether the store is complete.
         num_rows: how many rows are stored.
     """
@@ -94,7 +94,8 @@ class StoreWriter:
             self._files = info.files
         else:
             self._files = sorted(file.name for file in path.glob("*.arrow"))
-        for journal in path.glob("journal-*"):  # whose rows are in files
+        # The rows of all other journals are in Arrow files.
+        for journal in path.glob("journal-*"):
             if self.complete or journal != self._journal:
                 journal.unlink()
         in_journal, self._end = self._journal_batches()
@@ -105,11 +106,11 @@ class StoreWriter:
 
     @property
     def _journal(self) -> Path:
-        """Return the journal of the next file."""
+        """The journal whose rows will be the next Arrow file."""
         return self.path / f"journal-{len(self._files):06d}"
 
     def _journal_batches(self) -> tuple[list[Any], int]:
-        """Return the journal's record batches, mapped, and where they end."""
+        """Return the journal's memory-mapped record batches and their end."""
         pa = pyarrow()
         found: list[Any] = []
         end = 0
@@ -137,12 +138,12 @@ class StoreWriter:
         return np.concatenate([*columns, np.empty(0, "uint64")])
 
     def append(self, batch: Any) -> None:
-        """Add the rows of a record batch of the layout of those before.
+        """Add the rows of a record batch.
 
         Raises:
-            ValueError: if its layout is another one.
-            OSError: if it cannot be written, because the disk is full for
-                example. The rows before stay stored.
+            ValueError: if its layout differs from that of the stored rows.
+            OSError: if the file cannot be written, for example because the disk
+                is full. Earlier rows stay stored.
         """
         layout = Layout.of_schema(batch.schema)
         if self.layout is None:
@@ -163,14 +164,14 @@ class StoreWriter:
             raise OSError(
                 error.errno,
                 f"{error.strerror}, writing soft labels to {self.path}. "
-                f"{self.num_rows} rows are stored: make room and run the same "
-                "call again to continue",
+                f"{self.num_rows} rows are stored. Free some disk space and "
+                "run the same call again to continue",
             ) from error
         self._end += HEADER.size + data.size
         self.num_rows += batch.num_rows
 
     def _seal(self) -> None:
-        """Make an Arrow file of the journal's rows."""
+        """Move the journal's rows to a new Arrow file."""
         pa = pyarrow()
         batches, _ = self._journal_batches()
         table = pa.Table.from_batches(batches).combine_chunks()
@@ -190,7 +191,7 @@ class StoreWriter:
         self._end = 0
 
     def finish(self) -> None:
-        """Seal the last rows and declare the store complete."""
+        """Move the last rows to a file and mark the store as complete."""
         if self.layout is None:
             raise ValueError("There must be at least one example to store.")
         if self._end:
@@ -206,7 +207,7 @@ def check_same(stored: Any, expected: dict[str, Any], path: Any) -> None:
         if found != value:
             raise ValueError(
                 f"The soft labels at {path} were written with another {name}, "
-                f"{found!r}. Choose another path, or say overwrite=True. "
+                f"{found!r}. Choose another path, or pass overwrite=True. "
                 f"Received: {name}={value!r}"
             )
 
@@ -216,9 +217,9 @@ class Info:
     """The content of a store's `info.json`.
 
     Args:
-        layout: what the rows are.
-        files: names of the Arrow files in the order of their rows; None as long
-            as the store is unfinished.
+        layout: the layout of the rows.
+        files: names of the Arrow files in the order of their rows; None while
+            the store is unfinished.
     """
 
     layout: Layout
@@ -226,7 +227,7 @@ class Info:
 
 
 def read_info(path: Path) -> Info | None:
-    """Return what a directory's `info.json` says; None if there is none."""
+    """Return the content of a directory's `info.json`, or None."""
     file = path / "info.json"
     if not file.exists():
         return None
@@ -242,12 +243,12 @@ def read_info(path: Path) -> Info | None:
     except TypeError as error:
         raise ValueError(
             f"The soft labels in {path} were written by another version of "
-            f"keras_ptloss, which this one cannot read: {error}."
+            f"keras_ptloss, and this version cannot read them: {error}."
         ) from error
 
 
 def write_info(path: Path, info: Info) -> None:
-    """Write `info.json`, whole or not at all."""
+    """Write `info.json`; if this fails, leave the old file unchanged."""
     store = dataclasses.asdict(info)
     text = {"store": store, "checksum": _checksum_of_info(store)}
     temporary = path / "info.json.new"
@@ -286,16 +287,16 @@ def open_file(file: Path, *, verify: bool = True) -> Any:
 
 
 def damaged(file: Path) -> ValueError:
-    """Return the error about a file that is not as it was written."""
+    """Return the error to raise for a file that is missing or has changed."""
     return ValueError(
         f"The soft labels in {file.parent} are damaged: {file.name} is missing "
-        "or not as it was written. Restore the directory from a copy, or write "
-        "it again with overwrite=True."
+        "or has changed since it was written. Restore the directory from a "
+        "copy, or write it again with overwrite=True."
     )
 
 
 def discard(path: Path) -> None:
-    """Delete what a killed process has left, unless another one writes it."""
+    """Delete what a killed process left, unless another process writes it."""
     if path.exists():
         with contextlib.suppress(RuntimeError, ValueError), writing(path):
             shutil.rmtree(path)

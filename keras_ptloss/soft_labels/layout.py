@@ -1,15 +1,16 @@
-"""The Arrow schema of a store, and the way between NumPy and its columns.
+"""The Arrow schema of a store, and conversion between NumPy and Arrow.
 
 A store has rows of one of three kinds:
 
 * `probabilities`: C probabilities for each example.
-* `top_k`: the k likeliest classes of each example, their log-probabilities, and
-  the log-probability of all other classes together.
-* `tokens`: the same for each position of a sequence. Positions without an entry
-  at the ends of a sequence are not stored; `start` is the first one stored.
+* `top_k`: the k most likely classes of each example, their log-probabilities,
+  and the log-probability of all other classes together.
+* `tokens`: as `top_k`, for each position of a sequence. Positions without an
+  entry at the start and end of a sequence are not stored; `start` is the first
+  stored position.
 
 In memory, the last two are events of shape `(..., k + 1, 2)`, as `TopKPTLoss`
-takes them: ids and natural log-probabilities, the last entry with id -1 for all
+takes them: ids and natural log-probabilities. The last entry, of id -1, is all
 other classes. An id of -2 means that there is no entry.
 """
 
@@ -24,8 +25,8 @@ from keras_ptloss._validation import check_choice, fail
 REST = -1
 NO_ENTRY = -2
 
-# Columns by name. Tokens have an `offsets` array beside them: the positions of
-# sequence i are those from `offsets[i]` to `offsets[i + 1]`.
+# Columns by name. For tokens, there is also an array `offsets`: sequence i has
+# the positions from `offsets[i]` to `offsets[i + 1]`.
 Values = dict[str, Any]
 
 
@@ -33,14 +34,14 @@ def pyarrow() -> Any:
     """Import pyarrow, which is an optional dependency.
 
     Raises:
-        ImportError: if it is not installed.
+        ImportError: if pyarrow is not installed.
     """
     try:
         import pyarrow as pa
     except ImportError as error:
         raise ImportError(
-            "SoftLabels stores its rows in Arrow files, which requires "
-            "pyarrow. Run `pip install pyarrow`."
+            "SoftLabels needs pyarrow, because it stores rows in Arrow files. "
+            "Run `pip install pyarrow`."
         ) from error
     return pa
 
@@ -50,17 +51,17 @@ class Layout:
     """What kind of rows a store has.
 
     Args:
-        kind: kind of rows, see above.
-        dtype: of probabilities and log-probabilities, `"float16"` or
+        kind: kind of rows; see the module's docstring.
+        dtype: dtype of the probabilities or log-probabilities, `"float16"` or
             `"float32"`.
         num_classes: number of classes, for `probabilities`.
         top_k: k, for `top_k` and `tokens`.
         class_names: names of the classes, in their order.
         teacher: a name or a fingerprint of the teacher.
-        from_logits: whether the teacher gave logits; probabilities are stored
-            of either.
-        has_fingerprints: whether rows carry fingerprints of their inputs.
-        has_ids: whether rows carry the user's ids.
+        from_logits: whether the teacher gave logits. Probabilities are stored
+            in either case.
+        has_fingerprints: whether rows have fingerprints of their inputs.
+        has_ids: whether rows have the user's ids.
     """
 
     kind: Literal["probabilities", "top_k", "tokens"]
@@ -74,7 +75,7 @@ class Layout:
     has_ids: bool = False
 
     def __post_init__(self) -> None:
-        """Check the user's choices; JSON had made a list of the tuple."""
+        """Check the user's choices; restore the tuple that JSON made a list."""
         check_choice("dtype", self.dtype, ("float16", "float32"))
         if self.class_names is not None:
             self.class_names = tuple(self.class_names)
@@ -83,7 +84,7 @@ class Layout:
 
     @classmethod
     def of(cls, values: Values, **about: Any) -> "Layout":
-        """Return the layout of columns, with further fields of it."""
+        """Return the layout of columns; `about` has the other fields."""
         about["has_fingerprints"] = "fingerprint" in values
         about["has_ids"] = "id" in values
         if "probabilities" in values:
@@ -95,11 +96,11 @@ class Layout:
 
     @classmethod
     def of_schema(cls, schema: Any) -> "Layout":
-        """Return the layout that is in a schema's metadata."""
+        """Return the layout in the metadata of a schema."""
         return cls(**json.loads(schema.metadata[b"keras_ptloss"]))
 
     def schema(self) -> Any:
-        """Return the Arrow schema, which carries this layout as JSON."""
+        """Return the Arrow schema, with this layout as JSON metadata."""
         pa = pyarrow()
         floats = pa.float16() if self.dtype == "float16" else pa.float32()
         types = {"fingerprint": pa.uint64()} if self.has_fingerprints else {}
@@ -121,7 +122,7 @@ class Layout:
         return pa.schema(list(types.items()), {"keras_ptloss": about})
 
     def encode(self, values: Values) -> Any:
-        """Return an Arrow record batch of columns."""
+        """Return columns as an Arrow record batch."""
         pa = pyarrow()
         schema = self.schema()
         columns = []
@@ -143,7 +144,7 @@ def _as_arrow(values: Any, kind: Any) -> Any:
         return pa.array(values, kind)
     lists = pa.types.is_fixed_size_list(kind)
     numbers = kind.value_type if lists else kind
-    with np.errstate(over="ignore"):  # below -65504, float16 has -inf
+    with np.errstate(over="ignore"):  # float16 has -inf for less than -65504
         flat = np.ascontiguousarray(values, numbers.to_pandas_dtype())
     array = pa.array(flat.reshape(-1), numbers)
     return (
@@ -152,7 +153,7 @@ def _as_arrow(values: Any, kind: Any) -> Any:
 
 
 def views(batch: Any) -> Values:
-    """Return NumPy views of a record batch's columns; ids are copied."""
+    """Return NumPy views of a record batch's columns, and copies of ids."""
     pa = pyarrow()
     found: Values = {}
     for name, array in zip(batch.schema.names, batch.columns, strict=True):
@@ -171,7 +172,10 @@ def views(batch: Any) -> Values:
 def events(
     values: Values, rows: Any, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return events `(n, k + 1, 2)` float32 of rows of columns of entries."""
+    """Return rows of `top_k` or `tokens` columns as events, in float32.
+
+    The shape is `(n, k + 1, 2)`.
+    """
     top_ids = values["top_ids"][rows]
     if out is None:
         out = np.empty((len(top_ids), top_ids.shape[1] + 1, 2), "float32")

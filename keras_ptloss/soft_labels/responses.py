@@ -2,8 +2,8 @@
 
 A file has one JSON object per line: a response of the chat or the completions
 endpoint as OpenAI, vLLM, SGLang or llama.cpp's server return it, or a line of a
-batch job's output, which holds such a response under `response.body`. What can
-be read in two ways is an error, and so is every other shape.
+batch job's output, which holds such a response under `response.body`. A
+response of any other shape is an error, and so is an ambiguous one.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ Key = tuple[str, bytes | None, int | None]  # text, bytes and id of a token
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Missing = Literal["error", "skip"]
 
-# OpenAI's log-probability of a chosen token that is not among the likeliest.
+# OpenAI's log-probability of a chosen token that is not among the most likely.
 UNKNOWN_LOGPROB = -9999.0
 
 _JSON = {dict: "object", list: "array", str: "string", int: "integer"}
@@ -40,10 +40,11 @@ class Token(NamedTuple):
     """A token and its log-probability.
 
     Attributes:
-        text: As the server writes it.
-        logprob: Natural logarithm; NaN for the first token of a prompt.
+        text: The token, as the server writes it.
+        logprob: Its natural log-probability; NaN for the first token of a
+            prompt.
         data: Its bytes, if the server gives them.
-        id: Its id, if the server gives it.
+        id: Its id, if the server gives one.
     """
 
     text: str
@@ -53,12 +54,12 @@ class Token(NamedTuple):
 
     @property
     def key(self) -> "Key":
-        """What tells tokens apart."""
+        """A key that differs between different tokens."""
         return self.text, self.data, self.id
 
     @property
     def utf8(self) -> bytes:
-        """Its bytes, or those of its text."""
+        """The bytes of the token, or of its text if they are not given."""
         return self.text.encode() if self.data is None else self.data
 
     @property
@@ -71,10 +72,11 @@ class Position(NamedTuple):
     """A token of an answer and its alternatives.
 
     Attributes:
-        token: The token that the answer has here.
-        alternatives: The likeliest tokens here, each once.
-        entries: All tokens with a known log-probability, each once: the
-            alternatives, and `token` if it is not one of them.
+        token: The token of the answer at this position.
+        alternatives: The most likely tokens at this position, without
+            repetition.
+        entries: All tokens with a known log-probability, without repetition:
+            the alternatives, and `token` if it is not one of them.
     """
 
     token: Token
@@ -87,10 +89,12 @@ class Responses:
     """Which answers of a file were read.
 
     Attributes:
-        rows: `(N,)`, the line of each answer, counted from 0, or its place in
-            `ids`.
-        ids: The `custom_id` of each answer, or None if the file has none.
-        failed: Reasons of the answers left out, by `custom_id` or line.
+        rows: `(N,)`, the line number of each answer, counted from 0, or its
+            position in `ids`.
+        ids: The `custom_id` of each answer, or None if the file has no
+            custom_ids.
+        failed: Why answers were left out: a reason for each `custom_id` or
+            line number.
     """
 
     rows: np.ndarray
@@ -103,14 +107,14 @@ class Responses:
         """Check that row i belongs to the user's example i.
 
         Args:
-            argument: Name of the argument that has the examples.
-            count: Number of the examples.
-            ids: As given to `read_responses`.
+            argument: Name of the argument with the examples.
+            count: Number of examples.
+            ids: The ids that `read_responses` was given.
         """
         if ids is None and self.ids is not None:
             raise ValueError(
                 "The lines have a `custom_id`, so they may be in any order."
-                f" Pass `ids`, the custom_id of each of the `{argument}`."
+                f" Pass `ids`, the custom_ids of the `{argument}`, in order."
                 f" Received: ids=None, and custom_ids such as {self.ids[0]!r}"
             )
         num_answers = len(self.rows) + len(self.failed)
@@ -121,12 +125,12 @@ class Responses:
             )
 
     def warn_of_failed(self) -> None:
-        """Warn of answers that an import leaves out."""
+        """Warn about answers that an import leaves out."""
         if self.failed:
             num_answers = len(self.rows) + len(self.failed)
             warnings.warn(
                 f"{len(self.failed)} of {num_answers} answers cannot be used"
-                " and are not stored, such as"
+                " and are not stored, for example"
                 f" {next(iter(self.failed.values()))}",
                 stacklevel=3,
             )
@@ -141,25 +145,25 @@ def read_responses(
 ) -> tuple[list[Any], Responses]:
     """Apply `read` to each response of the files.
 
-    A request that failed and was repeated may have two lines of one
-    `custom_id`; the answer counts.
+    A request that failed and was repeated may have two lines with the same
+    `custom_id`. The line with an answer is used.
 
     Args:
         files: A path, or a list of paths.
-        read: Takes a response and its row. It raises `NoAnswer` where there is
-            none, and ValueError where the response cannot be read.
+        read: A function of a response and its row. It raises `NoAnswer` if the
+            response has no answer, and ValueError if it cannot be read.
         missing: "error" or "skip": what to do about a `NoAnswer`.
-        ids: The `custom_id` of each example. If given, these are the rows, and
-            the values come in their order.
+        ids: The `custom_id` of each example. If given, rows are positions in
+            this list, and the values are returned in this order.
         verbose: As in `read_answers`.
 
     Returns:
-        What `read` returned for each answer, and which answers these are.
+        What `read` returned for each answer, and the `Responses`.
     """
     check_choice("missing", missing, ("error", "skip"))
     row_of = {name: row for row, name in enumerate(ids or ())}
     if len(row_of) < len(ids or ()):
-        raise ValueError("`ids` must all differ. Received: a repeated id")
+        raise ValueError("`ids` must be unique. Received: a repeated id")
     found: dict[str | int, tuple[int, Any]] = {}
     failed: dict[str | int, str] = {}
     has_ids: set[bool] = set()
@@ -179,7 +183,7 @@ def read_responses(
             if len(has_ids) > 1:
                 raise ValueError("only some of the lines have a `custom_id`")
             if ids is not None and custom_id not in row_of:
-                raise ValueError(f"its custom_id {custom_id!r} is not in `ids`")
+                raise ValueError(f"the custom_id {custom_id!r} is not in `ids`")
             if custom_id is not None:
                 key, row = custom_id, row_of.get(custom_id, row)
             value = read(_response(record), row)
@@ -194,7 +198,9 @@ def read_responses(
         failed.setdefault(name, f"{name!r} has no line")
     failed = {key: why for key, why in failed.items() if key not in found}
     if not found or (failed and missing == "error"):
-        advice = ' Repeat them, or pass missing="skip".' if found else ""
+        advice = (
+            ' Repeat the requests, or pass missing="skip".' if found else ""
+        )
         reasons = "; ".join(list(failed.values())[:3]) or "files without lines"
         raise ValueError(
             f"{len(failed)} of {len(failed) + len(found)} answers cannot be "
@@ -209,7 +215,7 @@ def read_responses(
 
 
 def _lines(files: Paths) -> Iterator[tuple[str, bytes]]:
-    """Yield the place of each line, for error messages, and its bytes."""
+    """Yield each line's number and file, for error messages, and its bytes."""
     for path in [files] if isinstance(files, (str, os.PathLike)) else files:
         with Path(path).open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -233,24 +239,24 @@ def field(parent: Any, name: str, kind: type[T]) -> T | None:
 
 
 def unknown_shape(value: dict[str, Any], expected: str) -> ValueError:
-    """Return the error about a shape that is not read."""
+    """Return the error to raise for a response of an unknown shape."""
     return ValueError(
         f"`{expected}` is missing. Only responses of OpenAI's chat and"
-        ' completions endpoints are read. The page "Use other answers" shows'
-        " how to build an array from others. Received: the fields"
+        ' completions endpoints can be read. The page "Use other answers" shows'
+        " how to build an array from other responses. Received: the fields"
         f" {', '.join(map(repr, value)) or '(none)'}"
     )
 
 
 def _response(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the response of a line, which a batch job wraps."""
+    """Return the response of a line, also if a batch job has wrapped it."""
     if record.get("error"):
         raise NoAnswer(f"error: {record['error']}")
     body: dict[str, Any] | None = record
     if "response" in record:
         batch = field(record, "response", dict)
         if "choices" in record:
-            raise ValueError("it has `choices` and `response`; keep one")
+            raise ValueError("it has `choices` and `response`; keep only one")
         if batch is None:
             raise NoAnswer("`response` is null")
         if "body" not in batch:
@@ -268,7 +274,7 @@ def _response(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def only_choice(response: dict[str, Any]) -> dict[str, Any]:
-    """Return the choice of a response; raise `NoAnswer` where it has none."""
+    """Return the only choice of a response; raise `NoAnswer` without one."""
     choices = field(response, "choices", list)
     if not choices:
         raise NoAnswer("`choices` is empty")
@@ -298,8 +304,8 @@ def positions(choice: dict[str, Any]) -> list[Position]:
     texts = field(logprobs, "tokens", list)
     if chat is not None and texts is not None:
         raise ValueError(
-            "`logprobs` has `content` and `tokens`, which can be read in two"
-            " ways; keep one"
+            "`logprobs` has `content` and `tokens`, which is ambiguous; keep"
+            " only one"
         )
     if chat is not None:
         return [
@@ -351,7 +357,7 @@ def _completion_positions(
             key: as_logprob(one, key)
             for key, one in (field(pair, "top_logprobs", dict) or {}).items()
         }
-        # llama-cpp-python adds the chosen token under a second spelling.
+        # llama-cpp-python adds the chosen token again, in another spelling.
         twins = [
             key
             for key, one in alternatives.items()
@@ -366,15 +372,19 @@ def _completion_positions(
 
 
 def _position(token: Token, listed: Iterable[Token]) -> Position:
-    """Join a token and its alternatives, which must agree about it."""
+    """Return a position of a token and its alternatives.
+
+    If the token is also an alternative, it must have the same log-probability.
+    """
     alternatives = tuple(dict.fromkeys(listed))
     same = [one.logprob for one in alternatives if one.key == token.key]
     if same and not any(_agree(one, token.logprob) for one in same):
         raise ValueError(
             f"the answer's token {token.text!r} has the log-probability"
-            f" {token.logprob} of its own (`token_logprobs` or `logprob`), but"
-            f" {same[0]} in `top_logprobs`: they are two tokens of one text, or"
-            " computed differently. Ask the server for tokens by id or bytes"
+            f" {token.logprob} in `token_logprobs` or `logprob`, but {same[0]}"
+            " in `top_logprobs`. Either two tokens have the same text, or the"
+            " server computes the two numbers in different ways. Ask the server"
+            " for tokens by id or bytes"
         )
     known = not same and token.logprob > UNKNOWN_LOGPROB
     entries = (*alternatives, token) if known else alternatives
@@ -388,12 +398,12 @@ def _position(token: Token, listed: Iterable[Token]) -> Position:
 
 
 def _agree(one: float, other: float) -> bool:
-    # Below this both are 0, whatever a server writes for that.
+    # Servers write different numbers for a probability of 0.
     return max(one, other) < -30 or abs(one - other) < 0.01
 
 
 def as_logprob(value: Any, text: str) -> float:
-    """Check a log-probability; minus infinity is one."""
+    """Check a log-probability, which may be minus infinity."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or math.isnan(value) or value > 1e-3:
         raise ValueError(

@@ -48,7 +48,7 @@ from keras_ptloss.soft_labels.teacher import (
 
 PathLike = str | os.PathLike[str]
 CHUNK = 4096  # rows that are handled at once
-PARTIAL = ".partial"  # after the name of a store that is not whole yet
+PARTIAL = ".partial"  # suffix of the name of a store that is not complete yet
 EXPORTED = 65_536  # rows in a record batch or row group for other tools
 
 
@@ -58,21 +58,22 @@ class SoftLabels:
     A store holds rows of one of three kinds, which `read` returns as float32:
 
     * probabilities, `(n, C)`;
-    * the k likeliest classes, as events `(n, k + 1, 2)`: ids and natural
-      log-probabilities, the last one with id -1 for all other classes;
-    * the same for each position of token sequences, `(n, time, k + 1, 2)`.
+    * the k most likely classes, as events `(n, k + 1, 2)`: ids and natural
+      log-probabilities. The last event, of id -1, is all other classes;
+    * such events for each position of token sequences, `(n, time, k + 1, 2)`.
 
-    The last two are what `TopKPTLoss` takes as `y_true`; an id of -2 means that
-    there is no entry. Make a store with `SoftLabels.write`, or from arrays with
-    `SoftLabels.from_array`, and read it again with `SoftLabels.open`.
+    Both kinds of events can be the `y_true` of `TopKPTLoss`; an id of -2 means
+    that there is no entry. Make a store with `SoftLabels.write`, or from arrays
+    with `SoftLabels.from_array`, and open it again with `SoftLabels.open`.
 
     Rows are found by the fingerprints of their inputs, or by your ids. If two
     examples are equal, the row that was stored first is used.
 
     Attributes:
-        layout: kind of rows, dtype, number and names of classes, teacher.
-        path: directory of the store; None in memory.
-        shape: of all rows; of token sequences, the time is None.
+        layout: the kind of rows, their dtype, the number and names of the
+            classes, and the teacher.
+        path: directory of the store; None for a store in memory.
+        shape: shape of all rows. For token sequences, the time is None.
 
     Example:
         >>> import tempfile
@@ -124,31 +125,31 @@ class SoftLabels:
 
         If the process is killed, run the same call again. It checks that the
         stored rows belong to these inputs and this teacher, and runs the
-        teacher only on the other inputs.
+        teacher only on inputs that are not stored yet.
 
         Args:
             teacher: a Keras model, or a function from a batch of inputs to an
                 array `(batch, C)`. A binary classifier may return `(batch, 1)`,
                 the probability (or logit) of the second class. For token
                 sequences, the array is `(batch, time, C)`, and `top_k` is
-                needed. A teacher that knows only the likeliest classes returns
-                events `(batch, k + 1, 2)` or `(batch, time, k + 1, 2)`.
+                needed. A teacher that knows only the most likely classes
+                returns events `(batch, k + 1, 2)` or `(batch, time, k + 1, 2)`.
             inputs: arrays, a list of texts, lists of token ids, a pytree of
-                arrays, what gives single examples by number (a PyTorch
-                `Dataset`, a Grain data source), or what gives batches: a
-                `tf.data.Dataset`, a `keras.utils.PyDataset`, a PyTorch
-                `DataLoader`, a Grain data set. If it gives `(inputs, targets,
-                sample_weight)`, the targets are ignored, and positions of
-                sequences whose weight is 0 are not stored.
+                arrays, an object that returns single examples by index (a
+                PyTorch `Dataset`, a Grain data source), or a data set of
+                batches: a `tf.data.Dataset`, a `keras.utils.PyDataset`, a
+                PyTorch `DataLoader`, a Grain data set. If the data set gives
+                `(inputs, targets, sample_weight)`, the targets are ignored, and
+                positions of sequences whose weight is 0 are not stored.
             path: directory of the store.
             batch_size: batch size for arrays. Data sets keep their batches.
             from_logits: whether the teacher returns logits. They are converted
                 to probabilities before they are stored.
             class_names: names of the classes, in the teacher's order.
-            top_k: store only the k likeliest classes.
+            top_k: store only the k most likely classes.
             dtype: dtype of the stored numbers.
-            ids: your own name for each example, in the same order. Rows can
-                then be found by ids as well as by inputs.
+            ids: your own name for each example, in the order of the inputs.
+                Rows can then be found by ids as well as by inputs.
             teacher_name: a name that identifies the teacher when you resume or
                 join. The default is a hash of the model's configuration and
                 weights, or the name of the function.
@@ -167,7 +168,7 @@ class SoftLabels:
                 probabilities.
             RuntimeError: if another process writes to the store, or the
                 teacher fails.
-            OSError: if the disk is full. What is stored stays.
+            OSError: if the disk is full. Rows that are already stored are kept.
         """
         check_count("batch_size", batch_size)
         run = asked(teacher, top_k, from_logits)
@@ -250,7 +251,8 @@ class SoftLabels:
 
         Raises:
             FileNotFoundError: if there is no store at `path`.
-            ValueError: if it is unfinished or damaged, or its classes differ.
+            ValueError: if the store is unfinished or damaged, or if its classes
+                differ from `class_names`.
         """
         path = Path(path)
         info = read_info(path)
@@ -292,19 +294,20 @@ class SoftLabels:
 
         Args:
             values: probabilities or logits, `(N, C)`, or with `top_k` also
-                `(N, time, C)`. If only the k likeliest are known, events, such
-                as `np.stack([ids, log_probs], axis=-1)`: `(N, k, 2)`, `(N,
-                time, k, 2)`, or a list of `(time, k, 2)` with one position for
-                each token of `inputs`. An id of -2 means that there is no
-                entry; a last one of -1 stands for all other ids, which else
-                have what is left of 1. A memory map is read in parts.
+                `(N, time, C)`. If only the k most likely classes are known,
+                events, such as `np.stack([ids, log_probs], axis=-1)`: `(N, k,
+                2)`, `(N, time, k, 2)`, or a list of `(time, k, 2)` with one
+                position for each token of `inputs`. An id of -2 means that
+                there is no entry. If the last id is -1, its entry stands for
+                all other ids; if not, all other ids get the remaining
+                probability. A memory map is read in parts.
             path: directory of the new store; None keeps it in memory.
-            ids: your names of the examples, in the order of `values`.
-            inputs: the examples in that order, as in `write`. Without inputs
-                and ids, `attach` cannot find the rows.
+            ids: your own name for each example, in the order of `values`.
+            inputs: the examples in the same order, as in `write`. `attach`
+                needs inputs or ids to find the rows.
             class_names: as in `write`.
             from_logits: whether `values` are logits.
-            top_k: store only the k likeliest classes.
+            top_k: store only the k most likely classes.
             dtype: as in `write`.
             teacher_name: name of the teacher.
             overwrite: whether to replace another store at `path`.
@@ -316,7 +319,8 @@ class SoftLabels:
 
         Raises:
             ValueError: if the values are not probabilities, if the numbers of
-                values, inputs and ids differ, or if `path` has another store.
+                values, inputs and ids differ, or if there is another store at
+                `path`.
 
         Example:
             >>> from keras_ptloss import SoftLabels
@@ -370,13 +374,13 @@ class SoftLabels:
         overwrite: bool,
         verbose: Verbose,
     ) -> "SoftLabels":
-        """Make a store of record batches, whole or not at all.
+        """Make a store from record batches, or nothing if this fails.
 
         Args:
             batches: record batches of up to `CHUNK` rows.
             what: what to print above the progress bar.
-            num_rows: of all batches.
-            path: as in `from_array`, like all that follow.
+            num_rows: number of rows in all batches.
+            path: as in `from_array`.
             overwrite: as in `from_array`.
             verbose: as in `from_array`.
         """
@@ -386,7 +390,7 @@ class SoftLabels:
             table = pyarrow().Table.from_batches(batches).combine_chunks()
             return cls(Layout.of_schema(table.schema), table.to_batches())
         path = Path(path)
-        # Only a store that is whole gets the name `path`.
+        # Only a complete store gets the name `path`.
         temporary = path.with_name(path.name + PARTIAL)
         with (
             writing(temporary, overwrite=True) as writer,
@@ -398,13 +402,13 @@ class SoftLabels:
             if path.exists():
                 with writing(path, overwrite=overwrite) as old:
                     if read_info(path) == read_info(temporary):
-                        # The same rows, as files are named by checksums.
+                        # Files are named by checksums, so the rows are equal.
                         shutil.rmtree(temporary)
                         return cls.open(path, verbose=verbose)
                     if old.layout is not None:
                         state = "a" if old.complete else "an unfinished"
                         raise ValueError(
-                            "`path` must be new, or say overwrite=True. "
+                            "`path` must be new, or pass overwrite=True. "
                             f"Received: path={str(path)!r}, {state} store of "
                             f"the teacher {old.layout.teacher!r} with "
                             f"{old.num_rows} rows"
@@ -422,7 +426,7 @@ class SoftLabels:
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """Return the shape of all rows; the time of sequences is None."""
+        """The shape of all rows. The time of sequences is None."""
         layout = self.layout
         if layout.kind == "probabilities":
             return len(self), layout.num_classes
@@ -437,7 +441,7 @@ class SoftLabels:
 
         Returns:
             Probabilities `(n, C)`; events `(n, k + 1, 2)`; or events of
-            sequences `(n, time, k + 1, 2)`, padded to the longest.
+            sequences `(n, time, k + 1, 2)`, padded to the longest sequence.
         """
         if isinstance(indices, slice):
             indices = range(*indices.indices(len(self)))
@@ -465,7 +469,7 @@ class SoftLabels:
         return out
 
     def _read_sequences(self, indices: np.ndarray) -> np.ndarray:
-        """Return events of token sequences, padded to the longest."""
+        """Return events of token sequences, padded to the longest sequence."""
         found = []
         files = np.searchsorted(self._ends, indices, side="right")
         for file, index in zip(files, indices, strict=True):
@@ -482,7 +486,7 @@ class SoftLabels:
         return out
 
     def _begin(self, file: int) -> Any:
-        """Return the number of a file's first row."""
+        """Return the index of the first row in a file."""
         return self._ends[file] - self._batches[file].num_rows
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
@@ -492,29 +496,29 @@ class SoftLabels:
         return self.read().astype(dtype or "float32", copy=False)
 
     def __repr__(self) -> str:
-        """Return path, size and layout."""
+        """Return the path, the number of rows and the layout."""
         return f"SoftLabels({self.path}, {len(self)} rows, {self.layout})"
 
     def __reduce__(self) -> Any:
-        """Pickle a store on disk as its path."""
+        """Pickle a store: only the path, if it is on disk."""
         if self.path is None:
             return SoftLabels, (self.layout, self._batches)
         return functools.partial(SoftLabels.open, verify=False), (self.path,)
 
-    # ---- Find the rows of examples ----
+    # ---- Find which row each example is stored in ----
 
     @property
     def fingerprints(self) -> np.ndarray | None:
-        """Return the fingerprint of each row's input, None if unknown."""
+        """The fingerprint of each row's input, or None if unknown."""
         return self._column("fingerprint")
 
     @property
     def ids(self) -> np.ndarray | None:
-        """Return the id of each row, None if there are none."""
+        """The id of each row, or None if the rows have no ids."""
         return self._column("id")
 
     def _column(self, name: str) -> np.ndarray | None:
-        """Return a column of all rows, None if there is none."""
+        """Return a column of all rows, or None if it is not stored."""
         if name not in self._values[0]:
             return None
         return np.concatenate([values[name] for values in self._values])
@@ -524,13 +528,14 @@ class SoftLabels:
 
         Args:
             inputs: the examples, as in `write`.
-            ids: or their ids.
+            ids: the ids of the examples, instead of `inputs`.
 
         Returns:
-            `(n,)` integers. If an example is stored twice, its first row.
+            `(n,)` integers. If an example is stored twice, this is its first
+            row.
 
         Raises:
-            ValueError: if the row of an example is not stored.
+            ValueError: if an example has no stored row.
         """
         if ids is None:
             return self._find("inputs", fingerprint(inputs))
@@ -546,9 +551,10 @@ class SoftLabels:
             if argument == "inputs":
                 why = "new, or its values, dtype or shape have changed"
             raise ValueError(
-                f"`{argument}` must be of examples whose soft labels are "
-                f"stored. Received: {len(missing)} of {len(wanted)} examples "
-                f"that are not, the first in position {missing[0]}: {why}"
+                f"`{argument}` must contain only examples that have stored "
+                f"soft labels. Received: {len(missing)} of {len(wanted)} "
+                "examples have none; the first is at position "
+                f"{missing[0]}: {why}"
             )
         return first[place]
 
@@ -585,25 +591,27 @@ class SoftLabels:
         or tokenize afterwards.
 
         Args:
-            data: as in `write`, or other arrays or batches of the same
-                examples. Its own targets are replaced.
-            ids: find the rows by these ids instead, for arrays.
+            data: the inputs that `write` took, or other arrays or batches of
+                the same examples. Targets in `data` are replaced.
+            ids: find the rows by these ids instead of fingerprints; only for
+                arrays.
             allow_subset: whether some stored examples may be missing from
                 `data`. For data sets, only the number of batches is checked.
             batch_size: batch size for arrays. Data sets keep their batches.
-            shuffle: whether to draw a new order in each epoch; arrays only.
-            seed: seed of that order.
+            shuffle: whether to draw a new order in each epoch; only for arrays.
+            seed: seed of the random order.
 
         Returns:
-            Batches `(inputs, soft labels)`, with sample weights if the data
-            have them: a data set of the same library, or a
-            `keras.utils.PyDataset` for arrays. Of token sequences `(inputs,
-            events, sample weights)`, whose weights are 0 where nothing is
-            stored.
+            Batches `(inputs, soft labels)`, with sample weights if `data` has
+            them. For arrays, this is a `keras.utils.PyDataset`; otherwise, a
+            data set of the same library. For token sequences, the batches are
+            `(inputs, events, sample weights)`, and the weights are 0 where
+            nothing is stored.
 
         Raises:
-            ValueError: if the row of an example is not stored, or examples are
-                missing. In a data set, when the example is read.
+            ValueError: if an example has no stored row, or if stored examples
+                are missing from `data`. For data sets, an example without a row
+                raises the error when it is read.
 
         Example:
             >>> import numpy as np
@@ -625,8 +633,8 @@ class SoftLabels:
     def to_arrow(self) -> Any:
         """Return a `pyarrow.RecordBatchReader` of all rows, in float32.
 
-        DuckDB takes it as a table; it cannot read float16. Polars, pandas and
-        Hugging Face Datasets read the store's `.arrow` files as they are.
+        DuckDB takes the reader as a table; it cannot read float16. Polars,
+        pandas and Hugging Face Datasets can read the store's `.arrow` files.
         """
         return self._reader("float32")
 
@@ -640,10 +648,10 @@ class SoftLabels:
         return pyarrow().RecordBatchReader.from_batches(schema, parts)
 
     def to_parquet(self, file: PathLike, *, verbose: Verbose = "auto") -> None:
-        """Write all rows to one Parquet file, whole or not at all.
+        """Write all rows to one Parquet file, or nothing if this fails.
 
         Args:
-            file: its name.
+            file: name of the file.
             verbose: as in `from_array`.
         """
         pyarrow()
@@ -671,12 +679,12 @@ class SoftLabels:
         overwrite: bool = False,
         verbose: Verbose = "auto",
     ) -> "SoftLabels":
-        """Make a store of a Parquet file that `to_parquet` wrote.
+        """Make a store from a Parquet file that `to_parquet` wrote.
 
-        Files of other tools are read by `soft_labels.read_table`.
+        For files from other tools, use `soft_labels.read_table`.
 
         Args:
-            file: its name.
+            file: name of the file.
             path: directory of the new store; None keeps it in memory.
             overwrite: whether to replace another store at `path`.
             verbose: as in `from_array`.
@@ -685,7 +693,7 @@ class SoftLabels:
             The store.
 
         Raises:
-            ValueError: if the file has no description of a store.
+            ValueError: if `to_parquet` did not write the file.
         """
         pyarrow()
         from pyarrow import parquet
@@ -714,12 +722,12 @@ class SoftLabels:
         overwrite: bool = False,
         verbose: Verbose = "auto",
     ) -> "SoftLabels":
-        """Join stores into one, when several machines have labelled parts.
+        """Join stores into one, for example parts written by several machines.
 
         Args:
             parts: directories of complete stores of the same teacher and the
                 same classes, in the order of the rows.
-            path: directory of the new store. The parts stay.
+            path: directory of the new store. The parts are kept.
             overwrite: whether to replace another store at `path`.
             verbose: as in `from_array`.
 
@@ -727,7 +735,7 @@ class SoftLabels:
             The store.
 
         Raises:
-            ValueError: if the parts differ in what they hold, or as `open`.
+            ValueError: if the layouts of the parts differ, or as in `open`.
         """
         stores = [cls.open(part) for part in parts]
         for store in stores:
@@ -746,7 +754,7 @@ class SoftLabels:
 
 @contextlib.contextmanager
 def _removed_on_error(path: Path) -> Iterator[None]:
-    """Delete a directory if an error is raised."""
+    """Delete a directory if an error is raised inside the block."""
     try:
         yield
     except BaseException:

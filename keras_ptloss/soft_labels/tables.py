@@ -12,11 +12,11 @@ from keras_ptloss.soft_labels.layout import pyarrow
 
 
 class Table(NamedTuple):
-    """The content of files of probabilities.
+    """Probabilities and ids, as read from files.
 
     Attributes:
         probabilities: `(N, C)` float64, in the order of the class names.
-        ids: the ids of the rows, None if the files have none.
+        ids: the ids of the rows, or None if the files have no ids.
     """
 
     probabilities: np.ndarray
@@ -29,22 +29,23 @@ def read_table(
 ) -> Table:
     r"""Read probabilities from tables with one column for each class.
 
-    Every class must have a column with exactly its name and no empty cell. In
+    Every class must have a column with exactly its name and no empty cells. In
     each row, the probabilities of the classes must sum to one within 1 %. Other
     columns are ignored.
 
     Args:
-        files: one file or several, `.csv`, `.jsonl` or `.parquet`. JSON lines
-            hold one object a line, with a key for each class.
+        files: one file or several: `.csv`, `.jsonl` or `.parquet`. A `.jsonl`
+            file has one JSON object per line, with a key for each class.
         class_names: names of the classes, in the order that you want.
 
     Returns:
-        The probabilities, for `SoftLabels.from_array`, and the ids: the column
-        `custom_id` if there is one, else `id`, else None.
+        A `Table`. Pass its probabilities to `SoftLabels.from_array`. The ids
+        are those of the column `custom_id` or, without it, of `id`.
 
     Raises:
         ValueError: if a class has no column, if a cell is empty, or if a row
-            does not sum to one, as when a class is missing in `class_names`.
+            does not sum to one, for example because `class_names` lacks a
+            class.
 
     Example:
         >>> import pathlib
@@ -82,7 +83,7 @@ def _read(file: Path, class_names: Sequence[str]) -> Any:
     if file.suffix == ".csv":
         from pyarrow import csv
 
-        # As numbers, ids would lose the zeros that they begin with.
+        # If ids were read as numbers, they would lose leading zeros.
         types = {"custom_id": pa.string(), "id": pa.string()} | types
         options = csv.ConvertOptions(column_types=types)
         return csv.read_csv(file, convert_options=options)
@@ -101,9 +102,9 @@ def _read(file: Path, class_names: Sequence[str]) -> Any:
 def _probabilities(
     table: Any, file: Path, class_names: Sequence[str]
 ) -> np.ndarray:
-    """Return the classes' columns `(N, C)`, after a check."""
+    """Check the classes' columns and return them as an array `(N, C)`."""
     where = f"Received: {file} with the columns {table.column_names}"
-    # A key that no JSON line has is a column of nulls.
+    # Arrow reads a key that is in no JSON line as a column of nulls.
     missing = [
         name
         for name in class_names
@@ -112,16 +113,17 @@ def _probabilities(
     ]
     if missing:
         raise ValueError(
-            f"`files` must have a column for each of {list(class_names)}. They "
-            f"lack {missing}. {where}"
+            f"`files` must have a column for each of {list(class_names)}. The "
+            f"columns {missing} are missing. {where}"
         )
     columns = [table.column(name) for name in class_names]
     for name, column in zip(class_names, columns, strict=True):
         if column.null_count:
             row = column.is_null().to_pylist().index(True)
             raise ValueError(
-                "Every cell of a class must hold its probability. Received: an "
-                f"empty cell in column {name!r} of row {row} (from 0) of {file}"
+                "Every row must have a probability for every class. Received: "
+                f"an empty cell in column {name!r}, row {row} (counted from 0) "
+                f"of {file}"
             )
     found = np.stack([c.to_numpy().astype("float64") for c in columns], axis=-1)
     good = on_simplex(found)
@@ -131,7 +133,7 @@ def _probabilities(
             "The columns of the classes must be probabilities that sum to one. "
             "If other columns are classes too, add them to `class_names`. If "
             "not, divide the probabilities by their sum. "
-            f"{where}, whose row {row} (from 0) has {found[row].tolist()}, of "
-            f"sum {found[row].sum():.6g}"
+            f"{where}. Row {row} (counted from 0) is {found[row].tolist()}, "
+            f"which sums to {found[row].sum():.6g}"
         )
     return found

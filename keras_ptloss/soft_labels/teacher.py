@@ -26,8 +26,8 @@ Tensor = Any
 def teacher_identity(teacher: Any) -> str:
     """Return the name by which a store identifies a teacher by default.
 
-    Of a Keras model, that is a hash of its configuration and weights; of a
-    function, its name.
+    For a Keras model, this is a hash of its configuration and weights; for a
+    function, it is its name.
     """
     if not isinstance(teacher, keras.Model):
         return getattr(teacher, "__qualname__", type(teacher).__qualname__)
@@ -39,7 +39,7 @@ def teacher_identity(teacher: Any) -> str:
         )
     except NotImplementedError:  # a subclassed model without `get_config`
         config = ""
-    # The second layer of a kind is "dense_1", in the next process "dense".
+    # The same layer may be "dense_1" in one process and "dense" in the next.
     config = re.sub(r"_\d+\"", '"', config)
     digest = hashlib.sha256(f"{type(teacher).__name__}{config}".encode())
     for weight in teacher.weights:
@@ -48,12 +48,12 @@ def teacher_identity(teacher: Any) -> str:
 
 
 def likeliest(outputs: Tensor, k: int, from_logits: bool) -> Tensor:
-    """Return the k likeliest classes as events, on the device of the outputs.
+    """Return the k most likely classes as events, on the outputs' device.
 
     Args:
         outputs: `(..., C)`, probabilities or logits.
-        k: how many classes.
-        from_logits: whether they are logits.
+        k: number of classes.
+        from_logits: whether `outputs` are logits.
 
     Returns:
         Events `(..., k + 1, 2)`, float32.
@@ -64,9 +64,9 @@ def likeliest(outputs: Tensor, k: int, from_logits: bool) -> Tensor:
     else:
         logits = ops.log(logits)
     values, ids = ops.top_k(logits, k)
-    # `log(1 - sum)` would have no digits left where the k have nearly all. So
-    # add up the others: those lower than the last of the k, and those level
-    # with it that are not among the k.
+    # `log(1 - sum)` would lose all precision if the sum of the k is close to 1.
+    # So add up the other classes: those with a lower value than the last of the
+    # k, and those with the same value that are not among the k.
     last = values[..., -1:]
     lower = ops.where(logits < last, logits, -np.inf)
     level = ops.sum(ops.cast(logits >= last, "float32"), -1, keepdims=True) - k
@@ -80,14 +80,14 @@ def likeliest(outputs: Tensor, k: int, from_logits: bool) -> Tensor:
 
 
 class LikeliestOf(keras.Model):
-    """A teacher whose outputs are cut to the k likeliest on its device."""
+    """A teacher that keeps only the k most likely classes, on its device."""
 
     def __init__(self, teacher: keras.Model, k: int, from_logits: bool) -> None:
         super().__init__()
         self.teacher, self.k, self.from_logits = teacher, k, from_logits
 
     def call(self, inputs: Tensor) -> Tensor:
-        """Return what `likeliest` returns of the teacher's outputs."""
+        """Return `likeliest` of the teacher's outputs."""
         outputs = self.teacher(inputs, training=False)
         return likeliest(outputs, self.k, self.from_logits)
 
@@ -95,7 +95,7 @@ class LikeliestOf(keras.Model):
 def asked(
     teacher: Any, top_k: int | None, from_logits: bool
 ) -> Callable[[Any], Any]:
-    """Return a function from a batch of inputs to outputs or their events."""
+    """Return a function from a batch of inputs to outputs, or to events."""
     if isinstance(teacher, keras.Model):
         if top_k is not None:
             teacher = LikeliestOf(teacher, top_k, from_logits)
@@ -108,13 +108,14 @@ def asked(
 
 
 def cut(outputs: Any, top_k: int, from_logits: bool) -> np.ndarray:
-    """Return the k likeliest of outputs `(..., C)`, as events."""
+    """Return the k most likely classes of outputs `(..., C)`, as events."""
     outputs = _numbers(outputs)
     if top_k > outputs.shape[-1] or outputs.ndim > 3:
         raise ValueError(
-            "`top_k` must be at most the number of classes, of outputs (batch, "
-            "num_classes) or (batch, time, num_classes). Received: "
-            f"top_k={top_k}, outputs of shape {outputs.shape}"
+            "`top_k` must be at most the number of classes, and the outputs "
+            "must have shape (batch, num_classes) or (batch, time, "
+            f"num_classes). Received: top_k={top_k}, outputs of shape "
+            f"{outputs.shape}"
         )
     tensor = ops.convert_to_tensor(outputs)
     return as_array(likeliest(tensor, top_k, from_logits))
@@ -129,24 +130,27 @@ def record_batch(
     ids: Sequence[Any] | None,
     weight: Any = None,
 ) -> Any:
-    """Return the Arrow record batch of a batch of outputs, after a check.
+    """Check a batch of outputs and return it as an Arrow record batch.
 
     Args:
-        outputs: `(batch, C)`; events `(batch, k + 1, 2)` or `(batch, time, k +
-            1, 2)`, also without the last one; or a list of the events of each
-            sequence, `(time, k + 1, 2)`.
+        outputs: probabilities or logits, `(batch, C)`; events `(batch, k + 1,
+            2)` or `(batch, time, k + 1, 2)`; or a list of the events of each
+            sequence, `(time, k + 1, 2)`. The event of all other classes may be
+            left out.
         about: the layout's `dtype`, `class_names`, `teacher` and `from_logits`.
-        first: number of the first example, for errors.
-        x: the inputs of the batch, None if unknown.
-        prints: their fingerprints or None.
-        ids: the user's ids or None.
-        weight: the sample weights of the batch or None. Positions of weight 0
+        first: index of the first example, for errors.
+        x: the inputs of the batch, or None if unknown.
+        prints: the fingerprints of the inputs, or None.
+        ids: the user's ids, or None.
+        weight: the sample weights of the batch, or None. Positions of weight 0
             are not stored.
     """
     try:
         values = _columns(outputs, about, x, weight)
     except ValueError as error:
-        raise ValueError(f"{error}, of the examples from {first} on") from None
+        raise ValueError(
+            f"{error}, in the batch that starts at example {first}"
+        ) from None
     if prints is not None:
         values["fingerprint"] = prints
     if ids is not None:
@@ -166,32 +170,33 @@ def _columns(
         if (lengths != tokens).any():
             row = int(np.argmax(lengths != tokens))
             raise ValueError(
-                "Events must have a position for each token of `inputs` (ids "
-                f"of -2 where there is no entry). Received: {lengths[row]} "
-                f"positions for the {tokens[row]} tokens of sequence {row}"
+                "Events must have one position for each token of `inputs`; use "
+                "the id -2 where there is no entry. Received: "
+                f"{lengths[row]} positions for the {tokens[row]} tokens of "
+                f"sequence {row}"
             )
         flat = _numbers(np.concatenate(outputs))
         return _in_sequences(_entries(flat, num_classes), lengths)
     outputs = _numbers(outputs)
     if x is not None and len(outputs) != num_examples(x):
         raise ValueError(
-            f"The teacher must return a row for each of {num_examples(x)} "
+            f"The teacher must return one row for each of {num_examples(x)} "
             f"examples. Received: outputs of shape {outputs.shape}"
         )
     if outputs.ndim == 2:
         return _probabilities(outputs, about)
     if outputs.ndim > 4 or outputs.shape[-1] != 2:
         raise ValueError(
-            "The teacher must return (batch, num_classes), or with top_k "
-            "(batch, time, num_classes). Received: outputs of shape "
-            f"{outputs.shape}"
+            "The teacher must return an array of shape (batch, num_classes) "
+            "or, with top_k, (batch, time, num_classes). Received: outputs of "
+            f"shape {outputs.shape}"
         )
     if outputs.ndim == 3:
         return _entries(outputs, num_classes)
     real = np.ones(outputs.shape[:2], bool) if x is None else sequence_mask(x)
     if real.shape != outputs.shape[:2]:
         raise ValueError(
-            "The teacher must return a row for each position of the inputs, "
+            "The teacher must return one row for each position of the inputs, "
             f"{real.shape}. Received: outputs of shape {outputs.shape}"
         )
     kept = weights_of_positions(weight, real.shape).astype(bool)[real]
@@ -200,11 +205,11 @@ def _columns(
 
 
 def _numbers(outputs: Any) -> np.ndarray:
-    """Return outputs as an array of numbers, which has no mask."""
+    """Return outputs as an array of numbers; refuse masked arrays."""
     if np.ma.isMaskedArray(outputs):
         raise ValueError(
-            "The teacher's outputs must have no mask: leave out the examples "
-            "without an answer. Received: a masked array"
+            "The teacher's outputs must not be a masked array. Leave out the "
+            "examples without an answer. Received: a masked array"
         )
     array = as_array(outputs)
     if array.dtype.name == "bfloat16":  # which NumPy does not know
@@ -218,15 +223,15 @@ def _numbers(outputs: Any) -> np.ndarray:
 
 
 def _probabilities(outputs: np.ndarray, about: dict[str, Any]) -> Values:
-    """Return the column of outputs `(n, C)`: probabilities that sum to 1."""
+    """Return the column of probabilities for outputs `(n, C)`."""
     dtype, names = about["dtype"], about["class_names"]
     rows = two_events(outputs, from_logits=about["from_logits"])
     rows = rows.astype("float64")
     if names is not None and len(names) != rows.shape[1]:
         raise ValueError(
-            "`class_names` must name every class of the teacher, in its "
-            f"order. Received: {len(names)} class_names for {rows.shape[1]} "
-            "classes"
+            "`class_names` must name every class of the teacher, in the "
+            f"teacher's order. Received: {len(names)} class_names for "
+            f"{rows.shape[1]} classes"
         )
     if about["from_logits"]:
         _check_rows(np.isfinite(rows).all(-1), rows, "finite logits")
@@ -235,16 +240,16 @@ def _probabilities(outputs: np.ndarray, about: dict[str, Any]) -> Values:
         _check_rows(
             on_simplex(rows),
             rows,
-            "probabilities: non-negative numbers that sum to 1. Give logits "
-            "with from_logits=True, and divide percentages by 100",
+            "probabilities: non-negative numbers that sum to 1. If these are "
+            "logits, pass from_logits=True; divide percentages by 100",
         )
     rows /= rows.sum(-1, keepdims=True)
     rounded = rows.astype(dtype)
     _check_rows(
         np.abs(rounded.sum(-1, dtype="float64") - 1) <= SUM_TOLERANCE,
         rows,
-        f"large enough for {dtype}, which rounds these by more than 1 %. Say "
-        "dtype='float32', or store the likeliest classes only (top_k)",
+        f"large enough for {dtype}, which rounds these by more than 1 %. Pass "
+        "dtype='float32', or store only the most likely classes (top_k)",
     )
     return {"probabilities": rounded}
 
@@ -257,8 +262,8 @@ def _entries(
     """Return the columns of events `(n, k + 1, 2)`, or `(n, k, 2)`.
 
     Args:
-        events: ids and log-probabilities, see `layout`. Without the last
-            entries, all other classes have what the others leave of 1.
+        events: ids and log-probabilities, see `layout`. Without an entry for
+            all other classes, those classes get the remaining probability.
         num_classes: number of ids; None if unknown.
         kept: which rows are stored, `(n,)`; None for all.
     """
@@ -275,8 +280,8 @@ def _entries(
         (fits & (ids == events[:, : ids.shape[1], 0])).all(-1),
         events[..., 0],
         f"whole ids from 0 to {largest}, or -2 where there is no entry, and "
-        "log-probabilities on the last axis. For all classes of sequences, "
-        "give top_k",
+        "log-probabilities on the last axis. If the last axis has all classes "
+        "of a sequence, pass top_k",
     )
     if kept is not None:
         known = known & kept[:, None]
@@ -297,8 +302,8 @@ def _entries(
     _check_rows(
         np.abs(total - 1) <= SUM_TOLERANCE,
         log_probs,
-        "probabilities that sum to 1, of which the likeliest and the rest are "
-        "stored as logarithms. Give logits with from_logits=True",
+        "logarithms of probabilities that sum to 1, including that of all "
+        "other classes. If these are logits, pass from_logits=True",
     )
     log_total = np.log(total)
     return {
@@ -309,22 +314,22 @@ def _entries(
 
 
 def _check_rows(good: Any, rows: Any, expected: str) -> None:
-    """Raise an error that shows the first bad row, unless all are good."""
+    """Raise an error that shows the first invalid row, if there is one."""
     if not good.all():
         bad = int(np.argmin(good))
         shown = np.array2string(rows[bad], precision=4, threshold=8)
         raise ValueError(
             f"The teacher's outputs must be {expected}. Received: {shown} in "
-            f"row {bad}, of sum {rows[bad].sum():.6g} "
-            f"({np.count_nonzero(~good)} of these {len(good)} rows are bad)"
+            f"row {bad}, which sums to {rows[bad].sum():.6g} "
+            f"({np.count_nonzero(~good)} of {len(good)} rows are invalid)"
         )
 
 
 def _in_sequences(values: Values, lengths: np.ndarray) -> Values:
-    """Return the columns of sequences, of those of all their positions.
+    """Return the columns of sequences, given the columns of their positions.
 
     Args:
-        values: columns of entries, a row for each position.
+        values: columns of entries, with one row for each position.
         lengths: the number of positions of each sequence.
     """
     stored = values["top_ids"][:, 0] != NO_ENTRY

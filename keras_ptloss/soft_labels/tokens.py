@@ -1,8 +1,9 @@
 """Log-probabilities of tokens from the answers of language models.
 
-Each position of a text has the ids and log-probabilities of the k likeliest
-tokens; the remaining probability is the rest. Servers write tokens as ids, as
-text or as raw pieces of a vocabulary. A whole file is read in the same way.
+Each position of a text has the ids and log-probabilities of the k most likely
+tokens, and the remaining probability of all other tokens. Servers write tokens
+as ids, as text or as raw pieces of a vocabulary. All tokens of a file are read
+in the same way.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from keras_ptloss.soft_labels.responses import (
 )
 from keras_ptloss.soft_labels.soft_labels import SoftLabels
 
-# An answer ends its text, but for as many tokens that end the turn.
+# A text may have this many end-of-turn tokens after its answer.
 _MAX_END_TOKENS = 2
 
 TokenIds = Mapping[Key, int | None]
@@ -44,16 +45,18 @@ class TokenAnswers(Responses):
 
     Attributes:
         sequences: The token ids of each text.
-        targets: Of each text `(time, top_k + 1, 2)` float32, as `TopKPTLoss`
-            takes them: ids and log-probabilities of what follows each token.
-            The last entry, of id -1, is all other tokens together; entries of
-            id -2 are absent.
-        rows: `(N,)`, the line of each text, counted from 0, or its place in
-            `ids`.
-        ids: The `custom_id` of each text, or None if the file has none.
-        failed: Why answers were left out, by `custom_id` or line.
-        unknown_mass: Mean probability of the listed tokens that the vocabulary
-            does not have. It is part of the rest.
+        targets: For each text `(time, top_k + 1, 2)` float32, as `TopKPTLoss`
+            takes them: ids and log-probabilities of the tokens that may follow
+            each token. The last entry, of id -1, is all other tokens together.
+            An id of -2 means that there is no entry.
+        rows: `(N,)`, the line number of each text, counted from 0, or its
+            position in `ids`.
+        ids: The `custom_id` of each text, or None if the file has no
+            custom_ids.
+        failed: Why answers were left out: a reason for each `custom_id` or
+            line number.
+        unknown_mass: Mean probability of the listed tokens that are not in the
+            vocabulary. It is part of the probability of all other tokens.
     """
 
     sequences: list[np.ndarray]
@@ -71,22 +74,23 @@ def read_tokens(
     missing: Missing = "error",
     verbose: Verbose = "auto",
 ) -> TokenAnswers:
-    """Read the likeliest tokens at each position of texts.
+    """Read the most likely tokens at each position in the texts.
 
-    These are the tokens of the answers (`logprobs`, with `echo` those of the
-    prompts too) or vLLM's `prompt_logprobs`. Where a server lists fewer tokens
-    than `top_k`, those it lists are kept.
+    These are the tokens of the answers (from `logprobs`; with `echo`, the
+    prompt tokens are included too), or the prompt tokens from vLLM's
+    `prompt_logprobs`. If a server lists fewer tokens than `top_k`, all of them
+    are kept.
 
     Args:
         files: A file with one JSON response per line, or a list of files.
         top_k: How many tokens to keep at each position.
         sequences: The token ids of each text, in the order of the lines, or of
-            `ids`. An answer must be the end of its text, but for at most two
-            tokens that end the turn. Not needed where the responses have
+            `ids`. A text must end with its answer, followed by at most two
+            end-of-turn tokens. Not needed if the responses have
             `prompt_token_ids`.
-        tokenizer: Gives the ids of tokens: a dictionary from token to id, or a
-            tokenizer of Hugging Face or KerasHub. Not needed where the
-            responses have ids.
+        tokenizer: The vocabulary: a dictionary that maps each token to its id,
+            or a tokenizer from Hugging Face or KerasHub. Not needed if the
+            responses have token ids.
         ids: The `custom_id` of each sequence, if the lines have one.
         missing: `"error"` or `"skip"`: whether an answer without
             log-probabilities is an error or is left out.
@@ -97,8 +101,8 @@ def read_tokens(
         A `TokenAnswers` with `sequences` and `targets`.
 
     Raises:
-        ValueError: If a line cannot be read, or its tokens are not those of its
-            sequence.
+        ValueError: If a line cannot be read, or if its tokens are not those of
+            its sequence.
 
     Example:
         >>> import json, tempfile
@@ -155,7 +159,7 @@ def import_tokens(
     verbose: Verbose = "auto",
     **options: Any,
 ) -> SoftLabels:
-    """Store the likeliest tokens at each position of texts.
+    """Store the most likely tokens at each position in the texts.
 
     The store appears only when it is complete. If the call is killed, run it
     again.
@@ -167,8 +171,8 @@ def import_tokens(
         sequences: As in `read_tokens`.
         tokenizer: As in `read_tokens`.
         ids: As in `read_tokens`.
-        missing: As in `read_tokens`. What is left out is not stored, and a
-            warning counts it.
+        missing: As in `read_tokens`. Answers that are left out are not stored,
+            and a warning says how many there are.
         verbose: As in `read_tokens`.
         **options: Passed to `SoftLabels.from_array`: `dtype`, `teacher_name`
             and `overwrite`.
@@ -177,7 +181,7 @@ def import_tokens(
         The store, which finds each text by its token ids.
 
     Raises:
-        ValueError: As `read_tokens`, before anything is stored.
+        ValueError: As in `read_tokens`, before anything is stored.
     """
     answers = read_tokens(
         files,
@@ -206,16 +210,18 @@ def _read_text(
     top_k: int,
     unknown: list[float],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of a text and the targets at its positions."""
+    """Return the token ids of a text and the targets at its positions."""
     choice = only_choice(response)
     prompt = _id_list(response, choice, "prompt_token_ids")
     if given is None and prompt is None:
         raise ValueError(
-            "it has no `prompt_token_ids`; pass `sequences`, the token ids of"
-            " the texts"
+            "the response has no `prompt_token_ids`; pass `sequences`, the"
+            " token ids of the texts"
         )
     if given is not None and prompt and prompt != given[: len(prompt)].tolist():
-        raise ValueError("its `prompt_token_ids` do not begin its sequence")
+        raise ValueError(
+            "its `prompt_token_ids` are not the beginning of its sequence"
+        )
     listed = _prompt_logprobs(response, choice)
     if listed is not None:
         start = 0
@@ -235,7 +241,7 @@ def _read_text(
     targets = np.zeros((len(sequence), top_k + 1, 2), "float32")
     targets[..., 0] = NO_ENTRY
     for place, one in enumerate(entries, start - 1):
-        if place >= 0 and one:  # nothing precedes the first token of a text
+        if place >= 0 and one:  # no position predicts a text's first token
             targets[place] = _target(one, top_k)
     return sequence, targets
 
@@ -243,7 +249,7 @@ def _read_text(
 def _id_list(
     response: dict[str, Any], choice: dict[str, Any], name: str
 ) -> list[int] | None:
-    """Return a list of ids, which is in one of two places in a response."""
+    """Return a list of ids from a response or from its choice, or None."""
     ids = field(response, name, list) or field(choice, name, list)
     if not all(type(one) is int for one in ids or ()):
         raise ValueError(f"`{name}` must be integers. Received: {ids!r}")
@@ -257,7 +263,7 @@ def _answered(
     said = _id_list({}, choice, "token_ids") or own
     if None in said:
         raise ValueError(
-            "the tokenizer does not have all tokens of the answer; ask the"
+            "some tokens of the answer are not in the tokenizer; ask the"
             " server for `token_ids`"
         )
     return np.array([*(prompt or ()), *said], int)
@@ -271,8 +277,8 @@ def _prompt_logprobs(
     )
     if listed is not None and choice.get("logprobs") is not None:
         raise ValueError(
-            "it has `prompt_logprobs` and `logprobs`, of different texts; ask"
-            " for one of them"
+            "the response has `prompt_logprobs` and `logprobs`, which are about"
+            " different texts; ask for only one of them"
         )
     return listed
 
@@ -292,14 +298,14 @@ def _prompt_entries(
         listing = field({"prompt_logprobs": one}, "prompt_logprobs", dict) or {}
         for key in listing:
             if not key.isdecimal():
-                raise ValueError(f"`prompt_logprobs` has {key!r} for an id")
+                raise ValueError(f"`prompt_logprobs` has {key!r} as an id")
             entry = field(listing, key, dict) or {}
             found[int(key)] = as_logprob(entry.get("logprob"), key)
         if (entries and not found) or (found and token not in found):
             raise ValueError(
                 f"`prompt_logprobs` has no entry for token {token} at position"
-                f" {len(entries)} of its sequence; it is of another text or"
-                " tokenizer"
+                f" {len(entries)} of its sequence; it belongs to another text"
+                " or tokenizer"
             )
         entries.append(found)
     return entries
@@ -308,13 +314,13 @@ def _prompt_entries(
 def _entries(
     position: Position, token_ids: TokenIds, unknown: list[float]
 ) -> dict[int, float]:
-    """Return the log-probabilities of a position by id."""
+    """Return the log-probability of each token id at a position."""
     found: dict[int, float] = {}
     missed = 0.0
     for token in position.entries:
         number = token_ids[token.key]
         if not token.logprob > UNKNOWN_LOGPROB:
-            continue  # servers write it for a probability of 0
+            continue  # servers write this for a probability of 0
         if number is None:
             missed += token.probability
         elif (
@@ -322,15 +328,15 @@ def _entries(
         ):
             raise ValueError(
                 f"`top_logprobs` lists {token.text!r} with two"
-                " log-probabilities: the server writes two tokens alike. Ask it"
-                " for tokens by id or bytes"
+                " log-probabilities: the server writes two tokens in the same"
+                " way. Ask for tokens by id or bytes"
             )
     unknown.append(missed)
     return found
 
 
 def _target(entries: dict[int, float], top_k: int) -> np.ndarray:
-    """Return `(top_k + 1, 2)`: the likeliest tokens, and all others."""
+    """Return `(top_k + 1, 2)`: the most likely tokens, then all others."""
     kept = sorted(entries.items(), key=lambda pair: -pair[1])[:top_k]
     rest = 1.0 - float(np.exp([logprob for _, logprob in kept]).sum())
     target = np.zeros((top_k + 1, 2))
@@ -342,22 +348,22 @@ def _target(entries: dict[int, float], top_k: int) -> np.ndarray:
 
 
 def _start(own: list[int | None], sequence: np.ndarray) -> int:
-    """Return where an answer begins in its text, of which it is the end.
+    """Return the position in a text at which the answer at its end begins.
 
     Tokens that are not in the vocabulary match any token.
     """
     said = np.array([-1 if one is None else one for one in own], int)
     if not (said >= 0).any():
-        raise ValueError("the tokenizer has none of the tokens of the answer")
+        raise ValueError("no token of the answer is in the tokenizer")
     last = len(sequence) - len(said)
     for start in range(last, max(last - _MAX_END_TOKENS, 0) - 1, -1):
         if ((said < 0) | (said == sequence[start : start + len(said)])).all():
             return start
     raise ValueError(
-        "a text must end with its answer and at most two tokens more. It is"
-        " another text or tokenizer, or the server leaves out spaces (then ask"
-        " for tokens by id). Received: an answer of"
-        f" {np.array2string(said, threshold=8)} for the text"
+        "a text must end with its answer, followed by at most two tokens. Check"
+        " that the sequence has the same text and tokenizer as the answer. If"
+        " the server leaves out spaces, ask for tokens by id. Received: the"
+        f" answer {np.array2string(said, threshold=8)} for the text"
         f" {np.array2string(sequence, threshold=8)}"
     )
 
@@ -375,11 +381,11 @@ def _keys(response: dict[str, Any]) -> set[Key]:
 
 
 def _token_ids(keys: set[Key], tokenizer: Any) -> TokenIds:
-    """Return the id of each token of a file; None if it has none.
+    """Return the id of each token of a file, or None if the id is unknown.
 
     A server gives ids, or text and its bytes, or raw pieces of the vocabulary.
     Many tokens look the same as pieces and as text, so all tokens of a file are
-    read in the way that finds more of them.
+    read in the way that finds more of them in the vocabulary.
     """
     # vLLM's `return_tokens_as_token_ids` writes the ids as text.
     by_id = {
@@ -411,21 +417,21 @@ def _token_ids(keys: set[Key], tokenizer: Any) -> TokenIds:
     )
     if not known_text + known_pieces:
         raise ValueError(
-            "The tokenizer has none of the tokens of the file. Received: the"
-            f" tokens {sorted(key[0] for key in keys)[:10]}"
+            "No token of the file is in the tokenizer. Received: the tokens"
+            f" {sorted(key[0] for key in keys)[:10]}"
         )
     differ = [key[0] for key in keys if as_text[key] != as_pieces[key]]
     if known_text == known_pieces and differ:
         raise ValueError(
-            "The tokens of the file can be text or raw pieces of the"
-            " vocabulary, which differ. Ask the server for token ids. Received:"
+            "It is not clear whether the tokens of the file are text or raw"
+            " pieces of the vocabulary. Ask the server for token ids. Received:"
             f" {sorted(differ)[:10]}"
         )
     return as_text if known_text > known_pieces else as_pieces
 
 
 def vocabulary(tokenizer: Any) -> dict[Any, int]:
-    """Return the dictionary from token to id of a tokenizer."""
+    """Return a dictionary that maps each token of a tokenizer to its id."""
     if isinstance(tokenizer, Mapping):
         return dict(tokenizer)
     if hasattr(tokenizer, "get_vocab"):  # Hugging Face
@@ -434,8 +440,8 @@ def vocabulary(tokenizer: Any) -> dict[Any, int]:
         size = tokenizer.vocabulary_size()
         return {tokenizer.id_to_token(i): i for i in range(size)}
     raise ValueError(
-        "`tokenizer` must be a dictionary from token to id, or a tokenizer of"
-        f" Hugging Face or KerasHub. Received: {tokenizer!r}"
+        "`tokenizer` must be a dictionary that maps each token to its id, or a"
+        f" tokenizer from Hugging Face or KerasHub. Received: {tokenizer!r}"
     )
 
 
@@ -457,7 +463,7 @@ def bytes_to_ids(pieces: Mapping[Any, int]) -> dict[bytes, int]:
         if not isinstance(piece, str):
             found[bytes(piece)] = number  # tiktoken's
         elif is_byte_level:
-            # Tokens that were added may be plain text.
+            # Tokens added to the vocabulary later may be plain text.
             is_plain = not alphabet.keys() >= set(piece)
             codes = (
                 piece.encode() if is_plain else [alphabet[one] for one in piece]
@@ -473,7 +479,8 @@ def bytes_to_ids(pieces: Mapping[Any, int]) -> dict[bytes, int]:
 def _byte_alphabet() -> dict[str, int]:
     """Return the byte of each character of byte-level BPE.
 
-    Bytes that print are themselves; the others are U+0100 and on, in order.
+    Printable bytes are the same characters. The others are the characters from
+    U+0100 on, in order.
     """
     printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printing]

@@ -105,7 +105,7 @@ def test_rows_that_are_no_probabilities():
 def test_another_number_of_classes():
     y_true, logits = data(ONE)
     loss = CorrectedKLDivergence(SEVERAL, from_logits=True)
-    with pytest.raises(ValueError, match="classes that the correction is for"):
+    with pytest.raises(ValueError, match="as many classes as the correction"):
         loss(y_true, logits)
 
 

@@ -432,7 +432,7 @@ class TestSettings:
     def test_cannot_be_changed(self):
         loss = PTLoss(0.5, teacher_temperature=2.0)
         for name in ("epsilon", "teacher_temperature", "from_logits"):
-            with pytest.raises(AttributeError, match="Build a new loss"):
+            with pytest.raises(AttributeError, match="Create a new loss"):
                 setattr(loss, name, 1.0)
         with pytest.raises(ValueError, match="read-only"):
             loss.epsilon[0] = 1.0

@@ -111,7 +111,7 @@ class TestFormsOfOneTeacher:
         same(read(Stored(logits, True), labels), probs, labels)
         same(read(Stored(probs, False), labels), probs, labels)
         refused(
-            "`from_logits` must be True, as the stored outputs say",
+            "`from_logits` must be True, as in the stored outputs",
             Stored(logits, True),
             labels,
             from_logits=False,
@@ -184,9 +184,7 @@ class TestFormsOfOneTeacher:
     def test_infinite_data_set(self, data, model):
         tf = pytest.importorskip("tensorflow")
         pairs = tf.data.Dataset.from_tensor_slices((data[0], data[2]))
-        refused(
-            "must be a data set that ends", model[0], pairs.batch(4).repeat()
-        )
+        refused("must be a finite data set", model[0], pairs.batch(4).repeat())
 
     def test_py_data_set(self, data, model):
         x, probs, labels = data
@@ -227,7 +225,7 @@ class TestFormsOfOneTeacher:
         kept = masks.ravel() != 255
         found = read(images, masks, ignore_class=255)
         same(found, probs[kept], labels[kept])
-        refused("must be in .0, 3.*`ignore_class` leaves", images, masks)
+        refused("must be in .0, 3.*pass `ignore_class`", images, masks)
         refused("at least two examples", images, 0 * masks, ignore_class=0)
 
     @pytest.mark.parametrize("from_logits", [False, True])
@@ -266,7 +264,7 @@ class TestSeveralTeachers:
     def test_what_is_refused(self, data, model):
         x, probs, labels = data
         two = helpers.dirichlet(0, ROWS, 2)
-        refused("`num_classes` must say how many", [probs, two], labels)
+        refused("`num_classes` must be the number", [probs, two], labels)
         refused("for the same examples", [probs, probs[:9]], labels)
         refused(
             "one for each teacher", [probs, two], labels, from_logits=[True]
@@ -361,14 +359,14 @@ class TestWhatIsRefused:
         x = keras.Input((5,))
         heads = [keras.layers.Dense(3, "softmax")(x) for _ in range(2)]
         two = keras.Model(x, heads)
-        refused("must give one tensor", two, data[2], inputs=data[0])
+        refused("must return a single tensor", two, data[2], inputs=data[0])
 
     @pytest.mark.parametrize(
         ("keywords", "match"),
         [
             ({"verbose": "loud"}, '`verbose` must be 0, 1 or "auto"'),
-            ({"class_names": ["a", "b"]}, "a name for each of 3 classes"),
-            ({"class_names": "abc"}, "a name for each of 3 classes"),
+            ({"class_names": ["a", "b"]}, "one name for each of 3 classes"),
+            ({"class_names": "abc"}, "one name for each of 3 classes"),
             ({"ignore_class": 0.5}, "`ignore_class` must be an integer"),
             ({"num_classes": 1}, "`num_classes` must be an integer of at"),
             ({"random_sample": "yes"}, "`random_sample` must be True or"),
@@ -457,7 +455,7 @@ class TestNotes:
         for correction, effect in (
             ({"kept_classes": (3,)}, "keep the teacher's probabilities"),
             ({}, "keep the teacher's probabilities"),
-            ({"epsilon": 0.5}, "change in confidence alone"),
+            ({"epsilon": 0.5}, "change only in confidence"),
         ):
             (note,) = notes(
                 teacher,

@@ -206,7 +206,7 @@ def prose(*words, content=None):
         (prose("fav", "or"), {"after": ""}, "'favor' is more than one token"),
         (prose("1", "0"), {}, "'10' is more than one token"),
         (prose("very", " good"), {}, "'very good' is more than one token"),
-        (prose("no"), {"after": "Answer:"}, "content has no 'Answer:'"),
+        (prose("no"), {"after": "Answer:"}, "not contain 'Answer:'"),
         (prose("A", ":", "A", ":", "no"), {"after": "A:"}, "occurs 2 times"),
         (prose("Answer", ":no"), {"after": "Answer:"}, "inside the token"),
         (prose("Answer:"), {"after": "Answer:"}, "nothing follows"),
@@ -278,7 +278,7 @@ def test_only_a_whole_word_is_a_class(folder, pieces, is_first):
         ),
         (
             chat(position(("yes", 0.6), ("no", 0.2), ("no", 0.1))),
-            "two tokens of the text 'no'",
+            "two tokens with the text 'no'",
         ),
         # Byte-level pieces, with and without their bytes.
         (
@@ -552,7 +552,7 @@ def test_import_by_inputs(tmp_path, inputs):
         labels = import_answers(
             path, tmp_path / "store", NO_YES, inputs=inputs, missing="skip"
         )
-    with pytest.raises(ValueError, match="the first in position 1"):
+    with pytest.raises(ValueError, match="first is at position 1"):
         labels.find(inputs)
     rows = labels.read(
         labels.find(keras.tree.map_structure(first_last, inputs))

@@ -220,7 +220,7 @@ class TestFullDisk:
         call = (lambda b: rows[b], np.arange(300), tmp_path / "a")
         options = {"teacher_name": "t", "verbose": 0}
         limited(20_000)
-        with pytest.raises(OSError, match="make room .* same call"):
+        with pytest.raises(OSError, match="disk space .* same call"):
             SoftLabels.write(*call, **options)
         size = (tmp_path / "a" / "journal-000000").stat().st_size
         assert 15_000 < size <= 20_000

@@ -55,7 +55,7 @@ def test_requests_without_a_line(tmp_path):
         ([batch("a", answer(0.5)), answer(0.5)], {}, "only some of the lines"),
         ([batch("c", answer(0.5))], {"ids": ["a"]}, "'c' is not in `ids`"),
         ([answer(0.5)], {"ids": ["a"]}, "None is not in `ids`"),
-        ([answer(0.5)], {"ids": ["a", "a"]}, "must all differ"),
+        ([answer(0.5)], {"ids": ["a", "a"]}, "must be unique"),
         ([batch(3, answer(0.5))], {}, "`custom_id` must be a JSON string"),
         ([{**answer(0.5), "response": {}}], {}, "`choices` and `response`"),
         ([{"choices": answer(0.5)["choices"] * 2}], {}, "ask with n=1"),
