@@ -35,7 +35,7 @@ from keras_ptloss.soft_labels import read_answers
 # --- Setup ---
 
 QUICK = "--quick" in sys.argv
-PER_TOPIC, NUM_LABELS = (150, 60) if QUICK else (600, 100)
+PER_TOPIC, NUM_LABELS = (300, 100) if QUICK else (600, 100)
 ANSWERS = pathlib.Path("answers.jsonl")
 TOPICS = {
     "files": "shutil pathlib tempfile zipfile tarfile fileinput io",

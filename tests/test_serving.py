@@ -357,7 +357,7 @@ def die(student, signature, path, *args):
 
 serving._write_saved_model = die
 student = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-serving.export_student(student, sys.argv[1], from_logits=True)
+serving.export_student(student, sys.argv[1], from_logits=True, verbose=0)
 """
 
 
