@@ -20,6 +20,7 @@ if "--tf_xla_persistent_cache" not in os.environ.get("TF_XLA_FLAGS", ""):
     )
 
 import keras
+import pytest
 
 pytest_plugins = ["required_packages"]
 
@@ -37,3 +38,13 @@ def pytest_configure():
         tf.config.set_logical_device_configuration(
             cpu, [tf.config.LogicalDeviceConfiguration()] * 2
         )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def free_memory():
+    """Drop compiled programs, which JAX keeps as long as the process lives."""
+    yield
+    if keras.config.backend() == "jax":
+        import jax
+
+        jax.clear_caches()

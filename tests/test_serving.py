@@ -228,7 +228,9 @@ def test_sizes_that_jax_cannot_leave_free(tmp_path):
     student = keras.Model(inputs, layers.Dense(3)(halves))
     with pytest.raises(Exception) as error:
         export(student, tmp_path)
-    assert "fix it by keras.Input(shape=...)" in error.value.__notes__[-1]
+    assert (
+        "fix that size with keras.Input(shape=...)" in error.value.__notes__[-1]
+    )
     assert listing(tmp_path) == []
 
 
