@@ -54,6 +54,22 @@ class TestKills:
             assert contents(of_store / "store") == undisturbed[kind]
         assert int(done.stdout)  # not all calls had ended before
 
+    def test_before_a_journal_is_deleted(
+        self, undisturbed, tmp_path, monkeypatch
+    ):
+        """Its rows are in an Arrow file already."""
+
+        def killed(path, missing_ok=False):
+            raise KeyboardInterrupt(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pathlib.Path, "unlink", killed)
+            with pytest.raises(KeyboardInterrupt, match="journal-000000"):
+                writer_to_kill.run("write", tmp_path)
+        assert list(tmp_path.glob("store/*.arrow"))
+        writer_to_kill.run("write", tmp_path)
+        assert contents(tmp_path / "store") == undisturbed["write"]
+
     @pytest.mark.ci
     @pytest.mark.parametrize("kind", ["write", "from_array"])
     def test_by_sigkill(self, kind, undisturbed, tmp_path):
