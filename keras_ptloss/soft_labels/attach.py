@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
+from keras_ptloss._progress import Verbose
 from keras_ptloss._validation import check_count, fail
 from keras_ptloss.soft_labels.inputs import (
     as_inputs,
@@ -88,7 +89,7 @@ def attach(
     library = library_of(data)
     if library is None:
         check_count("batch_size", batch_size)
-        rows = pairs.find(data, ids)
+        rows = pairs.find(data, ids, verbose="auto")
         if len(rows[0]) != num_examples(data):
             raise ValueError(
                 "`data` and `ids` must have the same length. Received: "
@@ -157,11 +158,13 @@ class _Pairs:
         y_true, weight = self.targets(x, weight)
         return keras.utils.pack_x_y_sample_weight(x, y_true, weight)
 
-    def find(self, x: Any, ids: Any = None) -> list[np.ndarray]:
+    def find(
+        self, x: Any, ids: Any = None, *, verbose: Verbose = 0
+    ) -> list[np.ndarray]:
         """Return, for each store, the row of each example."""
         if ids is not None:
             return [store.find(ids=ids) for store in self.stores]
-        prints = fingerprint(x)
+        prints = fingerprint(x, verbose=verbose)
         return [store._find("inputs", prints) for store in self.stores]
 
     def targets(
