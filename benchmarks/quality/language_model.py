@@ -9,12 +9,10 @@ language_model.md beside it. A stopped run continues where it was; `--report`
 only prints the table.
 """
 
-import argparse
 import pathlib
-import warnings
 
 import numpy as np
-from text_students import bert_tiny, frozen_minilm, report, run_all
+from text_students import bert_tiny, frozen_minilm, main
 
 PATH = pathlib.Path("benchmarks/results/language_model.csv")
 COUNTS = (100, 300)
@@ -37,26 +35,5 @@ def trec(folder):
     }
 
 
-def main():
-    """Run what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=pathlib.Path, default="../shared/data")
-    parser.add_argument("--report", action="store_true", help="run nothing")
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")  # notes on teacher and labels
-    if not arguments.report:
-        run_all(PATH, trec(arguments.data), COUNTS)
-    text = (
-        "# Students of a language model\n\n"
-        "`KERAS_BACKEND=jax python benchmarks/quality/language_model.py`\n\n"
-        "Test accuracy in %, mean and standard error over draws of the "
-        "labels. The last column is paired: `distillation_targets` with "
-        "`build_model` less the best of KL, temperature scaling and labels "
-        f"alone.\n\n{report(PATH, COUNTS)}\n"
-    )
-    PATH.with_suffix(".md").write_text(text)
-    print(text)
-
-
 if __name__ == "__main__":
-    main()
+    main(PATH, "Students of a language model", trec, COUNTS)

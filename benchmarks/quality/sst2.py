@@ -10,13 +10,11 @@ beside it. A stopped run continues where it was; `--report` only prints the
 table.
 """
 
-import argparse
 import pathlib
-import warnings
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from text_students import bert_tiny, minilm_vectors, report, run_all
+from text_students import bert_tiny, main, minilm_vectors
 
 PATH = pathlib.Path("benchmarks/results/sst2.csv")
 COUNTS = (50, 100, 300)
@@ -31,7 +29,7 @@ def read(path):
 
 
 def sst2(folder):
-    """Return the task."""
+    """Return the task by student."""
     texts, labels = read(folder / "sst2" / "train.tsv")
     order = np.random.default_rng(0).permutation(len(texts))
     rows, others = order[:ROWS], order[ROWS:]
@@ -55,29 +53,8 @@ def sst2(folder):
         f"The teacher has {right:.1%} of the rows right, and takes "
         f"{answers.mean():.1%} for positive; {labels[rows].mean():.1%} are."
     )
-    return task
-
-
-def main():
-    """Run what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=pathlib.Path, default="../shared/data")
-    parser.add_argument("--report", action="store_true", help="run nothing")
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")  # notes on teacher and labels
-    if not arguments.report:
-        run_all(PATH, {"BERT-tiny": sst2(arguments.data)}, COUNTS)
-    text = (
-        "# SST-2 with a teacher of few labels\n\n"
-        "`KERAS_BACKEND=jax python benchmarks/quality/sst2.py`\n\n"
-        "Test accuracy in %, mean and standard error over draws of "
-        "the labels. The last column is paired: `distillation_targets` with "
-        "`build_model` less the best of KL, temperature scaling and labels "
-        f"alone.\n\n{report(PATH, COUNTS)}\n"
-    )
-    PATH.with_suffix(".md").write_text(text)
-    print(text)
+    return {"BERT-tiny": task}
 
 
 if __name__ == "__main__":
-    main()
+    main(PATH, "SST-2 with a teacher of few labels", sst2, COUNTS)

