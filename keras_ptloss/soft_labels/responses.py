@@ -20,6 +20,7 @@ import numpy as np
 
 from keras_ptloss._progress import Verbose, track
 from keras_ptloss._validation import check_choice
+from keras_ptloss.soft_labels.soft_labels import SoftLabels
 
 T = TypeVar("T")
 Key = tuple[str, bytes | None, int | None]  # text, bytes and id of a token
@@ -90,7 +91,7 @@ class Responses:
 
     Attributes:
         rows: `(N,)`, the line number of each answer, counted from 0, or its
-            position in `ids`.
+            position in the user's `ids`.
         ids: The `custom_id` of each answer, or None if the file has no
             custom_ids.
         failed: Why answers were left out: a reason for each `custom_id` or
@@ -100,22 +101,16 @@ class Responses:
     rows: np.ndarray
     ids: list[str] | None
     failed: dict[str | int, str]
+    in_any_order: bool  # The lines have custom_ids, and the user gave no `ids`.
 
-    def check_order(
-        self, argument: str, count: int, ids: Sequence[str] | None
-    ) -> None:
-        """Check that row i belongs to the user's example i.
-
-        Args:
-            argument: Name of the argument with the examples.
-            count: Number of examples.
-            ids: The ids that `read_responses` was given.
-        """
-        if ids is None and self.ids is not None:
+    def check_order(self, argument: str, count: int) -> None:
+        """Check that row i belongs to example i of an argument."""
+        if self.in_any_order:
             raise ValueError(
                 "The lines have a `custom_id`, so they may be in any order."
-                f" Pass `ids`, the custom_ids of the `{argument}`, in order."
-                f" Received: ids=None, and custom_ids such as {self.ids[0]!r}"
+                f" Read them with `ids`, the custom_ids of the `{argument}`, in"
+                f" order. Received: ids=None, and custom_ids such as"
+                f" {(self.ids or [''])[0]!r}"
             )
         num_answers = len(self.rows) + len(self.failed)
         if num_answers != count:
@@ -124,8 +119,7 @@ class Responses:
                 f" {num_answers} answers for {count} {argument}"
             )
 
-    def warn_of_failed(self) -> None:
-        """Warn about answers that an import leaves out."""
+    def _store(self, values: Any, path: Any, **options: Any) -> SoftLabels:
         if self.failed:
             num_answers = len(self.rows) + len(self.failed)
             warnings.warn(
@@ -134,6 +128,7 @@ class Responses:
                 f" {next(iter(self.failed.values()))}",
                 stacklevel=3,
             )
+        return SoftLabels.from_array(values, path, ids=self.ids, **options)
 
 
 def read_responses(
@@ -211,6 +206,7 @@ def read_responses(
         rows=np.array([row for _, (row, _) in answers]),
         ids=[str(key) for key, _ in answers] if True in has_ids else None,
         failed=failed,
+        in_any_order=True in has_ids and ids is None,
     )
 
 

@@ -63,6 +63,22 @@ class TokenAnswers(Responses):
     targets: list[np.ndarray]
     unknown_mass: float
 
+    def store(
+        self, path: str | os.PathLike[str] | None, **options: Any
+    ) -> SoftLabels:
+        """Store the targets; warn if answers were left out.
+
+        The store finds each text by its token ids. It appears only when it is
+        complete. If the process is killed, read and store the file again.
+
+        Args:
+            path: Directory of the new store; None keeps it in memory.
+            **options: `dtype`, `teacher_name`, `overwrite` and `verbose` of
+                `SoftLabels.from_array`.
+        """
+        inputs = [sequence.tolist() for sequence in self.sequences]
+        return self._store(self.targets, path, inputs=inputs, **options)
+
 
 def read_tokens(
     files: Paths,
@@ -130,7 +146,7 @@ def read_tokens(
         files, lambda body, _: keys.update(_keys(body)), missing, ids, verbose
     )
     if sequences is not None:
-        seen.check_order("sequences", len(sequences), ids)
+        seen.check_order("sequences", len(sequences))
     token_ids = _token_ids(keys, tokenizer)
     unknown: list[float] = []
 
@@ -144,62 +160,6 @@ def read_tokens(
         targets=[targets for _, targets in values],
         unknown_mass=float(np.mean(unknown)) if unknown else 0.0,
         **vars(responses),
-    )
-
-
-def import_tokens(
-    files: Paths,
-    path: str | os.PathLike[str] | None,
-    *,
-    top_k: int,
-    sequences: Sequence[Sequence[int]] | None = None,
-    tokenizer: Any = None,
-    ids: Sequence[str] | None = None,
-    missing: Missing = "error",
-    verbose: Verbose = "auto",
-    **options: Any,
-) -> SoftLabels:
-    """Store the most likely tokens at each position in the texts.
-
-    The store appears only when it is complete. If the call is killed, run it
-    again.
-
-    Args:
-        files: As in `read_tokens`.
-        path: Directory of the new store; None keeps it in memory.
-        top_k: As in `read_tokens`.
-        sequences: As in `read_tokens`.
-        tokenizer: As in `read_tokens`.
-        ids: As in `read_tokens`.
-        missing: As in `read_tokens`. Answers that are left out are not stored,
-            and a warning says how many there are.
-        verbose: As in `read_tokens`.
-        **options: Passed to `SoftLabels.from_array`: `dtype`, `teacher_name`
-            and `overwrite`.
-
-    Returns:
-        The store, which finds each text by its token ids.
-
-    Raises:
-        ValueError: As in `read_tokens`, before anything is stored.
-    """
-    answers = read_tokens(
-        files,
-        top_k=top_k,
-        sequences=sequences,
-        tokenizer=tokenizer,
-        ids=ids,
-        missing=missing,
-        verbose=verbose,
-    )
-    answers.warn_of_failed()
-    return SoftLabels.from_array(
-        answers.targets,
-        path,
-        ids=answers.ids,
-        inputs=[sequence.tolist() for sequence in answers.sequences],
-        verbose=verbose,
-        **options,
     )
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from responses_of import batch, chat, completion, position, token, write
 
-from keras_ptloss.soft_labels import import_tokens, read_tokens
+from keras_ptloss.soft_labels import read_tokens
 from keras_ptloss.soft_labels.tokens import bytes_to_ids
 
 SETTINGS = settings(max_examples=40, deadline=None)
@@ -367,7 +367,7 @@ def test_the_last_token_more_than_k_are_listed(read):
         (chat(YES), {"tokenizer": None}, "Pass `tokenizer`"),
         (chat(YES), {"tokenizer": BPE.get}, "`tokenizer` must be a dictionary"),
         (chat(YES), {"tokenizer": {"a": 1}}, "No token of the file is in the"),
-        (batch("a", chat(YES)), {"sequences": [[1, 2]]}, "Pass `ids`"),
+        (batch("a", chat(YES)), {"sequences": [[1, 2]]}, "with `ids`"),
         (chat(), {"sequences": [[1, 2]], "tokenizer": None}, "has no tokens"),
         (
             chat(position(("\ufffd", 0.6), ("no", 0.3), with_bytes=True)),
@@ -390,17 +390,15 @@ def test_answers_of_a_batch_job_are_found_by_id(read):
     assert close(found[0], {2: 0.6, 3: 0.2, -1: 0.2})
 
 
-def test_import(tmp_path):
+def test_store(tmp_path):
     path = write(tmp_path / "a.jsonl", chat(YES), {"error": "busy"}, chat(YES))
     sequences = [[1, 0, 2], [1], [0, 2, 4, 0]]
     options = {"top_k": 3, "sequences": sequences, "tokenizer": BPE}
     with pytest.raises(ValueError, match="busy"):
-        import_tokens(path, tmp_path / "store", **options)
-    assert not (tmp_path / "store").exists()
+        read_tokens(path, **options)
+    answers = read_tokens(path, missing="skip", **options)
     with pytest.warns(UserWarning, match="1 of 3 answers .* busy"):
-        labels = import_tokens(
-            path, tmp_path / "store", missing="skip", **options
-        )
+        labels = answers.store(tmp_path / "store")
     assert labels.find(sequences[::2]).tolist() == [0, 1]
     stored = labels.read([0, 1])
     entry = {int(i): math.exp(p) for i, p in stored[0, 1] if i >= -1}
