@@ -132,9 +132,6 @@ def read_answers(
         verbose: 1 shows a progress bar, 0 does not; "auto" shows it after two
             seconds.
 
-    Returns:
-        An `Answers` with `probabilities`, `other_mass`, `ids` and `failed`.
-
     Raises:
         ValueError: If a line cannot be read, if a class is not a single token,
             or if a class does not occur in the file.

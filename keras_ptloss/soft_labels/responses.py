@@ -38,18 +38,10 @@ class NoAnswer(Exception):
 
 
 class Token(NamedTuple):
-    """A token and its log-probability.
-
-    Attributes:
-        text: The token, as the server writes it.
-        logprob: Its natural log-probability; NaN for the first token of a
-            prompt.
-        data: Its bytes, if the server gives them.
-        id: Its id, if the server gives one.
-    """
+    """A token and its log-probability, as the server writes them."""
 
     text: str
-    logprob: float
+    logprob: float  # natural; NaN for the first token of a prompt
     data: bytes | None = None
     id: int | None = None
 
@@ -70,33 +62,16 @@ class Token(NamedTuple):
 
 
 class Position(NamedTuple):
-    """A token of an answer and its alternatives.
-
-    Attributes:
-        token: The token of the answer at this position.
-        alternatives: The most likely tokens at this position, without
-            repetition.
-        entries: All tokens with a known log-probability, without repetition:
-            the alternatives, and `token` if it is not one of them.
-    """
+    """A token of an answer and its alternatives."""
 
     token: Token
-    alternatives: tuple[Token, ...]
-    entries: tuple[Token, ...]
+    alternatives: tuple[Token, ...]  # the most likely tokens
+    entries: tuple[Token, ...]  # those, and `token` if its probability is known
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Responses:
-    """Which answers of a file were read.
-
-    Attributes:
-        rows: `(N,)`, the line number of each answer, counted from 0, or its
-            position in the user's `ids`.
-        ids: The `custom_id` of each answer, or None if the file has no
-            custom_ids.
-        failed: Why answers were left out: a reason for each `custom_id` or
-            line number.
-    """
+    """Which answers of a file were read; see `Answers`."""
 
     rows: np.ndarray
     ids: list[str] | None
@@ -144,13 +119,9 @@ def read_responses(
     `custom_id`. The line with an answer is used.
 
     Args:
-        files: A path, or a list of paths.
+        files: As in `read_answers`, like `missing`, `ids` and `verbose`.
         read: A function of a response and its row. It raises `NoAnswer` if the
             response has no answer, and ValueError if it cannot be read.
-        missing: "error" or "skip": what to do about a `NoAnswer`.
-        ids: The `custom_id` of each example. If given, rows are positions in
-            this list, and the values are returned in this order.
-        verbose: As in `read_answers`.
 
     Returns:
         What `read` returned for each answer, and the `Responses`.
@@ -189,17 +160,14 @@ def read_responses(
             failed[key] = f"{where}: {reason}"
         except (ValueError, RecursionError) as error:
             raise ValueError(f"Cannot read {where}: {error}") from None
-    for name in row_of:
-        failed.setdefault(name, f"{name!r} has no line")
+    failed = {name: f"{name!r} has no line" for name in row_of} | failed
     failed = {key: why for key, why in failed.items() if key not in found}
     if not found or (failed and missing == "error"):
-        advice = (
-            ' Repeat the requests, or pass missing="skip".' if found else ""
-        )
         reasons = "; ".join(list(failed.values())[:3]) or "files without lines"
+        skip = ', or pass missing="skip"' if found else ""
         raise ValueError(
             f"{len(failed)} of {len(failed) + len(found)} answers cannot be "
-            f"used.{advice} Received: {reasons}"
+            f"used. Repeat the requests{skip}. Received: {reasons}"
         )
     answers = sorted(found.items(), key=lambda item: item[1][0])
     return [value for _, (_, value) in answers], Responses(
@@ -211,7 +179,7 @@ def read_responses(
 
 
 def _lines(files: Paths) -> Iterator[tuple[str, bytes]]:
-    """Yield each line's number and file, for error messages, and its bytes."""
+    """Yield where each line is, for errors, and its bytes."""
     for path in [files] if isinstance(files, (str, os.PathLike)) else files:
         with Path(path).open("rb") as file:
             for number, line in enumerate(file, 1):

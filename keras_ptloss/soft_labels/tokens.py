@@ -49,12 +49,7 @@ class TokenAnswers(Responses):
             takes them: ids and log-probabilities of the tokens that may follow
             each token. The last entry, of id -1, is all other tokens together.
             An id of -2 means that there is no entry.
-        rows: `(N,)`, the line number of each text, counted from 0, or its
-            position in `ids`.
-        ids: The `custom_id` of each text, or None if the file has no
-            custom_ids.
-        failed: Why answers were left out: a reason for each `custom_id` or
-            line number.
+        rows: As in `Answers`, like `ids` and `failed`.
         unknown_mass: Mean probability of the listed tokens that are not in the
             vocabulary. It is part of the probability of all other tokens.
     """
@@ -98,7 +93,7 @@ def read_tokens(
     are kept.
 
     Args:
-        files: A file with one JSON response per line, or a list of files.
+        files: As in `read_answers`.
         top_k: How many tokens to keep at each position.
         sequences: The token ids of each text, in the order of the lines, or of
             `ids`. A text must end with its answer, followed by at most two
@@ -108,13 +103,8 @@ def read_tokens(
             or a tokenizer from Hugging Face or KerasHub. Not needed if the
             responses have token ids.
         ids: The `custom_id` of each sequence, if the lines have one.
-        missing: `"error"` or `"skip"`: whether an answer without
-            log-probabilities is an error or is left out.
-        verbose: 1 shows a progress bar, 0 does not; "auto" shows it after two
-            seconds.
-
-    Returns:
-        A `TokenAnswers` with `sequences` and `targets`.
+        missing: As in `read_answers`.
+        verbose: As in `read_answers`.
 
     Raises:
         ValueError: If a line cannot be read, or if its tokens are not those of
