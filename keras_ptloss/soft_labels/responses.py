@@ -113,18 +113,12 @@ def read_responses(
     ids: Sequence[str] | None = None,
     verbose: Verbose = 0,
 ) -> tuple[list[Any], Responses]:
-    """Apply `read` to each response of the files.
+    """Return `read(response, row)` for each answer, and the `Responses`.
 
-    A request that failed and was repeated may have two lines with the same
-    `custom_id`. The line with an answer is used.
-
-    Args:
-        files: As in `read_answers`, like `missing`, `ids` and `verbose`.
-        read: A function of a response and its row. It raises `NoAnswer` if the
-            response has no answer, and ValueError if it cannot be read.
-
-    Returns:
-        What `read` returned for each answer, and the `Responses`.
+    `read` raises `NoAnswer` if the response has no answer, and ValueError if it
+    cannot be read. A request that failed and was repeated may have two lines
+    with the same `custom_id`. The line with an answer is used. The other
+    arguments are those of `read_answers`.
     """
     check_choice("missing", missing, ("error", "skip"))
     row_of = {name: row for row, name in enumerate(ids or ())}
@@ -160,7 +154,8 @@ def read_responses(
             failed[key] = f"{where}: {reason}"
         except (ValueError, RecursionError) as error:
             raise ValueError(f"Cannot read {where}: {error}") from None
-    failed = {name: f"{name!r} has no line" for name in row_of} | failed
+    for name in row_of:
+        failed.setdefault(name, f"{name!r} has no line")
     failed = {key: why for key, why in failed.items() if key not in found}
     if not found or (failed and missing == "error"):
         reasons = "; ".join(list(failed.values())[:3]) or "files without lines"

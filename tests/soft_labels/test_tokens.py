@@ -160,7 +160,7 @@ def test_prompt_log_probabilities(read):
         },
     ]
     record = {"choices": [{"text": "", "prompt_logprobs": listed}]}
-    record["choices"][0] |= {"prompt_token_ids": [5, 2, 9], "logprobs": None}
+    record["choices"][0] |= {"logprobs": None}
     e = math.exp
     wanted = [
         {2: e(-0.5), 7: e(-1.5), -1: 1 - e(-0.5) - e(-1.5)},
@@ -168,12 +168,8 @@ def test_prompt_log_probabilities(read):
         {},
     ]
     chat_record = {"choices": [{"message": {}}], "prompt_logprobs": listed}
-    for one_record, sequences in [
-        (record, None),
-        (record, [[5, 2, 9]]),
-        (chat_record, [[5, 2, 9]]),
-    ]:
-        (found,) = read(one_record, sequences=sequences)
+    for one_record in (record, chat_record):
+        (found,) = read(one_record, sequences=[[5, 2, 9]])
         assert all(map(close, found, wanted))
     with pytest.raises(ValueError, match="no entry for token 3 at position 2"):
         read(chat_record, sequences=[[5, 2, 3]])
@@ -185,17 +181,7 @@ def test_prompt_log_probabilities(read):
 
 
 def test_ids_in_the_response(read):
-    # vLLM's `return_token_ids`.
-    record = {**chat(YES), "prompt_token_ids": [1, 0]}
-    record["choices"][0]["token_ids"] = [2]
-    (found,) = read(record, tokenizer=BPE)
-    assert [one.keys() for one in found] == [set(), {2, 3, -1}, set()]
-    record["choices"][0]["token_ids"] = [3]
-    with pytest.raises(ValueError, match="the same text and tokenizer"):
-        read(record, tokenizer=BPE)
-    with pytest.raises(ValueError, match="not the beginning of its"):
-        read(record, tokenizer=BPE, sequences=[[0, 1, 2]])
-    # And its `return_tokens_as_token_ids`.
+    # vLLM's `return_tokens_as_token_ids`.
     record = chat(position(("token_id:2", 0.6), ("token_id:3", 0.2)))
     (found,) = read(record, sequences=[[1, 2]])
     assert close(found[0], {2: 0.6, 3: 0.2, -1: 0.2})
@@ -361,7 +347,6 @@ def test_the_last_token_more_than_k_are_listed(read):
         (chat(YES), {"sequences": [[1, 3]]}, "must end with its answer"),
         (chat(YES), {"sequences": [[2, 1, 1, 1]]}, "must end with its answer"),
         (chat(YES), {"sequences": [[]]}, "must end with its answer"),
-        (chat(YES), {}, "pass `sequences`"),
         (chat(YES), {"sequences": [[1, 2]] * 2}, "1 answers for 2 sequences"),
         (chat(YES), {"sequences": [[1, 2]], "top_k": 0}, "`top_k`"),
         (chat(YES), {"tokenizer": None}, "Pass `tokenizer`"),
@@ -378,7 +363,7 @@ def test_the_last_token_more_than_k_are_listed(read):
 )
 def test_refused(read, record, options, message):
     with pytest.raises(ValueError, match=message):
-        read(record, **{"tokenizer": BPE, **options})
+        read(record, **{"tokenizer": BPE, "sequences": [[1, 2]], **options})
 
 
 def test_answers_of_a_batch_job_are_found_by_id(read):
