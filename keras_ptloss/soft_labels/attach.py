@@ -20,7 +20,7 @@ from keras_ptloss.soft_labels.inputs import (
     unpack,
     weights_of_positions,
 )
-from keras_ptloss.soft_labels.layout import NO_ENTRY
+from keras_ptloss.soft_labels.outputs import NO_ENTRY
 
 if TYPE_CHECKING:
     from keras_ptloss.soft_labels.soft_labels import SoftLabels
@@ -38,17 +38,10 @@ def attach_several(
     several teachers take them.
 
     Args:
-        stores: one store for each teacher. The rows of the stores need not be
-            in the same order.
+        stores: one store for each teacher. Their rows may be in different
+            orders, but not the same classes.
         data: as in `SoftLabels.attach`.
         **options: the other arguments of `SoftLabels.attach`.
-
-    Returns:
-        As in `SoftLabels.attach`.
-
-    Raises:
-        ValueError: as in `SoftLabels.attach`, or if two stores have the same
-            classes in a different order.
 
     Example:
         >>> import numpy as np
@@ -98,8 +91,7 @@ def attach(
         if not allow_subset:
             by = "inputs" if ids is None else "ids"
             for store, found in zip(stores, rows, strict=True):
-                used, stored = len(np.unique(found)), len(store._index(by)[0])
-                _check_all_used(used, stored, str(used))
+                _check_all_used(store, by, len(np.unique(found)))
         generator = np.random.default_rng(seed) if shuffle else None
         return _Arrays(pairs, data, rows, batch_size, generator)
     if ids is not None:
@@ -114,8 +106,6 @@ def attach(
         return _torch_pairs(pairs, data)
     if library == "keras":
         return _Batches(pairs, data)
-    if not hasattr(data, "map"):
-        fail("data", "a grain.MapDataset or grain.IterDataset", data)
     return data.map(pairs)
 
 
@@ -129,19 +119,19 @@ def _check_length(
         x, _, _ = unpack(next(iter(data)))
     except TypeError:  # `data` has no length
         return
-    most = count * num_examples(x)
-    for store in stores:
-        stored = len(store._index("inputs")[0])
-        if most >= 0:  # TensorFlow gives -2 for an unknown number
-            _check_all_used(most, stored, f"at most {most}")
+    if count >= 0:  # TensorFlow gives -2 for an unknown number
+        for store in stores:
+            _check_all_used(store, "inputs", count * num_examples(x))
 
 
-def _check_all_used(used: int, stored: int, shown: str) -> None:
-    if used < stored:
+def _check_all_used(store: "SoftLabels", by: str, most: int) -> None:
+    """Require at least as many examples as the store has different ones."""
+    stored = len(store._index(by)[0])
+    if most < stored:
         raise ValueError(
             "`data` must contain every example that has stored soft labels, "
-            "unless you pass allow_subset=True. Received: "
-            f"{shown} of {stored} examples"
+            "unless you pass allow_subset=True. Received: at most "
+            f"{most} of {stored} examples"
         )
 
 
@@ -172,10 +162,7 @@ class _Pairs:
     ) -> tuple[Any, Any]:
         """Return `y_true` and sample weights of a batch.
 
-        Args:
-            x: the inputs of the batch.
-            weight: the sample weights of the batch, or None.
-            rows: the row of each example, for each store, if already known.
+        `rows` are the rows of the examples in each store, if already known.
         """
         if rows is None:
             rows = self.find(x)

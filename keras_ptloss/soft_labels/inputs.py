@@ -91,7 +91,7 @@ def _fingerprint(x: Tensor) -> np.ndarray:
 
 
 def _text_bytes(row: Any) -> bytes:
-    """Return the texts of an example as bytes, each preceded by its length."""
+    """Return the texts of an example, each as its length and its bytes."""
     encoded = b""
     for text in np.ravel(np.asarray(row, object)):
         if not isinstance(text, (str, bytes)):
@@ -117,8 +117,8 @@ def sequence_mask(x: Tensor) -> np.ndarray:
         return mask
     if isinstance(x, Mapping):
         x = next((x[name] for name in MASKS if name in x), None)
-    ids = None if x is None or isinstance(x, (list, tuple)) else as_array(x)
-    if ids is None or ids.ndim != 2 or ids.dtype.kind not in "iu":
+    ids = as_array(x)
+    if ids.ndim != 2 or ids.dtype.kind not in "iu":
         fail(
             "inputs",
             "token ids: integers of shape (batch, time), or a dictionary with "
@@ -160,9 +160,8 @@ def library_of(data: Any) -> str | None:
 def as_inputs(inputs: Any) -> Any:
     """Return inputs as a pytree of arrays, or as a data set of batches.
 
-    A list of texts becomes an array. A list of sequences of token ids becomes a
-    dictionary of padded ids and their mask. Data sets of batches (see
-    `library_of`) are not changed.
+    A list of sequences of token ids becomes a dictionary of padded ids and
+    their mask.
     """
     if library_of(inputs):
         if _is_endless(inputs):
@@ -208,13 +207,9 @@ def _is_endless(data: Any) -> bool:
 def pad(sequences: Any) -> dict[str, np.ndarray]:
     """Return sequences of token ids, padded on the right with 0."""
     arrays = [np.asarray(sequence) for sequence in sequences]
-    for number, array in enumerate(arrays):
+    for array in arrays:
         if array.ndim != 1 or array.dtype.kind not in "iu":
-            fail(
-                "inputs",
-                "texts, or sequences of token ids",
-                f"{sequences[number]!r} in position {number}",
-            )
+            fail("inputs", "texts, or sequences of token ids", array)
     lengths = np.array([len(array) for array in arrays])
     mask = np.arange(lengths.max()) < lengths[:, None]
     ids = np.zeros(mask.shape, "int32")
@@ -238,9 +233,7 @@ def take(x: Any, index: Any) -> Any:
 def batches(inputs: Any, batch_size: int) -> Iterator[tuple[Any, Any]]:
     """Yield `(inputs, sample weights)` of each batch; weights may be None.
 
-    Args:
-        inputs: as `as_inputs` returns them.
-        batch_size: batch size for arrays. Data sets have their own batches.
+    `batch_size` is for arrays. Data sets have their own batches.
     """
     library = library_of(inputs)
     if library is None:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_ptloss.soft_labels.layout import Layout, pyarrow
+from keras_ptloss.soft_labels.outputs import Layout, pyarrow
 
 FILE_BYTES = 256 * 2**20
 HEADER = struct.Struct("<QI")  # length and CRC-32 of a record in a journal
@@ -41,17 +41,10 @@ OWN_NAMES = re.compile(
 def writing(
     path: Path, *, fsync: bool = False, overwrite: bool = False
 ) -> Iterator["StoreWriter"]:
-    """Lock a directory and yield a writer to it; make it if it is missing.
+    """Lock a directory, which is made if it is missing, and yield a writer.
 
-    Args:
-        path: the directory.
-        fsync: whether each append waits until its rows are on the disk, so
-            that a power cut cannot lose them.
-        overwrite: whether to delete an existing store.
-
-    Raises:
-        RuntimeError: if another process writes to the directory.
-        ValueError: if the directory has files that are not part of a store.
+    With `fsync`, each append waits until its rows are on the disk. `overwrite`
+    deletes an existing store.
     """
     path.mkdir(parents=True, exist_ok=True)
     with (path / ".lock").open("w") as lock:
@@ -89,11 +82,11 @@ class StoreWriter:
         self.path, self._fsync = path, fsync
         info = read_info(path)
         self.layout = None if info is None else info.layout
-        self.complete = info is not None and info.files is not None
-        if info is not None and info.files is not None:
-            self._files = info.files
-        else:
-            self._files = sorted(file.name for file in path.glob("*.arrow"))
+        files = None if info is None else info.files
+        self.complete = files is not None
+        if files is None:
+            files = sorted(file.name for file in path.glob("*.arrow"))
+        self._files = files
         # The rows of all other journals are in Arrow files.
         for journal in path.glob("journal-*"):
             if self.complete or journal != self._journal:
@@ -138,12 +131,9 @@ class StoreWriter:
         return np.concatenate([*columns, np.empty(0, "uint64")])
 
     def append(self, batch: Any) -> None:
-        """Add the rows of a record batch.
+        """Add the rows of a record batch, which must have the same layout.
 
-        Raises:
-            ValueError: if its layout differs from that of the stored rows.
-            OSError: if the file cannot be written, for example because the disk
-                is full. Earlier rows stay stored.
+        If this fails because the disk is full, earlier rows stay stored.
         """
         layout = Layout.of_schema(batch.schema)
         if self.layout is None:
@@ -214,16 +204,10 @@ def check_same(stored: Any, expected: dict[str, Any], path: Any) -> None:
 
 @dataclasses.dataclass
 class Info:
-    """The content of a store's `info.json`.
-
-    Args:
-        layout: the layout of the rows.
-        files: names of the Arrow files in the order of their rows; None while
-            the store is unfinished.
-    """
+    """The content of a store's `info.json`."""
 
     layout: Layout
-    files: list[str] | None = None
+    files: list[str] | None = None  # in the order of the rows, once complete
 
 
 def read_info(path: Path) -> Info | None:

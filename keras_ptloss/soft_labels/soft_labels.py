@@ -11,7 +11,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from keras_ptloss._progress import Verbose, track
+from keras_ptloss._progress import Progress, Verbose, track
 from keras_ptloss._validation import check_count, fail
 from keras_ptloss.soft_labels.attach import attach
 from keras_ptloss.soft_labels.inputs import (
@@ -31,18 +31,16 @@ from keras_ptloss.soft_labels.journal import (
     sync,
     writing,
 )
-from keras_ptloss.soft_labels.layout import (
+from keras_ptloss.soft_labels.outputs import (
     NO_ENTRY,
     Layout,
-    events,
-    pyarrow,
-    views,
-)
-from keras_ptloss.soft_labels.teacher import (
     asked,
     cut,
+    events,
+    pyarrow,
     record_batch,
     teacher_identity,
+    views,
 )
 
 PathLike = str | os.PathLike[str]
@@ -94,7 +92,8 @@ class SoftLabels:
         self._batches = list(stored)
         self._values = [views(batch) for batch in self._batches]
         rows = [batch.num_rows for batch in self._batches]
-        self._ends = np.cumsum(rows, dtype="int64")
+        # File i has the rows from `_bounds[i]` to `_bounds[i + 1]`.
+        self._bounds = np.cumsum([0, *rows], dtype="int64")
         self._indexes: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     # ---- Make and open stores ----
@@ -113,7 +112,7 @@ class SoftLabels:
         dtype: Literal["float16", "float32"] = "float16",
         ids: Sequence[Any] | None = None,
         teacher_name: str | None = None,
-        verbose: int | str = "auto",
+        verbose: Verbose = "auto",
         fsync: bool = False,
         overwrite: bool = False,
     ) -> "SoftLabels":
@@ -147,14 +146,10 @@ class SoftLabels:
             teacher_name: a name that identifies the teacher when you resume or
                 join. The default is a hash of the model's configuration and
                 weights, or the name of the function.
-            verbose: 0 prints nothing, 1 or "auto" shows a progress bar, 2
-                prints a line at the end.
+            verbose: 1 or "auto" shows a progress bar, 0 prints nothing.
             fsync: whether to wait for the disk after each batch. Otherwise a
                 power cut may lose the last second.
             overwrite: whether to replace an existing store.
-
-        Returns:
-            The store.
 
         Raises:
             ValueError: if the inputs, the teacher or the arguments differ from
@@ -168,8 +163,8 @@ class SoftLabels:
         run = asked(teacher, top_k, from_logits)
         path, inputs = Path(path), as_inputs(inputs)
         total = None if library_of(inputs) else num_examples(inputs)
-        if ids is not None and (total is None or len(ids) != total):
-            fail("ids", f"one for each of {total} examples in arrays", ids)
+        if ids is not None:
+            _check_length("ids", len(ids), total)
         about: dict[str, Any] = {
             "dtype": dtype,
             "class_names": None if class_names is None else tuple(class_names),
@@ -183,19 +178,16 @@ class SoftLabels:
                 call |= {} if top_k is None else {"top_k": top_k}
                 check_same(writer.layout, call, path)
             stored = writer.fingerprints()
-            bar = keras.utils.Progbar(
+            progress = Progress(
+                f"Asking the teacher; {len(stored)} examples are stored at "
+                f"{path}",
                 None if total is None else total - len(stored),
-                unit_name="example",
-                verbose=1 if verbose == "auto" else int(verbose),
+                unit="example",
+                verbose=verbose,
             )
-            if verbose:
-                print(
-                    f"Asking the teacher; {len(stored)} examples are stored "
-                    f"at {path}",
-                    flush=True,
-                )
+            progress.update(0, at_once=True)
             for x, weight, prints, indices in not_stored(
-                inputs, batch_size, stored, path, "auto" if verbose else 0
+                inputs, batch_size, stored, path, verbose
             ):
                 if writer.complete:
                     raise other_inputs(path, f"are more than {writer.num_rows}")
@@ -207,18 +199,17 @@ class SoftLabels:
                         f" {indices[0]}: {error}. {writer.num_rows} rows are "
                         "stored. Run the same call again to continue."
                     ) from error
-                writer.append(
-                    record_batch(
-                        *(outputs, about, indices[0], x, prints),
-                        None if ids is None else [ids[i] for i in indices],
-                        weight,
-                    )
+                names = None if ids is None else [ids[i] for i in indices]
+                batch = record_batch(
+                    outputs, about, indices[0], x, prints, names, weight
                 )
-                bar.add(len(prints))
+                writer.append(batch)
+                progress.update(progress.done + len(prints))
             if not writer.complete:
                 writer.finish()
+            progress.close()
         discard(path.with_name(path.name + PARTIAL))
-        return cls.open(path, verbose="auto" if verbose else 0)
+        return cls.open(path, verbose=verbose)
 
     @classmethod
     def open(
@@ -254,8 +245,7 @@ class SoftLabels:
                 "call of `write` again; it continues where it stopped."
             )
         if class_names is not None:
-            expected = {"class_names": tuple(class_names)}
-            check_same(info.layout, expected, path)
+            check_same(info.layout, {"class_names": tuple(class_names)}, path)
         what = f"Checking the soft labels at {path}"
         files = track(info.files, what, None, unit="file", verbose=verbose)
         found = [open_file(path / f, verify=verify) for f in files]
@@ -293,19 +283,16 @@ class SoftLabels:
                 is read in parts.
             path: directory of the new store; None keeps it in memory.
             ids: your own name for each example, in the order of `values`.
-            inputs: the examples in the same order, as in `write`. `attach`
+            inputs: the examples in the same order, not as a data set. `attach`
                 needs inputs or ids to find the rows.
             class_names: as in `write`.
             from_logits: whether `values` are logits.
             top_k: as in `write`.
             dtype: as in `write`.
             teacher_name: as in `write`.
-            overwrite: whether to replace another store at `path`.
+            overwrite: as in `write`.
             verbose: 1 shows a progress bar, 0 does not; "auto" shows it after
                 two seconds.
-
-        Returns:
-            The store.
 
         Raises:
             ValueError: if the values are not probabilities, if the numbers of
@@ -328,7 +315,7 @@ class SoftLabels:
         if inputs is not None:
             inputs = as_inputs(inputs)
             if library_of(inputs):
-                fail("inputs", "arrays, or a source of single examples", inputs)
+                fail("inputs", "arrays, not a data set", inputs)
             _check_length("inputs", num_examples(inputs), total)
         if ids is not None:
             _check_length("ids", len(ids), total)
@@ -347,8 +334,8 @@ class SoftLabels:
                     outputs = cut(outputs, top_k, from_logits)
                 x = None if inputs is None else take(inputs, part)
                 prints = None if x is None else fingerprint(x, verbose=0)
-                named = None if ids is None else ids[part]
-                yield record_batch(outputs, about, low, x, prints, named)
+                names = None if ids is None else ids[part]
+                yield record_batch(outputs, about, low, x, prints, names)
 
         return cls._from_batches(
             batches(), f"Storing {total} rows", total, path, overwrite, verbose
@@ -364,15 +351,9 @@ class SoftLabels:
         overwrite: bool,
         verbose: Verbose,
     ) -> "SoftLabels":
-        """Make a store from record batches, or nothing if this fails.
+        """Make a store from batches of `CHUNK` rows, or nothing if this fails.
 
-        Args:
-            batches: record batches of up to `CHUNK` rows.
-            what: what to print above the progress bar.
-            num_rows: number of rows in all batches.
-            path: as in `from_array`.
-            overwrite: as in `from_array`.
-            verbose: as in `from_array`.
+        `what` is the text above the progress bar.
         """
         total = -(-num_rows // CHUNK)
         batches = track(batches, what, total, verbose=verbose)
@@ -400,7 +381,7 @@ class SoftLabels:
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return int(self._ends[-1])
+        return int(self._bounds[-1])
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -428,28 +409,27 @@ class SoftLabels:
             fail("indices", "a slice, or a list of integers", indices)
         elif indices.min() < 0 or indices.max() >= len(self):
             fail("indices", f"from 0 to {len(self) - 1}", indices)
+        files = np.searchsorted(self._bounds, indices, side="right") - 1
+        rows = indices - self._bounds[files]
         if self.layout.kind == "tokens":
-            return self._read_sequences(indices)
+            return self._read_sequences(files, rows)
         out = np.empty((len(indices), *self.shape[1:]), "float32")
-        files = np.searchsorted(self._ends, indices, side="right")
         for file in np.unique(files):
             values = self._values[file]
             where: Any = np.flatnonzero(files == file)
-            rows = indices[where] - self._begin(file)
-            if len(rows) == len(indices):  # a slice is assigned faster
+            if len(where) == len(indices):  # a slice is assigned faster
                 where = slice(None)
             if self.layout.kind == "probabilities":
-                out[where] = values["probabilities"][rows]
+                out[where] = values["probabilities"][rows[where]]
             else:
-                out[where] = events(values, rows)
+                out[where] = events(values, rows[where])
         return out
 
-    def _read_sequences(self, indices: np.ndarray) -> np.ndarray:
+    def _read_sequences(self, files: np.ndarray, rows: np.ndarray) -> Any:
         """Return events of token sequences, padded to the longest sequence."""
         found = []
-        files = np.searchsorted(self._ends, indices, side="right")
-        for file, index in zip(files, indices, strict=True):
-            values, row = self._values[file], index - self._begin(file)
+        for file, row in zip(files, rows, strict=True):
+            values = self._values[file]
             low, high = values["offsets"][row : row + 2]
             start = values["start"][row]
             positions = slice(start, start + high - low)
@@ -457,13 +437,9 @@ class SoftLabels:
         time = max((positions.stop for *_, positions in found), default=0)
         out = np.zeros((len(found), time, *self.shape[2:]), "float32")
         out[..., 0] = NO_ENTRY
-        for target, (values, rows, positions) in zip(out, found, strict=True):
-            events(values, rows, target[positions])
+        for target, (values, stored, positions) in zip(out, found, strict=True):
+            events(values, stored, target[positions])
         return out
-
-    def _begin(self, file: int) -> Any:
-        """Return the index of the first row in a file."""
-        return self._ends[file] - self._batches[file].num_rows
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         """Return all rows, `np.asarray(labels)`."""
@@ -531,11 +507,7 @@ class SoftLabels:
         return first[place]
 
     def _index(self, argument: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return sorted fingerprints or ids, and the first row of each.
-
-        Args:
-            argument: `"inputs"` for fingerprints, or `"ids"`.
-        """
+        """Return sorted fingerprints or ids, and the first row of each."""
         if argument not in self._indexes:
             stored = self.ids if argument == "ids" else self.fingerprints
             if stored is None:
@@ -610,12 +582,14 @@ class SoftLabels:
 
     def _reader(self, dtype: str) -> Any:
         schema = dataclasses.replace(self.layout, dtype=dtype).schema()
-        parts = (
-            batch.slice(low, EXPORTED).cast(schema)
-            for batch in self._batches
-            for low in range(0, batch.num_rows, EXPORTED)
-        )
+        parts = (part.cast(schema) for part in self._parts(EXPORTED))
         return pyarrow().RecordBatchReader.from_batches(schema, parts)
+
+    def _parts(self, num_rows: int) -> Iterator[Any]:
+        """Yield all rows in record batches of at most `num_rows` rows."""
+        for batch in self._batches:
+            for low in range(0, batch.num_rows, num_rows):
+                yield batch.slice(low, num_rows)
 
     def to_parquet(self, file: PathLike, *, verbose: Verbose = "auto") -> None:
         """Write all rows to one Parquet file, or nothing if this fails."""
@@ -646,11 +620,8 @@ class SoftLabels:
     ) -> "SoftLabels":
         """Make a store from a Parquet file that `to_parquet` wrote.
 
-        `read_table` reads files from other tools. The arguments are those of
-        `from_array`.
-
-        Raises:
-            ValueError: if `to_parquet` did not write the file.
+        `read_table` reads files from other tools, for which this raises a
+        `ValueError`. The arguments are those of `from_array`.
         """
         pyarrow()
         from pyarrow import parquet
@@ -694,12 +665,7 @@ class SoftLabels:
         stores = [cls.open(part) for part in parts]
         for store in stores:
             check_same(store.layout, vars(stores[0].layout), store.path)
-        found = (
-            batch.slice(low, CHUNK)
-            for store in stores
-            for batch in store._batches
-            for low in range(0, batch.num_rows, CHUNK)
-        )
+        found = (part for store in stores for part in store._parts(CHUNK))
         total = sum(map(len, stores))
         return cls._from_batches(
             found, f"Joining {total} rows", total, path, overwrite, verbose
@@ -720,9 +686,10 @@ def _make_way(path: Path, new: Path, overwrite: bool) -> None:
         shutil.rmtree(path)
 
 
-def _check_length(name: str, length: int, total: int) -> None:
+def _check_length(name: str, length: int, total: int | None) -> None:
+    """Require one entry for each row; `total` is None for data sets."""
     if length != total:
         raise ValueError(
-            f"`{name}` must have one entry for each of {total} rows. "
+            f"`{name}` must have one entry for each of {total} rows of arrays. "
             f"Received: {name} of length {length}"
         )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_ptloss._validation import fail, on_simplex
-from keras_ptloss.soft_labels.layout import pyarrow
+from keras_ptloss.soft_labels.outputs import pyarrow
 
 
 class Table(NamedTuple):

@@ -16,7 +16,7 @@ import numpy as np
 
 from keras_ptloss._progress import Verbose
 from keras_ptloss._validation import check_count
-from keras_ptloss.soft_labels.layout import NO_ENTRY, REST
+from keras_ptloss.soft_labels.outputs import NO_ENTRY, REST
 from keras_ptloss.soft_labels.responses import (
     UNKNOWN_LOGPROB,
     Key,

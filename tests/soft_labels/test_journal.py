@@ -127,12 +127,12 @@ class TestKills:
             "import os, signal, sys, numpy as np\n"
             "from keras_ptloss import SoftLabels\n"
             "class Dies:\n"
+            "    shape = (10_000, 2)\n"
             "    def __len__(self): return 10_000\n"
-            "    def __getitem__(self, i):\n"
-            "        if i > 5000: os.kill(os.getpid(), signal.SIGKILL)\n"
-            "        return np.float32(i)\n"
-            "rows = np.tile([.25, .75], (10_000, 1))\n"
-            f"SoftLabels.from_array(rows, {str(path)!r}, inputs=Dies())\n"
+            "    def __getitem__(self, part):\n"
+            "        if part.start: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "        return np.tile([.25, .75], (part.stop, 1))\n"
+            f"SoftLabels.from_array(Dies(), {str(path)!r})\n"
         )
         done = subprocess.run([sys.executable, "-c", script])
         assert done.returncode == -signal.SIGKILL

@@ -1,0 +1,503 @@
+"""Teacher outputs: how to get them, and how to store them in Arrow columns.
+
+A store has rows of one of three kinds:
+
+* `probabilities`: C probabilities for each example.
+* `top_k`: the k most likely classes of each example, their log-probabilities,
+  and the log-probability of all other classes together.
+* `tokens`: as `top_k`, for each position of a sequence. Positions without an
+  entry at the start and end of a sequence are not stored; `start` is the first
+  stored position.
+
+In memory, the last two are events of shape `(..., k + 1, 2)`, as `TopKPTLoss`
+takes them: ids and natural log-probabilities. The last event, of id -1, is all
+other classes. An id of -2 means that there is no entry.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_ptloss._backend import as_array
+from keras_ptloss._math import two_events
+from keras_ptloss._validation import (
+    SUM_TOLERANCE,
+    check_choice,
+    fail,
+    on_simplex,
+)
+from keras_ptloss.soft_labels.inputs import (
+    num_examples,
+    sequence_mask,
+    weights_of_positions,
+)
+
+REST = -1
+NO_ENTRY = -2
+
+Tensor = Any
+# Columns by name. For tokens, there is also an array `offsets`: sequence i has
+# the positions from `offsets[i]` to `offsets[i + 1]`.
+Values = dict[str, Any]
+
+
+def pyarrow() -> Any:
+    """Import pyarrow, which is an optional dependency."""
+    try:
+        import pyarrow as pa
+    except ImportError as error:
+        raise ImportError(
+            "SoftLabels needs pyarrow, because it stores rows in Arrow files. "
+            "Run `pip install pyarrow`."
+        ) from error
+    return pa
+
+
+# Ask the teacher.
+
+
+def teacher_identity(teacher: Any) -> str:
+    """Return a hash of a Keras model, or the name of a function."""
+    if not isinstance(teacher, keras.Model):
+        return getattr(teacher, "__qualname__", type(teacher).__qualname__)
+    try:
+        config = json.dumps(
+            keras.saving.serialize_keras_object(teacher)["config"],
+            sort_keys=True,
+            default=str,
+        )
+    except NotImplementedError:  # a subclassed model without `get_config`
+        config = ""
+    # The same layer may be "dense_1" in one process and "dense" in the next.
+    config = re.sub(r"_\d+\"", '"', config)
+    digest = hashlib.sha256(f"{type(teacher).__name__}{config}".encode())
+    for weight in teacher.weights:
+        digest.update(as_array(weight).tobytes())
+    return f"{type(teacher).__name__} {digest.hexdigest()[:16]}"
+
+
+def asked(
+    teacher: Any, top_k: int | None, from_logits: bool
+) -> Callable[[Any], Any]:
+    """Return a function from a batch of inputs to outputs, or to events."""
+    if isinstance(teacher, keras.Model):
+        if top_k is not None:
+            teacher = LikeliestOf(teacher, top_k, from_logits)
+        return teacher.predict_on_batch
+    if not callable(teacher):
+        fail("teacher", "a Keras model or a function of a batch", teacher)
+    if top_k is None:
+        return teacher
+    return lambda x: cut(teacher(x), top_k, from_logits)
+
+
+class LikeliestOf(keras.Model):
+    """A teacher that keeps only the k most likely classes, on its device."""
+
+    def __init__(self, teacher: keras.Model, k: int, from_logits: bool) -> None:
+        super().__init__()
+        self.teacher, self.k, self.from_logits = teacher, k, from_logits
+
+    def call(self, inputs: Tensor) -> Tensor:
+        """Return `likeliest` of the teacher's outputs."""
+        outputs = self.teacher(inputs, training=False)
+        return likeliest(outputs, self.k, self.from_logits)
+
+
+def cut(outputs: Any, top_k: int, from_logits: bool) -> np.ndarray:
+    """Return the k most likely classes of outputs `(..., C)`, as events."""
+    outputs = _numbers(outputs)
+    if top_k > outputs.shape[-1] or outputs.ndim > 3:
+        raise ValueError(
+            "`top_k` must be at most the number of classes, of outputs "
+            "(batch, num_classes) or (batch, time, num_classes). Received: "
+            f"top_k={top_k}, outputs of shape {outputs.shape}"
+        )
+    tensor = ops.convert_to_tensor(outputs)
+    return as_array(likeliest(tensor, top_k, from_logits))
+
+
+def likeliest(outputs: Tensor, k: int, from_logits: bool) -> Tensor:
+    """Return the k most likely classes of a tensor `(..., C)`, as events."""
+    logits = ops.cast(outputs, "float32")
+    if from_logits:
+        logits = ops.log_softmax(logits, axis=-1)
+    else:
+        logits = ops.log(logits)
+    values, ids = ops.top_k(logits, k)
+    # `log(1 - sum)` would lose all precision if the sum of the k is close to 1.
+    # So add up the other classes: those with a lower value than the last of the
+    # k, and those with the same value that are not among the k.
+    last = values[..., -1:]
+    lower = ops.where(logits < last, logits, -np.inf)
+    level = ops.sum(ops.cast(logits >= last, "float32"), -1, keepdims=True) - k
+    others = ops.logaddexp(
+        ops.logsumexp(lower, axis=-1, keepdims=True), last + ops.log(level)
+    )
+    ids = ops.cast(ids, "float32")
+    names = ops.concatenate([ids, ops.full_like(others, REST)], axis=-1)
+    log_probs = ops.concatenate([values, others], axis=-1)
+    return ops.stack([names, log_probs], axis=-1)
+
+
+# From outputs to columns.
+
+
+def record_batch(
+    outputs: Any,
+    about: dict[str, Any],
+    first: int,
+    x: Any = None,
+    prints: np.ndarray | None = None,
+    ids: Sequence[Any] | None = None,
+    weight: Any = None,
+) -> Any:
+    """Check a batch of outputs and return it as an Arrow record batch.
+
+    Args:
+        outputs: probabilities or logits, `(batch, C)`; events `(batch, k + 1,
+            2)` or `(batch, time, k + 1, 2)`; or a list of the events of each
+            sequence, `(time, k + 1, 2)`. The event of all other classes may be
+            left out.
+        about: the layout's `dtype`, `class_names`, `teacher` and `from_logits`.
+        first: index of the first example, for errors.
+        x: the inputs of the batch, if known.
+        prints: the fingerprints of the inputs, if known.
+        ids: the user's ids, if there are any.
+        weight: sample weights. Positions of weight 0 are not stored.
+    """
+    try:
+        values = _columns(outputs, about, x, weight)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}, in the batch that starts at example {first}"
+        ) from None
+    if prints is not None:
+        values["fingerprint"] = prints
+    if ids is not None:
+        values["id"] = [str(name) for name in ids]
+    return Layout.of(values, **about).encode(values)
+
+
+def _columns(
+    outputs: Any, about: dict[str, Any], x: Any, weight: Any
+) -> Values:
+    """Return the columns of a batch of outputs; see `record_batch`."""
+    names = about["class_names"]
+    num_classes = None if names is None else len(names)
+    if isinstance(outputs, list) and np.ndim(outputs[0]) == 3:
+        lengths = np.array([len(sequence) for sequence in outputs])
+        tokens = lengths if x is None else sequence_mask(x).sum(axis=1)
+        if (lengths != tokens).any():
+            row = int(np.argmax(lengths != tokens))
+            raise ValueError(
+                "Events must have one position for each token of `inputs`; use "
+                f"the id -2 where there is no entry. Received: {lengths[row]} "
+                f"positions for the {tokens[row]} tokens of sequence {row}"
+            )
+        flat = _numbers(np.concatenate(outputs))
+        return _in_sequences(_entries(flat, num_classes), lengths)
+    outputs = _numbers(outputs)
+    if x is not None and len(outputs) != num_examples(x):
+        raise ValueError(
+            f"The teacher must return one row for each of {num_examples(x)} "
+            f"examples. Received: outputs of shape {outputs.shape}"
+        )
+    if outputs.ndim == 2:
+        return _probabilities(outputs, about)
+    if outputs.ndim > 4 or outputs.shape[-1] != 2:
+        raise ValueError(
+            "The teacher must return an array (batch, num_classes) or, with "
+            "top_k, (batch, time, num_classes). Received: outputs of shape "
+            f"{outputs.shape}"
+        )
+    if outputs.ndim == 3:
+        return _entries(outputs, num_classes)
+    real = np.ones(outputs.shape[:2], bool) if x is None else sequence_mask(x)
+    if real.shape != outputs.shape[:2]:
+        raise ValueError(
+            "The teacher must return one row for each position of the inputs, "
+            f"{real.shape}. Received: outputs of shape {outputs.shape}"
+        )
+    kept = weights_of_positions(weight, real.shape).astype(bool)[real]
+    values = _entries(outputs[real], num_classes, kept)
+    return _in_sequences(values, real.sum(axis=1))
+
+
+def _numbers(outputs: Any) -> np.ndarray:
+    """Return outputs as an array of numbers; refuse masked arrays."""
+    if np.ma.isMaskedArray(outputs):
+        raise ValueError(
+            "The teacher's outputs must not be a masked array. Leave out the "
+            "examples without an answer. Received: a masked array"
+        )
+    array = as_array(outputs)
+    if array.dtype.name == "bfloat16":  # which NumPy does not know
+        array = array.astype("float32")
+    if array.ndim < 2 or array.dtype.kind not in "biuf":
+        raise ValueError(
+            "The teacher must return numbers of shape (batch, num_classes). "
+            f"Received: {array.dtype} of shape {array.shape}"
+        )
+    return array
+
+
+def _probabilities(outputs: np.ndarray, about: dict[str, Any]) -> Values:
+    """Return the column of probabilities for outputs `(n, C)`."""
+    dtype, names = about["dtype"], about["class_names"]
+    rows = two_events(outputs, from_logits=about["from_logits"])
+    rows = rows.astype("float64")
+    if names is not None and len(names) != rows.shape[1]:
+        raise ValueError(
+            "`class_names` must name every class in the teacher's order. "
+            f"Received: {len(names)} class_names for {rows.shape[1]} classes"
+        )
+    if about["from_logits"]:
+        _check_rows(np.isfinite(rows).all(-1), rows, "finite logits")
+        rows = np.exp(rows - rows.max(-1, keepdims=True))
+    else:
+        _check_rows(
+            on_simplex(rows),
+            rows,
+            "probabilities: non-negative numbers that sum to 1. If these are "
+            "logits, pass from_logits=True; divide percentages by 100",
+        )
+    rows /= rows.sum(-1, keepdims=True)
+    rounded = rows.astype(dtype)
+    _check_rows(
+        np.abs(rounded.sum(-1, dtype="float64") - 1) <= SUM_TOLERANCE,
+        rows,
+        f"large enough for {dtype}, which rounds these by more than 1 %. Pass "
+        "dtype='float32', or store only the most likely classes (top_k)",
+    )
+    return {"probabilities": rounded}
+
+
+def _entries(
+    events: np.ndarray, num_classes: int | None, kept: np.ndarray | None = None
+) -> Values:
+    """Return the columns of events `(n, k + 1, 2)`, or `(n, k, 2)`.
+
+    Without an event for all other classes, those get the remaining probability.
+    `kept`, `(n,)`, says which rows are stored.
+    """
+    with np.errstate(invalid="ignore"):  # of NaN
+        ids = events[..., 0].astype("int64")
+    log_probs, log_rest = events[..., 1].astype("float64"), None
+    largest = np.iinfo("int32").max if num_classes is None else num_classes - 1
+    if (ids[:, -1] < 0).all() and (ids[:, -1] == REST).any():
+        log_rest = log_probs[:, -1]
+        ids, log_probs = ids[:, :-1], log_probs[:, :-1]
+    known = ids >= 0
+    fits = (known & (ids <= largest)) | (ids == NO_ENTRY)
+    _check_rows(
+        (fits & (ids == events[:, : ids.shape[1], 0])).all(-1),
+        events[..., 0],
+        f"whole ids from 0 to {largest}, or -2 where there is no entry, and "
+        "log-probabilities on the last axis. If the last axis has all classes "
+        "of a sequence, pass top_k",
+    )
+    if kept is not None:
+        known = known & kept[:, None]
+    # Entries come first, so that `top_ids[:, 0]` tells whether there is one.
+    order = np.argsort(~known, axis=-1, kind="stable")
+    ids, log_probs, known = (
+        np.take_along_axis(a, order, -1) for a in (ids, log_probs, known)
+    )
+    filled = np.where(known, ids, NO_ENTRY - np.arange(ids.shape[1]))
+    differ = (np.diff(np.sort(filled)) > 0).all(-1)
+    _check_rows(differ, ids, "ids that all differ")
+    given = np.exp(np.where(known, log_probs, -np.inf)).sum(-1)
+    if log_rest is None:
+        with np.errstate(divide="ignore"):
+            log_rest = np.log(np.maximum(1.0 - given, 0.0))
+    empty = ~known[:, 0]
+    total = np.where(empty, 1.0, given + np.exp(log_rest))
+    _check_rows(
+        np.abs(total - 1) <= SUM_TOLERANCE,
+        log_probs,
+        "logarithms of probabilities that sum to 1, including that of all "
+        "other classes. If these are logits, pass from_logits=True",
+    )
+    log_total = np.log(total)
+    return {
+        "top_ids": np.where(known, ids, NO_ENTRY).astype("int32"),
+        "log_probs": np.where(known, log_probs - log_total[:, None], 0.0),
+        "log_rest": np.where(empty, 0.0, log_rest - log_total),
+    }
+
+
+def _check_rows(good: Any, rows: Any, expected: str) -> None:
+    """Raise an error that shows the first invalid row, if there is one."""
+    if not good.all():
+        bad = int(np.argmin(good))
+        shown = np.array2string(rows[bad], precision=4, threshold=8)
+        raise ValueError(
+            f"The teacher's outputs must be {expected}. Received: {shown} in "
+            f"row {bad}, which sums to {rows[bad].sum():.6g} "
+            f"({np.count_nonzero(~good)} of {len(good)} rows are invalid)"
+        )
+
+
+def _in_sequences(values: Values, lengths: np.ndarray) -> Values:
+    """Return the columns of sequences, given the columns of their positions."""
+    stored = values["top_ids"][:, 0] != NO_ENTRY
+    keep = np.zeros(len(stored), bool)
+    starts, offsets, low = [], [0], 0
+    for length in lengths:
+        where = np.flatnonzero(stored[low : low + length])
+        start, stop = (where[0], where[-1] + 1) if len(where) else (0, 0)
+        keep[low + start : low + stop] = True
+        starts.append(start)
+        offsets.append(offsets[-1] + stop - start)
+        low += length
+    kept = {name: column[keep] for name, column in values.items()}
+    return {**kept, "start": np.array(starts), "offsets": np.array(offsets)}
+
+
+# From columns to Arrow, and back.
+
+
+@dataclasses.dataclass
+class Layout:
+    """What kind of rows a store has.
+
+    Args:
+        kind: kind of rows; see the module's docstring.
+        dtype: dtype of the probabilities or log-probabilities, `"float16"` or
+            `"float32"`.
+        num_classes: number of classes, for `probabilities`.
+        top_k: k, for `top_k` and `tokens`.
+        class_names: names of the classes, in their order.
+        teacher: a name or a fingerprint of the teacher.
+        from_logits: whether the teacher gave logits. Probabilities are stored
+            in either case.
+        has_fingerprints: whether rows have fingerprints of their inputs.
+        has_ids: whether rows have the user's ids.
+    """
+
+    kind: Literal["probabilities", "top_k", "tokens"]
+    dtype: str = "float16"
+    num_classes: int | None = None
+    top_k: int | None = None
+    class_names: tuple[str, ...] | None = None
+    teacher: str | None = None
+    from_logits: bool = False
+    has_fingerprints: bool = False
+    has_ids: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the user's choices; restore the tuple that JSON made a list."""
+        check_choice("dtype", self.dtype, ("float16", "float32"))
+        if self.class_names is not None:
+            self.class_names = tuple(self.class_names)
+            if len(set(self.class_names)) < len(self.class_names):
+                fail("class_names", "unique names", self.class_names)
+
+    @classmethod
+    def of(cls, values: Values, **about: Any) -> "Layout":
+        """Return the layout of columns; `about` has the other fields."""
+        about["has_fingerprints"] = "fingerprint" in values
+        about["has_ids"] = "id" in values
+        if "probabilities" in values:
+            num_classes = values["probabilities"].shape[1]
+            return cls("probabilities", num_classes=num_classes, **about)
+        top_k = values["top_ids"].shape[1]
+        tokens = "offsets" in values
+        return cls("tokens" if tokens else "top_k", top_k=top_k, **about)
+
+    @classmethod
+    def of_schema(cls, schema: Any) -> "Layout":
+        """Return the layout in the metadata of a schema."""
+        return cls(**json.loads(schema.metadata[b"keras_ptloss"]))
+
+    def schema(self) -> Any:
+        """Return the Arrow schema, with this layout as JSON metadata."""
+        pa = pyarrow()
+        floats = pa.float16() if self.dtype == "float16" else pa.float32()
+        types = {"fingerprint": pa.uint64()} if self.has_fingerprints else {}
+        if self.has_ids:
+            types["id"] = pa.string()
+        if self.kind == "probabilities":
+            types["probabilities"] = pa.list_(floats, self.num_classes)
+        else:
+            entries = {
+                "top_ids": pa.list_(pa.int32(), self.top_k),
+                "log_probs": pa.list_(floats, self.top_k),
+                "log_rest": floats,
+            }
+            if self.kind == "tokens":
+                types["start"] = pa.int32()
+                entries = {n: pa.list_(kind) for n, kind in entries.items()}
+            types |= entries
+        about = json.dumps(vars(self))
+        return pa.schema(list(types.items()), {"keras_ptloss": about})
+
+    def encode(self, values: Values) -> Any:
+        """Return columns as an Arrow record batch."""
+        pa = pyarrow()
+        schema = self.schema()
+        columns = []
+        for name, kind in zip(schema.names, schema.types, strict=True):
+            if pa.types.is_list(kind):
+                offsets = pa.array(values["offsets"], pa.int32())
+                array = _as_arrow(values[name], kind.value_type)
+                array = pa.ListArray.from_arrays(offsets, array, type=kind)
+            else:
+                array = _as_arrow(values[name], kind)
+            columns.append(array)
+        return pa.record_batch(columns, schema=schema)
+
+
+def _as_arrow(values: Any, kind: Any) -> Any:
+    """Return an Arrow array of texts, of numbers, or of lists of k numbers."""
+    pa = pyarrow()
+    if pa.types.is_string(kind):
+        return pa.array(values, kind)
+    lists = pa.types.is_fixed_size_list(kind)
+    numbers = kind.value_type if lists else kind
+    with np.errstate(over="ignore"):  # float16 has -inf for less than -65504
+        flat = np.ascontiguousarray(values, numbers.to_pandas_dtype())
+    array = pa.array(flat.reshape(-1), numbers)
+    return (
+        pa.FixedSizeListArray.from_arrays(array, type=kind) if lists else array
+    )
+
+
+def views(batch: Any) -> Values:
+    """Return NumPy views of a record batch's columns, and copies of ids."""
+    pa = pyarrow()
+    found: Values = {}
+    for name, array in zip(batch.schema.names, batch.columns, strict=True):
+        if pa.types.is_list(array.type):
+            found["offsets"] = array.offsets.to_numpy()
+            array = array.values
+        if pa.types.is_fixed_size_list(array.type):
+            numbers = array.flatten().to_numpy()
+            found[name] = numbers.reshape(-1, array.type.list_size)
+        else:
+            texts = pa.types.is_string(array.type)
+            found[name] = array.to_numpy(zero_copy_only=not texts)
+    return found
+
+
+def events(
+    values: Values, rows: Any, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Return rows of `top_k` or `tokens` columns as float32 events."""
+    top_ids = values["top_ids"][rows]
+    if out is None:
+        out = np.empty((len(top_ids), top_ids.shape[1] + 1, 2), "float32")
+    out[:, :-1, 0] = top_ids
+    out[:, :-1, 1] = values["log_probs"][rows]
+    out[:, -1, 0] = REST
+    out[:, -1, 1] = values["log_rest"][rows]
+    out[top_ids[:, 0] == NO_ENTRY, -1] = NO_ENTRY, 0
+    return out
