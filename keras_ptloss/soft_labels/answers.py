@@ -2,12 +2,10 @@
 
 The model names a class by one token, and the server lists the most likely
 tokens at this position. The page "Check a file of answers" states the rules.
-Any ambiguous answer is an error.
 """
 
 import dataclasses
 import itertools
-import math
 import os
 import re
 from collections import Counter
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from keras_ptloss._progress import Verbose
+from keras_ptloss._validation import fail
 from keras_ptloss.soft_labels.inputs import as_inputs, num_examples, take
 from keras_ptloss.soft_labels.responses import (
     Missing,
@@ -67,8 +66,7 @@ class Answers(Responses):
     ) -> SoftLabels:
         """Store the probabilities; warn if answers were left out.
 
-        The store appears only when it is complete. If the process is killed,
-        read and store the file again.
+        If the process is killed, read and store the file again.
 
         Args:
             path: Directory of the new store; None keeps it in memory.
@@ -76,9 +74,6 @@ class Answers(Responses):
                 lines, or of `ids`. Not needed if the lines have a `custom_id`;
                 the store then finds its rows by these ids.
             **options: Other arguments of `SoftLabels.from_array`.
-
-        Raises:
-            ValueError: If the number of inputs is not that of the answers.
         """
         if inputs is not None:
             inputs = as_inputs(inputs)
@@ -89,14 +84,8 @@ class Answers(Responses):
                 "Pass `inputs`, the examples that the answers are about,"
                 " because the lines have no `custom_id`. Received: inputs=None"
             )
-        names = self.class_names
-        return self._store(
-            self.probabilities,
-            path,
-            inputs=inputs,
-            class_names=names,
-            **options,
-        )
+        options |= {"inputs": inputs, "class_names": self.class_names}
+        return self._store(self.probabilities, path, **options)
 
 
 def read_answers(
@@ -181,29 +170,27 @@ def read_answers(
 
 def _spellings(class_names: ClassNames) -> dict[str, int]:
     """Return a dictionary that maps each spelling to the index of its class."""
-    if isinstance(class_names, Mapping):
-        texts = list(class_names.values())
-    else:
-        texts = [[name] for name in class_names]
+    is_mapping = isinstance(class_names, Mapping)
+    of_classes = class_names.values() if is_mapping else class_names
     pairs = [
-        (text.strip() if isinstance(text, str) else "", label)
-        for label, row in enumerate(texts)
-        for text in row
+        (text, label)
+        for label, one in enumerate(of_classes)
+        for text in (one if isinstance(one, (list, tuple)) else [one])
     ]
-    spellings = dict(pairs)
-    is_text = isinstance(class_names, str) or any(
-        isinstance(row, str) for row in texts
-    )
+    spellings = {str(text).strip(): label for text, label in pairs}
+    are_texts = all(isinstance(text, str) for text, _ in pairs)
+    different = len(spellings) == len(pairs) and "" not in spellings
     if (
-        is_text
-        or len(texts) < 2
-        or "" in spellings
-        or len(spellings) < len(pairs)
+        isinstance(class_names, str)
+        or len(class_names) < 2
+        or not are_texts
+        or not different
     ):
-        raise ValueError(
-            "`class_names` must be a list of two or more different texts, or a"
-            " dictionary that maps each name to a list of spellings. Received:"
-            f" {class_names=}"
+        fail(
+            "class_names",
+            "a list of two or more different texts, or a dictionary that maps"
+            " each name to a list of spellings",
+            class_names,
         )
     return spellings
 
@@ -214,7 +201,8 @@ def _class_position(
     """Return the position at which an answer names its class."""
     choice = only_choice(response)
     found = positions(choice)
-    if any(math.isnan(position.token.logprob) for position in found):
+    # The first token of a prompt has no log-probability.
+    if None in (field(choice["logprobs"], "token_logprobs", list) or []):
         raise ValueError("the answer repeats the prompt; ask without `echo`")
     text = _answer_text(choice, found)
     spans = _spans(found, text)
@@ -224,8 +212,7 @@ def _class_position(
         index = _first_after(spans, text, after.encode().rstrip(_WHITESPACE))
     start, stop = spans[index]
     parts = (text[:start], text[start:stop], text[stop:])
-    before, word, following = (p.decode(errors="replace") for p in parts)
-    _check_word(before, word, following, spellings, after)
+    _check_word(*map(_decoded, parts), spellings, after)
     return found[index]
 
 
@@ -238,15 +225,14 @@ def _check_word(
 ) -> None:
     """Check that a token of the answer is a class and a whole word."""
     received = f"Received: the content {_tail(before + word + following)}"
-    if after is None:
-        place = "the last token"
-        named = [name for name in spellings if (before + word).endswith(name)]
-    else:
+    place = "the last token"
+    if after is not None:
         place = "the first token" + (f" after {after!r}" if after else "")
-        all_from = word + following
-        named = [name for name in spellings if all_from.startswith(name)]
-    for name in named:
-        if len(name) > len(word):
+    for name in spellings:
+        named = (before + word).endswith(name)
+        if after is not None:
+            named = (word + following).startswith(name)
+        if named and len(name) > len(word):
             raise ValueError(
                 f"the class {name!r} is more than one token here; let the model"
                 f" answer with one letter or digit per class. {received}"
@@ -260,6 +246,10 @@ def _check_word(
         raise NoAnswer(f"{place}, {word!r}, ends a longer word. {received}")
     if re.match(r"[-.,'’]?\w", following):
         raise NoAnswer(f"{place}, {word!r}, begins a longer word. {received}")
+
+
+def _decoded(data: bytes) -> str:
+    return data.decode(errors="replace")
 
 
 def _tail(shown: Any) -> str:
@@ -278,8 +268,7 @@ def _answer_text(choice: dict[str, Any], found: list[Position]) -> bytes:
     if message is not None:
         name, content = "message.content", field(message, "content", str)
         if "content" not in message:
-            joined = b"".join(position.token.utf8 for position in found)
-            content = joined.decode(errors="replace")
+            content = _decoded(b"".join(one.token.utf8 for one in found))
     if not content or not content.strip():
         finish = choice.get("finish_reason")
         raise NoAnswer(f"`{name}` is {content!r} (finish_reason {finish!r})")
@@ -305,9 +294,8 @@ def _spans(found: list[Position], text: bytes) -> dict[int, tuple[int, int]]:
         raise NoAnswer(
             "the tokens of `logprobs` do not spell the content of the answer;"
             " the server may return raw vocabulary pieces or ids instead of"
-            " text. Received:"
-            f" the tokens {_tail([p.token.text for p in found])} for the"
-            f" content {_tail(text.decode(errors='replace'))}"
+            f" text. Received: {_tail([one.token.text for one in found])} for"
+            f" the content {_tail(_decoded(text))}"
         )
     where = [i for i, byte in enumerate(text) if byte not in _WHITESPACE]
     return {
@@ -325,26 +313,23 @@ def _first_after(
     spans: dict[int, tuple[int, int]], text: bytes, after: bytes
 ) -> int:
     """Return the index of the first token after a text."""
-    end = 0
-    if after:
-        count = text.count(after)
-        if count > 1:
-            raise ValueError(
-                f"the text {after.decode()!r} occurs {count} times in the"
-                " content of the answer; pass a longer text as `after`"
-            )
-        if not count:
-            raise NoAnswer(
-                f"the content does not contain {after.decode()!r}. Received:"
-                " the content"
-                f" {_tail(text.decode(errors='replace'))}"
-            )
-        end = text.index(after) + len(after)
+    count = text.count(after) if after else 1  # every text starts with ""
+    if count > 1:
+        raise ValueError(
+            f"the text {after.decode()!r} occurs {count} times in the content"
+            " of the answer; pass a longer text as `after`"
+        )
+    if not count:
+        raise NoAnswer(
+            f"the content does not contain {after.decode()!r}. Received: the"
+            f" content {_tail(_decoded(text))}"
+        )
+    end = text.index(after) + len(after)
     for index, (start, stop) in spans.items():
         if start < end < stop:
             raise ValueError(
                 f"the text {after.decode()!r} ends inside the token"
-                f" {text[start:stop].decode(errors='replace')!r}"
+                f" {_decoded(text[start:stop])!r}"
             )
         if start >= end:
             return index
@@ -357,20 +342,18 @@ def _listed_masses(
     """Return the probability of each listed class."""
     if not position.alternatives:
         raise NoAnswer(
-            "`top_logprobs` is empty; ask for the most likely tokens, for"
-            " example with top_logprobs=20"
+            "`top_logprobs` is empty; ask for example with top_logprobs=20"
         )
     masses: dict[int, float] = {}
     texts: set[str] = set()
     for token in position.entries:
         label = spellings.get(token.text.strip())
-        as_bytes = token.utf8.decode(errors="replace").strip()
+        as_bytes = _decoded(token.utf8).strip()
         is_raw = token.text[:1] in ("Ġ", "▁") and token.text[1:] in spellings
         if is_raw or spellings.get(as_bytes) != label:
             raise ValueError(
                 f"the token {token.text!r} (bytes {token.data!r}) is a raw"
-                " piece of a vocabulary, or its text contradicts its bytes; ask"
-                " the server for text"
+                " piece of a vocabulary, or its text contradicts its bytes"
             )
         if label is None:
             continue

@@ -1,18 +1,17 @@
 """Read the tokens in files of responses of OpenAI-compatible servers.
 
 A file has one JSON object per line: a response of the chat or the completions
-endpoint as OpenAI, vLLM, SGLang or llama.cpp's server return it, or a line of a
-batch job's output, which holds such a response under `response.body`. A
-response of any other shape is an error, and so is an ambiguous one.
+endpoint, or a line of a batch job's output, which holds such a response under
+`response.body`. A response of any other shape is an error, and so is an
+ambiguous one.
 """
 
 import dataclasses
-import itertools
 import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -41,12 +40,12 @@ class Token(NamedTuple):
     """A token and its log-probability, as the server writes them."""
 
     text: str
-    logprob: float  # natural; NaN for the first token of a prompt
-    data: bytes | None = None
-    id: int | None = None
+    logprob: float
+    data: bytes | None
+    id: int | None
 
     @property
-    def key(self) -> "Key":
+    def key(self) -> Key:
         """A key that differs between different tokens."""
         return self.text, self.data, self.id
 
@@ -78,6 +77,10 @@ class Responses:
     failed: dict[str | int, str]
     in_any_order: bool  # The lines have custom_ids, and the user gave no `ids`.
 
+    @property
+    def _num_answers(self) -> int:
+        return len(self.rows) + len(self.failed)
+
     def check_order(self, argument: str, count: int) -> None:
         """Check that row i belongs to example i of an argument."""
         if self.in_any_order:
@@ -87,19 +90,17 @@ class Responses:
                 f" order. Received: ids=None, and custom_ids such as"
                 f" {(self.ids or [''])[0]!r}"
             )
-        num_answers = len(self.rows) + len(self.failed)
-        if num_answers != count:
+        if self._num_answers != count:
             raise ValueError(
                 f"Each of the `{argument}` must have one answer. Received:"
-                f" {num_answers} answers for {count} {argument}"
+                f" {self._num_answers} answers for {count} {argument}"
             )
 
     def _store(self, values: Any, path: Any, **options: Any) -> SoftLabels:
         if self.failed:
-            num_answers = len(self.rows) + len(self.failed)
             warnings.warn(
-                f"{len(self.failed)} of {num_answers} answers cannot be used"
-                " and are not stored, for example"
+                f"{len(self.failed)} of {self._num_answers} answers cannot be"
+                " used and are not stored, for example"
                 f" {next(iter(self.failed.values()))}",
                 stacklevel=3,
             )
@@ -110,15 +111,14 @@ def read_responses(
     files: Paths,
     read: Callable[[dict[str, Any], int], Any],
     missing: Missing,
-    ids: Sequence[str] | None = None,
-    verbose: Verbose = 0,
+    ids: Sequence[str] | None,
+    verbose: Verbose,
 ) -> tuple[list[Any], Responses]:
     """Return `read(response, row)` for each answer, and the `Responses`.
 
     `read` raises `NoAnswer` if the response has no answer, and ValueError if it
-    cannot be read. A request that failed and was repeated may have two lines
-    with the same `custom_id`. The line with an answer is used. The other
-    arguments are those of `read_answers`.
+    cannot be read. If a failed request was repeated, two lines have the same
+    `custom_id`; the line with an answer is used.
     """
     check_choice("missing", missing, ("error", "skip"))
     row_of = {name: row for row, name in enumerate(ids or ())}
@@ -127,10 +127,11 @@ def read_responses(
     found: dict[str | int, tuple[int, Any]] = {}
     failed: dict[str | int, str] = {}
     has_ids: set[bool] = set()
+    total = None if ids is None else len(ids)
     lines = track(
         _lines(files),
         "Reading the answers",
-        None if ids is None else len(ids),
+        total,
         unit="line",
         verbose=verbose,
     )
@@ -201,9 +202,8 @@ def unknown_shape(value: dict[str, Any], expected: str) -> ValueError:
     """Return the error to raise for a response of an unknown shape."""
     return ValueError(
         f"`{expected}` is missing. Only responses of OpenAI's chat and"
-        ' completions endpoints can be read. The page "Use other answers" shows'
-        " how to build an array from other responses. Received: the fields"
-        f" {', '.join(map(repr, value)) or '(none)'}"
+        ' completions endpoints can be read; the page "Use other answers" shows'
+        f" what to do with others. Received: the fields {list(value)}"
     )
 
 
@@ -213,9 +213,9 @@ def _response(record: dict[str, Any]) -> dict[str, Any]:
         raise NoAnswer(f"error: {record['error']}")
     body: dict[str, Any] | None = record
     if "response" in record:
-        batch = field(record, "response", dict)
         if "choices" in record:
             raise ValueError("it has `choices` and `response`; keep only one")
+        batch = field(record, "response", dict)
         if batch is None:
             raise NoAnswer("`response` is null")
         if "body" not in batch:
@@ -259,26 +259,75 @@ def positions(choice: dict[str, Any]) -> list[Position]:
             f"`logprobs` is null (finish_reason {finish!r}); ask for"
             " log-probabilities"
         )
-    chat = field(logprobs, "content", list)
+    items = field(logprobs, "content", list)
     texts = field(logprobs, "tokens", list)
-    if chat is not None and texts is not None:
-        raise ValueError(
-            "`logprobs` has `content` and `tokens`, which is ambiguous; keep"
-            " only one"
-        )
-    if chat is not None:
-        return [
-            _position(
-                _token(item),
-                map(_token, field(item, "top_logprobs", list) or []),
-            )
-            for item in chat
-        ]
+    if items is not None and texts is not None:
+        raise ValueError("`logprobs` has `content` and `tokens`; keep only one")
     if texts is not None:
-        return _completion_positions(logprobs, texts)
-    if "content" in logprobs or "tokens" in logprobs:
-        raise NoAnswer("`logprobs.content` is null")
-    raise unknown_shape(logprobs, "logprobs.content")
+        items = _as_chat(logprobs, texts)
+    if items is None:
+        if "content" in logprobs or "tokens" in logprobs:
+            raise NoAnswer("`logprobs.content` is null")
+        raise unknown_shape(logprobs, "logprobs.content")
+    return [_position(item) for item in items]
+
+
+def _as_chat(logprobs: dict[str, Any], texts: list[Any]) -> list[Any]:
+    """Return the tokens of a completion as a chat response has them."""
+    own = field(logprobs, "token_logprobs", list)
+    top = field(logprobs, "top_logprobs", list) or [None] * len(texts)
+    if own is None or not len(texts) == len(own) == len(top):
+        raise ValueError(
+            "`tokens`, `token_logprobs` and `top_logprobs` differ in length"
+        )
+    items = []
+    for text, logprob, likeliest in zip(texts, own, top, strict=True):
+        if logprob is None:  # the first token of a prompt
+            logprob = UNKNOWN_LOGPROB
+        listed = field({"top_logprobs": likeliest}, "top_logprobs", dict) or {}
+        alternatives = {}
+        for key, one in listed.items():
+            # llama-cpp-python adds the chosen token again, in another spelling.
+            if one == logprob and key.strip() == str(text).strip():
+                key = text
+            alternatives[key] = {"token": key, "logprob": one}
+        top_logprobs = list(alternatives.values())
+        item = {"token": text, "logprob": logprob, "top_logprobs": top_logprobs}
+        items.append(item)
+    return items
+
+
+def _position(item: Any) -> Position:
+    """Read a token and its alternatives.
+
+    If the token is also an alternative, it must have the same log-probability.
+    """
+    token = _token(item)
+    listed = map(_token, field(item, "top_logprobs", list) or [])
+    alternatives = tuple(dict.fromkeys(listed))
+    same = [one.logprob for one in alternatives if one.key == token.key]
+    agree = [
+        # Servers write different numbers for a probability of 0.
+        max(one, token.logprob) < -30 or abs(one - token.logprob) < 0.01
+        for one in same
+    ]
+    if same and not any(agree):
+        raise ValueError(
+            f"the answer's token {token.text!r} has the log-probability"
+            f" {token.logprob} in `token_logprobs` or `logprob`, but {same[0]}"
+            " in `top_logprobs`: two tokens may have the same text, or the"
+            " server computes the two numbers in different ways. Ask the server"
+            " for tokens by id or bytes"
+        )
+    known = not same and token.logprob > UNKNOWN_LOGPROB
+    entries = (*alternatives, token) if known else alternatives
+    total = sum(one.probability for one in entries)
+    if total > 1.01:
+        raise ValueError(
+            f"the probabilities in `top_logprobs` at {token.text!r} add up to"
+            f" {total:.3f}, more than 1. Received: {entries}"
+        )
+    return Position(token, alternatives, entries)
 
 
 def _token(item: Any) -> Token:
@@ -294,71 +343,6 @@ def _token(item: Any) -> Token:
         None if data is None else bytes(data),
         field(item, "id", int),
     )
-
-
-def _completion_positions(
-    logprobs: dict[str, Any], texts: list[str]
-) -> list[Position]:
-    """Read the lists `tokens`, `token_logprobs` and `top_logprobs`."""
-    own = field(logprobs, "token_logprobs", list)
-    top = field(logprobs, "top_logprobs", list) or [None] * len(texts)
-    if own is None or not len(texts) == len(own) == len(top):
-        raise ValueError(
-            "`tokens`, `token_logprobs` and `top_logprobs` differ in length"
-        )
-    found = []
-    for text, value, likeliest in zip(texts, own, top, strict=True):
-        pair = {"tokens": text, "top_logprobs": likeliest}
-        text = field(pair, "tokens", str) or ""
-        # The first token of a prompt has no log-probability.
-        logprob = math.nan if value is None else as_logprob(value, text)
-        alternatives = {
-            key: as_logprob(one, key)
-            for key, one in (field(pair, "top_logprobs", dict) or {}).items()
-        }
-        # llama-cpp-python adds the chosen token again, in another spelling.
-        twins = [
-            key
-            for key, one in alternatives.items()
-            if key != text and key.strip() == text.strip() and one == logprob
-        ]
-        for twin in twins:
-            del alternatives[twin]
-            alternatives[text] = logprob
-        listed = itertools.starmap(Token, alternatives.items())
-        found.append(_position(Token(text, logprob), listed))
-    return found
-
-
-def _position(token: Token, listed: Iterable[Token]) -> Position:
-    """Return a position of a token and its alternatives.
-
-    If the token is also an alternative, it must have the same log-probability.
-    """
-    alternatives = tuple(dict.fromkeys(listed))
-    same = [one.logprob for one in alternatives if one.key == token.key]
-    if same and not any(_agree(one, token.logprob) for one in same):
-        raise ValueError(
-            f"the answer's token {token.text!r} has the log-probability"
-            f" {token.logprob} in `token_logprobs` or `logprob`, but {same[0]}"
-            " in `top_logprobs`. Either two tokens have the same text, or the"
-            " server computes the two numbers in different ways. Ask the server"
-            " for tokens by id or bytes"
-        )
-    known = not same and token.logprob > UNKNOWN_LOGPROB
-    entries = (*alternatives, token) if known else alternatives
-    total = sum(one.probability for one in entries)
-    if total > 1.01:
-        raise ValueError(
-            f"the probabilities in `top_logprobs` at {token.text!r} add up to"
-            f" {total:.3f}, more than 1. Received: {entries}"
-        )
-    return Position(token, alternatives, entries)
-
-
-def _agree(one: float, other: float) -> bool:
-    # Servers write different numbers for a probability of 0.
-    return max(one, other) < -30 or abs(one - other) < 0.01
 
 
 def as_logprob(value: Any, text: str) -> float:

@@ -1,9 +1,7 @@
 """Log-probabilities of tokens from the answers of language models.
 
 Each position of a text has the ids and log-probabilities of the k most likely
-tokens, and the remaining probability of all other tokens. Servers write tokens
-as ids, as text or as raw pieces of a vocabulary. All tokens of a file are read
-in the same way.
+tokens, and the remaining probability of all other tokens.
 """
 
 import dataclasses
@@ -15,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from keras_ptloss._progress import Verbose
-from keras_ptloss._validation import check_count
+from keras_ptloss._validation import check_count, fail
 from keras_ptloss.soft_labels.outputs import NO_ENTRY, REST
 from keras_ptloss.soft_labels.responses import (
     UNKNOWN_LOGPROB,
@@ -63,8 +61,8 @@ class TokenAnswers(Responses):
     ) -> SoftLabels:
         """Store the targets; warn if answers were left out.
 
-        The store finds each text by its token ids. It appears only when it is
-        complete. If the process is killed, read and store the file again.
+        The store finds each text by its token ids. If the process is killed,
+        read and store the file again.
 
         Args:
             path: Directory of the new store; None keeps it in memory.
@@ -138,13 +136,11 @@ def read_tokens(
     arrays = [np.array(sequence, int) for sequence in sequences]
     token_ids = _token_ids(keys, tokenizer)
     unknown: list[float] = []
-    targets, responses = read_responses(
-        files,
-        lambda body, row: _targets(
-            body, arrays[row], token_ids, top_k, unknown
-        ),
-        *(missing, ids, verbose),
-    )
+
+    def read(response: dict[str, Any], row: int) -> np.ndarray:
+        return _targets(response, arrays[row], token_ids, top_k, unknown)
+
+    targets, responses = read_responses(files, read, missing, ids, verbose)
     return TokenAnswers(
         sequences=[arrays[row] for row in responses.rows],
         targets=targets,
@@ -187,9 +183,8 @@ def _prompt_logprobs(
     response: dict[str, Any], choice: dict[str, Any]
 ) -> list[Any] | None:
     """Return vLLM's `prompt_logprobs` or None."""
-    listed = field(response, "prompt_logprobs", list) or field(
-        choice, "prompt_logprobs", list
-    )
+    listed = field(response, "prompt_logprobs", list)
+    listed = listed or field(choice, "prompt_logprobs", list)
     if listed is not None and choice.get("logprobs") is not None:
         raise ValueError(
             "the response has `prompt_logprobs` and `logprobs`, which are about"
@@ -212,11 +207,10 @@ def _prompt_entries(
         found: dict[int, float] = {}
         listing = field({"prompt_logprobs": one}, "prompt_logprobs", dict) or {}
         for key in listing:
-            if not key.isdecimal():
-                raise ValueError(f"`prompt_logprobs` has {key!r} as an id")
             entry = field(listing, key, dict) or {}
             found[int(key)] = as_logprob(entry.get("logprob"), key)
-        if (entries and not found) or (found and token not in found):
+        # Only the first position may have no entries.
+        if token not in found and (found or entries):
             raise ValueError(
                 f"`prompt_logprobs` has no entry for token {token} at position"
                 f" {len(entries)} of its sequence; it belongs to another text"
@@ -238,14 +232,14 @@ def _entries(
             continue  # servers write this for a probability of 0
         if number is None:
             missed += token.probability
-        elif (
-            abs(found.setdefault(number, token.logprob) - token.logprob) > 0.01
-        ):
+        elif abs(found.get(number, token.logprob) - token.logprob) > 0.01:
             raise ValueError(
                 f"`top_logprobs` lists {token.text!r} with two"
                 " log-probabilities: the server writes two tokens in the same"
                 " way. Ask for tokens by id or bytes"
             )
+        else:
+            found.setdefault(number, token.logprob)
     unknown.append(missed)
     return found
 
@@ -276,9 +270,9 @@ def _start(own: list[int | None], sequence: np.ndarray) -> int:
             return start
     raise ValueError(
         "a text must end with its answer, followed by at most two tokens. Check"
-        " that the sequence has the same text and tokenizer as the answer. If"
-        " the server leaves out spaces, ask for tokens by id. Received: the"
-        f" answer {np.array2string(said, threshold=8)} for the text"
+        " that it has the same tokenizer as the answer. If the server leaves"
+        " out spaces, ask for tokens by id. Received: the answer"
+        f" {np.array2string(said, threshold=8)} for the text"
         f" {np.array2string(sequence, threshold=8)}"
     )
 
@@ -311,11 +305,6 @@ def _token_ids(keys: set[Key], tokenizer: Any) -> TokenIds:
     }
     if None not in by_id.values():
         return by_id
-    if tokenizer is None:
-        raise ValueError(
-            "The file has tokens without ids. Pass `tokenizer`, the vocabulary."
-            f" Received: the token {next(iter(keys))[0]!r}"
-        )
     pieces = vocabulary(tokenizer)
     by_bytes = bytes_to_ids(pieces)
     as_text = {
@@ -354,9 +343,11 @@ def vocabulary(tokenizer: Any) -> dict[Any, int]:
     if hasattr(tokenizer, "id_to_token"):  # KerasHub
         size = tokenizer.vocabulary_size()
         return {tokenizer.id_to_token(i): i for i in range(size)}
-    raise ValueError(
-        "`tokenizer` must be a dictionary that maps each token to its id, or a"
-        f" tokenizer from Hugging Face or KerasHub. Received: {tokenizer!r}"
+    fail(
+        "tokenizer",
+        "a dictionary that maps each token to its id, or a tokenizer from"
+        " Hugging Face or KerasHub, because the file has tokens without ids",
+        tokenizer,
     )
 
 
@@ -394,8 +385,7 @@ def bytes_to_ids(pieces: Mapping[Any, int]) -> dict[bytes, int]:
 def _byte_alphabet() -> dict[str, int]:
     """Return the byte of each character of byte-level BPE.
 
-    Printable bytes are the same characters. The others are the characters from
-    U+0100 on, in order.
+    Bytes that are not printable are the characters from U+0100 on, in order.
     """
     printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printing]

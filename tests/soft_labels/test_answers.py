@@ -354,7 +354,7 @@ def test_all_classes_must_occur_in_the_file(read):
         ["no", "no "],
         ["", "no"],
         [0, 1],
-        {"no": "no", "yes": "yes"},
+        {"no": 0, "yes": 1},
         {"no": ["no", "x"], "yes": ["yes", "x"]},
     ],
 )

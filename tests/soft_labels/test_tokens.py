@@ -349,7 +349,7 @@ def test_the_last_token_more_than_k_are_listed(read):
         (chat(YES), {"sequences": [[]]}, "must end with its answer"),
         (chat(YES), {"sequences": [[1, 2]] * 2}, "1 answers for 2 sequences"),
         (chat(YES), {"sequences": [[1, 2]], "top_k": 0}, "`top_k`"),
-        (chat(YES), {"tokenizer": None}, "Pass `tokenizer`"),
+        (chat(YES), {"tokenizer": None}, "`tokenizer` must be a dictionary"),
         (chat(YES), {"tokenizer": BPE.get}, "`tokenizer` must be a dictionary"),
         (chat(YES), {"tokenizer": {"a": 1}}, "No token of the file is in the"),
         (batch("a", chat(YES)), {"sequences": [[1, 2]]}, "with `ids`"),
