@@ -367,29 +367,15 @@ def _in_sequences(values: Values, lengths: np.ndarray) -> Values:
 
 @dataclasses.dataclass
 class Layout:
-    """What kind of rows a store has.
-
-    Args:
-        kind: kind of rows; see the module's docstring.
-        dtype: dtype of the probabilities or log-probabilities, `"float16"` or
-            `"float32"`.
-        num_classes: number of classes, for `probabilities`.
-        top_k: k, for `top_k` and `tokens`.
-        class_names: names of the classes, in their order.
-        teacher: a name or a fingerprint of the teacher.
-        from_logits: whether the teacher gave logits. Probabilities are stored
-            in either case.
-        has_fingerprints: whether rows have fingerprints of their inputs.
-        has_ids: whether rows have the user's ids.
-    """
+    """What kind of rows a store has."""
 
     kind: Literal["probabilities", "top_k", "tokens"]
-    dtype: str = "float16"
-    num_classes: int | None = None
+    dtype: str = "float16"  # of the probabilities or log-probabilities
+    num_classes: int | None = None  # None for `top_k` and `tokens`
     top_k: int | None = None
     class_names: tuple[str, ...] | None = None
-    teacher: str | None = None
-    from_logits: bool = False
+    teacher: str | None = None  # its name or hash
+    from_logits: bool = False  # what the teacher gave; probabilities are stored
     has_fingerprints: bool = False
     has_ids: bool = False
 
@@ -416,7 +402,13 @@ class Layout:
     @classmethod
     def of_schema(cls, schema: Any) -> "Layout":
         """Return the layout in the metadata of a schema."""
-        return cls(**json.loads(schema.metadata[b"keras_ptloss"]))
+        try:
+            return cls(**json.loads(schema.metadata[b"keras_ptloss"]))
+        except TypeError as error:
+            raise ValueError(
+                "These soft labels were written by another version of "
+                f"keras_ptloss, and this version cannot read them: {error}."
+            ) from error
 
     def schema(self) -> Any:
         """Return the Arrow schema, with this layout as JSON metadata."""

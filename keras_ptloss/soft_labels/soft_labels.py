@@ -26,8 +26,8 @@ from keras_ptloss.soft_labels.inputs import (
 from keras_ptloss.soft_labels.journal import (
     check_same,
     discard,
+    files_of,
     open_file,
-    read_info,
     sync,
     writing,
 )
@@ -177,7 +177,7 @@ class SoftLabels:
                 call |= {"has_ids": ids is not None}
                 call |= {} if top_k is None else {"top_k": top_k}
                 check_same(writer.layout, call, path)
-            stored = writer.fingerprints()
+            stored = writer.fingerprints
             progress = Progress(
                 f"Asking the teacher; {len(stored)} examples are stored at "
                 f"{path}",
@@ -236,20 +236,21 @@ class SoftLabels:
                 differ from `class_names`.
         """
         path = Path(path)
-        info = read_info(path)
-        if info is None:
+        files, complete = files_of(path)
+        if not files and not any(path.glob("journal-*")):
             raise FileNotFoundError(f"There are no soft labels at {path}")
-        if info.files is None:
+        if not complete:
             raise ValueError(
                 f"The soft labels at {path} are unfinished. Run the same "
                 "call of `write` again; it continues where it stopped."
             )
-        if class_names is not None:
-            check_same(info.layout, {"class_names": tuple(class_names)}, path)
         what = f"Checking the soft labels at {path}"
-        files = track(info.files, what, None, unit="file", verbose=verbose)
-        found = [open_file(path / f, verify=verify) for f in files]
-        return cls(info.layout, found, path)
+        shown = track(files, what, None, unit="file", verbose=verbose)
+        found = [open_file(path / name, verify=verify) for name in shown]
+        layout = Layout.of_schema(found[0].schema)
+        if class_names is not None:
+            check_same(layout, {"class_names": tuple(class_names)}, path)
+        return cls(layout, found, path)
 
     @classmethod
     def from_array(
@@ -676,7 +677,7 @@ def _make_way(path: Path, new: Path, overwrite: bool) -> None:
     """Delete the store at `path`, if it equals the new one or as asked."""
     with writing(path, overwrite=overwrite) as old:
         # Files are named by checksums, so that equal names mean equal rows.
-        if old.layout is not None and read_info(path) != read_info(new):
+        if old.layout is not None and files_of(path) != files_of(new):
             state = "a complete" if old.complete else "an unfinished"
             raise ValueError(
                 "`path` must be new, or pass overwrite=True. Received: path="
