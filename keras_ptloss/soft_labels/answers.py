@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from keras_ptloss.soft_labels.soft_labels import SoftLabels
 
 ClassNames = Sequence[str] | Mapping[str, Sequence[str]]
 
-_WHITESPACE = b" \t\r\n\v\f"
+_WHITESPACE = " \t\r\n\v\f"
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -170,8 +170,9 @@ def read_answers(
 
 def _spellings(class_names: ClassNames) -> dict[str, int]:
     """Return a dictionary that maps each spelling to the index of its class."""
-    is_mapping = isinstance(class_names, Mapping)
-    of_classes = class_names.values() if is_mapping else class_names
+    of_classes: Iterable[Any] = class_names
+    if isinstance(class_names, Mapping):
+        of_classes = class_names.values()
     pairs = [
         (text, label)
         for label, one in enumerate(of_classes)
@@ -205,33 +206,16 @@ def _class_position(
     if None in (field(choice["logprobs"], "token_logprobs", list) or []):
         raise ValueError("the answer repeats the prompt; ask without `echo`")
     text = _answer_text(choice, found)
-    spans = _spans(found, text)
+    spelled = _tokens_of(text, found)
     if after is None:
-        index = max(spans)
+        position, place, rest = spelled[-1], "the last token", ""
     else:
-        index = _first_after(spans, text, after.encode().rstrip(_WHITESPACE))
-    start, stop = spans[index]
-    parts = (text[:start], text[start:stop], text[stop:])
-    _check_word(*map(_decoded, parts), spellings, after)
-    return found[index]
-
-
-def _check_word(
-    before: str,
-    word: str,
-    following: str,
-    spellings: dict[str, int],
-    after: str | None,
-) -> None:
-    """Check that a token of the answer is a class and a whole word."""
-    received = f"Received: the content {_tail(before + word + following)}"
-    place = "the last token"
-    if after is not None:
+        position, rest = _first_after(after.rstrip(), text, spelled)
         place = "the first token" + (f" after {after!r}" if after else "")
+    word = position.token.utf8.decode(errors="replace").strip()
+    received = f"Received: the content {_tail(text)}"
     for name in spellings:
-        named = (before + word).endswith(name)
-        if after is not None:
-            named = (word + following).startswith(name)
+        named = text.endswith(name) if after is None else rest.startswith(name)
         if named and len(name) > len(word):
             raise ValueError(
                 f"the class {name!r} is more than one token here; let the model"
@@ -242,14 +226,12 @@ def _check_word(
             f"{place} is {word!r}, none of the classes {list(spellings)}; if"
             f" the class is elsewhere, use `after` to say where. {received}"
         )
+    before = text.removesuffix(word)
     if after is None and before and not before[-1].isspace():
         raise NoAnswer(f"{place}, {word!r}, ends a longer word. {received}")
-    if re.match(r"[-.,'’]?\w", following):
+    if re.match(r"[-.,'’]?\w", rest.removeprefix(word)):
         raise NoAnswer(f"{place}, {word!r}, begins a longer word. {received}")
-
-
-def _decoded(data: bytes) -> str:
-    return data.decode(errors="replace")
+    return position
 
 
 def _tail(shown: Any) -> str:
@@ -257,7 +239,7 @@ def _tail(shown: Any) -> str:
     return repr(shown) if len(shown) <= 40 else f"... {shown[-40:]!r}"
 
 
-def _answer_text(choice: dict[str, Any], found: list[Position]) -> bytes:
+def _answer_text(choice: dict[str, Any], found: list[Position]) -> str:
     """Return the text of an answer, without the model's reasoning."""
     message, text = field(choice, "message", dict), field(choice, "text", str)
     if message is not None and text is not None:
@@ -268,72 +250,69 @@ def _answer_text(choice: dict[str, Any], found: list[Position]) -> bytes:
     if message is not None:
         name, content = "message.content", field(message, "content", str)
         if "content" not in message:
-            content = _decoded(b"".join(one.token.utf8 for one in found))
+            joined = b"".join(position.token.utf8 for position in found)
+            content = joined.decode(errors="replace")
     if not content or not content.strip():
         finish = choice.get("finish_reason")
         raise NoAnswer(f"`{name}` is {content!r} (finish_reason {finish!r})")
-    return content.encode().rstrip(_WHITESPACE)
+    return content.rstrip(_WHITESPACE)
 
 
-def _spans(found: list[Position], text: bytes) -> dict[int, tuple[int, int]]:
-    """Return where each token that has text starts and ends in the answer.
+def _tokens_of(text: str, found: list[Position]) -> list[Position]:
+    """Return the tokens that spell the answer, without those of spaces only.
 
-    The tokens may include the reasoning before the answer and the end of the
-    turn after the answer. If several runs of tokens spell the answer, the last
-    run is used. Spaces are not compared, because servers treat them in
-    different ways.
+    Reasoning may come before them, and the end of the turn after them. If
+    several runs of tokens spell the answer, the last run is used. Spaces are
+    not compared, because servers treat them in different ways.
     """
-    pieces = [_visible(position.token.utf8) for position in found]
-    ends = np.cumsum([len(piece) for piece in pieces], dtype=int).tolist()
-    starts = [0, *ends]  # has one element more than `pieces`
-    everything, wanted = b"".join(pieces), _visible(text)
-    begin = everything.rfind(wanted)
-    while begin >= 0 and not (begin in starts and begin + len(wanted) in ends):
-        begin = everything.rfind(wanted, 0, begin + len(wanted) - 1)
-    if begin < 0:
-        raise NoAnswer(
-            "the tokens of `logprobs` do not spell the content of the answer;"
-            " the server may return raw vocabulary pieces or ids instead of"
-            f" text. Received: {_tail([one.token.text for one in found])} for"
-            f" the content {_tail(_decoded(text))}"
-        )
-    where = [i for i, byte in enumerate(text) if byte not in _WHITESPACE]
-    return {
-        index: (where[first - begin], where[last - begin - 1] + 1)
-        for index, (first, last) in enumerate(itertools.pairwise(starts))
-        if begin <= first < last <= begin + len(wanted)
-    }
+    found = [one for one in found if _visible(one.token.utf8)]
+    pieces = [_visible(one.token.utf8) for one in found]
+    everything, wanted = b"".join(pieces), _visible(text.encode())
+    # The ends of the tokens; token i begins at `ends[i]`.
+    ends = [0, *itertools.accumulate(map(len, pieces))]
+    for stop in reversed(ends):
+        start = stop - len(wanted)
+        if everything[start:stop] == wanted and start in ends:
+            return found[ends.index(start) : ends.index(stop)]
+    raise NoAnswer(
+        "the tokens of `logprobs` do not spell the content of the answer; the"
+        " server may return raw vocabulary pieces or ids instead of text."
+        f" Received: {_tail([one.token.text for one in found])} for the content"
+        f" {_tail(text)}"
+    )
 
 
 def _visible(data: bytes) -> bytes:
-    return data.translate(None, _WHITESPACE)
+    return data.translate(None, _WHITESPACE.encode())
 
 
 def _first_after(
-    spans: dict[int, tuple[int, int]], text: bytes, after: bytes
-) -> int:
-    """Return the index of the first token after a text."""
-    count = text.count(after) if after else 1  # every text starts with ""
+    after: str, text: str, spelled: list[Position]
+) -> tuple[Position, str]:
+    """Return the first token after a text, and the answer from there on."""
+    count = text.count(after) if after else 1  # every text begins with ""
     if count > 1:
         raise ValueError(
-            f"the text {after.decode()!r} occurs {count} times in the content"
-            " of the answer; pass a longer text as `after`"
+            f"the text {after!r} occurs {count} times in the content of the"
+            " answer; pass a longer text as `after`"
         )
     if not count:
         raise NoAnswer(
-            f"the content does not contain {after.decode()!r}. Received: the"
-            f" content {_tail(_decoded(text))}"
+            f"the content does not contain {after!r}. Received: the content"
+            f" {_tail(text)}"
         )
     end = text.index(after) + len(after)
-    for index, (start, stop) in spans.items():
-        if start < end < stop:
+    before = len(_visible(text[:end].encode()))
+    for position in spelled:
+        if before == 0:
+            return position, text[end:].lstrip()
+        before -= len(_visible(position.token.utf8))
+        if before < 0:
             raise ValueError(
-                f"the text {after.decode()!r} ends inside the token"
-                f" {_decoded(text[start:stop])!r}"
+                f"the text {after!r} ends inside the token"
+                f" {position.token.text!r}"
             )
-        if start >= end:
-            return index
-    raise NoAnswer(f"nothing follows {after.decode()!r} in the content")
+    raise NoAnswer(f"nothing follows {after!r} in the content")
 
 
 def _listed_masses(
@@ -348,7 +327,7 @@ def _listed_masses(
     texts: set[str] = set()
     for token in position.entries:
         label = spellings.get(token.text.strip())
-        as_bytes = _decoded(token.utf8).strip()
+        as_bytes = token.utf8.decode(errors="replace").strip()
         is_raw = token.text[:1] in ("Ġ", "▁") and token.text[1:] in spellings
         if is_raw or spellings.get(as_bytes) != label:
             raise ValueError(

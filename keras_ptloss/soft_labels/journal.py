@@ -104,7 +104,8 @@ class StoreWriter:
     def _journal_batches(self) -> tuple[list[Any], int]:
         """Return the journal's memory-mapped record batches and their end."""
         pa = pyarrow()
-        file, found, schema = self._journal, [], None
+        file, schema = self._journal, None
+        found: list[Any] = []
         end = position = 0
         if not file.exists() or not file.stat().st_size:
             return found, end  # An empty file cannot be mapped.
@@ -241,5 +242,8 @@ def sync(path: Path) -> None:
 def discard(path: Path) -> None:
     """Delete what a killed process left, unless another process writes it."""
     if path.exists():
-        with contextlib.suppress(RuntimeError, ValueError), writing(path):
+        with (
+            contextlib.suppress(RuntimeError, ValueError),
+            writing(path, overwrite=True),
+        ):
             shutil.rmtree(path)

@@ -369,9 +369,7 @@ class SoftLabels:
                 for batch in batches:
                     writer.append(batch)
                 writer.finish()
-                if path.exists():
-                    _make_way(path, temporary, overwrite)
-                temporary.rename(path)
+                _rename(temporary, path, overwrite)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
@@ -673,18 +671,22 @@ class SoftLabels:
         )
 
 
-def _make_way(path: Path, new: Path, overwrite: bool) -> None:
-    """Delete the store at `path`, if it equals the new one or as asked."""
-    with writing(path, overwrite=overwrite) as old:
-        # Files are named by checksums, so that equal names mean equal rows.
-        if old.layout is not None and files_of(path) != files_of(new):
-            state = "a complete" if old.complete else "an unfinished"
-            raise ValueError(
-                "`path` must be new, or pass overwrite=True. Received: path="
-                f"{str(path)!r}, {state} store of the teacher "
-                f"{old.layout.teacher!r} with {old.num_rows} rows"
-            )
-        shutil.rmtree(path)
+def _rename(new: Path, path: Path, overwrite: bool) -> None:
+    """Rename a complete store to `path`, or delete it if `path` is the same."""
+    if path.exists():
+        with writing(path, overwrite=overwrite) as old:
+            # Files are named by checksums: equal names mean equal rows.
+            if old.layout is not None and files_of(path) != files_of(new):
+                state = "a complete" if old.complete else "an unfinished"
+                raise ValueError(
+                    "`path` must be new, or pass overwrite=True. Received: "
+                    f"path={str(path)!r}, {state} store of the teacher "
+                    f"{old.layout.teacher!r} with {old.num_rows} rows"
+                )
+            # If there is a store, it must stay complete until the last moment.
+            shutil.rmtree(new if old.complete else path)
+    if new.exists():
+        new.rename(path)
 
 
 def _check_length(name: str, length: int, total: int | None) -> None:
