@@ -22,7 +22,6 @@ from keras_ptloss._validation import check_choice
 from keras_ptloss.soft_labels.soft_labels import SoftLabels
 
 T = TypeVar("T")
-Key = tuple[str, bytes | None, int | None]  # text, bytes and id of a token
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Missing = Literal["error", "skip"]
 
@@ -45,9 +44,9 @@ class Token(NamedTuple):
     id: int | None
 
     @property
-    def key(self) -> Key:
-        """A key that differs between different tokens."""
-        return self.text, self.data, self.id
+    def key(self) -> "Token":
+        """The token without its probability."""
+        return self._replace(logprob=0.0)
 
     @property
     def utf8(self) -> bytes:

@@ -64,10 +64,8 @@ class SoftLabels:
     examples are equal, the row that was stored first is used.
 
     Attributes:
-        layout: the kind of rows, their dtype, the number and names of the
-            classes, and the teacher.
+        layout: the kind of rows, their dtype, the classes and the teacher.
         path: directory of the store; None for a store in memory.
-        shape: shape of all rows. For token sequences, the time is None.
 
     Example:
         >>> import tempfile
@@ -126,37 +124,31 @@ class SoftLabels:
             teacher: a Keras model, or a function from a batch of inputs to an
                 array `(batch, C)`, or for token sequences `(batch, time, C)`.
                 `(batch, 1)` is the probability (or logit) of the second of two
-                classes. A function that knows only the most likely classes
-                returns events `(batch, k + 1, 2)` or `(batch, time, k + 1, 2)`.
+                classes. If only the most likely classes are known, events
+                `(batch, k + 1, 2)` or `(batch, time, k + 1, 2)`.
             inputs: a pytree of arrays, a list of texts or of token ids, or a
-                data set of batches: a `tf.data.Dataset`, a
-                `keras.utils.PyDataset`, a PyTorch `DataLoader`, a Grain data
-                set. Its targets are ignored, and positions of sequences whose
-                sample weight is 0 are not stored.
+                `tf.data.Dataset`, a `keras.utils.PyDataset`, a PyTorch
+                `DataLoader` or a Grain data set of batches. Its targets are
+                ignored, and positions whose sample weight is 0 are not stored.
             path: directory of the store.
             batch_size: batch size for arrays. Data sets keep their batches.
-            from_logits: whether the teacher returns logits. Their probabilities
-                are stored.
+            from_logits: whether the teacher returns logits, to be converted.
             class_names: names of the classes, in the teacher's order.
-            top_k: store only the k most likely classes. Token sequences need
-                it.
+            top_k: store only the k most likely classes, as for sequences.
             dtype: dtype of the stored numbers.
-            ids: your own name for each example of arrays. Rows can then be
-                found by ids as well as by inputs.
-            teacher_name: a name that identifies the teacher when you resume or
-                join. The default is a hash of the model's configuration and
-                weights, or the name of the function.
+            ids: your own name for each example of arrays, to find its row.
+            teacher_name: identifies the teacher when you resume or join. The
+                default is a hash of the model's configuration and weights, or
+                the name of the function.
             verbose: 1 or "auto" shows a progress bar, 0 prints nothing.
             fsync: whether to wait for the disk after each batch. Otherwise a
                 power cut may lose the last second.
             overwrite: whether to replace an existing store.
 
         Raises:
-            ValueError: if the inputs, the teacher or the arguments differ from
-                those of the stored rows, or if the outputs are not
-                probabilities.
-            RuntimeError: if another process writes to the store, or the
-                teacher fails.
+            ValueError: if the outputs are not probabilities, or if the stored
+                rows have other inputs, another teacher or other arguments.
+            RuntimeError: if the teacher fails, or another process writes.
             OSError: if the disk is full. Rows that are already stored are kept.
         """
         check_count("batch_size", batch_size)
@@ -224,16 +216,15 @@ class SoftLabels:
 
         Args:
             path: its directory.
-            verify: whether to compare the files with their checksums, which
-                reads them once. Without this check, a damaged file can give
-                wrong numbers or crash the process.
+            verify: whether to read the files and compare their checksums. If
+                not, a damaged file can give wrong numbers or end the process.
             class_names: the classes that you expect, in their order.
             verbose: as in `from_array`.
 
         Raises:
             FileNotFoundError: if there is no store at `path`.
-            ValueError: if the store is unfinished or damaged, or if its classes
-                differ from `class_names`.
+            ValueError: if the store is unfinished or damaged, or has other
+                classes.
         """
         path = Path(path)
         files, complete = files_of(path)
@@ -278,10 +269,9 @@ class SoftLabels:
                 `(N, time, C)`. If only the k most likely classes are known,
                 events, such as `np.stack([ids, log_probs], axis=-1)`: `(N, k,
                 2)`, `(N, time, k, 2)`, or a list of `(time, k, 2)` with one
-                position for each token of `inputs`. An id of -2 means that
-                there is no entry. All other ids share the entry of a last id
-                of -1 or, without it, the remaining probability. A memory map
-                is read in parts.
+                position for each token of `inputs`. Without a last event of
+                all other classes, these get the remaining probability. A
+                memory map is read in parts.
             path: directory of the new store; None keeps it in memory.
             ids: your own name for each example, in the order of `values`.
             inputs: the examples in the same order, not as a data set. `attach`
@@ -296,9 +286,8 @@ class SoftLabels:
                 two seconds.
 
         Raises:
-            ValueError: if the values are not probabilities, if the numbers of
-                values, inputs and ids differ, or if there is another store at
-                `path`.
+            ValueError: if the values are not probabilities, or if there is
+                another store at `path`.
 
         Example:
             >>> from keras_ptloss import SoftLabels
@@ -392,12 +381,9 @@ class SoftLabels:
         return len(self), *time, (layout.top_k or 0) + 1, 2
 
     def read(self, indices: Any = slice(None)) -> np.ndarray:
-        """Return rows as float32, in the order of the indices.
+        """Return the rows of integer indices or a slice, in this order.
 
         Events of sequences are padded to the longest of them.
-
-        Args:
-            indices: an integer array, or a slice.
         """
         if isinstance(indices, slice):
             indices = range(*indices.indices(len(self)))
@@ -458,31 +444,11 @@ class SoftLabels:
 
     # ---- Find which row each example is stored in ----
 
-    @property
-    def fingerprints(self) -> np.ndarray | None:
-        """The fingerprint of each row's input, or None if unknown."""
-        return self._column("fingerprint")
-
-    @property
-    def ids(self) -> np.ndarray | None:
-        """The id of each row, or None if the rows have no ids."""
-        return self._column("id")
-
-    def _column(self, name: str) -> np.ndarray | None:
-        """Return a column of all rows, or None if it is not stored."""
-        if name not in self._values[0]:
-            return None
-        return np.concatenate([values[name] for values in self._values])
-
     def find(self, inputs: Any = None, *, ids: Any = None) -> np.ndarray:
         """Return the first row of each example, `(n,)` integers for `read`.
 
-        Args:
-            inputs: the examples, as in `write`.
-            ids: the ids of the examples, instead of `inputs`.
-
-        Raises:
-            ValueError: if an example has no stored row.
+        Examples are given as inputs, as in `write`, or by their ids. It is an
+        error if one has no stored row.
         """
         if ids is None:
             return self._find("inputs", fingerprint(inputs))
@@ -508,13 +474,14 @@ class SoftLabels:
     def _index(self, argument: str) -> tuple[np.ndarray, np.ndarray]:
         """Return sorted fingerprints or ids, and the first row of each."""
         if argument not in self._indexes:
-            stored = self.ids if argument == "ids" else self.fingerprints
-            if stored is None:
+            name = "id" if argument == "ids" else "fingerprint"
+            if name not in self._values[0]:
                 raise ValueError(
                     f"These soft labels were stored without {argument}. Pass "
                     f"`{argument}` when you store them."
                 )
-            self._indexes[argument] = np.unique(stored, return_index=True)
+            column = np.concatenate([values[name] for values in self._values])
+            self._indexes[argument] = np.unique(column, return_index=True)
         return self._indexes[argument]
 
     def attach(
@@ -534,8 +501,7 @@ class SoftLabels:
         or tokenize afterwards.
 
         Args:
-            data: the same examples as arrays or as a data set of batches, see
-                `write`. Its targets are replaced.
+            data: the same examples, as in `write`. Targets are replaced.
             ids: find the rows by these ids instead; only for arrays.
             allow_subset: whether some stored examples may be missing from
                 `data`. For data sets, only the number of batches is checked.
@@ -544,15 +510,14 @@ class SoftLabels:
             seed: seed of the random order.
 
         Returns:
-            A `keras.utils.PyDataset` for arrays, otherwise a data set of the
-            same library: batches `(inputs, soft labels)`, with sample weights
-            if `data` has them. Token sequences always have weights, which are 0
+            Batches `(inputs, soft labels)`, with sample weights if `data` has
+            them: a `keras.utils.PyDataset` for arrays, otherwise a data set of
+            the same library. Token sequences always have weights, which are 0
             where nothing is stored.
 
         Raises:
-            ValueError: if an example has no stored row, or if stored examples
-                are missing from `data`. For data sets, an example without a row
-                raises the error when it is read.
+            ValueError: if an example has no stored row (for data sets, when it
+                is read), or if stored examples are missing from `data`.
 
         Example:
             >>> import numpy as np
@@ -653,13 +618,10 @@ class SoftLabels:
 
         Args:
             parts: directories of complete stores of the same teacher and the
-                same classes, in the order of the rows. They are kept.
+                same arguments, in the order of the rows. They are kept.
             path: directory of the new store.
             overwrite: whether to replace another store at `path`.
             verbose: as in `from_array`.
-
-        Raises:
-            ValueError: if the layouts of the parts differ, or as in `open`.
         """
         stores = [cls.open(part) for part in parts]
         for store in stores:

@@ -34,8 +34,8 @@ def read_table(
     columns are ignored.
 
     Args:
-        files: one file or several: `.csv`, `.jsonl` or `.parquet`. A `.jsonl`
-            file has one JSON object per line, with a key for each class.
+        files: one file or several: `.csv`, `.parquet`, or `.jsonl` with one
+            JSON object per line.
         class_names: names of the classes, in the order that you want.
 
     Returns:
@@ -44,8 +44,7 @@ def read_table(
 
     Raises:
         ValueError: if a class has no column, if a cell is empty, or if a row
-            does not sum to one, for example because `class_names` lacks a
-            class.
+            does not sum to one.
 
     Example:
         >>> import pathlib
@@ -68,8 +67,6 @@ def read_table(
             if column in table.column_names and column not in class_names:
                 ids += table.column(column).to_pylist()
                 break
-    if not rows:
-        fail("files", "at least one file", files)
     probabilities = np.concatenate(rows)
     if ids and len(ids) != len(probabilities):
         fail("files", "files that all have ids, or none with ids", files)
@@ -116,24 +113,23 @@ def _probabilities(
             f"`files` must have a column for each of {list(class_names)}. The "
             f"columns {missing} are missing. {where}"
         )
-    columns = [table.column(name) for name in class_names]
-    for name, column in zip(class_names, columns, strict=True):
-        if column.null_count:
-            row = column.is_null().to_pylist().index(True)
-            raise ValueError(
-                "Every row must have a probability for every class. Received: "
-                f"an empty cell in column {name!r}, row {row} (counted from 0) "
-                f"of {file}"
-            )
-    found = np.stack([c.to_numpy().astype("float64") for c in columns], axis=-1)
+    columns = [table.column(name).to_numpy() for name in class_names]
+    found = np.stack(columns, axis=-1).astype("float64")
+    empty = np.argwhere(np.isnan(found))
+    if len(empty):
+        row, column = empty[0]
+        raise ValueError(
+            "Every row must have a probability for every class. Received: an "
+            f"empty cell in column {class_names[column]!r}, row {row} (counted "
+            f"from 0) of {file}"
+        )
     good = on_simplex(found)
     if not good.all():
         row = int(np.argmin(good))
         raise ValueError(
             "The columns of the classes must be probabilities that sum to one. "
             "If other columns are classes too, add them to `class_names`. If "
-            "not, divide the probabilities by their sum. "
-            f"{where}. Row {row} (counted from 0) is {found[row].tolist()}, "
-            f"which sums to {found[row].sum():.6g}"
+            f"not, divide each row by its sum. {where}. Row {row} (counted "
+            f"from 0) is {found[row]}, which sums to {found[row].sum():.6g}"
         )
     return found

@@ -17,12 +17,12 @@ from keras_ptloss._validation import check_count, fail
 from keras_ptloss.soft_labels.outputs import NO_ENTRY, REST
 from keras_ptloss.soft_labels.responses import (
     UNKNOWN_LOGPROB,
-    Key,
     Missing,
     NoAnswer,
     Paths,
     Position,
     Responses,
+    Token,
     as_logprob,
     field,
     only_choice,
@@ -34,7 +34,7 @@ from keras_ptloss.soft_labels.soft_labels import SoftLabels
 # A text may have this many end-of-turn tokens after its answer.
 _MAX_END_TOKENS = 2
 
-TokenIds = Mapping[Key, int | None]
+TokenIds = Mapping[Token, int | None]  # by `Token.key`
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -85,10 +85,9 @@ def read_tokens(
 ) -> TokenAnswers:
     """Read the most likely tokens at each position in the texts.
 
-    These are the tokens of the answers (from `logprobs`; with `echo`, the
-    prompt tokens are included too), or the prompt tokens from vLLM's
-    `prompt_logprobs`. If a server lists fewer tokens than `top_k`, all of them
-    are kept.
+    These are the tokens of the answers (`logprobs`, with `echo` also of the
+    prompt), or of the prompt (vLLM's `prompt_logprobs`). If a server lists
+    fewer than `top_k` tokens, all of them are kept.
 
     Args:
         files: As in `read_answers`.
@@ -96,16 +95,16 @@ def read_tokens(
         sequences: The token ids of each text, in the order of the lines, or of
             `ids`. A text must end with its answer, followed by at most two
             end-of-turn tokens.
-        tokenizer: The vocabulary: a dictionary that maps each token to its id,
-            or a tokenizer from Hugging Face or KerasHub. Not needed if the
-            responses have token ids.
+        tokenizer: A dictionary that maps each token to its id, or a tokenizer
+            from Hugging Face or KerasHub. Not needed if the responses have
+            token ids.
         ids: The `custom_id` of each sequence, if the lines have one.
         missing: As in `read_answers`.
         verbose: As in `read_answers`.
 
     Raises:
-        ValueError: If a line cannot be read, or if its tokens are not those of
-            its sequence.
+        ValueError: As in `read_answers`, or if the tokens of an answer are not
+            those of its sequence.
 
     Example:
         >>> import json, tempfile
@@ -128,7 +127,7 @@ def read_tokens(
          [-1.   -1.36]]
     """
     check_count("top_k", top_k)
-    keys: set[Key] = set()
+    keys: set[Token] = set()
     _, seen = read_responses(
         files, lambda body, _: keys.update(_keys(body)), missing, ids, verbose
     )
@@ -277,8 +276,8 @@ def _start(own: list[int | None], sequence: np.ndarray) -> int:
     )
 
 
-def _keys(response: dict[str, Any]) -> set[Key]:
-    """Return all tokens of a response."""
+def _keys(response: dict[str, Any]) -> set[Token]:
+    """Return all tokens of a response, without their probabilities."""
     choice = only_choice(response)
     if _prompt_logprobs(response, choice) is not None:
         return set()
@@ -289,7 +288,7 @@ def _keys(response: dict[str, Any]) -> set[Key]:
     }
 
 
-def _token_ids(keys: set[Key], tokenizer: Any) -> TokenIds:
+def _token_ids(keys: set[Token], tokenizer: Any) -> TokenIds:
     """Return the id of each token of a file, or None if the id is unknown.
 
     A server gives ids, or text and its bytes, or raw pieces of the vocabulary.
@@ -298,40 +297,36 @@ def _token_ids(keys: set[Key], tokenizer: Any) -> TokenIds:
     """
     # vLLM's `return_tokens_as_token_ids` writes the ids as text.
     by_id = {
-        key: int(key[0][9:])
-        if re.fullmatch(r"token_id:\d+", key[0])
-        else key[2]
+        key: int(key.text[9:])
+        if re.fullmatch(r"token_id:\d+", key.text)
+        else key.id
         for key in keys
     }
     if None not in by_id.values():
         return by_id
     pieces = vocabulary(tokenizer)
+    as_pieces = {key: pieces.get(key.text) for key in keys}
     by_bytes = bytes_to_ids(pieces)
-    as_text = {
-        # A replacement character means that the bytes are unknown.
-        key: None
-        if "\ufffd" in key[0] and key[1] in (None, key[0].encode())
-        else by_bytes.get(key[0].encode() if key[1] is None else key[1])
-        for key in keys
-    }
-    as_pieces = {key: pieces.get(key[0]) for key in keys}
-    known_text, known_pieces = (
-        sum(one is not None for one in found.values())
-        for found in (as_text, as_pieces)
-    )
-    if not known_text + known_pieces:
+    as_text = {key: by_bytes.get(key.utf8) for key in keys}
+    for key in keys:
+        # A replacement character in place of bytes says nothing about them.
+        if "\ufffd" in key.text and key.utf8 == key.text.encode():
+            as_text[key] = None
+    unknown_text = list(as_text.values()).count(None)
+    unknown_pieces = list(as_pieces.values()).count(None)
+    if unknown_text == unknown_pieces == len(keys):
         raise ValueError(
             "No token of the file is in the tokenizer. Received: the tokens"
-            f" {sorted(key[0] for key in keys)[:10]}"
+            f" {sorted(key.text for key in keys)[:10]}"
         )
-    differ = [key[0] for key in keys if as_text[key] != as_pieces[key]]
-    if known_text == known_pieces and differ:
+    differ = [key.text for key in keys if as_text[key] != as_pieces[key]]
+    if unknown_text == unknown_pieces and differ:
         raise ValueError(
             "It is not clear whether the tokens of the file are text or raw"
             " pieces of the vocabulary. Ask the server for token ids. Received:"
             f" {sorted(differ)[:10]}"
         )
-    return as_text if known_text > known_pieces else as_pieces
+    return as_text if unknown_text < unknown_pieces else as_pieces
 
 
 def vocabulary(tokenizer: Any) -> dict[Any, int]:

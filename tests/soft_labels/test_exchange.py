@@ -33,8 +33,9 @@ def labels(request, rows, tmp_path_factory):
 
 def check_same(found, labels):
     np.testing.assert_array_equal(found.read(), labels.read())
-    np.testing.assert_array_equal(found.fingerprints, labels.fingerprints)
-    np.testing.assert_array_equal(found.ids, labels.ids)
+    one, other = (one.to_arrow().read_all() for one in (found, labels))
+    assert one["fingerprint"].equals(other["fingerprint"])
+    assert one["id"].equals(other["id"])
     assert found.layout == labels.layout
 
 
@@ -89,7 +90,7 @@ class TestFilesAsTheyAre:
         pl = pytest.importorskip("polars")
         table = pl.read_ipc(labels.path / "*.arrow")
         check_column(table[first_column(labels)[0]].to_list(), labels)
-        assert table["id"].to_list() == labels.ids.tolist()
+        assert table["id"].to_list() == [f"n{i}" for i in range(50)]
 
     def test_pandas(self, labels):
         pd = pytest.importorskip("pandas")
@@ -146,4 +147,4 @@ def test_parquet_written_by_others(write, rows, tmp_path):
         table.probabilities, ids=table.ids, class_names=NAMES, dtype="float32"
     )
     np.testing.assert_allclose(labels, rows, 1e-6)
-    np.testing.assert_array_equal(labels.ids, columns["id"])
+    np.testing.assert_array_equal(labels.find(ids=columns["id"]), range(50))
