@@ -29,9 +29,11 @@ from keras_ptloss._backend import as_array
 from keras_ptloss._math import two_events
 from keras_ptloss._validation import (
     SUM_TOLERANCE,
+    as_rows,
     check_choice,
     fail,
     on_simplex,
+    refuse_masked,
 )
 from keras_ptloss.soft_labels.inputs import (
     num_examples,
@@ -116,7 +118,7 @@ def cut(outputs: Any, top_k: int, from_logits: bool) -> np.ndarray:
     outputs = _numbers(outputs)
     if top_k > outputs.shape[-1] or outputs.ndim > 3:
         raise ValueError(
-            "`top_k` must be at most the number of classes, of outputs "
+            "`top_k` must be at most the number of classes, and the outputs "
             "(batch, num_classes) or (batch, time, num_classes). Received: "
             f"top_k={top_k}, outputs of shape {outputs.shape}"
         )
@@ -198,34 +200,26 @@ def _columns(
         if (lengths != tokens).any():
             row = int(np.argmax(lengths != tokens))
             raise ValueError(
-                "Events must have one position for each token of `inputs`; use "
-                f"the id -2 where there is no entry. Received: {lengths[row]} "
-                f"positions for the {tokens[row]} tokens of sequence {row}"
+                "Sequences must have one position for each token of `inputs`. "
+                f"Received: {lengths[row]} positions for the {tokens[row]} "
+                f"tokens of sequence {row}"
             )
         flat = _numbers(np.concatenate(outputs))
         return _in_sequences(_entries(flat, num_classes), lengths)
     outputs = _numbers(outputs)
+    shape = f"an array of shape {outputs.shape}"
     if x is not None and len(outputs) != num_examples(x):
-        raise ValueError(
-            f"The teacher must return one row for each of {num_examples(x)} "
-            f"examples. Received: outputs of shape {outputs.shape}"
-        )
+        fail("outputs", f"one row for each of {num_examples(x)} inputs", shape)
     if outputs.ndim == 2:
         return _probabilities(outputs, about)
     if outputs.ndim > 4 or outputs.shape[-1] != 2:
-        raise ValueError(
-            "The teacher must return an array (batch, num_classes) or, with "
-            "top_k, (batch, time, num_classes). Received: outputs of shape "
-            f"{outputs.shape}"
-        )
+        expected = "(batch, num_classes) or, with top_k, (batch, time, ...)"
+        fail("outputs", expected, shape)
     if outputs.ndim == 3:
         return _entries(outputs, num_classes)
     real = np.ones(outputs.shape[:2], bool) if x is None else sequence_mask(x)
     if real.shape != outputs.shape[:2]:
-        raise ValueError(
-            "The teacher must return one row for each position of the inputs, "
-            f"{real.shape}. Received: outputs of shape {outputs.shape}"
-        )
+        fail("outputs", f"one row for each position, {real.shape}", shape)
     kept = weights_of_positions(weight, real.shape).astype(bool)[real]
     values = _entries(outputs[real], num_classes, kept)
     return _in_sequences(values, real.sum(axis=1))
@@ -233,19 +227,10 @@ def _columns(
 
 def _numbers(outputs: Any) -> np.ndarray:
     """Return outputs as an array of numbers; refuse masked arrays."""
-    if np.ma.isMaskedArray(outputs):
-        raise ValueError(
-            "The teacher's outputs must not be a masked array. Leave out the "
-            "examples without an answer. Received: a masked array"
-        )
-    array = as_array(outputs)
-    if array.dtype.name == "bfloat16":  # which NumPy does not know
-        array = array.astype("float32")
+    refuse_masked("outputs", outputs)
+    array = as_rows("outputs", outputs)
     if array.ndim < 2 or array.dtype.kind not in "biuf":
-        raise ValueError(
-            "The teacher must return numbers of shape (batch, num_classes). "
-            f"Received: {array.dtype} of shape {array.shape}"
-        )
+        fail("outputs", "numbers of shape (batch, num_classes)", array)
     return array
 
 
@@ -255,10 +240,8 @@ def _probabilities(outputs: np.ndarray, about: dict[str, Any]) -> Values:
     rows = two_events(outputs, from_logits=about["from_logits"])
     rows = rows.astype("float64")
     if names is not None and len(names) != rows.shape[1]:
-        raise ValueError(
-            "`class_names` must name every class in the teacher's order. "
-            f"Received: {len(names)} class_names for {rows.shape[1]} classes"
-        )
+        expected = f"the names of {rows.shape[1]} classes, in their order"
+        fail("class_names", expected, names)
     if about["from_logits"]:
         _check_rows(np.isfinite(rows).all(-1), rows, "finite logits")
         rows = np.exp(rows - rows.max(-1, keepdims=True))

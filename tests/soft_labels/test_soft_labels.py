@@ -364,7 +364,7 @@ class TestFromArray:
         assert peak < 3 * table.nbytes
 
     def test_class_names_must_fit(self):
-        with pytest.raises(ValueError, match="3 class_names for 2 classes"):
+        with pytest.raises(ValueError, match="the names of 2 classes"):
             SoftLabels.from_array([[0.5, 0.5]], class_names=list("abc"))
         with pytest.raises(ValueError, match="unique names"):
             SoftLabels.from_array([[0.5, 0.5]], class_names=["a", "a"])
