@@ -14,6 +14,7 @@ from keras_ptloss.soft_labels.inputs import (
     as_inputs,
     fingerprint,
     library_of,
+    num_batches,
     num_examples,
     sequence_mask,
     take,
@@ -60,10 +61,7 @@ def attach_several(
             fail("stores", "stores of probabilities", store)
         names = store.layout.class_names
         if first and names and names != first and set(names) == set(first):
-            raise ValueError(
-                "Stores of the same classes must have them in the same order. "
-                f"Received: class_names {first} and {names}"
-            )
+            fail("stores", f"of classes in the same order, {first}", store)
     return attach(stores, data, **options)
 
 
@@ -84,10 +82,7 @@ def attach(
         check_count("batch_size", batch_size)
         rows = pairs.find(data, ids, verbose="auto")
         if len(rows[0]) != num_examples(data):
-            raise ValueError(
-                "`data` and `ids` must have the same length. Received: "
-                f"{num_examples(data)} and {len(rows[0])}"
-            )
+            fail("ids", f"one for each of {num_examples(data)} examples", ids)
         if not allow_subset:
             by = "inputs" if ids is None else "ids"
             for store, found in zip(stores, rows, strict=True):
@@ -98,8 +93,11 @@ def attach(
         fail("ids", "None for a data set, which may be shuffled", ids)
     if shuffle:
         fail("shuffle", "False for a data set, which has its own order", True)
-    if not allow_subset:
-        _check_length(stores, data, library)
+    count = num_batches(data)
+    if not allow_subset and count is not None:
+        x, _, _ = unpack(next(iter(data)))
+        for store in stores:
+            _check_all_used(store, "inputs", count * num_examples(x))
     if library == "tensorflow":
         return _tf_pairs(pairs, data)
     if library == "torch":
@@ -109,22 +107,7 @@ def attach(
     return data.map(pairs)
 
 
-def _check_length(
-    stores: Sequence["SoftLabels"], data: Any, library: str
-) -> None:
-    """Require enough batches for all stored examples, if it is known."""
-    try:
-        tf = library == "tensorflow"
-        count = int(data.cardinality()) if tf else len(data)
-        x, _, _ = unpack(next(iter(data)))
-    except TypeError:  # `data` has no length
-        return
-    if count >= 0:  # TensorFlow gives -2 for an unknown number
-        for store in stores:
-            _check_all_used(store, "inputs", count * num_examples(x))
-
-
-def _check_all_used(store: "SoftLabels", by: str, most: int) -> None:
+def _check_all_used(store: "SoftLabels", by: str, most: float) -> None:
     """Require at least as many examples as the store has different ones."""
     stored = len(store._index(by)[0])
     if most < stored:
@@ -143,7 +126,7 @@ class _Pairs:
         self.tokens = stores[0].layout.kind == "tokens"
 
     def __call__(self, element: Any) -> tuple[Any, ...]:
-        """Return a batch `(inputs, targets)` with the stored targets."""
+        """Return a batch with the stored targets."""
         x, _, weight = unpack(element)
         y_true, weight = self.targets(x, weight)
         return keras.utils.pack_x_y_sample_weight(x, y_true, weight)
@@ -160,10 +143,7 @@ class _Pairs:
     def targets(
         self, x: Any, weight: Any, rows: list[np.ndarray] | None = None
     ) -> tuple[Any, Any]:
-        """Return `y_true` and sample weights of a batch.
-
-        `rows` are the rows of the examples in each store, if already known.
-        """
+        """Return `y_true` and weights; `rows` are those in each store."""
         if rows is None:
             rows = self.find(x)
         found = [s.read(r) for s, r in zip(self.stores, rows, strict=True)]

@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from keras_ptloss._backend import as_array
 from keras_ptloss._progress import Verbose, track
-from keras_ptloss._validation import fail
+from keras_ptloss._validation import fail, refuse_masked
 
 Tensor = Any
 # Names of token ids and of their padding mask in KerasHub and Hugging Face.
@@ -21,11 +22,11 @@ MASKS = {"token_ids": "padding_mask", "input_ids": "attention_mask"}
 def fingerprint(inputs: Any, *, verbose: Verbose = "auto") -> np.ndarray:
     """Return a hash of each example. It is the same on every machine.
 
-    Stored soft labels are found by this hash. The dtype of arrays matters, but
-    for integers of rank 1 or 2. Padding is ignored for lists of token ids, and
-    for token ids with a mask (a dictionary with `"token_ids"` and
-    `"padding_mask"`, or with `"input_ids"` and `"attention_mask"`). Two
-    different examples have the same fingerprint with probability 2^-64.
+    The dtype of arrays matters, except for integers of rank 1 or 2. Padding is
+    ignored for lists of token ids, and for token ids with a mask (a dictionary
+    with `"token_ids"` and `"padding_mask"`, or `"input_ids"` and
+    `"attention_mask"`). Two different examples have the same fingerprint with
+    probability 2^-64.
 
     Args:
         inputs: as in `SoftLabels.write`.
@@ -103,10 +104,9 @@ def _text_bytes(row: Any) -> bytes:
 
 def padding_mask(x: Tensor) -> np.ndarray | None:
     """Return the padding mask of a batch of token ids as bool, or None."""
-    if isinstance(x, Mapping):
-        for name, mask in MASKS.items():
-            if name in x and mask in x:
-                return as_array(x[mask]).astype(bool)
+    for name, mask in MASKS.items():
+        if isinstance(x, Mapping) and name in x and mask in x:
+            return as_array(x[mask]).astype(bool)
     return None
 
 
@@ -119,12 +119,8 @@ def sequence_mask(x: Tensor) -> np.ndarray:
         x = next((x[name] for name in MASKS if name in x), None)
     ids = as_array(x)
     if ids.ndim != 2 or ids.dtype.kind not in "iu":
-        fail(
-            "inputs",
-            "token ids: integers of shape (batch, time), or a dictionary with "
-            "'token_ids' and 'padding_mask'",
-            x,
-        )
+        expected = "token ids of shape (batch, time), or a dictionary with "
+        fail("inputs", expected + "'token_ids' and 'padding_mask'", x)
     return np.ones(ids.shape, bool)
 
 
@@ -164,7 +160,7 @@ def as_inputs(inputs: Any) -> Any:
     their mask.
     """
     if library_of(inputs):
-        if _is_endless(inputs):
+        if num_batches(inputs) == math.inf:
             fail("inputs", "finite: leave out `repeat()`", inputs)
         return inputs
     if isinstance(inputs, (list, tuple)) and len(inputs):
@@ -177,31 +173,34 @@ def as_inputs(inputs: Any) -> Any:
             return pad(inputs)
         if np.isscalar(first):
             return np.asarray(inputs)
-    leaves = keras.tree.flatten(inputs)
-    lengths = {
-        np.shape(leaf)[:1] if hasattr(leaf, "__array__") else ()
-        for leaf in leaves
-    }
-    masked = any(isinstance(leaf, np.ma.MaskedArray) for leaf in leaves)
-    if masked or len(lengths) != 1 or () in lengths:
+    lengths = set()
+    for leaf in keras.tree.flatten(inputs):
+        refuse_masked("inputs", leaf)
+        is_array = hasattr(leaf, "__array__")
+        lengths.add(np.shape(leaf)[:1] if is_array else ())
+    if len(lengths) != 1 or () in lengths:
         fail(
             "inputs",
-            "arrays of the same length and without a mask, a list of texts, or "
-            "a data set of batches (for PyTorch, a DataLoader)",
+            "arrays of the same length, a list of texts, or a data set of "
+            "batches (for PyTorch, a DataLoader)",
             f"{type(inputs).__name__} of lengths {lengths}",
         )
     return keras.tree.map_structure(as_array, inputs)
 
 
-def _is_endless(data: Any) -> bool:
-    """Return whether a data set of batches is known to have no end."""
+def num_batches(data: Any) -> float | None:
+    """Return the number of batches of a data set, or None if it is unknown."""
     library = library_of(data)
-    if library == "tensorflow":
-        return int(data.cardinality()) == -1
     if library == "keras":
-        return data.num_batches is None
-    sized = library == "grain" and hasattr(data, "__len__")
-    return sized and len(data) >= sys.maxsize
+        return math.inf if data.num_batches is None else data.num_batches
+    if library == "tensorflow":
+        count = int(data.cardinality())
+        return {-1: math.inf, -2: None}.get(count, count)
+    try:
+        count = len(data)
+    except TypeError:
+        return None
+    return math.inf if count >= sys.maxsize else count  # Grain's `repeat`
 
 
 def pad(sequences: Any) -> dict[str, np.ndarray]:
@@ -271,9 +270,8 @@ def not_stored(
 ) -> Iterator[tuple[Any, Any, np.ndarray, np.ndarray]]:
     """Yield inputs, weights, fingerprints and indices of new examples.
 
-    If rows are stored, all inputs are first read once and must contain the
-    stored ones, so that nobody pays a teacher for the wrong inputs. Only data
-    sets may have another order, because users rely on that of arrays.
+    All inputs are first read once and must contain the stored ones, so that
+    nobody pays a teacher for the wrong inputs. Arrays must keep their order.
     """
     left = collections.Counter(stored.tolist())
     if left:
