@@ -165,17 +165,14 @@ class SoftLabels:
         }
         with writing(path, fsync=fsync, overwrite=overwrite) as writer:
             if writer.layout is not None:
-                call = about | {"has_fingerprints": True}
-                call |= {"has_ids": ids is not None}
-                call |= {} if top_k is None else {"top_k": top_k}
-                check_same(writer.layout, call, path)
+                has = {"has_fingerprints": True, "has_ids": ids is not None}
+                k = {} if top_k is None else {"top_k": top_k}
+                check_same(writer.layout, about | has | k, path)
             stored = writer.fingerprints
+            what = f"Asking the teacher; {len(stored)} examples are stored at"
+            left = None if total is None else total - len(stored)
             progress = Progress(
-                f"Asking the teacher; {len(stored)} examples are stored at "
-                f"{path}",
-                None if total is None else total - len(stored),
-                unit="example",
-                verbose=verbose,
+                f"{what} {path}", left, unit="example", verbose=verbose
             )
             progress.update(0, at_once=True)
             for x, weight, prints, indices in not_stored(
@@ -187,9 +184,9 @@ class SoftLabels:
                     outputs = run(x)
                 except Exception as error:
                     raise RuntimeError(
-                        "The teacher failed on the batch that starts at example"
-                        f" {indices[0]}: {error}. {writer.num_rows} rows are "
-                        "stored. Run the same call again to continue."
+                        f"The teacher failed at example {indices[0]}: {error}. "
+                        f"{writer.num_rows} rows are stored. Run the same call "
+                        "again to continue."
                     ) from error
                 names = None if ids is None else [ids[i] for i in indices]
                 batch = record_batch(
@@ -232,8 +229,8 @@ class SoftLabels:
             raise FileNotFoundError(f"There are no soft labels at {path}")
         if not complete:
             raise ValueError(
-                f"The soft labels at {path} are unfinished. Run the same "
-                "call of `write` again; it continues where it stopped."
+                f"The soft labels at {path} are unfinished. Run the same call "
+                "of `write` again to complete them."
             )
         what = f"Checking the soft labels at {path}"
         shown = track(files, what, None, unit="file", verbose=verbose)
@@ -464,10 +461,9 @@ class SoftLabels:
             if argument == "inputs":
                 why = "new, or its values, dtype or shape have changed"
             raise ValueError(
-                f"`{argument}` must contain only examples that have stored "
-                f"soft labels. Received: {len(missing)} of {len(wanted)} "
-                "examples have none; the first is at position "
-                f"{missing[0]}: {why}"
+                f"`{argument}` must have only examples with stored soft labels."
+                f" Received: {len(missing)} of {len(wanted)} examples have "
+                f"none; the first is at position {missing[0]}: {why}"
             )
         return first[place]
 
@@ -539,8 +535,7 @@ class SoftLabels:
     def to_arrow(self) -> Any:
         """Return a `pyarrow.RecordBatchReader` of all rows, in float32.
 
-        DuckDB takes the reader as a table; it cannot read float16. Polars,
-        pandas and Hugging Face Datasets can read the store's `.arrow` files.
+        DuckDB, which cannot read float16, takes the reader as a table.
         """
         return self._reader("float32")
 
@@ -584,8 +579,8 @@ class SoftLabels:
     ) -> "SoftLabels":
         """Make a store from a Parquet file that `to_parquet` wrote.
 
-        `read_table` reads files from other tools, for which this raises a
-        `ValueError`. The arguments are those of `from_array`.
+        The arguments are those of `from_array`. `read_table` reads files from
+        other tools.
         """
         pyarrow()
         from pyarrow import parquet
@@ -594,9 +589,9 @@ class SoftLabels:
         schema = table.schema_arrow
         if b"keras_ptloss" not in (schema.metadata or {}):
             raise ValueError(
-                "`file` must be a Parquet file that `to_parquet` wrote. Give "
-                "the columns of other files to `read_table` or `from_array`. "
-                f"Received: {file} with the columns {schema.names}"
+                "`file` must be a Parquet file that `to_parquet` wrote; see "
+                "`read_table` for others. Received: "
+                f"{file} with the columns {schema.names}"
             )
         schema = Layout.of_schema(schema).schema()
         found = (batch.cast(schema) for batch in table.iter_batches(CHUNK))
@@ -619,8 +614,8 @@ class SoftLabels:
         Args:
             parts: directories of complete stores of the same teacher and the
                 same arguments, in the order of the rows. They are kept.
-            path: directory of the new store.
-            overwrite: whether to replace another store at `path`.
+            path: as in `from_array`, like the other arguments.
+            overwrite: as in `from_array`.
             verbose: as in `from_array`.
         """
         stores = [cls.open(part) for part in parts]
@@ -654,7 +649,5 @@ def _rename(new: Path, path: Path, overwrite: bool) -> None:
 def _check_length(name: str, length: int, total: int | None) -> None:
     """Require one entry for each row; `total` is None for data sets."""
     if length != total:
-        raise ValueError(
-            f"`{name}` must have one entry for each of {total} rows of arrays. "
-            f"Received: {name} of length {length}"
-        )
+        expected = f"one entry for each of {total} rows of arrays"
+        fail(name, expected, f"{length} entries")
