@@ -185,15 +185,13 @@ def record_batch(
         values["fingerprint"] = prints
     if ids is not None:
         values["id"] = [str(name) for name in ids]
-    return Layout.of(values, **about).encode(values)
+    return _encoded(values, Layout.of(values, **about))
 
 
 def _columns(
     outputs: Any, about: dict[str, Any], x: Any, weight: Any
 ) -> Values:
     """Return the columns of a batch of outputs; see `record_batch`."""
-    names = about["class_names"]
-    num_classes = None if names is None else len(names)
     if isinstance(outputs, list) and np.ndim(outputs[0]) == 3:
         lengths = np.array([len(sequence) for sequence in outputs])
         tokens = lengths if x is None else sequence_mask(x).sum(axis=1)
@@ -205,7 +203,7 @@ def _columns(
                 f"tokens of sequence {row}"
             )
         flat = _numbers(np.concatenate(outputs))
-        return _in_sequences(_entries(flat, num_classes), lengths)
+        return _in_sequences(_entries(flat, about), lengths)
     outputs = _numbers(outputs)
     shape = f"an array of shape {outputs.shape}"
     if x is not None and len(outputs) != num_examples(x):
@@ -216,12 +214,12 @@ def _columns(
         expected = "(batch, num_classes) or, with top_k, (batch, time, ...)"
         fail("outputs", expected, shape)
     if outputs.ndim == 3:
-        return _entries(outputs, num_classes)
+        return _entries(outputs, about)
     real = np.ones(outputs.shape[:2], bool) if x is None else sequence_mask(x)
     if real.shape != outputs.shape[:2]:
         fail("outputs", f"one row for each position, {real.shape}", shape)
     kept = weights_of_positions(weight, real.shape).astype(bool)[real]
-    values = _entries(outputs[real], num_classes, kept)
+    values = _entries(outputs[real], about, kept)
     return _in_sequences(values, real.sum(axis=1))
 
 
@@ -264,7 +262,7 @@ def _probabilities(outputs: np.ndarray, about: dict[str, Any]) -> Values:
 
 
 def _entries(
-    events: np.ndarray, num_classes: int | None, kept: np.ndarray | None = None
+    events: np.ndarray, about: dict[str, Any], kept: np.ndarray | None = None
 ) -> Values:
     """Return the columns of events `(n, k + 1, 2)`, or `(n, k, 2)`.
 
@@ -274,7 +272,8 @@ def _entries(
     with np.errstate(invalid="ignore"):  # of NaN
         ids = events[..., 0].astype("int64")
     log_probs, log_rest = events[..., 1].astype("float64"), None
-    largest = np.iinfo("int32").max if num_classes is None else num_classes - 1
+    names = about["class_names"]
+    largest = np.iinfo("int32").max if names is None else len(names) - 1
     if (ids[:, -1] < 0).all() and (ids[:, -1] == REST).any():
         log_rest = log_probs[:, -1]
         ids, log_probs = ids[:, :-1], log_probs[:, :-1]
@@ -310,11 +309,14 @@ def _entries(
         "other classes. If these are logits, pass from_logits=True",
     )
     log_total = np.log(total)
-    return {
-        "top_ids": np.where(known, ids, NO_ENTRY).astype("int32"),
-        "log_probs": np.where(known, log_probs - log_total[:, None], 0.0),
-        "log_rest": np.where(empty, 0.0, log_rest - log_total),
-    }
+    log_probs = np.where(known, log_probs - log_total[:, None], 0.0)
+    log_rest = np.where(empty, 0.0, log_rest - log_total)
+    with np.errstate(over="ignore"):  # float16 has -inf for less than -65504
+        return {
+            "top_ids": np.where(known, ids, NO_ENTRY).astype("int32"),
+            "log_probs": log_probs.astype(about["dtype"]),
+            "log_rest": log_rest.astype(about["dtype"]),
+        }
 
 
 def _check_rows(good: Any, rows: Any, expected: str) -> None:
@@ -342,7 +344,8 @@ def _in_sequences(values: Values, lengths: np.ndarray) -> Values:
         offsets.append(offsets[-1] + stop - start)
         low += length
     kept = {name: column[keep] for name, column in values.items()}
-    return {**kept, "start": np.array(starts), "offsets": np.array(offsets)}
+    kept["start"] = np.array(starts, "int32")
+    return kept | {"offsets": np.array(offsets, "int32")}
 
 
 # From columns to Arrow, and back.
@@ -393,57 +396,40 @@ class Layout:
                 f"keras_ptloss, and this version cannot read them: {error}."
             ) from error
 
-    def schema(self) -> Any:
-        """Return the Arrow schema, with this layout as JSON metadata."""
-        pa = pyarrow()
-        floats = pa.float16() if self.dtype == "float16" else pa.float32()
-        types = {"fingerprint": pa.uint64()} if self.has_fingerprints else {}
-        if self.has_ids:
-            types["id"] = pa.string()
-        if self.kind == "probabilities":
-            types["probabilities"] = pa.list_(floats, self.num_classes)
-        else:
-            entries = {
-                "top_ids": pa.list_(pa.int32(), self.top_k),
-                "log_probs": pa.list_(floats, self.top_k),
-                "log_rest": floats,
-            }
-            if self.kind == "tokens":
-                types["start"] = pa.int32()
-                entries = {n: pa.list_(kind) for n, kind in entries.items()}
-            types |= entries
-        about = json.dumps(vars(self))
-        return pa.schema(list(types.items()), {"keras_ptloss": about})
 
-    def encode(self, values: Values) -> Any:
-        """Return columns as an Arrow record batch."""
-        pa = pyarrow()
-        schema = self.schema()
-        columns = []
-        for name, kind in zip(schema.names, schema.types, strict=True):
-            if pa.types.is_list(kind):
-                offsets = pa.array(values["offsets"], pa.int32())
-                array = _as_arrow(values[name], kind.value_type)
-                array = pa.ListArray.from_arrays(offsets, array, type=kind)
-            else:
-                array = _as_arrow(values[name], kind)
-            columns.append(array)
-        return pa.record_batch(columns, schema=schema)
+def _encoded(values: Values, layout: Layout) -> Any:
+    """Return columns as an Arrow record batch, with the layout as metadata."""
+    pa = pyarrow()
+    offsets = values.pop("offsets", None)
+    arrays = {name: _as_arrow(column) for name, column in values.items()}
+    if offsets is not None:
+        for name in ("top_ids", "log_probs", "log_rest"):
+            arrays[name] = pa.ListArray.from_arrays(offsets, arrays[name])
+    about = {"keras_ptloss": json.dumps(vars(layout))}
+    return pa.record_batch(arrays).replace_schema_metadata(about)
 
 
-def _as_arrow(values: Any, kind: Any) -> Any:
+def _as_arrow(column: Any) -> Any:
     """Return an Arrow array of texts, of numbers, or of lists of k numbers."""
     pa = pyarrow()
-    if pa.types.is_string(kind):
-        return pa.array(values, kind)
-    lists = pa.types.is_fixed_size_list(kind)
-    numbers = kind.value_type if lists else kind
-    with np.errstate(over="ignore"):  # float16 has -inf for less than -65504
-        flat = np.ascontiguousarray(values, numbers.to_pandas_dtype())
-    array = pa.array(flat.reshape(-1), numbers)
-    return (
-        pa.FixedSizeListArray.from_arrays(array, type=kind) if lists else array
-    )
+    if np.ndim(column) == 1:
+        return pa.array(column)
+    numbers = pa.array(column.reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(numbers, column.shape[1])
+
+
+def in_float32(schema: Any) -> Any:
+    """Return an Arrow schema with float32 in place of float16."""
+    pa = pyarrow()
+
+    def wide(kind: Any) -> Any:
+        if pa.types.is_fixed_size_list(kind):
+            return pa.list_(wide(kind.value_type), kind.list_size)
+        if pa.types.is_list(kind):
+            return pa.list_(wide(kind.value_type))
+        return pa.float32() if pa.types.is_float16(kind) else kind
+
+    return pa.schema([(one.name, wide(one.type)) for one in schema])
 
 
 def views(batch: Any) -> Values:

@@ -1,6 +1,5 @@
 """Teacher outputs that are stored once and read for every student."""
 
-import dataclasses
 import functools
 import os
 import shutil
@@ -37,6 +36,7 @@ from keras_ptloss.soft_labels.outputs import (
     asked,
     cut,
     events,
+    in_float32,
     pyarrow,
     record_batch,
     teacher_identity,
@@ -537,10 +537,7 @@ class SoftLabels:
 
         DuckDB, which cannot read float16, takes the reader as a table.
         """
-        return self._reader("float32")
-
-    def _reader(self, dtype: str) -> Any:
-        schema = dataclasses.replace(self.layout, dtype=dtype).schema()
+        schema = in_float32(self._batches[0].schema)
         parts = (part.cast(schema) for part in self._parts(EXPORTED))
         return pyarrow().RecordBatchReader.from_batches(schema, parts)
 
@@ -557,12 +554,13 @@ class SoftLabels:
 
         file = Path(file)
         temporary = file.with_name(file.name + PARTIAL)
-        reader = self._reader(self.layout.dtype)
+        what = f"Writing {len(self)} rows to {file}"
+        parts = track(self._parts(EXPORTED), what, None, verbose=verbose)
+        schema = self._batches[0].schema
         try:
-            with parquet.ParquetWriter(temporary, reader.schema) as writer:
-                what = f"Writing {len(self)} rows to {file}"
-                for batch in track(reader, what, None, verbose=verbose):
-                    writer.write_batch(batch)
+            with parquet.ParquetWriter(temporary, schema) as writer:
+                for part in parts:
+                    writer.write_batch(part)
             temporary.rename(file)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -593,9 +591,7 @@ class SoftLabels:
                 "`read_table` for others. Received: "
                 f"{file} with the columns {schema.names}"
             )
-        schema = Layout.of_schema(schema).schema()
-        found = (batch.cast(schema) for batch in table.iter_batches(CHUNK))
-        total = table.metadata.num_rows
+        found, total = table.iter_batches(CHUNK), table.metadata.num_rows
         return cls._from_batches(
             found, f"Reading {total} rows", total, path, overwrite, verbose
         )
