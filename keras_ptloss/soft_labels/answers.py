@@ -47,10 +47,8 @@ class Answers(Responses):
         class_names: The names of the classes, in order.
         rows: `(N,)`, the line number of each answer, counted from 0, or its
             position in `ids`.
-        ids: The `custom_id` of each answer, or None if the file has no
-            custom_ids.
-        failed: Why answers were left out: a reason for each `custom_id` or
-            line number.
+        ids: The `custom_id` of each answer, or None if the lines have none.
+        failed: Why answers were left out, by `custom_id` or line number.
     """
 
     probabilities: np.ndarray
@@ -66,13 +64,11 @@ class Answers(Responses):
     ) -> SoftLabels:
         """Store the probabilities; warn if answers were left out.
 
-        If the process is killed, read and store the file again.
-
         Args:
-            path: Directory of the new store; None keeps it in memory.
+            path: As in `SoftLabels.from_array`.
             inputs: The examples that the answers are about, in the order of the
-                lines, or of `ids`. Not needed if the lines have a `custom_id`;
-                the store then finds its rows by these ids.
+                lines, or of `ids`. Not needed if the lines have a `custom_id`,
+                which is then the id of a row.
             **options: Other arguments of `SoftLabels.from_array`.
         """
         if inputs is not None:
@@ -80,10 +76,8 @@ class Answers(Responses):
             self.check_order("inputs", num_examples(inputs))
             inputs = take(inputs, self.rows)
         elif self.ids is None:
-            raise ValueError(
-                "Pass `inputs`, the examples that the answers are about,"
-                " because the lines have no `custom_id`. Received: inputs=None"
-            )
+            expected = "the examples, because the lines have no `custom_id`"
+            fail("inputs", expected, inputs)
         options |= {"inputs": inputs, "class_names": self.class_names}
         return self._store(self.probabilities, path, **options)
 
@@ -102,8 +96,8 @@ def read_answers(
     The class is one token of the answer: the last one that has text, or the
     first one after the text `after`. The probabilities are those of the
     alternatives that the server lists for this token. A class that is not
-    listed gets the smaller of two numbers: the lowest listed probability, or an
-    equal share of the probability that is left after all listed tokens.
+    listed gets the lowest listed probability, or if it is smaller, an equal
+    share of the probability that is left after all listed tokens.
 
     Args:
         files: A file with one JSON response per line, or a list of files.
@@ -118,8 +112,7 @@ def read_answers(
         missing: `"error"` or `"skip"`: whether an answer without class
             probabilities, for example after a failed request, is an error or is
             left out. It never becomes a uniform row.
-        verbose: 1 shows a progress bar, 0 does not; "auto" shows it after two
-            seconds.
+        verbose: As in `SoftLabels.from_array`.
 
     Raises:
         ValueError: If a line cannot be read, if a class is not a single token,
@@ -157,8 +150,7 @@ def read_answers(
         raise ValueError(
             f"No answer lists a token for the classes {absent}. Each class name"
             " must be a single token, spelled as the model writes it. Received:"
-            f" class_names={list(class_names)}. The most frequent tokens in"
-            f" the answers are {common}"
+            f" class_names={list(class_names)}, and most often {common}"
         )
     return Answers(
         probabilities=np.stack([row for row, _ in values]),

@@ -7,6 +7,7 @@ tokens, and the remaining probability of all other tokens.
 import dataclasses
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,10 +44,8 @@ class TokenAnswers(Responses):
 
     Attributes:
         sequences: The token ids of each text.
-        targets: For each text `(time, top_k + 1, 2)` float32, as `TopKPTLoss`
-            takes them: ids and log-probabilities of the tokens that may follow
-            each token. The last entry, of id -1, is all other tokens together.
-            An id of -2 means that there is no entry.
+        targets: For each text `(time, top_k + 1, 2)` float32, events (see
+            `SoftLabels`) of the tokens that may follow each token.
         rows: As in `Answers`, like `ids` and `failed`.
         unknown_mass: Mean probability of the listed tokens that are not in the
             vocabulary. It is part of the probability of all other tokens.
@@ -61,13 +60,8 @@ class TokenAnswers(Responses):
     ) -> SoftLabels:
         """Store the targets; warn if answers were left out.
 
-        The store finds each text by its token ids. If the process is killed,
-        read and store the file again.
-
-        Args:
-            path: Directory of the new store; None keeps it in memory.
-            **options: `dtype`, `teacher_name`, `overwrite` and `verbose` of
-                `SoftLabels.from_array`.
+        The store finds each text by its token ids. The arguments are those of
+        `SoftLabels.from_array`.
         """
         inputs = [sequence.tolist() for sequence in self.sequences]
         return self._store(self.targets, path, inputs=inputs, **options)
@@ -346,30 +340,23 @@ def vocabulary(tokenizer: Any) -> dict[Any, int]:
     )
 
 
-def bytes_to_ids(pieces: Mapping[Any, int]) -> dict[bytes, int]:
+def bytes_to_ids(pieces: Mapping[str, int]) -> dict[bytes, int]:
     """Decode the tokens of a vocabulary to bytes.
 
-    Byte-level BPE (GPT-2, Llama 3, Qwen) writes each byte as a character and a
-    space as Ġ; SentencePiece (Llama 2, Gemma) writes a space as ▁ and bytes
-    that are not text as <0xE2>.
+    Byte-level BPE (GPT-2, Qwen) writes each byte as a character and a space as
+    Ġ; SentencePiece (Gemma) a space as ▁ and bytes without text as <0xE2>.
     """
-    texts = [piece for piece in pieces if isinstance(piece, str)]
-    is_byte_level = sum("Ġ" in text for text in texts) > sum(
-        "▁" in text for text in texts
-    )
+    spaces = Counter(character for piece in pieces for character in piece)
+    is_byte_level = spaces["Ġ"] > spaces["▁"]
     alphabet = _byte_alphabet()
     found: dict[bytes, int] = {}
     single: dict[bytes, int] = {}
     for piece, number in pieces.items():
-        if not isinstance(piece, str):
-            found[bytes(piece)] = number  # tiktoken's
-        elif is_byte_level:
-            # Tokens added to the vocabulary later may be plain text.
-            is_plain = not alphabet.keys() >= set(piece)
-            codes = (
-                piece.encode() if is_plain else [alphabet[one] for one in piece]
-            )
-            found[bytes(codes)] = number
+        if is_byte_level:
+            if alphabet.keys() >= set(piece):
+                found[bytes(alphabet[one] for one in piece)] = number
+            else:  # a token that was added to the vocabulary as plain text
+                found[piece.encode()] = number
         elif re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
             single[bytes.fromhex(piece[3:5])] = number
         else:

@@ -578,7 +578,7 @@ def test_store_by_custom_id(tmp_path):
 
 def test_store_needs_inputs_or_ids(tmp_path):
     answers = read_answers(write(tmp_path / "a.jsonl", yes(0.25)), NO_YES)
-    with pytest.raises(ValueError, match="Pass `inputs`"):
+    with pytest.raises(ValueError, match="`inputs` must be the examples"):
         answers.store(None)
     with pytest.raises(ValueError, match="1 answers for 2 inputs"):
         answers.store(None, inputs=["a", "b"])
