@@ -126,14 +126,9 @@ def read_responses(
     found: dict[str | int, tuple[int, Any]] = {}
     failed: dict[str | int, str] = {}
     has_ids: set[bool] = set()
-    total = None if ids is None else len(ids)
-    lines = track(
-        _lines(files),
-        "Reading the answers",
-        total,
-        unit="line",
-        verbose=verbose,
-    )
+    lines, total = _lines(files), len(row_of) or None
+    what = "Reading the answers"
+    lines = track(lines, what, total, unit="line", verbose=verbose)
     for row, (where, line) in enumerate(lines):
         key: str | int = row
         try:
@@ -186,8 +181,7 @@ def field(parent: Any, name: str, kind: type[T]) -> T | None:
     """Return a field of a JSON object; None if it is absent or null."""
     if not isinstance(parent, dict):
         raise ValueError(
-            f"an object with the field `{name}` was expected. Received:"
-            f" {parent!r}"
+            f"`{name}` must be a field of an object. Received: {parent!r}"
         )
     value = parent.get(name)
     if value is not None and type(value) is not kind:
@@ -219,10 +213,9 @@ def _response(record: dict[str, Any]) -> dict[str, Any]:
             raise NoAnswer("`response` is null")
         if "body" not in batch:
             raise unknown_shape(batch, "response.body")
-        if batch.get("status_code", 200) != 200:
-            raise NoAnswer(
-                f"status_code {batch['status_code']}: {batch['body']}"
-            )
+        status = batch.get("status_code", 200)
+        if status != 200:
+            raise NoAnswer(f"status_code {status}: {batch['body']}")
         body = field(batch, "body", dict)
     if not body or body.get("error"):
         raise NoAnswer(f"error: {body and body['error']}")
@@ -254,10 +247,7 @@ def positions(choice: dict[str, Any]) -> list[Position]:
     logprobs = field(choice, "logprobs", dict)
     if logprobs is None:
         finish = choice.get("finish_reason")
-        raise NoAnswer(
-            f"`logprobs` is null (finish_reason {finish!r}); ask for"
-            " log-probabilities"
-        )
+        raise NoAnswer(f"`logprobs` is null (finish_reason {finish!r})")
     items = field(logprobs, "content", list)
     texts = field(logprobs, "tokens", list)
     if items is not None and texts is not None:
@@ -314,9 +304,8 @@ def _position(item: Any) -> Position:
         raise ValueError(
             f"the answer's token {token.text!r} has the log-probability"
             f" {token.logprob} in `token_logprobs` or `logprob`, but {same[0]}"
-            " in `top_logprobs`: two tokens may have the same text, or the"
-            " server computes the two numbers in different ways. Ask the server"
-            " for tokens by id or bytes"
+            " in `top_logprobs`; maybe two tokens have the same text. Ask the"
+            " server for tokens by id or bytes"
         )
     known = not same and token.logprob > UNKNOWN_LOGPROB
     entries = (*alternatives, token) if known else alternatives
