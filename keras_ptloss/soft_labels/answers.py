@@ -6,7 +6,6 @@ tokens at this position. The page "Check a file of answers" states the rules.
 
 import dataclasses
 import itertools
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +28,7 @@ from keras_ptloss.soft_labels.responses import (
     read_responses,
     unknown_shape,
 )
-from keras_ptloss.soft_labels.soft_labels import SoftLabels
+from keras_ptloss.soft_labels.soft_labels import PathLike, SoftLabels
 
 ClassNames = Sequence[str] | Mapping[str, Sequence[str]]
 
@@ -56,11 +55,7 @@ class Answers(Responses):
     class_names: list[str]
 
     def store(
-        self,
-        path: str | os.PathLike[str] | None,
-        *,
-        inputs: Any = None,
-        **options: Any,
+        self, path: PathLike | None, *, inputs: Any = None, **options: Any
     ) -> SoftLabels:
         """Store the probabilities; warn if answers were left out.
 

@@ -1,17 +1,8 @@
 """Teacher outputs: how to get them, and how to store them in Arrow columns.
 
-A store has rows of one of three kinds:
-
-* `probabilities`: C probabilities for each example.
-* `top_k`: the k most likely classes of each example, their log-probabilities,
-  and the log-probability of all other classes together.
-* `tokens`: as `top_k`, for each position of a sequence. Positions without an
-  entry at the start and end of a sequence are not stored; `start` is the first
-  stored position.
-
-In memory, the last two are events of shape `(..., k + 1, 2)`, as `TopKPTLoss`
-takes them: ids and natural log-probabilities. The last event, of id -1, is all
-other classes. An id of -2 means that there is no entry.
+`SoftLabels` explains the three kinds of rows (`probabilities`, `top_k` and
+`tokens`) and events. Positions without an event at the start and end of a token
+sequence are not stored; `start` is the first stored position.
 """
 
 import dataclasses
@@ -164,10 +155,7 @@ def record_batch(
     """Check a batch of outputs and return it as an Arrow record batch.
 
     Args:
-        outputs: probabilities or logits, `(batch, C)`; events `(batch, k + 1,
-            2)` or `(batch, time, k + 1, 2)`; or a list of the events of each
-            sequence, `(time, k + 1, 2)`. The event of all other classes may be
-            left out.
+        outputs: as in `SoftLabels.write` or `SoftLabels.from_array`.
         about: the layout's `dtype`, `class_names`, `teacher` and `from_logits`.
         first: index of the first example, for errors.
         x: the inputs of the batch, if known.

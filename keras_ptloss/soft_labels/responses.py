@@ -19,10 +19,10 @@ import numpy as np
 
 from keras_ptloss._progress import Verbose, track
 from keras_ptloss._validation import check_choice
-from keras_ptloss.soft_labels.soft_labels import SoftLabels
+from keras_ptloss.soft_labels.soft_labels import PathLike, SoftLabels
 
 T = TypeVar("T")
-Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+Paths = PathLike | Sequence[PathLike]
 Missing = Literal["error", "skip"]
 
 # OpenAI's log-probability of a chosen token that is not among the most likely.

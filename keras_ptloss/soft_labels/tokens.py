@@ -5,7 +5,6 @@ tokens, and the remaining probability of all other tokens.
 """
 
 import dataclasses
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ from keras_ptloss.soft_labels.responses import (
     positions,
     read_responses,
 )
-from keras_ptloss.soft_labels.soft_labels import SoftLabels
+from keras_ptloss.soft_labels.soft_labels import PathLike, SoftLabels
 
 # A text may have this many end-of-turn tokens after its answer.
 _MAX_END_TOKENS = 2
@@ -55,9 +54,7 @@ class TokenAnswers(Responses):
     targets: list[np.ndarray]
     unknown_mass: float
 
-    def store(
-        self, path: str | os.PathLike[str] | None, **options: Any
-    ) -> SoftLabels:
+    def store(self, path: PathLike | None, **options: Any) -> SoftLabels:
         """Store the targets; warn if answers were left out.
 
         The store finds each text by its token ids. The arguments are those of
