@@ -82,7 +82,7 @@ def attach(
         check_count("batch_size", batch_size)
         rows = pairs.find(data, ids, verbose="auto")
         if len(rows[0]) != num_examples(data):
-            fail("ids", f"one for each of {num_examples(data)} examples", ids)
+            fail("ids", f"one for each of {num_examples(data)}", len(ids))
         if not allow_subset:
             by = "inputs" if ids is None else "ids"
             for store, found in zip(stores, rows, strict=True):

@@ -5,7 +5,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 import numpy as np
@@ -30,8 +30,7 @@ def fingerprint(inputs: Any, *, verbose: Verbose = "auto") -> np.ndarray:
 
     Args:
         inputs: as in `SoftLabels.write`.
-        verbose: 1 shows a progress bar, 0 does not; "auto" shows it after two
-            seconds.
+        verbose: as in `SoftLabels.from_array`.
 
     Returns:
         `(N,)` uint64.
@@ -278,10 +277,9 @@ def not_stored(
         prints = fingerprint(inputs, verbose=verbose)
         gone = (left - collections.Counter(prints.tolist())).total()
         if gone:
-            how = f"lack {gone} of {len(stored)} stored examples"
-            raise other_inputs(path, how)
+            other_inputs(path, f"lack {gone} of {len(stored)} stored examples")
         if not library_of(inputs) and (prints[: len(stored)] != stored).any():
-            raise other_inputs(path, "are in another order")
+            other_inputs(path, "are in another order")
     first = 0
     for x, weight in batches(inputs, batch_size):
         prints, new = fingerprint(x, verbose=0), []
@@ -299,10 +297,7 @@ def not_stored(
             yield x, weight, prints, indices
 
 
-def other_inputs(path: Any, how: str) -> ValueError:
-    """Return the error to raise for inputs that do not belong to a store."""
-    return ValueError(
-        f"`inputs` must be the examples of the soft labels at {path}. Choose "
-        "another path, or pass overwrite=True. Received: inputs that "
-        f"{how}"
-    )
+def other_inputs(path: Any, how: str) -> NoReturn:
+    """Raise an error for inputs that do not belong to a store."""
+    expected = f"the examples of the soft labels at {path}. Choose another path"
+    fail("inputs", f"{expected}, or pass overwrite=True", f"inputs that {how}")

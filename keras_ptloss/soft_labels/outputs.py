@@ -84,8 +84,6 @@ def asked(
         if top_k is not None:
             teacher = LikeliestOf(teacher, top_k, from_logits)
         return teacher.predict_on_batch
-    if not callable(teacher):
-        fail("teacher", "a Keras model or a function of a batch", teacher)
     if top_k is None:
         return teacher
     return lambda x: cut(teacher(x), top_k, from_logits)
@@ -106,14 +104,7 @@ class LikeliestOf(keras.Model):
 
 def cut(outputs: Any, top_k: int, from_logits: bool) -> np.ndarray:
     """Return the k most likely classes of outputs `(..., C)`, as events."""
-    outputs = _numbers(outputs)
-    if top_k > outputs.shape[-1] or outputs.ndim > 3:
-        raise ValueError(
-            "`top_k` must be at most the number of classes, and the outputs "
-            "(batch, num_classes) or (batch, time, num_classes). Received: "
-            f"top_k={top_k}, outputs of shape {outputs.shape}"
-        )
-    tensor = ops.convert_to_tensor(outputs)
+    tensor = ops.convert_to_tensor(_numbers(outputs))
     return as_array(likeliest(tensor, top_k, from_logits))
 
 

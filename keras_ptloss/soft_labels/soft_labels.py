@@ -12,6 +12,7 @@ import numpy as np
 
 from keras_ptloss._progress import Progress, Verbose, track
 from keras_ptloss._validation import check_count, fail
+from keras_ptloss.soft_labels import journal
 from keras_ptloss.soft_labels.attach import attach
 from keras_ptloss.soft_labels.inputs import (
     as_inputs,
@@ -21,14 +22,6 @@ from keras_ptloss.soft_labels.inputs import (
     num_examples,
     other_inputs,
     take,
-)
-from keras_ptloss.soft_labels.journal import (
-    check_same,
-    discard,
-    files_of,
-    open_file,
-    sync,
-    writing,
 )
 from keras_ptloss.soft_labels.outputs import (
     NO_ENTRY,
@@ -155,19 +148,19 @@ class SoftLabels:
         run = asked(teacher, top_k, from_logits)
         path, inputs = Path(path), as_inputs(inputs)
         total = None if library_of(inputs) else num_examples(inputs)
-        if ids is not None:
-            _check_length("ids", len(ids), total)
+        if ids is not None and len(ids) != total:
+            fail("ids", f"one for each of {total} examples in arrays", len(ids))
         about: dict[str, Any] = {
             "dtype": dtype,
             "class_names": None if class_names is None else tuple(class_names),
             "teacher": teacher_name or teacher_identity(teacher),
             "from_logits": from_logits,
         }
-        with writing(path, fsync=fsync, overwrite=overwrite) as writer:
+        with journal.writing(path, fsync=fsync, overwrite=overwrite) as writer:
             if writer.layout is not None:
                 has = {"has_fingerprints": True, "has_ids": ids is not None}
                 k = {} if top_k is None else {"top_k": top_k}
-                check_same(writer.layout, about | has | k, path)
+                journal.check_same(writer.layout, about | has | k, path)
             stored = writer.fingerprints
             what = f"Asking the teacher; {len(stored)} examples are stored at"
             left = None if total is None else total - len(stored)
@@ -179,7 +172,7 @@ class SoftLabels:
                 inputs, batch_size, stored, path, verbose
             ):
                 if writer.complete:
-                    raise other_inputs(path, f"are more than {writer.num_rows}")
+                    other_inputs(path, f"are more than {writer.num_rows}")
                 try:
                     outputs = run(x)
                 except Exception as error:
@@ -197,7 +190,7 @@ class SoftLabels:
             if not writer.complete:
                 writer.finish()
             progress.close()
-        discard(path.with_name(path.name + PARTIAL))
+        journal.discard(path.with_name(path.name + PARTIAL))
         return cls.open(path, verbose=verbose)
 
     @classmethod
@@ -224,7 +217,7 @@ class SoftLabels:
                 classes.
         """
         path = Path(path)
-        files, complete = files_of(path)
+        files, complete = journal.files_of(path)
         if not files and not any(path.glob("journal-*")):
             raise FileNotFoundError(f"There are no soft labels at {path}")
         if not complete:
@@ -234,10 +227,14 @@ class SoftLabels:
             )
         what = f"Checking the soft labels at {path}"
         shown = track(files, what, None, unit="file", verbose=verbose)
-        found = [open_file(path / name, verify=verify) for name in shown]
+        found = [
+            journal.open_file(path / name, verify=verify) for name in shown
+        ]
         layout = Layout.of_schema(found[0].schema)
         if class_names is not None:
-            check_same(layout, {"class_names": tuple(class_names)}, path)
+            journal.check_same(
+                layout, {"class_names": tuple(class_names)}, path
+            )
         return cls(layout, found, path)
 
     @classmethod
@@ -301,11 +298,10 @@ class SoftLabels:
         total = len(values)
         if inputs is not None:
             inputs = as_inputs(inputs)
-            if library_of(inputs):
-                fail("inputs", "arrays, not a data set", inputs)
-            _check_length("inputs", num_examples(inputs), total)
-        if ids is not None:
-            _check_length("ids", len(ids), total)
+            if library_of(inputs) or num_examples(inputs) != total:
+                fail("inputs", f"arrays of {total} examples", inputs)
+        if ids is not None and len(ids) != total:
+            fail("ids", f"one for each of {total} values", len(ids))
         about = {
             "dtype": dtype,
             "class_names": class_names,
@@ -350,7 +346,7 @@ class SoftLabels:
         path = Path(path)
         # Only a complete store gets the name `path`.
         temporary = path.with_name(path.name + PARTIAL)
-        with writing(temporary, overwrite=True) as writer:
+        with journal.writing(temporary, overwrite=True) as writer:
             try:
                 for batch in batches:
                     writer.append(batch)
@@ -359,7 +355,7 @@ class SoftLabels:
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
-        sync(path.parent)
+        journal.sync(path.parent)
         return cls.open(path, verbose=verbose)
 
     # ---- Read ----
@@ -616,7 +612,7 @@ class SoftLabels:
         """
         stores = [cls.open(part) for part in parts]
         for store in stores:
-            check_same(store.layout, vars(stores[0].layout), store.path)
+            journal.check_same(store.layout, vars(stores[0].layout), store.path)
         found = (part for store in stores for part in store._parts(CHUNK))
         total = sum(map(len, stores))
         return cls._from_batches(
@@ -627,9 +623,11 @@ class SoftLabels:
 def _rename(new: Path, path: Path, overwrite: bool) -> None:
     """Rename a complete store to `path`, or delete it if `path` is the same."""
     if path.exists():
-        with writing(path, overwrite=overwrite) as old:
+        with journal.writing(path, overwrite=overwrite) as old:
             # Files are named by checksums: equal names mean equal rows.
-            if old.layout is not None and files_of(path) != files_of(new):
+            if old.layout is not None and journal.files_of(
+                path
+            ) != journal.files_of(new):
                 state = "a complete" if old.complete else "an unfinished"
                 raise ValueError(
                     "`path` must be new, or pass overwrite=True. Received: "
@@ -640,10 +638,3 @@ def _rename(new: Path, path: Path, overwrite: bool) -> None:
             shutil.rmtree(new if old.complete else path)
     if new.exists():
         new.rename(path)
-
-
-def _check_length(name: str, length: int, total: int | None) -> None:
-    """Require one entry for each row; `total` is None for data sets."""
-    if length != total:
-        expected = f"one entry for each of {total} rows of arrays"
-        fail(name, expected, f"{length} entries")

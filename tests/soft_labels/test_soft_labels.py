@@ -343,9 +343,9 @@ class TestFromArray:
         assert not list(tmp_path.iterdir())
 
     def test_lengths_must_agree(self, probabilities, x):
-        with pytest.raises(ValueError, match="`inputs` .* 300 rows"):
+        with pytest.raises(ValueError, match="`inputs` .* 300 examples"):
             SoftLabels.from_array(probabilities, inputs=x[1:])
-        with pytest.raises(ValueError, match="`ids` .* 300 rows"):
+        with pytest.raises(ValueError, match="`ids` .* 300 values"):
             SoftLabels.from_array(probabilities, ids=["a"])
 
     @pytest.mark.ci
