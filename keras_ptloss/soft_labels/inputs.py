@@ -72,26 +72,22 @@ def _fingerprint(x: Tensor) -> np.ndarray:
             header += f"{array.dtype.name}{array.shape[1:]}".encode()
         array = array.astype(array.dtype.newbyteorder("<"), copy=False)
         if mask is not None and array.shape == mask.shape:
-            rows.append(
-                [row[m].tobytes() for row, m in zip(array, mask, strict=True)]
-            )
+            some = zip(array, mask, strict=True)
+            rows.append([row[kept].tobytes() for row, kept in some])
         else:
             data, size = array.tobytes(), array.nbytes // max(len(array), 1)
             starts = [size * row for row in range(len(array))]
             rows.append([data[low : low + size] for low in starts])
-    digests = [
-        hashlib.blake2b(
-            header
-            + b"".join([len(p).to_bytes(8, "little") + p for p in parts]),
-            digest_size=8,
-        ).digest()
-        for parts in zip(*rows, strict=True)
-    ]
+    digests = []
+    for parts in zip(*rows, strict=True):
+        sized = [len(part).to_bytes(8, "little") + part for part in parts]
+        data = header + b"".join(sized)
+        digests.append(hashlib.blake2b(data, digest_size=8).digest())
     return np.frombuffer(b"".join(digests), "<u8")
 
 
 def _text_bytes(row: Any) -> bytes:
-    """Return the texts of an example, each as its length and its bytes."""
+    """Return the texts of an example as bytes."""
     encoded = b""
     for text in np.ravel(np.asarray(row, object)):
         if not isinstance(text, (str, bytes)):
