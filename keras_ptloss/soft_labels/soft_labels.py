@@ -158,9 +158,11 @@ class SoftLabels:
         }
         with journal.writing(path, fsync=fsync, overwrite=overwrite) as writer:
             if writer.layout is not None:
-                has = {"has_fingerprints": True, "has_ids": ids is not None}
-                k = {} if top_k is None else {"top_k": top_k}
-                journal.check_same(writer.layout, about | has | k, path)
+                call = about | {"has_fingerprints": True}
+                call["has_ids"] = ids is not None
+                if top_k is not None:
+                    call["top_k"] = top_k
+                journal.check_same(writer.layout, call, path)
             stored = writer.fingerprints
             what = f"Asking the teacher; {len(stored)} examples are stored at"
             left = None if total is None else total - len(stored)
@@ -232,9 +234,8 @@ class SoftLabels:
         ]
         layout = Layout.of_schema(found[0].schema)
         if class_names is not None:
-            journal.check_same(
-                layout, {"class_names": tuple(class_names)}, path
-            )
+            expected = {"class_names": tuple(class_names)}
+            journal.check_same(layout, expected, path)
         return cls(layout, found, path)
 
     @classmethod
@@ -320,25 +321,19 @@ class SoftLabels:
                 names = None if ids is None else ids[part]
                 yield record_batch(outputs, about, low, x, prints, names)
 
-        return cls._from_batches(
-            batches(), f"Storing {total} rows", total, path, overwrite, verbose
-        )
+        return cls._from_batches(batches(), total, path, overwrite, verbose)
 
     @classmethod
     def _from_batches(
         cls,
         batches: Iterable[Any],
-        what: str,
         num_rows: int,
         path: PathLike | None,
         overwrite: bool,
         verbose: Verbose,
     ) -> "SoftLabels":
-        """Make a store from batches of `CHUNK` rows, or nothing if this fails.
-
-        `what` is the text above the progress bar.
-        """
-        total = -(-num_rows // CHUNK)
+        """Make a store from batches of `CHUNK` rows, or nothing if it fails."""
+        what, total = f"Storing {num_rows} rows", -(-num_rows // CHUNK)
         batches = track(batches, what, total, verbose=verbose)
         if path is None:
             table = pyarrow().Table.from_batches(batches).combine_chunks()
@@ -588,9 +583,7 @@ class SoftLabels:
                 f"{file} with the columns {schema.names}"
             )
         found, total = table.iter_batches(CHUNK), table.metadata.num_rows
-        return cls._from_batches(
-            found, f"Reading {total} rows", total, path, overwrite, verbose
-        )
+        return cls._from_batches(found, total, path, overwrite, verbose)
 
     @classmethod
     def join(
@@ -615,9 +608,7 @@ class SoftLabels:
             journal.check_same(store.layout, vars(stores[0].layout), store.path)
         found = (part for store in stores for part in store._parts(CHUNK))
         total = sum(map(len, stores))
-        return cls._from_batches(
-            found, f"Joining {total} rows", total, path, overwrite, verbose
-        )
+        return cls._from_batches(found, total, path, overwrite, verbose)
 
 
 def _rename(new: Path, path: Path, overwrite: bool) -> None:

@@ -14,8 +14,7 @@ import numpy as np
 
 from keras_ptloss._progress import Verbose
 from keras_ptloss._validation import check_count, fail
-from keras_ptloss.soft_labels.outputs import NO_ENTRY, REST
-from keras_ptloss.soft_labels.responses import (
+from keras_ptloss.soft_labels.answers import (
     UNKNOWN_LOGPROB,
     Missing,
     NoAnswer,
@@ -29,6 +28,7 @@ from keras_ptloss.soft_labels.responses import (
     positions,
     read_responses,
 )
+from keras_ptloss.soft_labels.outputs import NO_ENTRY, REST
 from keras_ptloss.soft_labels.soft_labels import PathLike, SoftLabels
 
 # A text may have this many end-of-turn tokens after its answer.
