@@ -42,7 +42,7 @@ _JSON = {dict: "object", list: "array", str: "string", int: "integer"}
 
 
 class NoAnswer(Exception):
-    """The reason why a response has no answer that can be read."""
+    """The reason why a response has no answer. ValueErrors are ambiguities."""
 
 
 class Token(NamedTuple):
@@ -96,8 +96,7 @@ class Responses:
             raise ValueError(
                 "The lines have a `custom_id`, so they may be in any order."
                 f" Read them with `ids`, the custom_ids of the `{argument}`, in"
-                f" order. Received: ids=None, and custom_ids such as"
-                f" {(self.ids or [''])[0]!r}"
+                f" order. Received: ids=None, but {(self.ids or [''])[0]!r}"
             )
         if self._num_answers != count:
             raise ValueError(
@@ -125,9 +124,8 @@ def read_responses(
 ) -> tuple[list[Any], Responses]:
     """Return `read(response, row)` for each answer, and the `Responses`.
 
-    `read` raises `NoAnswer` if the response has no answer, and ValueError if it
-    cannot be read. If a failed request was repeated, two lines have the same
-    `custom_id`; the line with an answer is used.
+    If a failed request was repeated, two lines have the same `custom_id`; the
+    line with an answer is used.
     """
     check_choice("missing", missing, ("error", "skip"))
     row_of = {name: row for row, name in enumerate(ids or ())}
@@ -190,14 +188,10 @@ def _lines(files: Paths) -> Iterator[tuple[str, bytes]]:
 def field(parent: Any, name: str, kind: type[T]) -> T | None:
     """Return a field of a JSON object; None if it is absent or null."""
     if not isinstance(parent, dict):
-        raise ValueError(
-            f"`{name}` must be a field of an object. Received: {parent!r}"
-        )
+        fail(name, "a field of a JSON object", parent)
     value = parent.get(name)
     if value is not None and type(value) is not kind:
-        raise ValueError(
-            f"`{name}` must be a JSON {_JSON[kind]}. Received: {value!r}"
-        )
+        fail(name, f"a JSON {_JSON[kind]}", value)
     return value
 
 
@@ -276,9 +270,8 @@ def _as_chat(logprobs: dict[str, Any], texts: list[Any]) -> list[Any]:
     own = field(logprobs, "token_logprobs", list)
     top = field(logprobs, "top_logprobs", list) or [None] * len(texts)
     if own is None or not len(texts) == len(own) == len(top):
-        raise ValueError(
-            "`tokens`, `token_logprobs` and `top_logprobs` differ in length"
-        )
+        lists = "`tokens`, `token_logprobs` and `top_logprobs`"
+        raise ValueError(f"{lists} must have the same length")
     items = []
     for text, logprob, likeliest in zip(texts, own, top, strict=True):
         if logprob is None:  # the first token of a prompt
@@ -297,10 +290,7 @@ def _as_chat(logprobs: dict[str, Any], texts: list[Any]) -> list[Any]:
 
 
 def _position(item: Any) -> Position:
-    """Read a token and its alternatives.
-
-    If the token is also an alternative, it must have the same log-probability.
-    """
+    """Read a token and its alternatives, which must agree on the token."""
     token = _token(item)
     listed = map(_token, field(item, "top_logprobs", list) or [])
     alternatives = tuple(dict.fromkeys(listed))
@@ -496,12 +486,8 @@ def _spellings(class_names: ClassNames) -> dict[str, int]:
         or not are_texts
         or not different
     ):
-        fail(
-            "class_names",
-            "a list of two or more different texts, or a dictionary that maps"
-            " each name to a list of spellings",
-            class_names,
-        )
+        expected = "two or more different texts, or a dictionary that maps each"
+        fail("class_names", f"{expected} to its spellings", class_names)
     return spellings
 
 
@@ -602,14 +588,10 @@ def _first_after(
     count = text.count(after) if after else 1  # every text begins with ""
     if count > 1:
         raise ValueError(
-            f"the text {after!r} occurs {count} times in the content of the"
-            " answer; pass a longer text as `after`"
+            f"{after!r} occurs {count} times in the content; pass a longer text"
         )
     if not count:
-        raise NoAnswer(
-            f"the content does not contain {after!r}. Received: the content"
-            f" {_tail(text)}"
-        )
+        raise NoAnswer(f"the content {_tail(text)} does not contain {after!r}")
     end = text.index(after) + len(after)
     before = len(_visible(text[:end].encode()))
     for position in spelled:
@@ -617,10 +599,8 @@ def _first_after(
             return position, text[end:].lstrip()
         before -= len(_visible(position.token.utf8))
         if before < 0:
-            raise ValueError(
-                f"the text {after!r} ends inside the token"
-                f" {position.token.text!r}"
-            )
+            token = position.token.text
+            raise ValueError(f"{after!r} ends inside the token {token!r}")
     raise NoAnswer(f"nothing follows {after!r} in the content")
 
 
@@ -629,9 +609,7 @@ def _listed_masses(
 ) -> dict[int, float]:
     """Return the probability of each listed class."""
     if not position.alternatives:
-        raise NoAnswer(
-            "`top_logprobs` is empty; ask for example with top_logprobs=20"
-        )
+        raise NoAnswer("`top_logprobs` is empty; ask with top_logprobs=20")
     masses: dict[int, float] = {}
     texts: set[str] = set()
     for token in position.entries:

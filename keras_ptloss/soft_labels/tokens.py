@@ -31,8 +31,7 @@ from keras_ptloss.soft_labels.answers import (
 from keras_ptloss.soft_labels.outputs import NO_ENTRY, REST
 from keras_ptloss.soft_labels.soft_labels import PathLike, SoftLabels
 
-# A text may have this many end-of-turn tokens after its answer.
-_MAX_END_TOKENS = 2
+_MAX_END_TOKENS = 2  # end-of-turn tokens that may follow the answer
 
 TokenIds = Mapping[Token, int | None]  # by `Token.key`
 
@@ -106,11 +105,9 @@ def read_tokens(
         >>> path = tempfile.mkdtemp() + "/answers.jsonl"
         >>> with open(path, "w") as file:
         ...     json.dump({"choices": [{"logprobs": logprobs}]}, file)
+        >>> vocabulary = {"Well": 0, "Ġyes": 1, "Ġno": 2}
         >>> answers = read_tokens(
-        ...     path,
-        ...     top_k=2,
-        ...     sequences=[[0, 1]],
-        ...     tokenizer={"Well": 0, "Ġyes": 1, "Ġno": 2},
+        ...     path, top_k=2, sequences=[[0, 1]], tokenizer=vocabulary
         ... )
         >>> print(answers.targets[0][0].round(2))
         [[ 1.   -0.7 ]
@@ -177,8 +174,7 @@ def _prompt_logprobs(
     listed = listed or field(choice, "prompt_logprobs", list)
     if listed is not None and choice.get("logprobs") is not None:
         raise ValueError(
-            "the response has `prompt_logprobs` and `logprobs`, which are about"
-            " different texts; ask for only one of them"
+            "the response has `prompt_logprobs` and `logprobs`; ask for one"
         )
     return listed
 
@@ -203,8 +199,7 @@ def _prompt_entries(
         if token not in found and (found or entries):
             raise ValueError(
                 f"`prompt_logprobs` has no entry for token {token} at position"
-                f" {len(entries)} of its sequence; it belongs to another text"
-                " or tokenizer"
+                f" {len(entries)} of its sequence"
             )
         entries.append(found)
     return entries
@@ -217,19 +212,17 @@ def _entries(
     found: dict[int, float] = {}
     missed = 0.0
     for token in position.entries:
-        number = token_ids[token.key]
-        if not token.logprob > UNKNOWN_LOGPROB:
+        number, logprob = token_ids[token.key], token.logprob
+        if not logprob > UNKNOWN_LOGPROB:
             continue  # servers write this for a probability of 0
         if number is None:
             missed += token.probability
-        elif abs(found.get(number, token.logprob) - token.logprob) > 0.01:
+        elif abs(found.setdefault(number, logprob) - logprob) > 0.01:
             raise ValueError(
                 f"`top_logprobs` lists {token.text!r} with two"
                 " log-probabilities: the server writes two tokens in the same"
                 " way. Ask for tokens by id or bytes"
             )
-        else:
-            found.setdefault(number, token.logprob)
     unknown.append(missed)
     return found
 
@@ -258,12 +251,11 @@ def _start(own: list[int | None], sequence: np.ndarray) -> int:
     for start in range(last, max(last - _MAX_END_TOKENS, 0) - 1, -1):
         if ((said < 0) | (said == sequence[start : start + len(said)])).all():
             return start
+    text, answer = (np.array2string(a, threshold=8) for a in (sequence, said))
     raise ValueError(
-        "a text must end with its answer, followed by at most two tokens. Check"
-        " that it has the same tokenizer as the answer. If the server leaves"
-        " out spaces, ask for tokens by id. Received: the answer"
-        f" {np.array2string(said, threshold=8)} for the text"
-        f" {np.array2string(sequence, threshold=8)}"
+        "a text must end with its answer, followed by at most two tokens. If"
+        " both have the same tokenizer, ask the server for tokens by id."
+        f" Received: the answer {answer} for the text {text}"
     )
 
 
@@ -307,7 +299,7 @@ def _token_ids(keys: set[Token], tokenizer: Any) -> TokenIds:
     unknown_pieces = list(as_pieces.values()).count(None)
     if unknown_text == unknown_pieces == len(keys):
         raise ValueError(
-            "No token of the file is in the tokenizer. Received: the tokens"
+            "No token of the file is in the tokenizer. Received:"
             f" {sorted(key.text for key in keys)[:10]}"
         )
     differ = [key.text for key in keys if as_text[key] != as_pieces[key]]
@@ -329,12 +321,9 @@ def vocabulary(tokenizer: Any) -> dict[Any, int]:
     if hasattr(tokenizer, "id_to_token"):  # KerasHub
         size = tokenizer.vocabulary_size()
         return {tokenizer.id_to_token(i): i for i in range(size)}
-    fail(
-        "tokenizer",
-        "a dictionary that maps each token to its id, or a tokenizer from"
-        " Hugging Face or KerasHub, because the file has tokens without ids",
-        tokenizer,
-    )
+    # The file has tokens without ids.
+    expected = "a dictionary that maps each token to its id, or a tokenizer"
+    fail("tokenizer", f"{expected} from Hugging Face or KerasHub", tokenizer)
 
 
 def bytes_to_ids(pieces: Mapping[str, int]) -> dict[bytes, int]:

@@ -59,7 +59,7 @@ def test_requests_without_a_line(tmp_path):
         ([batch(3, answer(0.5))], {}, "`custom_id` must be a JSON string"),
         ([{**answer(0.5), "response": {}}], {}, "`choices` and `response`"),
         ([{"choices": answer(0.5)["choices"] * 2}], {}, "ask with n=1"),
-        ([[1, 2]], {}, "must be a field of an object"),
+        ([[1, 2]], {}, "must be a field of a JSON object"),
         ([answer(0.5)], {"missing": "uniform"}, "missing='uniform'"),
         ([], {}, "files without lines"),
     ],
