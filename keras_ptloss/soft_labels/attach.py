@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_ptloss._progress import Verbose
-from keras_ptloss._validation import check_count, fail
+from keras_ptloss._validation import fail
 from keras_ptloss.soft_labels.inputs import (
     as_inputs,
     fingerprint,
@@ -25,8 +25,6 @@ from keras_ptloss.soft_labels.outputs import NO_ENTRY
 
 if TYPE_CHECKING:
     from keras_ptloss.soft_labels.soft_labels import SoftLabels
-
-Tensor = Any
 
 
 def attach_several(
@@ -79,7 +77,6 @@ def attach(
     pairs = _Pairs(stores)
     library = library_of(data)
     if library is None:
-        check_count("batch_size", batch_size)
         rows = pairs.find(data, ids, verbose="auto")
         if len(rows[0]) != num_examples(data):
             fail("ids", f"one for each of {num_examples(data)}", len(ids))
@@ -112,9 +109,8 @@ def _check_all_used(store: "SoftLabels", by: str, most: float) -> None:
     stored = len(store._index(by)[0])
     if most < stored:
         raise ValueError(
-            "`data` must contain every example that has stored soft labels, "
-            "unless you pass allow_subset=True. Received: at most "
-            f"{most} of {stored} examples"
+            "`data` must contain every example that is stored, unless you pass "
+            f"allow_subset=True. Received: at most {most} of {stored} examples"
         )
 
 
@@ -162,8 +158,7 @@ def _at_tokens(
     sequence, position = np.nonzero(mask & (number < found.shape[1]))
     y_true = np.zeros((*mask.shape, *found.shape[2:]), "float32")
     y_true[..., 0] = NO_ENTRY
-    of_tokens = found[sequence, number[sequence, position]]
-    y_true[sequence, position] = of_tokens
+    y_true[sequence, position] = found[sequence, number[sequence, position]]
     stored = y_true[..., 0, 0] != NO_ENTRY
     return y_true, stored * weights_of_positions(weight, mask.shape)
 
@@ -179,12 +174,7 @@ class _Arrays(keras.utils.PyDataset):
     """Batches of arrays with their targets, in a new order in each epoch."""
 
     def __init__(
-        self,
-        pairs: _Pairs,
-        x: Any,
-        rows: list[np.ndarray],
-        batch_size: int,
-        generator: np.random.Generator | None,
+        self, pairs: _Pairs, x: Any, rows: Any, batch_size: int, generator: Any
     ) -> None:
         super().__init__()
         self._pairs, self._x, self._rows = pairs, x, rows

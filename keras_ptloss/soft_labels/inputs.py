@@ -14,7 +14,6 @@ from keras_ptloss._backend import as_array
 from keras_ptloss._progress import Verbose, track
 from keras_ptloss._validation import fail, refuse_masked
 
-Tensor = Any
 # Names of token ids and of their padding mask in KerasHub and Hugging Face.
 MASKS = {"token_ids": "padding_mask", "input_ids": "attention_mask"}
 
@@ -51,7 +50,7 @@ def fingerprint(inputs: Any, *, verbose: Verbose = "auto") -> np.ndarray:
     )
 
 
-def _fingerprint(x: Tensor) -> np.ndarray:
+def _fingerprint(x: Any) -> np.ndarray:
     """Return the fingerprints of one batch."""
     mask = padding_mask(x)
     if mask is not None:
@@ -97,7 +96,7 @@ def _text_bytes(row: Any) -> bytes:
     return encoded
 
 
-def padding_mask(x: Tensor) -> np.ndarray | None:
+def padding_mask(x: Any) -> np.ndarray | None:
     """Return the padding mask of a batch of token ids as bool, or None."""
     for name, mask in MASKS.items():
         if isinstance(x, Mapping) and name in x and mask in x:
@@ -105,7 +104,7 @@ def padding_mask(x: Tensor) -> np.ndarray | None:
     return None
 
 
-def sequence_mask(x: Tensor) -> np.ndarray:
+def sequence_mask(x: Any) -> np.ndarray:
     """Return which entries of a batch are tokens, `(batch, time)` bool."""
     mask = padding_mask(x)
     if mask is not None:
@@ -141,19 +140,14 @@ def library_of(data: Any) -> str | None:
         return "tensorflow"
     if torch is not None and isinstance(data, torch.utils.data.DataLoader):
         return "torch"
-    if grain is not None and isinstance(
-        data, (grain.MapDataset, grain.IterDataset, grain.DataLoader)
-    ):
-        return "grain"
+    if grain is not None:
+        kinds = (grain.MapDataset, grain.IterDataset, grain.DataLoader)
+        return "grain" if isinstance(data, kinds) else None
     return None
 
 
 def as_inputs(inputs: Any) -> Any:
-    """Return inputs as a pytree of arrays, or as a data set of batches.
-
-    A list of sequences of token ids becomes a dictionary of padded ids and
-    their mask.
-    """
+    """Return inputs as a pytree of arrays, or as a data set of batches."""
     if library_of(inputs):
         if num_batches(inputs) == math.inf:
             fail("inputs", "finite: leave out `repeat()`", inputs)
@@ -174,12 +168,9 @@ def as_inputs(inputs: Any) -> Any:
         is_array = hasattr(leaf, "__array__")
         lengths.add(np.shape(leaf)[:1] if is_array else ())
     if len(lengths) != 1 or () in lengths:
-        fail(
-            "inputs",
-            "arrays of the same length, a list of texts, or a data set of "
-            "batches (for PyTorch, a DataLoader)",
-            f"{type(inputs).__name__} of lengths {lengths}",
-        )
+        expected = "arrays of the same length, texts, or a data set of batches"
+        found = f"{type(inputs).__name__} of lengths {lengths}"
+        fail("inputs", f"{expected} (for PyTorch, a DataLoader)", found)
     return keras.tree.map_structure(as_array, inputs)
 
 
@@ -199,7 +190,7 @@ def num_batches(data: Any) -> float | None:
 
 
 def pad(sequences: Any) -> dict[str, np.ndarray]:
-    """Return sequences of token ids, padded on the right with 0."""
+    """Return lists of token ids as padded ids and their mask."""
     arrays = [np.asarray(sequence) for sequence in sequences]
     for array in arrays:
         if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -225,10 +216,7 @@ def take(x: Any, index: Any) -> Any:
 
 
 def batches(inputs: Any, batch_size: int) -> Iterator[tuple[Any, Any]]:
-    """Yield `(inputs, sample weights)` of each batch; weights may be None.
-
-    `batch_size` is for arrays. Data sets have their own batches.
-    """
+    """Yield `(inputs, sample weights)` of each batch; weights may be None."""
     library = library_of(inputs)
     if library is None:
         for low in range(0, num_examples(inputs), batch_size):
@@ -257,11 +245,7 @@ def _as_numpy(leaf: Any) -> Any:
 
 
 def not_stored(
-    inputs: Any,
-    batch_size: int,
-    stored: np.ndarray,
-    path: Any,
-    verbose: Verbose,
+    inputs: Any, batch_size: int, stored: np.ndarray, path: Any, verbose: Any
 ) -> Iterator[tuple[Any, Any, np.ndarray, np.ndarray]]:
     """Yield inputs, weights, fingerprints and indices of new examples.
 

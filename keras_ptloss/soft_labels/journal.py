@@ -71,11 +71,8 @@ def writing(
 class StoreWriter:
     """Appends record batches to the store in a locked directory.
 
-    Attributes:
-        layout: the layout of the rows; None before the first `append`.
-        complete: whether the store is complete.
-        num_rows: how many rows are stored.
-        fingerprints: the fingerprints of the rows that were stored before.
+    The `layout` is None before the first `append`. `fingerprints` are those of
+    the rows that were stored before.
     """
 
     def __init__(self, path: Path, fsync: bool) -> None:

@@ -35,7 +35,6 @@ from keras_ptloss.soft_labels.inputs import (
 REST = -1
 NO_ENTRY = -2
 
-Tensor = Any
 # Columns by name. For tokens, there is also an array `offsets`: sequence i has
 # the positions from `offsets[i]` to `offsets[i + 1]`.
 Values = dict[str, Any]
@@ -47,8 +46,7 @@ def pyarrow() -> Any:
         import pyarrow as pa
     except ImportError as error:
         raise ImportError(
-            "SoftLabels needs pyarrow, because it stores rows in Arrow files. "
-            "Run `pip install pyarrow`."
+            "SoftLabels needs pyarrow. Run `pip install pyarrow`."
         ) from error
     return pa
 
@@ -96,7 +94,7 @@ class LikeliestOf(keras.Model):
         super().__init__()
         self.teacher, self.k, self.from_logits = teacher, k, from_logits
 
-    def call(self, inputs: Tensor) -> Tensor:
+    def call(self, inputs: Any) -> Any:
         """Return `likeliest` of the teacher's outputs."""
         outputs = self.teacher(inputs, training=False)
         return likeliest(outputs, self.k, self.from_logits)
@@ -108,13 +106,10 @@ def cut(outputs: Any, top_k: int, from_logits: bool) -> np.ndarray:
     return as_array(likeliest(tensor, top_k, from_logits))
 
 
-def likeliest(outputs: Tensor, k: int, from_logits: bool) -> Tensor:
+def likeliest(outputs: Any, k: int, from_logits: bool) -> Any:
     """Return the k most likely classes of a tensor `(..., C)`, as events."""
     logits = ops.cast(outputs, "float32")
-    if from_logits:
-        logits = ops.log_softmax(logits, axis=-1)
-    else:
-        logits = ops.log(logits)
+    logits = ops.log_softmax(logits) if from_logits else ops.log(logits)
     values, ids = ops.top_k(logits, k)
     # `log(1 - sum)` would lose all precision if the sum of the k is close to 1.
     # So add up the other classes: those with a lower value than the last of the
@@ -235,7 +230,7 @@ def _probabilities(outputs: np.ndarray, about: dict[str, Any]) -> Values:
         np.abs(rounded.sum(-1, dtype="float64") - 1) <= SUM_TOLERANCE,
         rows,
         f"large enough for {dtype}, which rounds these by more than 1 %. Pass "
-        "dtype='float32', or store only the most likely classes (top_k)",
+        "dtype='float32' or top_k",
     )
     return {"probabilities": rounded}
 
@@ -261,9 +256,8 @@ def _entries(
     _check_rows(
         (fits & (ids == events[:, : ids.shape[1], 0])).all(-1),
         events[..., 0],
-        f"whole ids from 0 to {largest}, or -2 where there is no entry, and "
-        "log-probabilities on the last axis. If the last axis has all classes "
-        "of a sequence, pass top_k",
+        f"whole ids from 0 to {largest} (-2 where there is no entry) and "
+        "log-probabilities. If they are all classes of a sequence, pass top_k",
     )
     if kept is not None:
         known = known & kept[:, None]
@@ -371,8 +365,7 @@ class Layout:
             return cls(**json.loads(schema.metadata[b"keras_ptloss"]))
         except TypeError as error:
             raise ValueError(
-                "These soft labels were written by another version of "
-                f"keras_ptloss, and this version cannot read them: {error}."
+                f"Soft labels of another version of keras_ptloss: {error}"
             ) from error
 
 

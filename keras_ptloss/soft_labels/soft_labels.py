@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from keras_ptloss._progress import Progress, Verbose, track
-from keras_ptloss._validation import check_count, fail
+from keras_ptloss._validation import fail
 from keras_ptloss.soft_labels import journal
 from keras_ptloss.soft_labels.attach import attach
 from keras_ptloss.soft_labels.inputs import (
@@ -144,7 +144,6 @@ class SoftLabels:
             RuntimeError: if the teacher fails, or another process writes.
             OSError: if the disk is full. Rows that are already stored are kept.
         """
-        check_count("batch_size", batch_size)
         run = asked(teacher, top_k, from_logits)
         path, inputs = Path(path), as_inputs(inputs)
         total = None if library_of(inputs) else num_examples(inputs)
@@ -446,15 +445,13 @@ class SoftLabels:
         """Return the row of each fingerprint or id; see `find`."""
         known, first = self._index(argument)
         place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-        missing = np.flatnonzero(known[place] != wanted)
-        if len(missing):
-            why = f"{wanted[missing[0]]!r}"
-            if argument == "inputs":
-                why = "new, or its values, dtype or shape have changed"
+        new = np.flatnonzero(known[place] != wanted)
+        if len(new):
             raise ValueError(
                 f"`{argument}` must have only examples with stored soft labels."
-                f" Received: {len(missing)} of {len(wanted)} examples have "
-                f"none; the first is at position {missing[0]}: {why}"
+                f" Received: {len(new)} of {len(wanted)} examples are new, or "
+                "their values, dtype or shape have changed; the first is at "
+                f"position {new[0]}: {wanted[new[0]]!r}"
             )
         return first[place]
 

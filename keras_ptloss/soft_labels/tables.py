@@ -127,9 +127,9 @@ def _probabilities(
     if not good.all():
         row = int(np.argmin(good))
         raise ValueError(
-            "The columns of the classes must be probabilities that sum to one. "
-            "If other columns are classes too, add them to `class_names`. If "
-            f"not, divide each row by its sum. {where}. Row {row} (counted "
-            f"from 0) is {found[row]}, which sums to {found[row].sum():.6g}"
+            "The classes' columns must be probabilities that sum to one. "
+            "Name all classes, or divide each row by its sum. "
+            f"{where}. Row {row} (counted from 0) is {found[row]}, which sums "
+            f"to {found[row].sum():.6g}"
         )
     return found

@@ -161,8 +161,13 @@ def _targets(
     targets = np.zeros((len(sequence), top_k + 1, 2), "float32")
     targets[..., 0] = NO_ENTRY
     for place, one in enumerate(entries, start - 1):
-        if place >= 0 and one:  # no position predicts a text's first token
-            targets[place] = _target(one, top_k)
+        if place < 0 or not one:
+            continue  # No position predicts the first token of a text.
+        kept = sorted(one.items(), key=lambda pair: -pair[1])[:top_k]
+        rest = 1.0 - float(np.exp([logprob for _, logprob in kept]).sum())
+        targets[place, : len(kept)] = kept
+        with np.errstate(divide="ignore"):
+            targets[place, top_k] = REST, np.log(max(rest, 0.0))
     return targets
 
 
@@ -225,18 +230,6 @@ def _entries(
             )
     unknown.append(missed)
     return found
-
-
-def _target(entries: dict[int, float], top_k: int) -> np.ndarray:
-    """Return `(top_k + 1, 2)`: the most likely tokens, then all others."""
-    kept = sorted(entries.items(), key=lambda pair: -pair[1])[:top_k]
-    rest = 1.0 - float(np.exp([logprob for _, logprob in kept]).sum())
-    target = np.zeros((top_k + 1, 2))
-    target[:, 0] = NO_ENTRY
-    target[: len(kept)] = kept
-    with np.errstate(divide="ignore"):
-        target[top_k] = REST, np.log(max(rest, 0.0))
-    return target
 
 
 def _start(own: list[int | None], sequence: np.ndarray) -> int:
