@@ -1,10 +1,10 @@
-"""Class probabilities from the answers of language models.
+"""Read the answers of language models, and the class that each one names.
 
 A file has one JSON object per line: a response of the chat or the completions
-endpoint of an OpenAI-compatible server, or a line of a batch job's output. The
-model names a class by one token, and the server lists the most likely tokens at
-this position. The page "Check a file of answers" states the rules. A response
-of any other shape is an error, and so is an ambiguous one.
+endpoint of an OpenAI-compatible server, or a line of a batch job's output. A
+class is one token, and the server lists the most likely tokens at its position.
+The page "Check a file of answers" states the rules. A response of any other
+shape is an error, and so is an ambiguous one.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ _JSON = {dict: "object", list: "array", str: "string", int: "integer"}
 
 
 class NoAnswer(Exception):
-    """The reason why a response has no answer. ValueErrors are ambiguities."""
+    """Why a response has no answer. A `ValueError` says that it is wrong."""
 
 
 class Token(NamedTuple):
@@ -250,8 +250,8 @@ def positions(choice: dict[str, Any]) -> list[Position]:
     """Return the tokens of a choice, from either form of `logprobs`."""
     logprobs = field(choice, "logprobs", dict)
     if logprobs is None:
-        finish = choice.get("finish_reason")
-        raise NoAnswer(f"`logprobs` is null (finish_reason {finish!r})")
+        finish = f"(finish_reason {choice.get('finish_reason')!r})"
+        raise NoAnswer(f"`logprobs` is null {finish}; ask for it")
     items = field(logprobs, "content", list)
     texts = field(logprobs, "tokens", list)
     if items is not None and texts is not None:
@@ -277,14 +277,13 @@ def _as_chat(logprobs: dict[str, Any], texts: list[Any]) -> list[Any]:
         if logprob is None:  # the first token of a prompt
             logprob = UNKNOWN_LOGPROB
         listed = field({"top_logprobs": likeliest}, "top_logprobs", dict) or {}
-        alternatives = {}
+        alternatives = []
         for key, one in listed.items():
             # llama-cpp-python adds the chosen token again, in another spelling.
             if one == logprob and key.strip() == str(text).strip():
                 key = text
-            alternatives[key] = {"token": key, "logprob": one}
-        top_logprobs = list(alternatives.values())
-        item = {"token": text, "logprob": logprob, "top_logprobs": top_logprobs}
+            alternatives.append({"token": key, "logprob": one})
+        item = {"token": text, "logprob": logprob, "top_logprobs": alternatives}
         items.append(item)
     return items
 
@@ -479,13 +478,9 @@ def _spellings(class_names: ClassNames) -> dict[str, int]:
     ]
     spellings = {str(text).strip(): label for text, label in pairs}
     are_texts = all(isinstance(text, str) for text, _ in pairs)
-    different = len(spellings) == len(pairs) and "" not in spellings
-    if (
-        isinstance(class_names, str)
-        or len(class_names) < 2
-        or not are_texts
-        or not different
-    ):
+    differ = len(spellings) == len(pairs) and "" not in spellings
+    valid = are_texts and differ and len(class_names) > 1
+    if isinstance(class_names, str) or not valid:
         expected = "two or more different texts, or a dictionary that maps each"
         fail("class_names", f"{expected} to its spellings", class_names)
     return spellings

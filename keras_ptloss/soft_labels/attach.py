@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from keras_ptloss._progress import Verbose
 from keras_ptloss._validation import fail
 from keras_ptloss.soft_labels.inputs import (
     as_inputs,
@@ -79,7 +78,7 @@ def attach(
     if library is None:
         rows = pairs.find(data, ids, verbose="auto")
         if len(rows[0]) != num_examples(data):
-            fail("ids", f"one for each of {num_examples(data)}", len(ids))
+            fail("ids", f"{num_examples(data)} ids", f"{len(ids)} ids")
         if not allow_subset:
             by = "inputs" if ids is None else "ids"
             for store, found in zip(stores, rows, strict=True):
@@ -127,9 +126,7 @@ class _Pairs:
         y_true, weight = self.targets(x, weight)
         return keras.utils.pack_x_y_sample_weight(x, y_true, weight)
 
-    def find(
-        self, x: Any, ids: Any = None, *, verbose: Verbose = 0
-    ) -> list[np.ndarray]:
+    def find(self, x: Any, ids: Any = None, verbose: Any = 0) -> list[Any]:
         """Return, for each store, the row of each example."""
         if ids is not None:
             return [store.find(ids=ids) for store in self.stores]
@@ -271,9 +268,7 @@ def _torch_pairs(pairs: _Pairs, loader: Any) -> Any:
         def __len__(self) -> int:
             return len(loader)
 
-    sized = hasattr(loader.dataset, "__len__")
+    data = SizedPairs() if hasattr(loader.dataset, "__len__") else Pairs()
     return torch.utils.data.DataLoader(
-        SizedPairs() if sized else Pairs(),
-        batch_size=None,
-        pin_memory=loader.pin_memory,
+        data, batch_size=None, pin_memory=loader.pin_memory
     )

@@ -54,8 +54,7 @@ def _fingerprint(x: Any) -> np.ndarray:
     """Return the fingerprints of one batch."""
     mask = padding_mask(x)
     if mask is not None:
-        masked = [name for name in MASKS.values() if name in x]
-        x = {name: leaf for name, leaf in x.items() if name not in masked}
+        x = {n: leaf for n, leaf in x.items() if n not in MASKS.values()}
     rows = []
     header = b""
     for leaf in keras.tree.flatten(x):

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import keras
@@ -45,9 +45,8 @@ def pyarrow() -> Any:
     try:
         import pyarrow as pa
     except ImportError as error:
-        raise ImportError(
-            "SoftLabels needs pyarrow. Run `pip install pyarrow`."
-        ) from error
+        message = "SoftLabels needs pyarrow. Run `pip install pyarrow`."
+        raise ImportError(message) from error
     return pa
 
 
@@ -59,11 +58,8 @@ def teacher_identity(teacher: Any) -> str:
     if not isinstance(teacher, keras.Model):
         return getattr(teacher, "__qualname__", type(teacher).__qualname__)
     try:
-        config = json.dumps(
-            keras.saving.serialize_keras_object(teacher)["config"],
-            sort_keys=True,
-            default=str,
-        )
+        settings = keras.saving.serialize_keras_object(teacher)["config"]
+        config = json.dumps(settings, sort_keys=True, default=str)
     except NotImplementedError:  # a subclassed model without `get_config`
         config = ""
     # The same layer may be "dense_1" in one process and "dense" in the next.
@@ -74,9 +70,7 @@ def teacher_identity(teacher: Any) -> str:
     return f"{type(teacher).__name__} {digest.hexdigest()[:16]}"
 
 
-def asked(
-    teacher: Any, top_k: int | None, from_logits: bool
-) -> Callable[[Any], Any]:
+def asked(teacher: Any, top_k: int | None, from_logits: bool) -> Any:
     """Return a function from a batch of inputs to outputs, or to events."""
     if isinstance(teacher, keras.Model):
         if top_k is not None:
@@ -140,14 +134,9 @@ def record_batch(
 ) -> Any:
     """Check a batch of outputs and return it as an Arrow record batch.
 
-    Args:
-        outputs: as in `SoftLabels.write` or `SoftLabels.from_array`.
-        about: the layout's `dtype`, `class_names`, `teacher` and `from_logits`.
-        first: index of the first example, for errors.
-        x: the inputs of the batch, if known.
-        prints: the fingerprints of the inputs, if known.
-        ids: the user's ids, if there are any.
-        weight: sample weights. Positions of weight 0 are not stored.
+    `about` has the layout's `dtype`, `class_names`, `teacher` and
+    `from_logits`; `first` is the index of the first example, for errors.
+    Positions whose sample weight is 0 are not stored.
     """
     try:
         values = _columns(outputs, about, x, weight)
@@ -235,9 +224,7 @@ def _probabilities(outputs: np.ndarray, about: dict[str, Any]) -> Values:
     return {"probabilities": rounded}
 
 
-def _entries(
-    events: np.ndarray, about: dict[str, Any], kept: np.ndarray | None = None
-) -> Values:
+def _entries(events: Any, about: dict[str, Any], kept: Any = None) -> Values:
     """Return the columns of events `(n, k + 1, 2)`, or `(n, k, 2)`.
 
     Without an event for all other classes, those get the remaining probability.
@@ -384,7 +371,7 @@ def _encoded(values: Values, layout: Layout) -> Any:
 def _as_arrow(column: Any) -> Any:
     """Return an Arrow array of texts, of numbers, or of lists of k numbers."""
     pa = pyarrow()
-    if np.ndim(column) == 1:
+    if isinstance(column, list) or column.ndim == 1:
         return pa.array(column)
     numbers = pa.array(column.reshape(-1))
     return pa.FixedSizeListArray.from_arrays(numbers, column.shape[1])
@@ -421,9 +408,7 @@ def views(batch: Any) -> Values:
     return found
 
 
-def events(
-    values: Values, rows: Any, out: np.ndarray | None = None
-) -> np.ndarray:
+def events(values: Values, rows: Any, out: Any = None) -> np.ndarray:
     """Return rows of `top_k` or `tokens` columns as float32 events."""
     top_ids = values["top_ids"][rows]
     if out is None:

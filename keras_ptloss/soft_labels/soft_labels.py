@@ -148,7 +148,8 @@ class SoftLabels:
         path, inputs = Path(path), as_inputs(inputs)
         total = None if library_of(inputs) else num_examples(inputs)
         if ids is not None and len(ids) != total:
-            fail("ids", f"one for each of {total} examples in arrays", len(ids))
+            received = f"{len(ids)} ids"
+            fail("ids", f"one for each of {total} examples in arrays", received)
         about: dict[str, Any] = {
             "dtype": dtype,
             "class_names": None if class_names is None else tuple(class_names),
@@ -298,10 +299,13 @@ class SoftLabels:
         total = len(values)
         if inputs is not None:
             inputs = as_inputs(inputs)
-            if library_of(inputs) or num_examples(inputs) != total:
-                fail("inputs", f"arrays of {total} examples", inputs)
+            if library_of(inputs):
+                fail("inputs", "arrays, not a data set", inputs)
+            if num_examples(inputs) != total:
+                received = f"{num_examples(inputs)} examples"
+                fail("inputs", f"{total} examples", received)
         if ids is not None and len(ids) != total:
-            fail("ids", f"one for each of {total} values", len(ids))
+            fail("ids", f"one for each of {total} values", f"{len(ids)} ids")
         about = {
             "dtype": dtype,
             "class_names": class_names,
@@ -593,12 +597,9 @@ class SoftLabels:
     ) -> "SoftLabels":
         """Join stores into one, for example parts written by several machines.
 
-        Args:
-            parts: directories of complete stores of the same teacher and the
-                same arguments, in the order of the rows. They are kept.
-            path: as in `from_array`, like the other arguments.
-            overwrite: as in `from_array`.
-            verbose: as in `from_array`.
+        `parts` are the directories of complete stores, in the order of the
+        rows. They must have the same teacher and arguments, and are kept. The
+        other arguments are those of `from_array`.
         """
         stores = [cls.open(part) for part in parts]
         for store in stores:

@@ -271,13 +271,10 @@ def _token_ids(keys: set[Token], tokenizer: Any) -> TokenIds:
     Many tokens look the same as pieces and as text, so all tokens of a file are
     read in the way that finds more of them in the vocabulary.
     """
-    # vLLM's `return_tokens_as_token_ids` writes the ids as text.
-    by_id = {
-        key: int(key.text[9:])
-        if re.fullmatch(r"token_id:\d+", key.text)
-        else key.id
-        for key in keys
-    }
+    by_id = {key: key.id for key in keys}
+    for key in keys:
+        if re.fullmatch(r"token_id:\d+", key.text):  # an option of vLLM
+            by_id[key] = int(key.text[9:])
     if None not in by_id.values():
         return by_id
     pieces = vocabulary(tokenizer)
@@ -344,10 +341,8 @@ def bytes_to_ids(pieces: Mapping[str, int]) -> dict[bytes, int]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return the byte of each character of byte-level BPE.
-
-    Bytes that are not printable are the characters from U+0100 on, in order.
-    """
+    """Return the byte of each character of byte-level BPE."""
+    # Bytes that are not printable are the characters from U+0100 on, in order.
     printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printing]
     return {chr(byte): byte for byte in printing} | {
