@@ -56,7 +56,7 @@ class Token(NamedTuple):
     @property
     def key(self) -> "Token":
         """The token without its probability."""
-        return self._replace(logprob=0.0)
+        return Token(self.text, 0.0, self.data, self.id)
 
     @property
     def utf8(self) -> bytes:

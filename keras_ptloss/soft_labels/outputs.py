@@ -365,7 +365,7 @@ def _encoded(values: Values, layout: Layout) -> Any:
         for name in ("top_ids", "log_probs", "log_rest"):
             arrays[name] = pa.ListArray.from_arrays(offsets, arrays[name])
     about = {"keras_ptloss": json.dumps(vars(layout))}
-    return pa.record_batch(arrays).replace_schema_metadata(about)
+    return pa.RecordBatch.from_pydict(arrays, metadata=about)
 
 
 def _as_arrow(column: Any) -> Any:
