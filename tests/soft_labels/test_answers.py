@@ -135,6 +135,12 @@ def test_spellings_of_a_class_are_added(read):
     np.testing.assert_allclose(answers.other_mass, [0.2])
 
 
+def test_a_class_of_one_spelling_needs_no_list(read):
+    answers = read(chat(YES), class_names={"bad": "no", "good": "yes"})
+    np.testing.assert_allclose(answers.probabilities, [[0.25, 0.75]])
+    assert answers.class_names == ["bad", "good"]
+
+
 # Where the class stands.
 
 

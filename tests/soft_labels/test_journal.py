@@ -3,6 +3,7 @@
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,41 @@ class TestKills:
                     pass
         writer_to_kill.run(kind, tmp_path)
         assert contents(tmp_path / "store") == undisturbed[kind]
+
+    def test_while_a_store_is_overwritten(self, tmp_path, monkeypatch):
+        """What is left is not complete, whichever files it has."""
+        writer_to_kill.run("write", tmp_path)
+        files = len(list(tmp_path.glob("store/*.arrow")))
+        unlink = pathlib.Path.unlink
+        for left in range(files - 1, 0, -1):
+
+            def killed(path, missing_ok=False, left=left):
+                unlink(path)
+                if len(list(path.parent.glob("*.arrow"))) == left:
+                    raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch:
+                patch.setattr(pathlib.Path, "unlink", killed)
+                with pytest.raises(KeyboardInterrupt):
+                    SoftLabels.write(
+                        len, [0.0], tmp_path / "store", overwrite=True
+                    )
+            with pytest.raises(ValueError, match="unfinished"):
+                SoftLabels.open(tmp_path / "store")
+
+    def test_an_equal_store_is_not_deleted(self, tmp_path, monkeypatch):
+        """A kill could leave some of its files."""
+        deleted = []
+        delete = shutil.rmtree
+
+        def watched(path, **options):
+            deleted.append(path.name)
+            delete(path, **options)
+
+        monkeypatch.setattr(shutil, "rmtree", watched)
+        for _ in range(2):
+            writer_to_kill.run("from_array", tmp_path)
+        assert deleted == ["store.partial"]
 
     @pytest.mark.ci
     def test_another_teacher_after_a_killed_import(self, tmp_path):
