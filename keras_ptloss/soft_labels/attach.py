@@ -36,8 +36,8 @@ def attach_several(
     several teachers take them.
 
     Args:
-        stores: one store for each teacher. Their rows may be in different
-            orders, but not the same classes.
+        stores: one store for each teacher, with rows in any order. If the
+            class names are the same, their order must be the same too.
         data: as in `SoftLabels.attach`.
         **options: the other arguments of `SoftLabels.attach`.
 

@@ -614,16 +614,15 @@ def _rename(new: Path, path: Path, overwrite: bool) -> None:
     if path.exists():
         with journal.writing(path, overwrite=overwrite) as old:
             # Files are named by checksums: equal names mean equal rows.
-            if old.layout is not None and journal.files_of(
-                path
-            ) != journal.files_of(new):
+            same = journal.files_of(path) == journal.files_of(new)
+            if old.layout is not None and not same:
                 state = "a complete" if old.complete else "an unfinished"
                 raise ValueError(
                     "`path` must be new, or pass overwrite=True. Received: "
                     f"path={str(path)!r}, {state} store of the teacher "
                     f"{old.layout.teacher!r} with {old.num_rows} rows"
                 )
-            # If there is a store, it must stay complete until the last moment.
-            shutil.rmtree(new if old.complete else path)
+            # A kill in `rmtree` must not leave a part of the store at `path`.
+            shutil.rmtree(new if same else path)
     if new.exists():
         new.rename(path)
