@@ -146,7 +146,7 @@ def library_of(data: Any) -> str | None:
 
 
 def as_inputs(inputs: Any) -> Any:
-    """Return inputs as a pytree of arrays, or as a data set of batches."""
+    """Return inputs as a pytree of arrays, `Examples`, or a set of batches."""
     if library_of(inputs):
         if num_batches(inputs) == math.inf:
             fail("inputs", "finite: leave out `repeat()`", inputs)
@@ -161,6 +161,14 @@ def as_inputs(inputs: Any) -> Any:
             return pad(inputs)
         if np.isscalar(first):
             return np.asarray(inputs)
+    if isinstance(inputs, Examples):
+        return inputs
+    by_index = hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__")
+    if by_index and not (
+        isinstance(inputs, (list, tuple, dict, str, bytes, range))
+        or hasattr(inputs, "__array__")
+    ):
+        return Examples(inputs)
     lengths = set()
     for leaf in keras.tree.flatten(inputs):
         refuse_masked("inputs", leaf)
@@ -169,8 +177,39 @@ def as_inputs(inputs: Any) -> Any:
     if len(lengths) != 1 or () in lengths:
         expected = "arrays of the same length, texts, or a data set of batches"
         found = f"{type(inputs).__name__} of lengths {lengths}"
-        fail("inputs", f"{expected} (for PyTorch, a DataLoader)", found)
+        fail("inputs", expected, found)
     return keras.tree.map_structure(as_array, inputs)
+
+
+class Examples:
+    """An object that returns single examples, indexed like an array of them.
+
+    Such are PyTorch's `Dataset` and Grain's data sources. If an example is a
+    tuple `(inputs, targets)`, only its inputs are used.
+    """
+
+    ndim = 1
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self._source)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the examples of a slice or of an array, as a batch."""
+        found = [self._source[int(i)] for i in np.arange(len(self))[index]]
+        found = [one[0] if isinstance(one, tuple) else one for one in found]
+        if isinstance(found[0], list):
+            return pad(found)
+        return keras.tree.map_structure(_stack, *found)
+
+
+def _stack(*leaves: Any) -> np.ndarray:
+    if isinstance(leaves[0], (str, bytes)):
+        return np.array(leaves, object)
+    return np.stack([as_array(leaf) for leaf in leaves])
 
 
 def num_batches(data: Any) -> float | None:

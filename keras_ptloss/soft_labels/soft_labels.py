@@ -119,10 +119,11 @@ class SoftLabels:
                 `(batch, 1)` is the probability (or logit) of the second of two
                 classes. If only the most likely classes are known, events
                 `(batch, k + 1, 2)` or `(batch, time, k + 1, 2)`.
-            inputs: a pytree of arrays, a list of texts or of token ids, or a
-                `tf.data.Dataset`, a `keras.utils.PyDataset`, a PyTorch
-                `DataLoader` or a Grain data set of batches. Its targets are
-                ignored, and positions whose sample weight is 0 are not stored.
+            inputs: a pytree of arrays, a list of texts or of token ids, an
+                object that returns single examples by index (a PyTorch
+                `Dataset`), or a data set of batches: `tf.data.Dataset`,
+                `keras.utils.PyDataset`, PyTorch's `DataLoader`, Grain. Targets
+                are ignored, and positions of sample weight 0 are not stored.
             path: directory of the store.
             batch_size: batch size for arrays. Data sets keep their batches.
             from_logits: whether the teacher returns logits, to be converted.

@@ -68,6 +68,16 @@ def test_what_differs(one, other):
     assert (fingerprint(one) != fingerprint(other)).all()
 
 
+class Records:
+    """Single examples, as a Grain data source has them."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        return np.full(3, index, "float32"), 0
+
+
 class Batches(keras.utils.PyDataset):
     def __init__(self, x):
         super().__init__()
@@ -102,8 +112,8 @@ ARRAY = np.repeat(np.arange(7, dtype="float32")[:, None], 3, 1)
 
 @pytest.mark.parametrize(
     "make",
-    [lambda x: x, Batches, as_tf, as_grain, as_torch],
-    ids=["array", "PyDataset", "tf.data", "Grain", "PyTorch"],
+    [lambda x: x, lambda x: Records(), Batches, as_tf, as_grain, as_torch],
+    ids=["array", "records", "PyDataset", "tf.data", "Grain", "PyTorch"],
 )
 def test_every_form_is_labelled_and_attached(make, tmp_path):
     def teacher(batch):
