@@ -62,6 +62,8 @@ RIVAL_LABELS = {
     "digits": (100,),
     "trec": (100, 600),
     "banking77": (100, 1000),
+    "sst2": (100, 1000),
+    "cifar10, 33 % right": (100, 1000),
 }
 
 # The third table: what the package's default costs if the labels are random.
@@ -362,7 +364,7 @@ TASKS = {
         lambda folder: intents(folder, "banking77"),
     ),
     "clinc150": ((300, 1000), lambda folder: intents(folder, "clinc150", 5000)),
-    "sst2": ((50, 100, 300), sst2),
+    "sst2": ((50, 100, 300, 1000), sst2),
     "cifar10, 33 % right": (
         (100, 300, 1000),
         lambda folder: cifar10(folder, "resnet50_symfrac0_6_noise0_6"),
