@@ -97,6 +97,7 @@ def bert_tiny(
         x=tokens(preset, texts, 24),
         labels=labels,
         teacher=teacher,
+        pool=len(texts),
         test_labels=test_labels,
         build=build,
         fit=fit,
@@ -122,6 +123,7 @@ def frozen_minilm(texts, labels, teacher, test_texts, test_labels):
         x=minilm_vectors(texts),
         labels=labels,
         teacher=teacher,
+        pool=len(texts),
         test_labels=test_labels,
         build=build,
         fit=fit,
@@ -142,9 +144,12 @@ def minilm_vectors(texts):
 
 
 def run(task, count, seed, done, save):
-    """Train the students of one number of labels and one seed."""
+    """Train the students of one number of labels and one seed.
+
+    The labelled rows are drawn from the first `task.pool` rows.
+    """
     number, classes = task.teacher.shape
-    rows = np.random.default_rng(seed).choice(number, count, replace=False)
+    rows = np.random.default_rng(seed).choice(task.pool, count, replace=False)
     labels = np.full(number, -1)
     labels[rows] = task.labels[rows]
     onehot = np.eye(classes)[task.labels]
