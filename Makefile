@@ -34,7 +34,7 @@ test: .venv/test.installed
 
 test-all: lint test test-ci test-torch test-floor test-dist docs-quick
 
-test-ci: .venv/test.installed
+test-ci: .venv/test.installed .venv/ray.installed
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n 2 -m ci
 	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 -m ci $(BACKEND_TESTS)
 

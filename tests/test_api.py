@@ -56,8 +56,6 @@ WITHOUT_EXAMPLE = {
     "Table",
     "TeacherLoss",
     "TokenAnswers",
-    "import_answers",
-    "import_tokens",
 }
 # Files that use a backend's own code, and why `keras.ops` is not enough.
 BACKEND_CODE = {

@@ -18,7 +18,7 @@ from keras_ptloss import SoftLabels
 SCRIPT = pathlib.Path(__file__).parent.parent / "examples/label_with_ray.py"
 SECONDS = 300  # whoever takes longer has failed
 
-pytestmark = pytest.mark.nightly
+pytestmark = pytest.mark.ci
 
 
 class Run:

@@ -17,7 +17,7 @@ from keras_ptloss import (
     proxy_teacher,
 )
 from keras_ptloss._backend import no_retracing_warning
-from keras_ptloss.soft_labels import fingerprint, import_answers, import_tokens
+from keras_ptloss.soft_labels import fingerprint, read_answers, read_tokens
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(60, 4)).astype("float32")
@@ -141,19 +141,20 @@ def test_write_says_what_it_resumes(capsys, tmp_path):
     assert asked == [20]
 
 
-def test_imports_show_a_bar(capsys, slow, answers, tmp_path):
+def test_answers_show_a_bar(capsys, slow, answers, tmp_path):
     def of_classes(**options):
-        import_answers(answers, None, ["no", "yes"], inputs=["a"], **options)
+        found = read_answers(answers, ["no", "yes"], **options)
+        found.store(None, inputs=["a"], **options)
 
     def of_tokens(**options):
-        import_tokens(
+        found = read_tokens(
             answers,
-            None,
             top_k=2,
             sequences=[[0, 1]],
             tokenizer={"Well": 0, "Ġyes": 1, "Ġno": 2},
             **options,
         )
+        found.store(None, **options)
 
     for call in (of_classes, of_tokens):
         text = shown(capsys, call)

@@ -1,19 +1,11 @@
 """Teacher outputs that are stored once and read for every student."""
 
-from keras_ptloss.soft_labels.answers import (
-    Answers,
-    import_answers,
-    read_answers,
-)
+from keras_ptloss.soft_labels.answers import Answers, read_answers
 from keras_ptloss.soft_labels.attach import attach_several
 from keras_ptloss.soft_labels.inputs import fingerprint
 from keras_ptloss.soft_labels.soft_labels import SoftLabels
 from keras_ptloss.soft_labels.tables import Table, read_table
-from keras_ptloss.soft_labels.tokens import (
-    TokenAnswers,
-    import_tokens,
-    read_tokens,
-)
+from keras_ptloss.soft_labels.tokens import TokenAnswers, read_tokens
 
 __all__ = [
     "Answers",
@@ -22,8 +14,6 @@ __all__ = [
     "TokenAnswers",
     "attach_several",
     "fingerprint",
-    "import_answers",
-    "import_tokens",
     "read_answers",
     "read_table",
     "read_tokens",

@@ -45,6 +45,7 @@ class Answers(Responses):
         probabilities: `(N, num_classes)` float64; every row sums to 1.
         other_mass: `(N,)`, the total probability of all tokens that are not a
             class. If it is large, the answer says little about the classes.
+        class_names: The names of the classes, in order.
         rows: `(N,)`, the line number of each answer, counted from 0, or its
             position in `ids`.
         ids: The `custom_id` of each answer, or None if the file has no
@@ -55,6 +56,47 @@ class Answers(Responses):
 
     probabilities: np.ndarray
     other_mass: np.ndarray
+    class_names: list[str]
+
+    def store(
+        self,
+        path: str | os.PathLike[str] | None,
+        *,
+        inputs: Any = None,
+        **options: Any,
+    ) -> SoftLabels:
+        """Store the probabilities; warn if answers were left out.
+
+        The store appears only when it is complete. If the process is killed,
+        read and store the file again.
+
+        Args:
+            path: Directory of the new store; None keeps it in memory.
+            inputs: The examples that the answers are about, in the order of the
+                lines, or of `ids`. Not needed if the lines have a `custom_id`;
+                the store then finds its rows by these ids.
+            **options: Other arguments of `SoftLabels.from_array`.
+
+        Raises:
+            ValueError: If the number of inputs is not that of the answers.
+        """
+        if inputs is not None:
+            inputs = as_inputs(inputs)
+            self.check_order("inputs", num_examples(inputs))
+            inputs = take(inputs, self.rows)
+        elif self.ids is None:
+            raise ValueError(
+                "Pass `inputs`, the examples that the answers are about,"
+                " because the lines have no `custom_id`. Received: inputs=None"
+            )
+        names = self.class_names
+        return self._store(
+            self.probabilities,
+            path,
+            inputs=inputs,
+            class_names=names,
+            **options,
+        )
 
 
 def read_answers(
@@ -89,9 +131,6 @@ def read_answers(
             left out. It never becomes a uniform row.
         verbose: 1 shows a progress bar, 0 does not; "auto" shows it after two
             seconds.
-
-    Returns:
-        An `Answers` with `probabilities`, `other_mass`, `ids` and `failed`.
 
     Raises:
         ValueError: If a line cannot be read, if a class is not a single token,
@@ -135,75 +174,8 @@ def read_answers(
     return Answers(
         probabilities=np.stack([row for row, _ in values]),
         other_mass=np.array([mass for _, mass in values]),
-        **vars(responses),
-    )
-
-
-def import_answers(
-    files: Paths,
-    path: str | os.PathLike[str] | None,
-    class_names: ClassNames,
-    *,
-    inputs: Any = None,
-    ids: Sequence[str] | None = None,
-    after: str | None = None,
-    missing: Missing = "error",
-    verbose: Verbose = "auto",
-    **options: Any,
-) -> SoftLabels:
-    """Store the class probabilities of the answers in a file.
-
-    The store appears only when it is complete. If the call is killed, run it
-    again.
-
-    Args:
-        files: As in `read_answers`.
-        path: Directory of the new store; None keeps it in memory.
-        class_names: As in `read_answers`.
-        inputs: The examples that the answers are about, in the order of the
-            lines, or of `ids`. Not needed if the lines have a `custom_id`; the
-            store then finds its rows by these ids.
-        ids: As in `read_answers`.
-        after: As in `read_answers`.
-        missing: As in `read_answers`. Answers that are left out are not stored,
-            and a warning says how many there are.
-        verbose: As in `read_answers`.
-        **options: Passed to `SoftLabels.from_array`: `dtype`, `top_k`,
-            `teacher_name` and `overwrite`.
-
-    Returns:
-        The store.
-
-    Raises:
-        ValueError: As in `read_answers`, before anything is stored.
-    """
-    answers = read_answers(
-        files,
-        class_names,
-        after=after,
-        ids=ids,
-        missing=missing,
-        verbose=verbose,
-    )
-    if inputs is not None:
-        inputs = as_inputs(inputs)
-        answers.check_order("inputs", num_examples(inputs), ids)
-        if answers.failed:
-            inputs = take(inputs, answers.rows)
-    elif answers.ids is None:
-        raise ValueError(
-            "Pass `inputs`, the examples that the answers are about, because"
-            " the lines have no `custom_id`. Received: inputs=None"
-        )
-    answers.warn_of_failed()
-    return SoftLabels.from_array(
-        answers.probabilities,
-        path,
-        ids=answers.ids,
-        inputs=inputs,
         class_names=list(class_names),
-        verbose=verbose,
-        **options,
+        **vars(responses),
     )
 
 

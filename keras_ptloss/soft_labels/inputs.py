@@ -21,18 +21,14 @@ MASKS = {"token_ids": "padding_mask", "input_ids": "attention_mask"}
 def fingerprint(inputs: Any, *, verbose: Verbose = "auto") -> np.ndarray:
     """Return a hash of each example. It is the same on every machine.
 
-    Stored soft labels are found by this hash. Texts are hashed as UTF-8.
-    Integers of rank 1 or 2 (`(N,)` or `(N, T)`) are hashed by their values, so
-    their dtype does not matter; for all other arrays, it does. Padding is
-    ignored for lists of token ids, and for token ids with a mask (a dictionary
-    with `"token_ids"` and `"padding_mask"`, or with `"input_ids"` and
-    `"attention_mask"`).
-
-    Two different examples have the same fingerprint with probability 2^-64.
+    Stored soft labels are found by this hash. The dtype of arrays matters, but
+    for integers of rank 1 or 2. Padding is ignored for lists of token ids, and
+    for token ids with a mask (a dictionary with `"token_ids"` and
+    `"padding_mask"`, or with `"input_ids"` and `"attention_mask"`). Two
+    different examples have the same fingerprint with probability 2^-64.
 
     Args:
-        inputs: an array `(N, ...)`, a list of texts, a list of sequences of
-            token ids, a pytree of arrays, or a source of single examples.
+        inputs: as in `SoftLabels.write`.
         verbose: 1 shows a progress bar, 0 does not; "auto" shows it after two
             seconds.
 
@@ -162,15 +158,12 @@ def library_of(data: Any) -> str | None:
 
 
 def as_inputs(inputs: Any) -> Any:
-    """Return inputs in one of three forms: arrays, a `Source`, or batches.
+    """Return inputs as a pytree of arrays, or as a data set of batches.
 
     A list of texts becomes an array. A list of sequences of token ids becomes a
-    dictionary of padded ids and their mask. An object that returns examples by
-    index, such as a Grain data source or a PyTorch `Dataset`, becomes a
-    `Source`. Data sets of batches (see `library_of`) are not changed.
+    dictionary of padded ids and their mask. Data sets of batches (see
+    `library_of`) are not changed.
     """
-    if isinstance(inputs, Source):
-        return inputs
     if library_of(inputs):
         if _is_endless(inputs):
             fail("inputs", "finite: leave out `repeat()`", inputs)
@@ -185,27 +178,20 @@ def as_inputs(inputs: Any) -> Any:
             return pad(inputs)
         if np.isscalar(first):
             return np.asarray(inputs)
-    if (
-        hasattr(inputs, "__getitem__")
-        and hasattr(inputs, "__len__")
-        and not isinstance(inputs, (list, tuple, dict, str, bytes))
-        and not hasattr(inputs, "__array__")
-        and not keras.ops.is_tensor(inputs)
-    ):
-        return Source(inputs)
     leaves = keras.tree.flatten(inputs)
-    if any(isinstance(leaf, np.ma.MaskedArray) for leaf in leaves):
-        fail("inputs", "arrays without a mask", type(inputs))
-    arrays = keras.tree.map_structure(as_array, inputs)
-    lengths = {a.shape[:1] for a in keras.tree.flatten(arrays)}
-    if len(lengths) != 1 or () in lengths:
+    lengths = {
+        np.shape(leaf)[:1] if hasattr(leaf, "__array__") else ()
+        for leaf in leaves
+    }
+    masked = any(isinstance(leaf, np.ma.MaskedArray) for leaf in leaves)
+    if masked or len(lengths) != 1 or () in lengths:
         fail(
             "inputs",
-            "arrays of the same length, a list of texts, or a data set of "
-            "batches",
+            "arrays of the same length and without a mask, a list of texts, or "
+            "a data set of batches (for PyTorch, a DataLoader)",
             f"{type(inputs).__name__} of lengths {lengths}",
         )
-    return arrays
+    return keras.tree.map_structure(as_array, inputs)
 
 
 def _is_endless(data: Any) -> bool:
@@ -236,43 +222,8 @@ def pad(sequences: Any) -> dict[str, np.ndarray]:
     return {"token_ids": ids, "padding_mask": mask.astype("int32")}
 
 
-class Source:
-    """Wraps an object that returns single examples, to index it as an array.
-
-    Args:
-        examples: an object with a length that returns an example for each
-            index. If an example is a tuple `(inputs, targets)`, only the inputs
-            are used.
-    """
-
-    ndim = 1
-
-    def __init__(self, examples: Any) -> None:
-        self._examples = examples
-
-    def __len__(self) -> int:
-        """Return the number of examples."""
-        return len(self._examples)
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return a batch: the examples of a slice or of an array of indices."""
-        if isinstance(index, slice):
-            index = range(*index.indices(len(self)))
-        found = [self._examples[int(number)] for number in index]
-        found = [x[0] if isinstance(x, tuple) else x for x in found]
-        if isinstance(found[0], list):
-            return pad(found)
-        return keras.tree.map_structure(_stack, *found)
-
-
-def _stack(*leaves: Any) -> np.ndarray:
-    if isinstance(leaves[0], (str, bytes)):
-        return np.array(leaves, object)
-    return np.stack([as_array(leaf) for leaf in leaves])
-
-
 def num_examples(x: Any) -> int:
-    """Return the number of examples in arrays, a source or a batch."""
+    """Return the number of examples in arrays or in a batch."""
     leaf = keras.tree.flatten(x)[0]
     if not np.ndim(leaf):
         fail("inputs", "batched", f"an element of shape {np.shape(leaf)}")
@@ -284,20 +235,16 @@ def take(x: Any, index: Any) -> Any:
     return keras.tree.map_structure(lambda leaf: leaf[index], x)
 
 
-def batches(
-    inputs: Any, batch_size: int, start: int = 0
-) -> Iterator[tuple[Any, Any]]:
+def batches(inputs: Any, batch_size: int) -> Iterator[tuple[Any, Any]]:
     """Yield `(inputs, sample weights)` of each batch; weights may be None.
 
     Args:
         inputs: as `as_inputs` returns them.
-        batch_size: batch size for arrays and sources. Data sets have their own
-            batches.
-        start: index of the first example, for arrays and sources.
+        batch_size: batch size for arrays. Data sets have their own batches.
     """
     library = library_of(inputs)
     if library is None:
-        for low in range(start, num_examples(inputs), batch_size):
+        for low in range(0, num_examples(inputs), batch_size):
             yield take(inputs, slice(low, low + batch_size)), None
         return
     if library == "keras":
@@ -328,48 +275,43 @@ def not_stored(
     stored: np.ndarray,
     path: Any,
     verbose: Verbose,
-) -> Iterator[tuple[Any, Any, np.ndarray]]:
-    """Yield inputs, weights and fingerprints of examples not stored yet.
+) -> Iterator[tuple[Any, Any, np.ndarray, np.ndarray]]:
+    """Yield inputs, weights, fingerprints and indices of new examples.
 
-    If rows are stored, all inputs are first read once and compared with them,
-    so that nobody pays a teacher for the wrong inputs. Arrays must be in the
-    order of the stored rows; a data set may be shuffled.
+    If rows are stored, all inputs are first read once and must contain the
+    stored ones, so that nobody pays a teacher for the wrong inputs. Only data
+    sets may have another order, because users rely on that of arrays.
     """
-    left: collections.Counter[int] = collections.Counter()
-    start = 0
-    if len(stored):
+    left = collections.Counter(stored.tolist())
+    if left:
         prints = fingerprint(inputs, verbose=verbose)
-        if library_of(inputs):
-            left.update(stored.tolist())
-            gone = (left - collections.Counter(prints.tolist())).total()
-            if gone:
-                how = f"lack {gone} of {len(stored)} examples"
-                raise other_inputs(path, how)
-        else:
-            start = len(stored)
-            differ = np.flatnonzero(prints[:start] != stored[: len(prints)])
-            which = int(np.append(differ, len(prints))[0])
-            if which < start:
-                raise other_inputs(path, f"differ from example {which} on")
-    for x, weight in batches(inputs, batch_size, start):
-        prints = fingerprint(x, verbose=0)
-        if left:
-            new = []
-            for position, one in enumerate(prints.tolist()):
+        gone = (left - collections.Counter(prints.tolist())).total()
+        if gone:
+            how = f"lack {gone} of {len(stored)} stored examples"
+            raise other_inputs(path, how)
+        if not library_of(inputs) and (prints[: len(stored)] != stored).any():
+            raise other_inputs(path, "are in another order")
+    first = 0
+    for x, weight in batches(inputs, batch_size):
+        prints, new = fingerprint(x, verbose=0), []
+        for position, one in enumerate(prints.tolist()):
+            if left.get(one):
                 left[one] -= 1
-                if left[one] < 0:
-                    new.append(position)
-            if not new:
-                continue
+            else:
+                new.append(position)
+        indices = first + np.array(new, int)
+        first += len(prints)
+        if 0 < len(new) < len(prints):
             weight = None if weight is None else take(weight, new)
             x, prints = take(x, np.array(new)), prints[new]
-        yield x, weight, prints
+        if new:
+            yield x, weight, prints, indices
 
 
 def other_inputs(path: Any, how: str) -> ValueError:
     """Return the error to raise for inputs that do not belong to a store."""
     return ValueError(
-        f"`inputs` must be the examples of the soft labels at {path}, in the "
-        "same order. Choose another path, or pass overwrite=True. Received: "
-        f"inputs that {how}"
+        f"`inputs` must be the examples of the soft labels at {path}. Choose "
+        "another path, or pass overwrite=True. Received: inputs that "
+        f"{how}"
     )

@@ -20,6 +20,7 @@ import numpy as np
 
 from keras_ptloss._progress import Verbose, track
 from keras_ptloss._validation import check_choice
+from keras_ptloss.soft_labels.soft_labels import SoftLabels
 
 T = TypeVar("T")
 Key = tuple[str, bytes | None, int | None]  # text, bytes and id of a token
@@ -37,18 +38,10 @@ class NoAnswer(Exception):
 
 
 class Token(NamedTuple):
-    """A token and its log-probability.
-
-    Attributes:
-        text: The token, as the server writes it.
-        logprob: Its natural log-probability; NaN for the first token of a
-            prompt.
-        data: Its bytes, if the server gives them.
-        id: Its id, if the server gives one.
-    """
+    """A token and its log-probability, as the server writes them."""
 
     text: str
-    logprob: float
+    logprob: float  # natural; NaN for the first token of a prompt
     data: bytes | None = None
     id: int | None = None
 
@@ -69,53 +62,30 @@ class Token(NamedTuple):
 
 
 class Position(NamedTuple):
-    """A token of an answer and its alternatives.
-
-    Attributes:
-        token: The token of the answer at this position.
-        alternatives: The most likely tokens at this position, without
-            repetition.
-        entries: All tokens with a known log-probability, without repetition:
-            the alternatives, and `token` if it is not one of them.
-    """
+    """A token of an answer and its alternatives."""
 
     token: Token
-    alternatives: tuple[Token, ...]
-    entries: tuple[Token, ...]
+    alternatives: tuple[Token, ...]  # the most likely tokens
+    entries: tuple[Token, ...]  # those, and `token` if its probability is known
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Responses:
-    """Which answers of a file were read.
-
-    Attributes:
-        rows: `(N,)`, the line number of each answer, counted from 0, or its
-            position in `ids`.
-        ids: The `custom_id` of each answer, or None if the file has no
-            custom_ids.
-        failed: Why answers were left out: a reason for each `custom_id` or
-            line number.
-    """
+    """Which answers of a file were read; see `Answers`."""
 
     rows: np.ndarray
     ids: list[str] | None
     failed: dict[str | int, str]
+    in_any_order: bool  # The lines have custom_ids, and the user gave no `ids`.
 
-    def check_order(
-        self, argument: str, count: int, ids: Sequence[str] | None
-    ) -> None:
-        """Check that row i belongs to the user's example i.
-
-        Args:
-            argument: Name of the argument with the examples.
-            count: Number of examples.
-            ids: The ids that `read_responses` was given.
-        """
-        if ids is None and self.ids is not None:
+    def check_order(self, argument: str, count: int) -> None:
+        """Check that row i belongs to example i of an argument."""
+        if self.in_any_order:
             raise ValueError(
                 "The lines have a `custom_id`, so they may be in any order."
-                f" Pass `ids`, the custom_ids of the `{argument}`, in order."
-                f" Received: ids=None, and custom_ids such as {self.ids[0]!r}"
+                f" Read them with `ids`, the custom_ids of the `{argument}`, in"
+                f" order. Received: ids=None, and custom_ids such as"
+                f" {(self.ids or [''])[0]!r}"
             )
         num_answers = len(self.rows) + len(self.failed)
         if num_answers != count:
@@ -124,8 +94,7 @@ class Responses:
                 f" {num_answers} answers for {count} {argument}"
             )
 
-    def warn_of_failed(self) -> None:
-        """Warn about answers that an import leaves out."""
+    def _store(self, values: Any, path: Any, **options: Any) -> SoftLabels:
         if self.failed:
             num_answers = len(self.rows) + len(self.failed)
             warnings.warn(
@@ -134,6 +103,7 @@ class Responses:
                 f" {next(iter(self.failed.values()))}",
                 stacklevel=3,
             )
+        return SoftLabels.from_array(values, path, ids=self.ids, **options)
 
 
 def read_responses(
@@ -143,22 +113,12 @@ def read_responses(
     ids: Sequence[str] | None = None,
     verbose: Verbose = 0,
 ) -> tuple[list[Any], Responses]:
-    """Apply `read` to each response of the files.
+    """Return `read(response, row)` for each answer, and the `Responses`.
 
-    A request that failed and was repeated may have two lines with the same
-    `custom_id`. The line with an answer is used.
-
-    Args:
-        files: A path, or a list of paths.
-        read: A function of a response and its row. It raises `NoAnswer` if the
-            response has no answer, and ValueError if it cannot be read.
-        missing: "error" or "skip": what to do about a `NoAnswer`.
-        ids: The `custom_id` of each example. If given, rows are positions in
-            this list, and the values are returned in this order.
-        verbose: As in `read_answers`.
-
-    Returns:
-        What `read` returned for each answer, and the `Responses`.
+    `read` raises `NoAnswer` if the response has no answer, and ValueError if it
+    cannot be read. A request that failed and was repeated may have two lines
+    with the same `custom_id`. The line with an answer is used. The other
+    arguments are those of `read_answers`.
     """
     check_choice("missing", missing, ("error", "skip"))
     row_of = {name: row for row, name in enumerate(ids or ())}
@@ -198,24 +158,23 @@ def read_responses(
         failed.setdefault(name, f"{name!r} has no line")
     failed = {key: why for key, why in failed.items() if key not in found}
     if not found or (failed and missing == "error"):
-        advice = (
-            ' Repeat the requests, or pass missing="skip".' if found else ""
-        )
         reasons = "; ".join(list(failed.values())[:3]) or "files without lines"
+        skip = ', or pass missing="skip"' if found else ""
         raise ValueError(
             f"{len(failed)} of {len(failed) + len(found)} answers cannot be "
-            f"used.{advice} Received: {reasons}"
+            f"used. Repeat the requests{skip}. Received: {reasons}"
         )
     answers = sorted(found.items(), key=lambda item: item[1][0])
     return [value for _, (_, value) in answers], Responses(
         rows=np.array([row for _, (row, _) in answers]),
         ids=[str(key) for key, _ in answers] if True in has_ids else None,
         failed=failed,
+        in_any_order=True in has_ids and ids is None,
     )
 
 
 def _lines(files: Paths) -> Iterator[tuple[str, bytes]]:
-    """Yield each line's number and file, for error messages, and its bytes."""
+    """Yield where each line is, for errors, and its bytes."""
     for path in [files] if isinstance(files, (str, os.PathLike)) else files:
         with Path(path).open("rb") as file:
             for number, line in enumerate(file, 1):

@@ -1,6 +1,5 @@
 """Teacher outputs that are stored once and read for every student."""
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -58,13 +57,10 @@ class SoftLabels:
     A store holds rows of one of three kinds, which `read` returns as float32:
 
     * probabilities, `(n, C)`;
-    * the k most likely classes, as events `(n, k + 1, 2)`: ids and natural
-      log-probabilities. The last event, of id -1, is all other classes;
+    * the k most likely classes, as events `(n, k + 1, 2)`, which `TopKPTLoss`
+      takes: ids and natural log-probabilities. The last event, of id -1, is all
+      other classes. An id of -2 means that there is no entry;
     * such events for each position of token sequences, `(n, time, k + 1, 2)`.
-
-    Both kinds of events can be the `y_true` of `TopKPTLoss`; an id of -2 means
-    that there is no entry. Make a store with `SoftLabels.write`, or from arrays
-    with `SoftLabels.from_array`, and open it again with `SoftLabels.open`.
 
     Rows are found by the fingerprints of their inputs, or by your ids. If two
     examples are equal, the row that was stored first is used.
@@ -129,27 +125,25 @@ class SoftLabels:
 
         Args:
             teacher: a Keras model, or a function from a batch of inputs to an
-                array `(batch, C)`. A binary classifier may return `(batch, 1)`,
-                the probability (or logit) of the second class. For token
-                sequences, the array is `(batch, time, C)`, and `top_k` is
-                needed. A teacher that knows only the most likely classes
+                array `(batch, C)`, or for token sequences `(batch, time, C)`.
+                `(batch, 1)` is the probability (or logit) of the second of two
+                classes. A function that knows only the most likely classes
                 returns events `(batch, k + 1, 2)` or `(batch, time, k + 1, 2)`.
-            inputs: arrays, a list of texts, lists of token ids, a pytree of
-                arrays, an object that returns single examples by index (a
-                PyTorch `Dataset`, a Grain data source), or a data set of
-                batches: a `tf.data.Dataset`, a `keras.utils.PyDataset`, a
-                PyTorch `DataLoader`, a Grain data set. If the data set gives
-                `(inputs, targets, sample_weight)`, the targets are ignored, and
-                positions of sequences whose weight is 0 are not stored.
+            inputs: a pytree of arrays, a list of texts or of token ids, or a
+                data set of batches: a `tf.data.Dataset`, a
+                `keras.utils.PyDataset`, a PyTorch `DataLoader`, a Grain data
+                set. Its targets are ignored, and positions of sequences whose
+                sample weight is 0 are not stored.
             path: directory of the store.
             batch_size: batch size for arrays. Data sets keep their batches.
-            from_logits: whether the teacher returns logits. They are converted
-                to probabilities before they are stored.
+            from_logits: whether the teacher returns logits. Their probabilities
+                are stored.
             class_names: names of the classes, in the teacher's order.
-            top_k: store only the k most likely classes.
+            top_k: store only the k most likely classes. Token sequences need
+                it.
             dtype: dtype of the stored numbers.
-            ids: your own name for each example, in the order of the inputs.
-                Rows can then be found by ids as well as by inputs.
+            ids: your own name for each example of arrays. Rows can then be
+                found by ids as well as by inputs.
             teacher_name: a name that identifies the teacher when you resume or
                 join. The default is a hash of the model's configuration and
                 weights, or the name of the function.
@@ -200,25 +194,24 @@ class SoftLabels:
                     f"at {path}",
                     flush=True,
                 )
-            for x, weight, prints in not_stored(
+            for x, weight, prints, indices in not_stored(
                 inputs, batch_size, stored, path, "auto" if verbose else 0
             ):
-                first = writer.num_rows
                 if writer.complete:
-                    raise other_inputs(path, f"are more than {first}")
+                    raise other_inputs(path, f"are more than {writer.num_rows}")
                 try:
                     outputs = run(x)
                 except Exception as error:
                     raise RuntimeError(
-                        f"The teacher failed on the examples from {first} on: "
-                        f"{error}. {first} rows are stored. Run the same call "
-                        "again to continue."
+                        "The teacher failed on the batch that starts at example"
+                        f" {indices[0]}: {error}. {writer.num_rows} rows are "
+                        "stored. Run the same call again to continue."
                     ) from error
-                last = first + len(prints)
-                named = None if ids is None else ids[first:last]
                 writer.append(
                     record_batch(
-                        outputs, about, first, x, prints, named, weight
+                        *(outputs, about, indices[0], x, prints),
+                        None if ids is None else [ids[i] for i in indices],
+                        weight,
                     )
                 )
                 bar.add(len(prints))
@@ -245,9 +238,6 @@ class SoftLabels:
                 wrong numbers or crash the process.
             class_names: the classes that you expect, in their order.
             verbose: as in `from_array`.
-
-        Returns:
-            The store, memory-mapped.
 
         Raises:
             FileNotFoundError: if there is no store at `path`.
@@ -298,18 +288,18 @@ class SoftLabels:
                 events, such as `np.stack([ids, log_probs], axis=-1)`: `(N, k,
                 2)`, `(N, time, k, 2)`, or a list of `(time, k, 2)` with one
                 position for each token of `inputs`. An id of -2 means that
-                there is no entry. If the last id is -1, its entry stands for
-                all other ids; if not, all other ids get the remaining
-                probability. A memory map is read in parts.
+                there is no entry. All other ids share the entry of a last id
+                of -1 or, without it, the remaining probability. A memory map
+                is read in parts.
             path: directory of the new store; None keeps it in memory.
             ids: your own name for each example, in the order of `values`.
             inputs: the examples in the same order, as in `write`. `attach`
                 needs inputs or ids to find the rows.
             class_names: as in `write`.
             from_logits: whether `values` are logits.
-            top_k: store only the k most likely classes.
+            top_k: as in `write`.
             dtype: as in `write`.
-            teacher_name: name of the teacher.
+            teacher_name: as in `write`.
             overwrite: whether to replace another store at `path`.
             verbose: 1 shows a progress bar, 0 does not; "auto" shows it after
                 two seconds.
@@ -392,30 +382,18 @@ class SoftLabels:
         path = Path(path)
         # Only a complete store gets the name `path`.
         temporary = path.with_name(path.name + PARTIAL)
-        with (
-            writing(temporary, overwrite=True) as writer,
-            _removed_on_error(temporary),
-        ):
-            for batch in batches:
-                writer.append(batch)
-            writer.finish()
-            if path.exists():
-                with writing(path, overwrite=overwrite) as old:
-                    if read_info(path) == read_info(temporary):
-                        # Files are named by checksums, so the rows are equal.
-                        shutil.rmtree(temporary)
-                        return cls.open(path, verbose=verbose)
-                    if old.layout is not None:
-                        state = "a" if old.complete else "an unfinished"
-                        raise ValueError(
-                            "`path` must be new, or pass overwrite=True. "
-                            f"Received: path={str(path)!r}, {state} store of "
-                            f"the teacher {old.layout.teacher!r} with "
-                            f"{old.num_rows} rows"
-                        )
-                    shutil.rmtree(path)
-            temporary.rename(path)
-            sync(path.parent)
+        with writing(temporary, overwrite=True) as writer:
+            try:
+                for batch in batches:
+                    writer.append(batch)
+                writer.finish()
+                if path.exists():
+                    _make_way(path, temporary, overwrite)
+                temporary.rename(path)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+        sync(path.parent)
         return cls.open(path, verbose=verbose)
 
     # ---- Read ----
@@ -436,12 +414,10 @@ class SoftLabels:
     def read(self, indices: Any = slice(None)) -> np.ndarray:
         """Return rows as float32, in the order of the indices.
 
+        Events of sequences are padded to the longest of them.
+
         Args:
             indices: an integer array, or a slice.
-
-        Returns:
-            Probabilities `(n, C)`; events `(n, k + 1, 2)`; or events of
-            sequences `(n, time, k + 1, 2)`, padded to the longest sequence.
         """
         if isinstance(indices, slice):
             indices = range(*indices.indices(len(self)))
@@ -524,15 +500,11 @@ class SoftLabels:
         return np.concatenate([values[name] for values in self._values])
 
     def find(self, inputs: Any = None, *, ids: Any = None) -> np.ndarray:
-        """Return the row of each example, for `read`.
+        """Return the first row of each example, `(n,)` integers for `read`.
 
         Args:
             inputs: the examples, as in `write`.
             ids: the ids of the examples, instead of `inputs`.
-
-        Returns:
-            `(n,)` integers. If an example is stored twice, this is its first
-            row.
 
         Raises:
             ValueError: if an example has no stored row.
@@ -591,10 +563,9 @@ class SoftLabels:
         or tokenize afterwards.
 
         Args:
-            data: the inputs that `write` took, or other arrays or batches of
-                the same examples. Targets in `data` are replaced.
-            ids: find the rows by these ids instead of fingerprints; only for
-                arrays.
+            data: the same examples as arrays or as a data set of batches, see
+                `write`. Its targets are replaced.
+            ids: find the rows by these ids instead; only for arrays.
             allow_subset: whether some stored examples may be missing from
                 `data`. For data sets, only the number of batches is checked.
             batch_size: batch size for arrays. Data sets keep their batches.
@@ -602,11 +573,10 @@ class SoftLabels:
             seed: seed of the random order.
 
         Returns:
-            Batches `(inputs, soft labels)`, with sample weights if `data` has
-            them. For arrays, this is a `keras.utils.PyDataset`; otherwise, a
-            data set of the same library. For token sequences, the batches are
-            `(inputs, events, sample weights)`, and the weights are 0 where
-            nothing is stored.
+            A `keras.utils.PyDataset` for arrays, otherwise a data set of the
+            same library: batches `(inputs, soft labels)`, with sample weights
+            if `data` has them. Token sequences always have weights, which are 0
+            where nothing is stored.
 
         Raises:
             ValueError: if an example has no stored row, or if stored examples
@@ -648,12 +618,7 @@ class SoftLabels:
         return pyarrow().RecordBatchReader.from_batches(schema, parts)
 
     def to_parquet(self, file: PathLike, *, verbose: Verbose = "auto") -> None:
-        """Write all rows to one Parquet file, or nothing if this fails.
-
-        Args:
-            file: name of the file.
-            verbose: as in `from_array`.
-        """
+        """Write all rows to one Parquet file, or nothing if this fails."""
         pyarrow()
         from pyarrow import parquet
 
@@ -681,16 +646,8 @@ class SoftLabels:
     ) -> "SoftLabels":
         """Make a store from a Parquet file that `to_parquet` wrote.
 
-        For files from other tools, use `soft_labels.read_table`.
-
-        Args:
-            file: name of the file.
-            path: directory of the new store; None keeps it in memory.
-            overwrite: whether to replace another store at `path`.
-            verbose: as in `from_array`.
-
-        Returns:
-            The store.
+        `read_table` reads files from other tools. The arguments are those of
+        `from_array`.
 
         Raises:
             ValueError: if `to_parquet` did not write the file.
@@ -726,13 +683,10 @@ class SoftLabels:
 
         Args:
             parts: directories of complete stores of the same teacher and the
-                same classes, in the order of the rows.
-            path: directory of the new store. The parts are kept.
+                same classes, in the order of the rows. They are kept.
+            path: directory of the new store.
             overwrite: whether to replace another store at `path`.
             verbose: as in `from_array`.
-
-        Returns:
-            The store.
 
         Raises:
             ValueError: if the layouts of the parts differ, or as in `open`.
@@ -752,14 +706,18 @@ class SoftLabels:
         )
 
 
-@contextlib.contextmanager
-def _removed_on_error(path: Path) -> Iterator[None]:
-    """Delete a directory if an error is raised inside the block."""
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
+def _make_way(path: Path, new: Path, overwrite: bool) -> None:
+    """Delete the store at `path`, if it equals the new one or as asked."""
+    with writing(path, overwrite=overwrite) as old:
+        # Files are named by checksums, so that equal names mean equal rows.
+        if old.layout is not None and read_info(path) != read_info(new):
+            state = "a complete" if old.complete else "an unfinished"
+            raise ValueError(
+                "`path` must be new, or pass overwrite=True. Received: path="
+                f"{str(path)!r}, {state} store of the teacher "
+                f"{old.layout.teacher!r} with {old.num_rows} rows"
+            )
+        shutil.rmtree(path)
 
 
 def _check_length(name: str, length: int, total: int) -> None:

@@ -49,12 +49,7 @@ class TokenAnswers(Responses):
             takes them: ids and log-probabilities of the tokens that may follow
             each token. The last entry, of id -1, is all other tokens together.
             An id of -2 means that there is no entry.
-        rows: `(N,)`, the line number of each text, counted from 0, or its
-            position in `ids`.
-        ids: The `custom_id` of each text, or None if the file has no
-            custom_ids.
-        failed: Why answers were left out: a reason for each `custom_id` or
-            line number.
+        rows: As in `Answers`, like `ids` and `failed`.
         unknown_mass: Mean probability of the listed tokens that are not in the
             vocabulary. It is part of the probability of all other tokens.
     """
@@ -63,12 +58,28 @@ class TokenAnswers(Responses):
     targets: list[np.ndarray]
     unknown_mass: float
 
+    def store(
+        self, path: str | os.PathLike[str] | None, **options: Any
+    ) -> SoftLabels:
+        """Store the targets; warn if answers were left out.
+
+        The store finds each text by its token ids. It appears only when it is
+        complete. If the process is killed, read and store the file again.
+
+        Args:
+            path: Directory of the new store; None keeps it in memory.
+            **options: `dtype`, `teacher_name`, `overwrite` and `verbose` of
+                `SoftLabels.from_array`.
+        """
+        inputs = [sequence.tolist() for sequence in self.sequences]
+        return self._store(self.targets, path, inputs=inputs, **options)
+
 
 def read_tokens(
     files: Paths,
     *,
     top_k: int,
-    sequences: Sequence[Sequence[int]] | None = None,
+    sequences: Sequence[Sequence[int]],
     tokenizer: Any = None,
     ids: Sequence[str] | None = None,
     missing: Missing = "error",
@@ -82,23 +93,17 @@ def read_tokens(
     are kept.
 
     Args:
-        files: A file with one JSON response per line, or a list of files.
+        files: As in `read_answers`.
         top_k: How many tokens to keep at each position.
         sequences: The token ids of each text, in the order of the lines, or of
             `ids`. A text must end with its answer, followed by at most two
-            end-of-turn tokens. Not needed if the responses have
-            `prompt_token_ids`.
+            end-of-turn tokens.
         tokenizer: The vocabulary: a dictionary that maps each token to its id,
             or a tokenizer from Hugging Face or KerasHub. Not needed if the
             responses have token ids.
         ids: The `custom_id` of each sequence, if the lines have one.
-        missing: `"error"` or `"skip"`: whether an answer without
-            log-probabilities is an error or is left out.
-        verbose: 1 shows a progress bar, 0 does not; "auto" shows it after two
-            seconds.
-
-    Returns:
-        A `TokenAnswers` with `sequences` and `targets`.
+        missing: As in `read_answers`.
+        verbose: As in `read_answers`.
 
     Raises:
         ValueError: If a line cannot be read, or if its tokens are not those of
@@ -129,103 +134,37 @@ def read_tokens(
     _, seen = read_responses(
         files, lambda body, _: keys.update(_keys(body)), missing, ids, verbose
     )
-    if sequences is not None:
-        seen.check_order("sequences", len(sequences), ids)
+    seen.check_order("sequences", len(sequences))
+    arrays = [np.array(sequence, int) for sequence in sequences]
     token_ids = _token_ids(keys, tokenizer)
     unknown: list[float] = []
-
-    def read(body: dict[str, Any], row: int) -> tuple[np.ndarray, np.ndarray]:
-        given = None if sequences is None else np.array(sequences[row], int)
-        return _read_text(body, token_ids, given, top_k, unknown)
-
-    values, responses = read_responses(files, read, missing, ids, verbose)
+    targets, responses = read_responses(
+        files,
+        lambda body, row: _targets(
+            body, arrays[row], token_ids, top_k, unknown
+        ),
+        *(missing, ids, verbose),
+    )
     return TokenAnswers(
-        sequences=[sequence for sequence, _ in values],
-        targets=[targets for _, targets in values],
+        sequences=[arrays[row] for row in responses.rows],
+        targets=targets,
         unknown_mass=float(np.mean(unknown)) if unknown else 0.0,
         **vars(responses),
     )
 
 
-def import_tokens(
-    files: Paths,
-    path: str | os.PathLike[str] | None,
-    *,
-    top_k: int,
-    sequences: Sequence[Sequence[int]] | None = None,
-    tokenizer: Any = None,
-    ids: Sequence[str] | None = None,
-    missing: Missing = "error",
-    verbose: Verbose = "auto",
-    **options: Any,
-) -> SoftLabels:
-    """Store the most likely tokens at each position in the texts.
-
-    The store appears only when it is complete. If the call is killed, run it
-    again.
-
-    Args:
-        files: As in `read_tokens`.
-        path: Directory of the new store; None keeps it in memory.
-        top_k: As in `read_tokens`.
-        sequences: As in `read_tokens`.
-        tokenizer: As in `read_tokens`.
-        ids: As in `read_tokens`.
-        missing: As in `read_tokens`. Answers that are left out are not stored,
-            and a warning says how many there are.
-        verbose: As in `read_tokens`.
-        **options: Passed to `SoftLabels.from_array`: `dtype`, `teacher_name`
-            and `overwrite`.
-
-    Returns:
-        The store, which finds each text by its token ids.
-
-    Raises:
-        ValueError: As in `read_tokens`, before anything is stored.
-    """
-    answers = read_tokens(
-        files,
-        top_k=top_k,
-        sequences=sequences,
-        tokenizer=tokenizer,
-        ids=ids,
-        missing=missing,
-        verbose=verbose,
-    )
-    answers.warn_of_failed()
-    return SoftLabels.from_array(
-        answers.targets,
-        path,
-        ids=answers.ids,
-        inputs=[sequence.tolist() for sequence in answers.sequences],
-        verbose=verbose,
-        **options,
-    )
-
-
-def _read_text(
+def _targets(
     response: dict[str, Any],
+    sequence: np.ndarray,
     token_ids: TokenIds,
-    given: np.ndarray | None,
     top_k: int,
     unknown: list[float],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the token ids of a text and the targets at its positions."""
+) -> np.ndarray:
+    """Return the targets at the positions of a text, `(time, top_k + 1, 2)`."""
     choice = only_choice(response)
-    prompt = _id_list(response, choice, "prompt_token_ids")
-    if given is None and prompt is None:
-        raise ValueError(
-            "the response has no `prompt_token_ids`; pass `sequences`, the"
-            " token ids of the texts"
-        )
-    if given is not None and prompt and prompt != given[: len(prompt)].tolist():
-        raise ValueError(
-            "its `prompt_token_ids` are not the beginning of its sequence"
-        )
     listed = _prompt_logprobs(response, choice)
     if listed is not None:
         start = 0
-        sequence = np.array(prompt, int) if given is None else given
         entries = _prompt_entries(listed, sequence)
     else:
         found = positions(choice)
@@ -234,44 +173,20 @@ def _read_text(
             del found[-1]
         if not found:
             raise NoAnswer("`logprobs` has no tokens")
-        own = [token_ids[position.token.key] for position in found]
+        start = _start([token_ids[one.token.key] for one in found], sequence)
         entries = [_entries(one, token_ids, unknown) for one in found]
-        sequence = _answered(choice, prompt, own) if given is None else given
-        start = _start(own, sequence)
     targets = np.zeros((len(sequence), top_k + 1, 2), "float32")
     targets[..., 0] = NO_ENTRY
     for place, one in enumerate(entries, start - 1):
         if place >= 0 and one:  # no position predicts a text's first token
             targets[place] = _target(one, top_k)
-    return sequence, targets
-
-
-def _id_list(
-    response: dict[str, Any], choice: dict[str, Any], name: str
-) -> list[int] | None:
-    """Return a list of ids from a response or from its choice, or None."""
-    ids = field(response, name, list) or field(choice, name, list)
-    if not all(type(one) is int for one in ids or ()):
-        raise ValueError(f"`{name}` must be integers. Received: {ids!r}")
-    return ids or None
-
-
-def _answered(
-    choice: dict[str, Any], prompt: list[int] | None, own: list[int | None]
-) -> np.ndarray:
-    """Return the ids of a prompt and its answer."""
-    said = _id_list({}, choice, "token_ids") or own
-    if None in said:
-        raise ValueError(
-            "some tokens of the answer are not in the tokenizer; ask the"
-            " server for `token_ids`"
-        )
-    return np.array([*(prompt or ()), *said], int)
+    return targets
 
 
 def _prompt_logprobs(
     response: dict[str, Any], choice: dict[str, Any]
 ) -> list[Any] | None:
+    """Return vLLM's `prompt_logprobs` or None."""
     listed = field(response, "prompt_logprobs", list) or field(
         choice, "prompt_logprobs", list
     )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from responses_of import batch, chat, completion, position, token, write
 
-from keras_ptloss.soft_labels import SoftLabels, import_answers, read_answers
+from keras_ptloss.soft_labels import SoftLabels, read_answers
 
 SETTINGS = settings(max_examples=60, deadline=None)
 NO_YES = ["no", "yes"]
@@ -542,16 +542,14 @@ def first_last(leaf):
     [np.array(["b", "a", "c"]), np.array([2.0, 1.0, 3.0]), {"x": np.eye(3)}],
     ids=["texts", "array", "dictionary"],
 )
-def test_import_by_inputs(tmp_path, inputs):
+def test_store_by_inputs(tmp_path, inputs):
     lines = [yes(0.25), {"error": "busy"}, yes(0.75)]
     path = write(tmp_path / "a.jsonl", *lines)
     with pytest.raises(ValueError, match="busy"):
-        import_answers(path, tmp_path / "store", NO_YES, inputs=inputs)
-    assert not (tmp_path / "store").exists()
+        read_answers(path, NO_YES)
+    answers = read_answers(path, NO_YES, missing="skip")
     with pytest.warns(UserWarning, match="1 of 3 answers .* busy"):
-        labels = import_answers(
-            path, tmp_path / "store", NO_YES, inputs=inputs, missing="skip"
-        )
+        labels = answers.store(tmp_path / "store", inputs=inputs)
     with pytest.raises(ValueError, match="first is at position 1"):
         labels.find(inputs)
     rows = labels.read(
@@ -561,29 +559,26 @@ def test_import_by_inputs(tmp_path, inputs):
     again = SoftLabels.open(tmp_path / "store")
     assert again.layout.class_names == ("no", "yes")
     with pytest.warns(UserWarning, match="1 of 3"):  # changes nothing
-        import_answers(
-            path, tmp_path / "store", NO_YES, inputs=inputs, missing="skip"
-        )
+        answers.store(tmp_path / "store", inputs=inputs)
 
 
-def test_import_by_custom_id(tmp_path):
+def test_store_by_custom_id(tmp_path):
     lines = [batch("b", yes(0.25)), batch("a", yes(0.75))]
     path = write(tmp_path / "a.jsonl", *lines)
-    options = {"dtype": "float32"}
-    labels = import_answers(path, None, NO_YES, **options)
+    labels = read_answers(path, NO_YES).store(None, dtype="float32")
     assert labels.find(ids=["a", "b"]).tolist() == [1, 0]
     inputs = ["text a", "text b"]
-    with pytest.raises(ValueError, match="Pass `ids`"):
-        import_answers(path, None, NO_YES, inputs=inputs)
-    ids = ["a", "b"]
-    labels = import_answers(path, None, NO_YES, inputs=inputs, ids=ids)
+    with pytest.raises(ValueError, match="Read them with `ids`"):
+        read_answers(path, NO_YES).store(None, inputs=inputs)
+    answers = read_answers(path, NO_YES, ids=["a", "b"])
+    labels = answers.store(None, inputs=inputs)
     found = labels.read(labels.find(["text b", "text a"]))
     np.testing.assert_allclose(found[:, 1], [0.25, 0.75], atol=1e-3)
 
 
-def test_import_needs_inputs_or_ids(tmp_path):
-    path = write(tmp_path / "a.jsonl", yes(0.25))
+def test_store_needs_inputs_or_ids(tmp_path):
+    answers = read_answers(write(tmp_path / "a.jsonl", yes(0.25)), NO_YES)
     with pytest.raises(ValueError, match="Pass `inputs`"):
-        import_answers(path, None, NO_YES)
+        answers.store(None)
     with pytest.raises(ValueError, match="1 answers for 2 inputs"):
-        import_answers(path, None, NO_YES, inputs=["a", "b"])
+        answers.store(None, inputs=["a", "b"])

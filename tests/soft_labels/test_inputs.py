@@ -68,16 +68,6 @@ def test_what_differs(one, other):
     assert (fingerprint(one) != fingerprint(other)).all()
 
 
-class Records:
-    """Single examples, as a Grain data source has them."""
-
-    def __len__(self):
-        return 7
-
-    def __getitem__(self, index):
-        return np.full(3, index, "float32"), 0
-
-
 class Batches(keras.utils.PyDataset):
     def __init__(self, x):
         super().__init__()
@@ -112,8 +102,8 @@ ARRAY = np.repeat(np.arange(7, dtype="float32")[:, None], 3, 1)
 
 @pytest.mark.parametrize(
     "make",
-    [lambda x: x, lambda x: Records(), Batches, as_tf, as_grain, as_torch],
-    ids=["array", "records", "PyDataset", "tf.data", "Grain", "PyTorch"],
+    [lambda x: x, Batches, as_tf, as_grain, as_torch],
+    ids=["array", "PyDataset", "tf.data", "Grain", "PyTorch"],
 )
 def test_every_form_is_labelled_and_attached(make, tmp_path):
     def teacher(batch):
@@ -164,7 +154,7 @@ def test_a_changed_data_set_is_refused_before_the_teacher_is_asked(tmp_path):
     options = {"verbose": 0, "teacher_name": "t"}
     with pytest.raises(RuntimeError):
         SoftLabels.write(teacher, Batches(ARRAY), tmp_path / "a", **options)
-    with pytest.raises(ValueError, match="lack 4 of 4 examples"):
+    with pytest.raises(ValueError, match="lack 4 of 4 stored"):
         SoftLabels.write(
             teacher, Batches(ARRAY + 0.5), tmp_path / "a", **options
         )
@@ -191,6 +181,7 @@ def test_an_endless_data_set_is_refused(make, tmp_path):
         (np.ma.masked_invalid([1.0, np.nan]), "mask"),
         ([[1, 2], [0.5]], "token ids"),
         (3, "same length"),
+        (range(3), "data set of batches"),
     ],
 )
 def test_what_holds_no_examples_is_refused(given, message):

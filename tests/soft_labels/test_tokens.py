@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from responses_of import batch, chat, completion, position, token, write
 
-from keras_ptloss.soft_labels import import_tokens, read_tokens
+from keras_ptloss.soft_labels import read_tokens
 from keras_ptloss.soft_labels.tokens import bytes_to_ids
 
 SETTINGS = settings(max_examples=40, deadline=None)
@@ -160,7 +160,7 @@ def test_prompt_log_probabilities(read):
         },
     ]
     record = {"choices": [{"text": "", "prompt_logprobs": listed}]}
-    record["choices"][0] |= {"prompt_token_ids": [5, 2, 9], "logprobs": None}
+    record["choices"][0] |= {"logprobs": None}
     e = math.exp
     wanted = [
         {2: e(-0.5), 7: e(-1.5), -1: 1 - e(-0.5) - e(-1.5)},
@@ -168,12 +168,8 @@ def test_prompt_log_probabilities(read):
         {},
     ]
     chat_record = {"choices": [{"message": {}}], "prompt_logprobs": listed}
-    for one_record, sequences in [
-        (record, None),
-        (record, [[5, 2, 9]]),
-        (chat_record, [[5, 2, 9]]),
-    ]:
-        (found,) = read(one_record, sequences=sequences)
+    for one_record in (record, chat_record):
+        (found,) = read(one_record, sequences=[[5, 2, 9]])
         assert all(map(close, found, wanted))
     with pytest.raises(ValueError, match="no entry for token 3 at position 2"):
         read(chat_record, sequences=[[5, 2, 3]])
@@ -185,17 +181,7 @@ def test_prompt_log_probabilities(read):
 
 
 def test_ids_in_the_response(read):
-    # vLLM's `return_token_ids`.
-    record = {**chat(YES), "prompt_token_ids": [1, 0]}
-    record["choices"][0]["token_ids"] = [2]
-    (found,) = read(record, tokenizer=BPE)
-    assert [one.keys() for one in found] == [set(), {2, 3, -1}, set()]
-    record["choices"][0]["token_ids"] = [3]
-    with pytest.raises(ValueError, match="the same text and tokenizer"):
-        read(record, tokenizer=BPE)
-    with pytest.raises(ValueError, match="not the beginning of its"):
-        read(record, tokenizer=BPE, sequences=[[0, 1, 2]])
-    # And its `return_tokens_as_token_ids`.
+    # vLLM's `return_tokens_as_token_ids`.
     record = chat(position(("token_id:2", 0.6), ("token_id:3", 0.2)))
     (found,) = read(record, sequences=[[1, 2]])
     assert close(found[0], {2: 0.6, 3: 0.2, -1: 0.2})
@@ -361,13 +347,12 @@ def test_the_last_token_more_than_k_are_listed(read):
         (chat(YES), {"sequences": [[1, 3]]}, "must end with its answer"),
         (chat(YES), {"sequences": [[2, 1, 1, 1]]}, "must end with its answer"),
         (chat(YES), {"sequences": [[]]}, "must end with its answer"),
-        (chat(YES), {}, "pass `sequences`"),
         (chat(YES), {"sequences": [[1, 2]] * 2}, "1 answers for 2 sequences"),
         (chat(YES), {"sequences": [[1, 2]], "top_k": 0}, "`top_k`"),
         (chat(YES), {"tokenizer": None}, "Pass `tokenizer`"),
         (chat(YES), {"tokenizer": BPE.get}, "`tokenizer` must be a dictionary"),
         (chat(YES), {"tokenizer": {"a": 1}}, "No token of the file is in the"),
-        (batch("a", chat(YES)), {"sequences": [[1, 2]]}, "Pass `ids`"),
+        (batch("a", chat(YES)), {"sequences": [[1, 2]]}, "with `ids`"),
         (chat(), {"sequences": [[1, 2]], "tokenizer": None}, "has no tokens"),
         (
             chat(position(("\ufffd", 0.6), ("no", 0.3), with_bytes=True)),
@@ -378,7 +363,7 @@ def test_the_last_token_more_than_k_are_listed(read):
 )
 def test_refused(read, record, options, message):
     with pytest.raises(ValueError, match=message):
-        read(record, **{"tokenizer": BPE, **options})
+        read(record, **{"tokenizer": BPE, "sequences": [[1, 2]], **options})
 
 
 def test_answers_of_a_batch_job_are_found_by_id(read):
@@ -390,17 +375,15 @@ def test_answers_of_a_batch_job_are_found_by_id(read):
     assert close(found[0], {2: 0.6, 3: 0.2, -1: 0.2})
 
 
-def test_import(tmp_path):
+def test_store(tmp_path):
     path = write(tmp_path / "a.jsonl", chat(YES), {"error": "busy"}, chat(YES))
     sequences = [[1, 0, 2], [1], [0, 2, 4, 0]]
     options = {"top_k": 3, "sequences": sequences, "tokenizer": BPE}
     with pytest.raises(ValueError, match="busy"):
-        import_tokens(path, tmp_path / "store", **options)
-    assert not (tmp_path / "store").exists()
+        read_tokens(path, **options)
+    answers = read_tokens(path, missing="skip", **options)
     with pytest.warns(UserWarning, match="1 of 3 answers .* busy"):
-        labels = import_tokens(
-            path, tmp_path / "store", missing="skip", **options
-        )
+        labels = answers.store(tmp_path / "store")
     assert labels.find(sequences[::2]).tolist() == [0, 1]
     stored = labels.read([0, 1])
     entry = {int(i): math.exp(p) for i, p in stored[0, 1] if i >= -1}
