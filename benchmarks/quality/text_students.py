@@ -54,6 +54,7 @@ def bert_tiny(
     pretrained weights back.
     """
     preset = folder / "bert_tiny"
+    keras.utils.set_random_seed(0)  # For the seeds of the dropout layers.
     bert = keras_hub.models.BertTextClassifier.from_preset(
         str(preset),
         num_classes=teacher.shape[1],
@@ -65,10 +66,14 @@ def bert_tiny(
     model = keras.Model(bert.inputs, bert.outputs[0])
     model.compile(keras.optimizers.AdamW(3e-4), "categorical_crossentropy")
     model.optimizer.build(model.trainable_variables)
-    variables = [*model.weights, *model.optimizer.variables]
+    variables = [*model.variables, *model.optimizer.variables]
     start = [np.array(variable) for variable in variables]
     kernel = model.weights[-2]
+    x = tokens(preset, texts, 24)
     test_x = tokens(preset, test_texts, length)
+    # The first `fit` draws one more random number than the others.
+    few = keras.tree.map_structure(lambda array: array[:BATCH], x)
+    model.fit(few, teacher[:BATCH], batch_size=BATCH, verbose=0)
 
     def build():
         for variable, value in zip(variables, start, strict=True):
@@ -94,9 +99,10 @@ def bert_tiny(
         return model.predict(test_x, batch_size=256, verbose=0)
 
     return types.SimpleNamespace(
-        x=tokens(preset, texts, 24),
+        x=x,
         labels=labels,
         teacher=teacher,
+        pool=len(texts),
         test_labels=test_labels,
         build=build,
         fit=fit,
@@ -122,6 +128,7 @@ def frozen_minilm(texts, labels, teacher, test_texts, test_labels):
         x=minilm_vectors(texts),
         labels=labels,
         teacher=teacher,
+        pool=len(texts),
         test_labels=test_labels,
         build=build,
         fit=fit,
@@ -142,9 +149,12 @@ def minilm_vectors(texts):
 
 
 def run(task, count, seed, done, save):
-    """Train the students of one number of labels and one seed."""
+    """Train the students of one number of labels and one seed.
+
+    The labelled rows are drawn from the first `task.pool` rows.
+    """
     number, classes = task.teacher.shape
-    rows = np.random.default_rng(seed).choice(number, count, replace=False)
+    rows = np.random.default_rng(seed).choice(task.pool, count, replace=False)
     labels = np.full(number, -1)
     labels[rows] = task.labels[rows]
     onehot = np.eye(classes)[task.labels]
