@@ -129,6 +129,8 @@ class TestDataSets:
         stream = data.to_iter_dataset().batch(8)
         check(labels.attach(stream), x, rows, order)
 
+    # JAX warns of the loader's workers if another test has imported it.
+    @pytest.mark.filterwarnings("ignore:os.fork")
     def test_torch(self, labels, x, rows):
         torch = pytest.importorskip("torch")
         data = torch.utils.data.TensorDataset(torch.tensor(x), torch.tensor(x))
