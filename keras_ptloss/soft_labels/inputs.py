@@ -61,7 +61,7 @@ def _fingerprint(x: Any) -> np.ndarray:
         array = as_array(leaf)
         if array.dtype.kind in "OUS":
             header += f"text{array.shape[1:]}".encode()
-            rows.append([_text_bytes(row) for row in array])
+            rows.append([_sized(_text_bytes(row)) for row in array])
             continue
         if array.dtype.kind in "iu" and array.ndim <= 2:
             array = array.astype("int64")
@@ -71,17 +71,22 @@ def _fingerprint(x: Any) -> np.ndarray:
         array = array.astype(array.dtype.newbyteorder("<"), copy=False)
         if mask is not None and array.shape == mask.shape:
             some = zip(array, mask, strict=True)
-            rows.append([row[kept].tobytes() for row, kept in some])
+            rows.append([_sized(row[kept].tobytes()) for row, kept in some])
         else:
             data, size = array.tobytes(), array.nbytes // max(len(array), 1)
+            prefix = size.to_bytes(8, "little")  # as `_sized` adds it
             starts = [size * row for row in range(len(array))]
-            rows.append([data[low : low + size] for low in starts])
-    digests = []
-    for parts in zip(*rows, strict=True):
-        sized = [len(part).to_bytes(8, "little") + part for part in parts]
-        data = header + b"".join(sized)
-        digests.append(hashlib.blake2b(data, digest_size=8).digest())
+            rows.append([prefix + data[low : low + size] for low in starts])
+    digests = [
+        hashlib.blake2b(header + b"".join(parts), digest_size=8).digest()
+        for parts in zip(*rows, strict=True)
+    ]
     return np.frombuffer(b"".join(digests), "<u8")
+
+
+def _sized(data: bytes) -> bytes:
+    """Return data after its length, so that two parts cannot be confused."""
+    return len(data).to_bytes(8, "little") + data
 
 
 def _text_bytes(row: Any) -> bytes:
@@ -90,8 +95,7 @@ def _text_bytes(row: Any) -> bytes:
     for text in np.ravel(np.asarray(row, object)):
         if not isinstance(text, (str, bytes)):
             fail("inputs", "dense arrays of numbers or texts", text)
-        data = text if isinstance(text, bytes) else text.encode()
-        encoded += len(data).to_bytes(8, "little") + data
+        encoded += _sized(text if isinstance(text, bytes) else text.encode())
     return encoded
 
 
@@ -300,19 +304,21 @@ def not_stored(
             other_inputs(path, "are in another order")
     first = 0
     for x, weight in batches(inputs, batch_size):
-        prints, new = fingerprint(x, verbose=0), []
-        for position, one in enumerate(prints.tolist()):
-            if left.get(one):
-                left[one] -= 1
-            else:
-                new.append(position)
-        indices = first + np.array(new, int)
+        prints = fingerprint(x, verbose=0)
+        indices = np.arange(first, first + len(prints))
         first += len(prints)
-        if 0 < len(new) < len(prints):
+        if left:
+            is_new = np.ones(len(prints), bool)
+            for position, one in enumerate(prints.tolist()):
+                if left.get(one):
+                    left[one] -= 1
+                    is_new[position] = False
+            if not is_new.any():
+                continue
+            new = np.flatnonzero(is_new)
+            x, prints, indices = take(x, new), prints[new], indices[new]
             weight = None if weight is None else take(weight, new)
-            x, prints = take(x, np.array(new)), prints[new]
-        if new:
-            yield x, weight, prints, indices
+        yield x, weight, prints, indices
 
 
 def other_inputs(path: Any, how: str) -> NoReturn:
