@@ -27,9 +27,12 @@ PROBABILITIES = ("softmax", "sparsemax", "sigmoid", "hard_sigmoid")
 
 def fail(argument: str, expected: str, received: Any) -> NoReturn:
     """Raise the `ValueError` that all checks of the package raise."""
-    raise ValueError(
-        f"`{argument}` must be {expected}. Received: {argument}={received!r}"
-    )
+    refuse(argument, expected, f"{argument}={received!r}")
+
+
+def refuse(argument: str, expected: str, received: str) -> NoReturn:
+    """Raise the same error; `received` describes a value that is too large."""
+    raise ValueError(f"`{argument}` must be {expected}. Received: {received}")
 
 
 # Settings.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from keras_ptloss._validation import fail
+from keras_ptloss._validation import fail, refuse
 from keras_ptloss.soft_labels.inputs import (
     as_inputs,
     fingerprint,
@@ -78,7 +78,8 @@ def attach(
     if library is None:
         rows = pairs.find(data, ids, verbose="auto")
         if len(rows[0]) != num_examples(data):
-            fail("ids", f"{num_examples(data)} ids", f"{len(ids)} ids")
+            expected = f"one for each of {num_examples(data)} examples"
+            refuse("ids", expected, f"{len(ids)} ids")
         if not allow_subset:
             by = "inputs" if ids is None else "ids"
             for store, found in zip(stores, rows, strict=True):

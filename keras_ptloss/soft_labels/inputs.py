@@ -12,7 +12,7 @@ import numpy as np
 
 from keras_ptloss._backend import as_array
 from keras_ptloss._progress import Verbose, track
-from keras_ptloss._validation import fail, refuse_masked
+from keras_ptloss._validation import fail, refuse, refuse_masked
 
 # Names of token ids and of their padding mask in KerasHub and Hugging Face.
 MASKS = {"token_ids": "padding_mask", "input_ids": "attention_mask"}
@@ -181,7 +181,7 @@ def as_inputs(inputs: Any) -> Any:
     if len(lengths) != 1 or () in lengths:
         expected = "arrays of the same length, texts, or a data set of batches"
         found = f"{type(inputs).__name__} of lengths {lengths}"
-        fail("inputs", expected, found)
+        refuse("inputs", expected, found)
     return keras.tree.map_structure(as_array, inputs)
 
 
@@ -248,7 +248,7 @@ def num_examples(x: Any) -> int:
     """Return the number of examples in arrays or in a batch."""
     leaf = keras.tree.flatten(x)[0]
     if not np.ndim(leaf):
-        fail("inputs", "batched", f"an element of shape {np.shape(leaf)}")
+        refuse("inputs", "batched", f"an element of shape {np.shape(leaf)}")
     return len(leaf)
 
 
@@ -324,4 +324,6 @@ def not_stored(
 def other_inputs(path: Any, how: str) -> NoReturn:
     """Raise an error for inputs that do not belong to a store."""
     expected = f"the examples of the soft labels at {path}. Choose another path"
-    fail("inputs", f"{expected}, or pass overwrite=True", f"inputs that {how}")
+    refuse(
+        "inputs", f"{expected}, or pass overwrite=True", f"inputs that {how}"
+    )

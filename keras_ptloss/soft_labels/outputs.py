@@ -24,6 +24,7 @@ from keras_ptloss._validation import (
     check_choice,
     fail,
     on_simplex,
+    refuse,
     refuse_masked,
 )
 from keras_ptloss.soft_labels.inputs import (
@@ -168,19 +169,22 @@ def _columns(
         flat = _numbers(np.concatenate(outputs))
         return _in_sequences(_entries(flat, about), lengths)
     outputs = _numbers(outputs)
-    shape = f"an array of shape {outputs.shape}"
+    shape = f"outputs of shape {outputs.shape}"
     if x is not None and len(outputs) != num_examples(x):
-        fail("outputs", f"one row for each of {num_examples(x)} inputs", shape)
+        expected = f"one row for each of {num_examples(x)} inputs"
+        refuse("outputs", expected, shape)
     if outputs.ndim == 2:
         return _probabilities(outputs, about)
     if outputs.ndim > 4 or outputs.shape[-1] != 2:
-        expected = "(batch, num_classes) or, with top_k, (batch, time, ...)"
-        fail("outputs", expected, shape)
+        expected = (
+            "of shape (batch, num_classes) or, with top_k, (batch, time, "
+        )
+        refuse("outputs", f"{expected}num_classes)", shape)
     if outputs.ndim == 3:
         return _entries(outputs, about)
     real = np.ones(outputs.shape[:2], bool) if x is None else sequence_mask(x)
     if real.shape != outputs.shape[:2]:
-        fail("outputs", f"one row for each position, {real.shape}", shape)
+        refuse("outputs", f"one row for each position, {real.shape}", shape)
     kept = weights_of_positions(weight, real.shape).astype(bool)[real]
     values = _entries(outputs[real], about, kept)
     return _in_sequences(values, real.sum(axis=1))

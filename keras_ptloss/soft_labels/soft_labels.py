@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from keras_ptloss._progress import Progress, Verbose, track
-from keras_ptloss._validation import fail
+from keras_ptloss._validation import check_count, fail, refuse
 from keras_ptloss.soft_labels import journal
 from keras_ptloss.soft_labels.attach import attach
 from keras_ptloss.soft_labels.inputs import (
@@ -145,12 +145,13 @@ class SoftLabels:
             RuntimeError: if the teacher fails, or another process writes.
             OSError: if the disk is full. Rows that are already stored are kept.
         """
+        check_count("batch_size", batch_size)
         run = asked(teacher, top_k, from_logits)
         path, inputs = Path(path), as_inputs(inputs)
         total = None if library_of(inputs) else num_examples(inputs)
         if ids is not None and len(ids) != total:
-            received = f"{len(ids)} ids"
-            fail("ids", f"one for each of {total} examples in arrays", received)
+            expected = f"one for each of {total} examples in arrays"
+            refuse("ids", expected, f"{len(ids)} ids")
         about: dict[str, Any] = {
             "dtype": dtype,
             "class_names": None if class_names is None else tuple(class_names),
@@ -304,9 +305,9 @@ class SoftLabels:
                 fail("inputs", "arrays, not a data set", inputs)
             if num_examples(inputs) != total:
                 received = f"{num_examples(inputs)} examples"
-                fail("inputs", f"{total} examples", received)
+                refuse("inputs", f"{total} examples, as `values`", received)
         if ids is not None and len(ids) != total:
-            fail("ids", f"one for each of {total} values", f"{len(ids)} ids")
+            refuse("ids", f"one for each of {total} values", f"{len(ids)} ids")
         about = {
             "dtype": dtype,
             "class_names": class_names,
@@ -452,11 +453,12 @@ class SoftLabels:
         place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
         new = np.flatnonzero(known[place] != wanted)
         if len(new):
+            which = f": {wanted[new[0]]!r}" if argument == "ids" else ""
             raise ValueError(
                 f"`{argument}` must have only examples with stored soft labels."
                 f" Received: {len(new)} of {len(wanted)} examples are new, or "
                 "their values, dtype or shape have changed; the first is at "
-                f"position {new[0]}: {wanted[new[0]]!r}"
+                f"position {new[0]}{which}"
             )
         return first[place]
 
