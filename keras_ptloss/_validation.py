@@ -31,7 +31,7 @@ def fail(argument: str, expected: str, received: Any) -> NoReturn:
 
 
 def refuse(argument: str, expected: str, received: str) -> NoReturn:
-    """Raise the same error; `received` describes a value that is too large."""
+    """Raise the same error, with a description of the value in its place."""
     raise ValueError(f"`{argument}` must be {expected}. Received: {received}")
 
 

@@ -257,11 +257,16 @@ def take(x: Any, index: Any) -> Any:
     return keras.tree.map_structure(lambda leaf: leaf[index], x)
 
 
-def batches(inputs: Any, batch_size: int) -> Iterator[tuple[Any, Any]]:
-    """Yield `(inputs, sample weights)` of each batch; weights may be None."""
+def batches(
+    inputs: Any, batch_size: int, start: int = 0
+) -> Iterator[tuple[Any, Any]]:
+    """Yield `(inputs, sample weights)` of each batch; weights may be None.
+
+    The arguments are for arrays; data sets have batches of their own.
+    """
     library = library_of(inputs)
     if library is None:
-        for low in range(0, num_examples(inputs), batch_size):
+        for low in range(start, num_examples(inputs), batch_size):
             yield take(inputs, slice(low, low + batch_size)), None
         return
     if library == "keras":
@@ -295,15 +300,18 @@ def not_stored(
     nobody pays a teacher for the wrong inputs. Arrays must keep their order.
     """
     left = collections.Counter(stored.tolist())
+    first = 0
     if left:
         prints = fingerprint(inputs, verbose=verbose)
         gone = (left - collections.Counter(prints.tolist())).total()
         if gone:
             other_inputs(path, f"lack {gone} of {len(stored)} stored examples")
-        if not library_of(inputs) and (prints[: len(stored)] != stored).any():
-            other_inputs(path, "are in another order")
-    first = 0
-    for x, weight in batches(inputs, batch_size):
+        if not library_of(inputs):
+            if (prints[: len(stored)] != stored).any():
+                other_inputs(path, "are in another order")
+            first = len(stored)
+            left.clear()
+    for x, weight in batches(inputs, batch_size, first):
         prints = fingerprint(x, verbose=0)
         indices = np.arange(first, first + len(prints))
         first += len(prints)
