@@ -84,11 +84,14 @@ test-dist: dist
 	rm -r .venv-dist/source/keras_ptloss
 	cd .venv-dist/source && KERAS_BACKEND=tensorflow ../bin/pytest tests/test_api.py
 
+# Pages of functions that were renamed would fail.
 docs: .venv/docs.installed
+	rm -rf docs/api/generated
 	KERAS_BACKEND=jax $(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
 
 # Without running the pages' code.
 docs-quick: .venv/docs.installed
+	rm -rf docs/api/generated
 	KERAS_BACKEND=jax $(BIN)/python -m sphinx -W --keep-going \
 		-D nb_execution_mode=off -D suppress_warnings=myst-nb.lexer \
 		docs docs/_build/html
